@@ -1,0 +1,165 @@
+"""Command lines: the fields of a dataclass are the flags, and a user's mistake is one line, never a traceback.
+
+    @dataclass(frozen=True)
+    class Config:
+        learning_rate: float = 6e-4  # highest learning rate
+
+    def main(argv: list[str]) -> None:
+        config = cli.parse(Config, argv, presets={"small": Config(1e-3)})
+
+    if __name__ == "__main__":
+        sys.exit(cli.run(main))
+
+`--key=value` and `--key value`, hyphens or underscores; `--flag`, `--flag=True` and `--flag=False`; an int where a float is
+meant. A bare word names a preset, or sets the field that `positional` names. Flags override presets and later flags
+earlier ones, wherever they stand. tyro converts the values and writes `--help`, with each field's comment as its help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os.path
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, get_type_hints
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one line that names the thing and the fix."""
+
+
+def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> int:
+    """Runs `main(argv)` and returns the exit code: 0 done, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
+    try:
+        main(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str],
+    presets: Mapping[str, Config] | None = None,
+    *,
+    positional: str | None = None,
+) -> Config:
+    """Reads `argv` into a `config_type` (a flat dataclass with a default for every field).
+
+    `presets` maps names to instances. A name may be spelled as nanoGPT's config files are: `config/train_gpt2.py` is the
+    preset `train_gpt2`, and a leading `train_` may be left out. `positional` is the field that a bare word sets.
+    Raises UserError for an unknown flag or preset (names the nearest) and for a value of the wrong type (names the type);
+    exits with code 0 after `--help`.
+    """
+    words, flags = _split(argv, get_type_hints(config_type))
+    if len(words) > 1:
+        raise UserError(f"{' '.join(words)}: give one name, not {len(words)}")
+    base = config_type()
+    for word in words:
+        if positional is not None:
+            flags.insert(0, (positional, word))
+        else:
+            base = (presets or {})[_preset_name(word, presets or {})]
+    if ("help", "True") in flags:
+        _help(config_type, base, presets or {}, positional)
+    return dataclasses.replace(base, **{key: _convert(config_type, key, text) for key, text in flags})
+
+
+def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
+    """The flags that the user typed, `{key: text}`, to tell a choice from a default."""
+    return dict(_split(argv, get_type_hints(config_type))[1])
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean "x"?` for the known word most like `word`, or the list of all when none is alike."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known) or 'none'}"
+
+
+def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Bare words, and `(key, text)` for every flag, in the order typed."""
+    words: list[str] = []
+    flags: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            flags.append(("help", "True"))
+            continue
+        if not argument.startswith("--"):
+            words.append(argument)
+            continue
+        name, equals, text = argument[2:].partition("=")
+        key = name.replace("-", "_")
+        if key not in types:
+            raise UserError(f"unknown flag --{name}{nearest(key, types, prefix='--')}")
+        if not equals:
+            is_switch = types[key] is bool and (not rest or rest[0].lower() not in ("true", "false"))
+            if not is_switch and (not rest or rest[0].startswith("--")):
+                raise UserError(f"--{name} needs a value: --{name}={_type_name(types[key])}")
+            text = "True" if is_switch else rest.pop(0)
+        flags.append((key, text))
+    return words, flags
+
+
+def _preset_name(word: str, presets: Mapping[str, Any]) -> str:
+    stem = os.path.basename(word).removesuffix(".py")
+    for name in (stem, stem.removeprefix("train_"), f"train_{stem}"):
+        if name in presets:
+            return name
+    if not presets:
+        raise UserError(f"unexpected argument {word}; flags are typed --key=value")
+    raise UserError(f"unknown preset {word}{nearest(stem, presets)}")
+
+
+def _convert(config_type: type, key: str, text: str) -> Any:
+    """The value that `--key=text` gives, by a parser of this one flag, so that an error knows which flag it is about."""
+    import tyro
+
+    expected = get_type_hints(config_type)[key]
+    if expected is bool:
+        text = text.capitalize()
+    flag = dataclasses.make_dataclass("Flag", [(key, expected)])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            parsed = tyro.cli(flag, args=[f"--{key}={text}"], config=(tyro.conf.FlagConversionOff,), add_help=False)
+    except SystemExit:
+        raise UserError(f"--{key}={text}: expected {_type_name(expected)}") from None
+    return getattr(parsed, key)
+
+
+def _type_name(expected: Any) -> str:
+    if expected is bool:
+        return "True or False"
+    choices = getattr(expected, "__args__", ())
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
+    return getattr(expected, "__name__", str(expected)) if not choices else str(expected)
+
+
+def _help(config_type: type, base: Any, presets: Mapping[str, Any], positional: str | None) -> None:
+    """Prints every flag with its default and help, and exits with code 0."""
+    import tyro
+
+    module = sys.modules[config_type.__module__]
+    program = f"python -m {module.__spec__.name.removesuffix('.__main__')}" if module.__spec__ else None
+    description = (module.__doc__ or "").strip()
+    if presets:
+        description += f"\n\nPresets, typed as a bare word: {', '.join(presets)}"
+    if positional:
+        description += f"\n\nA bare word sets --{positional}"
+    tyro.cli(
+        config_type, prog=program, default=base, args=["--help"], description=description, use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )  # fmt: skip

@@ -103,7 +103,7 @@ def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], li
         name, equals, text = argument[2:].partition("=")
         key = name.replace("-", "_")
         if key not in types:
-            raise UserError(f"unknown flag --{name}{nearest(key, types, prefix='--')}")
+            raise UserError(f"unknown flag --{name}{nearest(key, types, '--')}")
         if not equals:
             is_switch = types[key] is bool and (not rest or rest[0].lower() not in ("true", "false"))
             if not is_switch and (not rest or rest[0].startswith("--")):

@@ -1,0 +1,100 @@
+"""The maths: fused kernels for GPTs, each beside the PyTorch reference that defines it.
+
+Letters, everywhere: B batch, T query positions, S key positions, H query heads, G key/value heads, D head dim, C model dim,
+V vocabulary, M rows (B * T), N row length, K contracted axis. Attention tensors are (B, T, H, D).
+
+    ops = kernels.load("auto")                              # triton on CUDA, reference elsewhere
+    ops = kernels.load("interpret")                         # the same kernels on CPU tensors, interpreted: parity, not speed
+    ops = kernels.load("triton", layernorm="reference")     # ablation
+    y = ops.layernorm(x, weight, bias); print(ops)
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import _triton
+from .layernorm import LAYERNORM
+from .op import Cost, Op, allow_interpretation
+
+OPS: dict[str, Op] = {op.name: op for op in (LAYERNORM,)}
+IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
+
+__all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]
+
+
+class Ops:
+    """Which implementation of each op to use, as a value: `ops.layernorm(x, weight)` calls it, print(ops) says what and why."""
+
+    def __init__(self, chosen: Mapping[str, tuple[str, str, Callable[..., Any]]]) -> None:
+        self.chosen = {name: (implementation, why) for name, (implementation, why, _) in chosen.items()}
+        for name, (_, _, function) in chosen.items():
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no op named {name!r}; there are {', '.join(self.__dict__.get('chosen', ()))}")
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.chosen))
+        return "\n".join(f"{name:<{width}}  {how:<9}  {why}" for name, (how, why) in self.chosen.items())
+
+
+def load(implementation: str = "auto", **per_op: str) -> Ops:
+    """Choose an implementation for every op, and another for those named by keyword.
+
+    'reference' is plain PyTorch, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto' triton where
+    it can run and the reference elsewhere. Raises ValueError for a name that does not exist, RuntimeError for an explicit
+    'triton' or 'interpret' that cannot run here: nothing falls back in silence.
+    """
+    for name in per_op:
+        _known("op", name, OPS)
+    return Ops({name: _choose(op, per_op.get(name, implementation)) for name, op in OPS.items()})
+
+
+def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
+    _known("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "reference":
+        return "reference", "asked for", op.reference
+    obstacle = "it has no kernel yet" if op.triton is None else _triton.MISSING or ""
+    if implementation == "interpret":
+        if obstacle:
+            raise RuntimeError(f"{op.name} cannot be interpreted: {obstacle}")
+        return "interpret", "asked for", _interpreted(op)
+    obstacle = obstacle or _no_gpu()
+    if not obstacle:
+        return "triton", "asked for" if implementation == "triton" else "CUDA is available", op.triton
+    if implementation == "triton":
+        raise RuntimeError(f"{op.name}: 'triton' cannot run: {obstacle}; use 'auto', 'reference' or 'interpret'")
+    return "reference", obstacle, op.reference
+
+
+def _interpreted(op: Op) -> Callable[..., Any]:
+    import torch
+
+    from .interpret import interpreting
+
+    allow_interpretation()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiled graph holds the custom op, whose CPU implementation interprets
+            return op.triton(*args, **kwargs)
+        with interpreting():
+            return op.triton(*args, **kwargs)
+
+    return run
+
+
+def _no_gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"{torch.cuda.get_device_name()} is sm_{major}{minor}; the kernels need sm_80 or newer"
+
+
+def _known(what: str, name: str, names: Any) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no {what} named {name!r}{hint} There are: {', '.join(names)}")

@@ -1,0 +1,111 @@
+"""The one `import triton` of the library, and the one place where the launch of a kernel can be taken over.
+
+Where Triton is not installed the kernels are inert objects and the references still run.
+A launch `kernel[grid](...)` goes to the GPU unless a launcher is in force (see `launching`): the interpreter, the ahead-of-time
+compiler, or `skip`, which makes a page's own forward function serve as its shape function.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    MISSING: str | None = None
+except ImportError as error:
+    MISSING = f"Triton is not installed ({error})"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Stands in for the GPU: what to do with a launch, and which GPU the page should choose its tiles for."""
+
+    launch: Callable[..., Any]  # (kernel, grid, *args, **kwargs)
+    arch: int = 0  # compute capability times ten; 0 asks for the most conservative tiles
+    multiprocessors: int = 3  # few, so that persistent programs stride even on small tensors
+
+
+_launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
+skip = Launcher(lambda kernel, grid, *args, **kwargs: None)
+
+
+def launcher() -> Launcher | None:
+    """The launcher in force, None when kernels go to the GPU."""
+    return _launcher.get()
+
+
+@contextlib.contextmanager
+def launching(by: Launcher | None) -> Iterator[None]:
+    """Send every launch of this thread to `by` until the block ends."""
+    token = _launcher.set(by)
+    try:
+        yield
+    finally:
+        _launcher.reset(token)
+
+
+if MISSING is None:
+
+    class Kernel(JITFunction):
+        """A Triton kernel whose launch a `Launcher` may take over."""
+
+        def run(self, *args, grid, warmup, **kwargs):
+            by = _launcher.get()
+            if by is None or warmup:
+                return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+            return by.launch(self, grid, *args, **kwargs)
+
+    jit = Kernel
+
+else:
+
+    class _AbsentLanguage:
+        constexpr = object
+
+    class _AbsentKernel:
+        def __init__(self, fn: Callable) -> None:
+            functools.update_wrapper(self, fn)
+
+        def __getitem__(self, grid: Any) -> Callable:
+            by = _launcher.get()
+            if by is skip:
+                return lambda *args, **kwargs: None
+            raise RuntimeError(f"{self.__name__} cannot run: {MISSING}; use kernels.load('reference')")
+
+    class _AbsentTriton:
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << max(n - 1, 0).bit_length()
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+    jit, tl, triton = _AbsentKernel, _AbsentLanguage(), _AbsentTriton()
+
+
+@functools.cache
+def _properties(index: int | None) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    return found.major * 10 + found.minor, found.multi_processor_count
+
+
+def arch(x: Tensor) -> int:
+    """Compute capability times ten of the GPU that kernels on x run on: 80 for A100, 90 for H100; 0 when interpreted."""
+    by = _launcher.get()
+    return by.arch if by else _properties(x.device.index)[0]
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many streaming multiprocessors that GPU has."""
+    by = _launcher.get()
+    return by.multiprocessors if by else _properties(x.device.index)[1]

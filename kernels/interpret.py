@@ -1,0 +1,298 @@
+"""Run the kernels on CPU tensors, in Triton's interpreter made fit for parity tests.
+
+The stock interpreter (3.6 to 3.9) keeps bf16 as 16-bit integers and computes on the bit patterns: a bf16 dot is off by 1e9, a
+cast to bf16 truncates. `_Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. It also makes loop
+variables int32 tensors, as they are on a GPU, and it guards memory: an access outside the tensors given to the launch, a store
+of two programs to one address, and a load of what another program stored, are errors here and undefined behaviour on a GPU.
+
+Interpreting and compiling live side by side: TRITON_INTERPRET stays unset and the kernels are the same objects.
+Triton's language is patched only while a launch runs. Not thread-safe; the interpreter is a tool for tests.
+"""
+
+import contextlib
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton import knobs
+from triton.runtime import interpreter as stock
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._triton import Launcher, launching
+
+Handle = stock.TensorHandle
+
+
+class OutOfBounds(RuntimeError):
+    """A kernel read or wrote outside the tensors it was given."""
+
+
+class Race(RuntimeError):
+    """Two programs of one launch touched the same address, at least one of them with a plain store."""
+
+
+# ---- bfloat16: kept as uint16 by the interpreter, computed in fp32, rounded to nearest even
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """Round fp32 to bf16 bit patterns (uint16), to nearest even; NaN stays NaN."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """Widen bf16 bit patterns (uint16) to fp32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _is_bf16(dtype: Any) -> bool:
+    return dtype.scalar == tl.bfloat16
+
+
+def _wide(handle: Handle) -> np.ndarray:
+    return from_bf16(handle.data) if _is_bf16(handle.dtype) else handle.data
+
+
+def _narrow(x: np.ndarray) -> Handle:
+    return Handle(to_bf16(x), tl.bfloat16)
+
+
+_BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
+
+
+class _Builder(stock.InterpreterBuilder):
+    """The interpreter's builder with bf16 arithmetic and guarded memory; worn by the stock instance during a launch."""
+
+    guard: "_Guard | None" = None
+
+    def binary_op(self, lhs: Handle, rhs: Handle, op: Callable) -> Handle:
+        if not _is_bf16(lhs.dtype) or op in _BITWISE:
+            return super().binary_op(lhs, rhs, op)
+        out = op(_wide(lhs), _wide(rhs))
+        return Handle(out, lhs.dtype.scalar) if out.dtype == bool else _narrow(out)
+
+    def unary_op(self, arg: Handle, op: Callable) -> Handle:
+        return _narrow(op(_wide(arg))) if _is_bf16(arg.dtype) else super().unary_op(arg, op)
+
+    def ternary_op(self, lhs: Handle, rhs: Handle, other: Handle, op: Callable) -> Handle:
+        if op is np.clip and _is_bf16(lhs.dtype):
+            return _narrow(np.clip(_wide(lhs), _wide(rhs), _wide(other)))
+        return super().ternary_op(lhs, rhs, other, op)
+
+    def create_fma(self, x: Handle, y: Handle, z: Handle) -> Handle:
+        if _is_bf16(x.dtype):
+            return _narrow(_wide(x) * _wide(y) + _wide(z))
+        return super().create_fma(x, y, z)
+
+    def create_rsqrt(self, arg: Handle) -> Handle:
+        return _narrow(1 / np.sqrt(_wide(arg))) if _is_bf16(arg.dtype) else super().create_rsqrt(arg)
+
+    def create_dot(self, a: Handle, b: Handle, d: Handle, *rest: Any) -> Handle:
+        if _is_bf16(a.dtype):
+            a, b = Handle(_wide(a), tl.float32), Handle(_wide(b), tl.float32)
+        return super().create_dot(a, b, d, *rest)
+
+    def cast_impl(self, src: Handle, dst_type: Any) -> Handle:
+        source, target = _is_bf16(src.dtype), _is_bf16(dst_type)
+        if target and not source:
+            return _narrow(src.data.astype(np.float32))
+        if source and not target:
+            return Handle(_wide(src).astype(stock._get_np_dtype(dst_type)), dst_type.scalar)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src: Handle, dst_type: Any, rounding_mode: Any) -> Handle:
+        if _is_bf16(src.dtype) or _is_bf16(dst_type):
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def get_bf16(self, value: float) -> Handle:
+        return _narrow(np.array([value], dtype=np.float32))
+
+    # ---- memory
+
+    def create_masked_load(self, ptrs: Handle, mask: Handle, *rest: Any) -> Handle:
+        if self.guard:
+            self.guard.touch("load", ptrs, mask, self.grid_idx)
+        return super().create_masked_load(ptrs, mask, *rest)
+
+    def create_masked_store(self, ptrs: Handle, value: Handle, mask: Handle, *rest: Any) -> None:
+        if self.guard:
+            self.guard.touch("store", ptrs, mask, self.grid_idx)
+        return super().create_masked_store(ptrs, value, mask, *rest)
+
+    def create_atomic_rmw(self, op: Any, ptr: Handle, value: Handle, mask: Handle, *rest: Any) -> Handle:
+        if self.guard:
+            self.guard.touch("atomic", ptr, mask, self.grid_idx)
+        return super().create_atomic_rmw(op, ptr, value, mask, *rest)
+
+    def create_atomic_cas(self, ptr: Handle, *rest: Any) -> Handle:
+        if self.guard:
+            self.guard.touch("atomic", ptr, Handle(np.ones_like(ptr.data, dtype=bool), tl.int1), self.grid_idx)
+        return super().create_atomic_cas(ptr, *rest)
+
+
+class _Guard:
+    """What one launch may touch, and who touched what."""
+
+    def __init__(self, kernel: str, arguments: Any) -> None:
+        self.kernel = kernel
+        extents = sorted(set(_extents(arguments)))
+        self.low = np.array([a for a, _ in extents], dtype=np.uint64)
+        # views of one storage may overlap or nest: an address is fine if any of those that start below it reaches it
+        self.high = np.maximum.accumulate(np.array([b for _, b in extents], dtype=np.uint64))
+        self.seen: dict[str, list[tuple[np.ndarray, int]]] = {"load": [], "store": [], "atomic": []}
+        self.programs: list[tuple[int, ...]] = []
+
+    def touch(self, kind: str, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
+        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        addresses, mask_data = np.broadcast_arrays(ptrs.data, mask.data)
+        addresses = addresses[mask_data].astype(np.uint64)
+        if addresses.size == 0:
+            return
+        below = np.searchsorted(self.low, addresses, side="right").astype(np.int64) - 1
+        outside = (below < 0) | (addresses + np.uint64(size) > self.high[np.maximum(below, 0)])
+        if outside.any():
+            raise OutOfBounds(
+                f"{self.kernel}: {kind} out of bounds in program {program}: {int(outside.sum())} of {addresses.size} lanes"
+            )
+        if not self.programs or self.programs[-1] != program:
+            self.programs.append(program)
+        self.seen[kind].append((np.unique(addresses), len(self.programs) - 1))
+
+    def finish(self) -> None:
+        """Compare what the programs of the finished launch stored and loaded."""
+        stored, writer = self._joined("store")
+        if stored.size == 0:
+            return
+        order = np.lexsort((writer, stored))
+        stored, writer = stored[order], writer[order]
+        clash = (stored[1:] == stored[:-1]) & (writer[1:] != writer[:-1])
+        if clash.any():
+            i = int(np.flatnonzero(clash)[0])
+            self._race("both store to one address", writer[i], writer[i + 1])
+        for kind in ("load", "atomic"):
+            touched, reader = self._joined(kind)
+            at = np.minimum(np.searchsorted(stored, touched), stored.size - 1)
+            clash = (stored[at] == touched) & (writer[at] != reader)
+            if clash.any():
+                i = int(np.flatnonzero(clash)[0])
+                self._race(f"touch one address, the first with a {kind}, the second with a store", reader[i], writer[at[i]])
+
+    def _joined(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        seen = self.seen[kind]
+        if not seen:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        return np.concatenate([a for a, _ in seen]), np.concatenate([np.full(a.size, p) for a, p in seen])
+
+    def _race(self, what: str, first: int, second: int) -> None:
+        raise Race(f"{self.kernel}: programs {self.programs[first]} and {self.programs[second]} {what}")
+
+
+def _extents(arguments: Any) -> Iterator[tuple[int, int]]:
+    """The byte range of each tensor: of the view, not of its storage, so that walking off a slice is seen."""
+    for value in arguments:
+        if isinstance(value, TensorDescriptor):
+            value = value.base
+        if isinstance(value, torch.Tensor) and value.numel():
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            yield value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+        elif isinstance(value, (tuple, list)):
+            yield from _extents(value)
+
+
+# ---- launching
+
+
+def interpreting(guard: bool = True) -> contextlib.AbstractContextManager:
+    """Interpret every kernel that this thread launches inside the block. With guard=False memory is not checked."""
+    return launching(Launcher(partial(_launch, guard)))
+
+
+def _launch(guarded: bool, kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:
+    signature = inspect.signature(kernel.fn)
+    known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # without num_warps and the like
+    bound = signature.bind(*args, **known)
+    bound.apply_defaults()
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    guard = _Guard(kernel.__name__, bound.arguments.values()) if guarded else None
+    with _language(guard) as builder:
+        values = {k: v if k in constexprs else stock._implicit_cvt(v) for k, v in bound.arguments.items()}
+        grid = tuple(grid(bound.arguments) if callable(grid) else grid)
+        grid += (1,) * (3 - len(grid))
+        builder.set_grid_dim(*grid)
+        function = _rewritten(kernel)
+        for program in itertools.product(*map(range, grid)):
+            builder.set_grid_idx(*program)
+            function(**values)
+    if guard:
+        guard.finish()
+
+
+_rewrites: dict[Callable, Callable] = {}  # by the plain function: hashing a JITFunction walks all its dependencies
+
+
+def _rewritten(kernel: JITFunction) -> Callable:
+    function = _rewrites.get(kernel.fn)
+    if function is None:
+        fn = kernel.fn
+        # The stock rewriter adds its own globals to the function's: give it a copy of them.
+        copy = types.FunctionType(fn.__code__, dict(fn.__globals__), fn.__name__, fn.__defaults__, fn.__closure__)
+        copy.__module__, copy.__qualname__ = fn.__module__, fn.__qualname__
+        copy.__annotations__ = fn.__annotations__
+        function = _rewrites[kernel.fn] = stock.FunctionRewriter(copy).rewrite_ast()
+    return function
+
+
+_tl_user = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})  # a function that sees both languages
+
+
+class _NothingToRestore:
+    def restore(self) -> None:
+        """The one patch of the launch covers its device functions too."""
+
+
+@contextlib.contextmanager
+def _language(guard: _Guard | None) -> Iterator[_Builder]:
+    """Triton's language bound to the interpreter until the block ends."""
+    builder, call, patch, reduce_sum = stock.interpreter_builder, JITFunction.__call__, stock._patch_lang, stock.ReduceOps.sum
+    scope = patch(_tl_user)
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))  # numpy 2.4 takes scalars only
+    scope.set_attr(tl, "range", _range)
+    stock._patch_lang = lambda fn: _NothingToRestore()
+    stock.ReduceOps.sum = _summing(reduce_sum)
+    JITFunction.__call__ = lambda self, *args, **kwargs: _rewritten(self)(*args, **kwargs)
+    builder.__class__, builder.guard = _Builder, guard
+    try:
+        with knobs.runtime.scope(), np.errstate(all="ignore"):  # a GPU does not warn of overflow either
+            knobs.runtime.interpret = True
+            yield builder
+    finally:
+        builder.__class__ = stock.InterpreterBuilder
+        JITFunction.__call__, stock._patch_lang, stock.ReduceOps.sum = call, patch, reduce_sum
+        scope.restore()
+
+
+def _range(start: Any, stop: Any = None, step: Any = None, **hints: Any) -> Iterator[Any]:
+    """tl.range with int32 tensors as loop variables, as in compiled code; the stock one yields Python integers."""
+    start, stop = (0, start) if stop is None else (start, stop)
+    for i in range(int(start), int(stop), 1 if step is None else int(step)):
+        yield stock.interpreter_semantic.to_tensor(i, False)
+
+
+def _summing(stock_sum: Callable) -> Callable:
+    def sum_(self: Any, x: Any) -> Any:
+        if not _is_bf16(x.handle.dtype):
+            return stock_sum(self, x)
+        total = np.sum(_wide(x.handle), axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(to_bf16(np.asarray(total)), x.dtype)
+
+    return sum_

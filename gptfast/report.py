@@ -1,0 +1,384 @@
+"""Figures and one-page reports, drawn from rows (gptfast/log.py) and from nothing else, for train and bench alike.
+
+Every figure names the hardware, the date and the commit that its rows bear, and the convention of any MFU it shows. What a
+row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never before.
+
+    python -m gptfast.report out-speedrun                   # its log.jsonl -> report.md and PNGs beside it
+    python -m gptfast.report results/*/ops.jsonl --out_dir=report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptfast.cli import UserError, run
+from gptfast.log import Row, check_row
+
+MFU_CONVENTION = {
+    "mfu": "mfu: model FLOPs, causal attention counted once, over the dense peak",
+    "mfu_palm": "mfu_palm: 6N + 12·L·H·Q·T per token, over the dense peak",
+    "hfu": "hfu: hardware FLOPs, recomputation included, over the dense peak",
+    "mbu": "mbu: bytes that must be read, over the peak bandwidth",
+}
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#009E73", "#CC3311"  # told apart by all kinds of eyes (Okabe and Ito)
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+SMOOTH_STEPS = 20  # the bold line of a loss curve averages about as many steps
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+def read(paths: Iterable[Path | str]) -> list[Row]:
+    """The rows of JSONL files, in order. UserError names the file and the line that is not a row."""
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); give a .jsonl file of rows") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(check_row(json.loads(line)))
+            except ValueError as error:
+                if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                    continue  # what a killed run was writing
+                raise UserError(f"{path}:{number}: not a row: {error}; remove that line") from None
+    return rows
+
+
+def last_run(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the last training run in a log: from its `run` row on. Empty when there is none."""
+    starts = [i for i, row in enumerate(rows) if row["what"] == "run"]
+    return list(rows[starts[-1] :]) if starts else []
+
+
+def of_kind(rows: Iterable[Row], *kinds: str) -> list[Row]:
+    """Rows of these kinds that are not marked invalid."""
+    return [row for row in rows if row["what"] in kinds and row.get("valid", True)]
+
+
+def elapsed(rows: Sequence[Row]) -> Callable[[int], float]:
+    """The seconds of training that a step had behind it, as a function of the step.
+
+    From `seconds` in the step rows; without it from `ms`, which then stands for the steps since the row before.
+    """
+    steps, seconds, total, previous = [-1], [0.0], 0.0, -1
+    for row in of_kind(rows, "step"):
+        stated = row.get("seconds")
+        total = stated if stated is not None else total + (row["step"] - previous) * (row.get("ms") or 0.0) / 1e3
+        previous = row["step"]
+        steps.append(previous)
+        seconds.append(total)
+    return lambda step: seconds[bisect_right(steps, step) - 1]
+
+
+# ---- words ------------------------------------------------------------------------------------------------------
+def number(value: Any, digits: int = 3) -> str:
+    """A number to so many significant digits, thousands apart; n/a for None."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 10 ** (digits - 1)):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def dims(row: Row) -> str:
+    """`B=8 T=1024`."""
+    return " ".join(f"{key}={value}" for key, value in row.get("dims", {}).items())
+
+
+def caption(rows: Iterable[Row], mfu_names: Iterable[str] = ()) -> str:
+    """Hardware, software, date and commit of rows, and what the MFU figures beside it mean."""
+    stated = [row for row in rows if "hardware" in row]
+    hardware = _distinct(_hardware(row) for row in stated)
+    software = _distinct(f"torch {row['software']['torch']}" for row in stated)
+    dates = sorted(row["date"][:10] for row in stated)
+    date = " to ".join(_distinct([dates[0], dates[-1]])) if dates else "date n/a"
+    commits = _distinct(_commit(row) for row in stated)
+    facts = [", ".join(hardware) or "hardware n/a", ", ".join(software) or "torch n/a", date]
+    facts.append(f"commit {', '.join(commits) or 'n/a'}")
+    return "\n".join([" · ".join(facts), *(MFU_CONVENTION[name] for name in mfu_names)])
+
+
+def _hardware(row: Row) -> str:
+    hardware = row["hardware"]
+    if hardware.get("kind") == "cuda":
+        return hardware["name"]
+    threads = hardware.get("cpu", {}).get("threads")
+    return hardware["name"] + (f", {threads} threads" if threads else "")
+
+
+def _commit(row: Row) -> str:
+    return (row["commit"] or "n/a")[:10] + ("+changes" if row.get("dirty") else "")
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], Any]]) -> str:
+    """A Markdown table. `columns` maps a heading to a field's name, or to a function of the row; None prints as n/a."""
+    getters = [(lambda row, key=get: row.get(key)) if isinstance(get, str) else get for get in columns.values()]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = (number(get(row), 4).replace("|", "\\|").replace("\n", " ") for get in getters)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fenced(text: str) -> str:
+    """Text as a Markdown code block, whatever backticks it holds."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+# ---- figures ----------------------------------------------------------------------------------------------------
+def new_figure(title: str, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, one above the other on one x axis. No display is needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2 + 1.9 * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=12, x=0.02, ha="left")
+    return figure, axes
+
+
+def save(figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = ()) -> Path:
+    """Writes a PNG with the caption of its rows beneath; returns its path."""
+    figure.supxlabel(caption(rows, mfu_names), fontsize=7, color="#444444", x=0.02, ha="left")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
+    """Loss against seconds of training: the batches, their running mean, and both evaluated splits. None without steps."""
+    steps = [row for row in of_kind(rows, "step") if _finite(row.get("loss"))]
+    evals = [row for row in of_kind(rows, "eval") if _finite(row.get("val_loss"))]
+    if not steps and not evals:
+        return None
+    time = elapsed(rows)
+    figure, (axis,) = new_figure(f"{_run_name(rows)}: loss")
+    if steps:
+        seconds = [time(row["step"]) for row in steps]
+        losses = [row["loss"] for row in steps]
+        axis.plot(seconds, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="training batch")
+        axis.plot(seconds, _smooth(losses), color=BLUE, linewidth=1.8, label=f"its mean over ~{SMOOTH_STEPS} logged steps")
+    if evals:
+        seconds = [time(row["step"] - 1) for row in evals]
+        axis.plot(seconds, [row["val_loss"] for row in evals], "o-", color=ORANGE, markersize=4, label="validation")
+        last = evals[-1]
+        axis.annotate(
+            f"{last['val_loss']:.4f}", (seconds[-1], last["val_loss"]), xytext=(0, 9), textcoords="offset points",
+            ha="right", color=ORANGE, fontsize=9,
+        )  # fmt: skip
+    axis.set(xlabel="training time, s (evaluation left out)", ylabel="loss, nats per token")
+    axis.legend(frameon=False)
+    return save(figure, path, rows)
+
+
+def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
+    """Tokens per second, and the MFU figures where a peak is known, against the step. None without timed steps."""
+    steps = [row for row in of_kind(rows, "step") if _finite(row.get("tokens_per_s"))]
+    if not steps:
+        return None
+    names = [name for name in ("mfu", "mfu_palm") if any(_finite(row.get(name)) for row in steps)]
+    figure, axes = new_figure(f"{_run_name(rows)}: throughput", panels=2 if names else 1)
+    rates = [row["tokens_per_s"] for row in steps]
+    median = statistics.median(rates)
+    axes[0].plot([row["step"] for row in steps], rates, color=BLUE, linewidth=1.0)
+    axes[0].axhline(median, color="#444444", linewidth=0.8, linestyle="--", label=f"median {number(median)}")
+    axes[0].set(ylabel="tokens/s", ylim=(0, 1.15 * max(rates)))
+    axes[0].legend(frameon=False, loc="lower right")
+    for name, color in zip(names, (BLUE, ORANGE), strict=False):
+        known = [row for row in steps if _finite(row.get(name))]
+        axes[1].plot([row["step"] for row in known], [100 * row[name] for row in known], color=color, label=name)
+    if names:
+        axes[1].set(ylabel="% of dense peak", ylim=(0, None))
+        axes[1].legend(frameon=False, loc="lower right")
+    axes[-1].set_xlabel("step" if names else "step          (MFU n/a: no peak is known for this hardware)")
+    return save(figure, path, rows, names)
+
+
+def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, unit: str) -> Path | None:
+    """Implementations side by side, a group of bars for each size: `value` (say "gbs") in `unit` of bench rows."""
+    rows = [row for row in rows if row.get("valid", True) and _finite(row.get(value))]
+    if not rows:
+        return None
+    groups, makers = _distinct(map(_size_label, rows)), _distinct(row["impl"] for row in rows)
+    figure, (axis,) = new_figure(title)
+    width = 0.8 / len(makers)
+    for i, maker in enumerate(makers):
+        mine = [row for row in rows if row["impl"] == maker]
+        places = [groups.index(_size_label(row)) + (i - (len(makers) - 1) / 2) * width for row in mine]
+        bars = axis.bar(places, [row[value] for row in mine], 0.92 * width, color=COLORS[i % len(COLORS)], label=maker)
+        if value == "ms_p50":
+            spread = ([row["ms_p50"] - row["ms_p20"] for row in mine], [row["ms_p80"] - row["ms_p50"] for row in mine])
+            axis.errorbar(places, [row["ms_p50"] for row in mine], yerr=spread, fmt="none", ecolor="#222222", linewidth=0.8)
+        if len(rows) <= 24:
+            axis.bar_label(bars, [number(row[value]) for row in mine], fontsize=7, padding=2)
+    crowded = len(groups) > 4
+    axis.set_xticks(
+        range(len(groups)), groups, fontsize=8, rotation=30 if crowded else 0, ha="right" if crowded else "center"
+    )
+    axis.set(ylabel=unit)
+    axis.margins(y=0.12)
+    axis.legend(frameon=False, ncols=min(4, len(makers)), loc="lower left", bbox_to_anchor=(0, 1))
+    return save(figure, path, rows, [value] if value in MFU_CONVENTION else [])
+
+
+def _size_label(row: Row) -> str:
+    return "\n".join(filter(None, [row.get("direction", ""), dims(row) or row["name"], row["dtype"]]))
+
+
+def _run_name(rows: Sequence[Row]) -> str:
+    first = next((row for row in rows if row["what"] == "run"), {})
+    return str(first.get("name") or first.get("config", {}).get("dataset") or "training")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running mean with exponential weights, without the bias of its start."""
+    decay = 1 - 1 / SMOOTH_STEPS
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight)
+    return means
+
+
+# ---- one page ---------------------------------------------------------------------------------------------------
+def write_report(rows: Sequence[Row], out_dir: Path | str) -> Path:
+    """Draws what the rows hold into `out_dir` and writes report.md, which shows it on one page; returns its path.
+
+    A training log gives the last run in it; op, model and decode rows give a table and a figure for each name.
+    """
+    out_dir = Path(out_dir)
+    sections = [*_training_sections(last_run(rows), out_dir), *_bench_sections(rows, out_dir)]
+    if not sections:
+        raise UserError("no rows of a training run or of the bench to report on; give the log of one")
+    path = out_dir / "report.md"
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
+    if not rows:
+        return []
+    first = rows[0]
+    sections = [f"# {_run_name(rows)}", _verdict(rows), caption(rows[:1])]
+    figures = (
+        ("Loss against time", loss_figure(rows, out_dir / "loss.png")),
+        ("Throughput", throughput_figure(rows, out_dir / "throughput.png")),
+    )
+    sections += [f"![{title}]({path.name})" for title, path in figures if path]
+    time = elapsed(rows)
+    evals = of_kind(rows, "eval")
+    if evals:
+        shown = evals if len(evals) <= 12 else [*evals[:: math.ceil(len(evals) / 11)], evals[-1]]
+        columns = {
+            "step": "step", "training time, s": lambda row: time(row["step"] - 1), "train loss": "train_loss", "val loss": "val_loss"
+        }  # fmt: skip
+        sections += ["## Evaluations", table(shown, columns)]
+    samples = of_kind(rows, "sample")
+    if samples:
+        sections += ["## Samples", *(fenced(row["text"]) for row in samples[-2:])]
+    steps = of_kind(rows, "step")
+    known = [name for name in ("mfu", "mfu_palm") if any(_finite(row.get(name)) for row in steps)]
+    means = [f"{name}: {_median(steps, name, percent=True)} (median)" for name in ("mfu", "mfu_palm")]
+    facts = [f"command: `{first['command']}`", *means, *(MFU_CONVENTION[name] for name in known)]
+    return [*sections, "## Facts", "\n".join(f"- {fact}" for fact in facts), _config_table(first)]
+
+
+def _verdict(rows: list[Row]) -> str:
+    """What the run came to, in a sentence."""
+    summary = next((row for row in reversed(rows) if row["what"] == "summary"), {})
+    steps, evals = of_kind(rows, "step"), of_kind(rows, "eval")
+    loss = summary.get("loss", evals[-1].get("val_loss") if evals else None)
+    taken = steps[-1]["step"] + 1 if steps else 0
+    words = f"Validation loss **{f'{loss:.4f}' if _finite(loss) else number(loss)}** after {taken:,} iterations"
+    words += f" and {number(elapsed(rows)(taken))} s of training"
+    if summary.get("parameters"):
+        words += f", {summary['parameters']:,} parameters"
+    words += f", {_median(steps, 'tokens_per_s')} tokens/s (median)."
+    return words if summary else f"Unfinished. {words}"
+
+
+def _median(rows: Sequence[Row], key: str, percent: bool = False) -> str:
+    values = [row[key] for row in rows if _finite(row.get(key))]
+    if not values:
+        return "n/a"
+    return f"{100 * statistics.median(values):.1f} %" if percent else number(statistics.median(values))
+
+
+def _config_table(row: Row) -> str:
+    settings = {key: value for key, value in row.get("config", {}).items() if not isinstance(value, dict | list)}
+    return "Settings: " + ", ".join(f"{key}={value}" for key, value in settings.items()) if settings else ""
+
+
+def _bench_sections(rows: Sequence[Row], out_dir: Path) -> list[str]:
+    rows = [row for row in rows if row["what"] in ("op", "model", "decode")]
+    sections: list[str] = ["# Measurements"] if rows else []
+    for what, name in dict.fromkeys((row["what"], row["name"]) for row in rows):
+        mine = [row for row in rows if (row["what"], row["name"]) == (what, name)]
+        value, unit = next(
+            (value, unit) for value, unit in BENCH_VALUES if value == "ms_p50" or any(_finite(row.get(value)) for row in mine)
+        )
+        path = comparison_figure(mine, out_dir / f"{what}-{name}.png", f"{name}: {unit}", value, unit)
+        sections += [f"## {name}", caption(mine), table(mine, BENCH_COLUMNS)]
+        sections += [f"![{name}]({path.name})"] if path else []
+    return sections
+
+
+BENCH_VALUES = (("tokens_per_s", "tokens/s"), ("tflops", "TFLOP/s"), ("gbs", "GB/s"), ("ms_p50", "ms"))
+BENCH_COLUMNS: dict[str, str | Callable[[Row], Any]] = {
+    "implementation": "impl",
+    "direction": "direction",
+    "sizes": dims,
+    "dtype": "dtype",
+    "ms p20": "ms_p20",
+    "ms p50": "ms_p50",
+    "ms p80": "ms_p80",
+    "TFLOP/s": "tflops",
+    "GB/s": "gbs",
+    "tokens/s": "tokens_per_s",
+    "of roofline": "roofline",
+    "error": "error",
+    "valid": lambda row: "yes" if row.get("valid", True) else f"no: {row.get('invalid_reason')}",
+}
+
+
+def main(argv: list[str]) -> None:
+    """Report on logs: files of rows, or folders that hold a log.jsonl."""
+    parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")
+    options = parser.parse_args(argv)
+    logs = [path / "log.jsonl" if path.is_dir() else path for path in options.paths]
+    out_dir = options.out_dir or logs[0].parent
+    out_dir.mkdir(parents=True, exist_ok=True)
+    print(write_report(read(logs), out_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,96 @@
+"""What a GPT is, as data: a frozen dataclass and the named sizes.
+
+`dataclasses.asdict(config)` is JSON; `GPTConfig(**json)` brings it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from .cli import UserError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture, declaratively. Raises UserError, naming the field and the fix, for one that cannot be built."""
+
+    block_size: int = 1024  # T, the longest sequence
+    vocab_size: int = 50304  # V: GPT-2's 50257 rounded up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12  # H
+    n_kv_head: int | None = None  # G, heads of keys and values; None means n_head
+    n_embd: int = 768  # C
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm has no weight
+    position: Literal["learned", "rope"] = "learned"
+    activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"
+    qk_norm: bool = False  # RMS-normalize each query and key
+    tied: bool = True  # the head's weight is the token embedding
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+    @property
+    def kv_heads(self) -> int:
+        """G: the number of key and value heads."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_dim(self) -> int:
+        """D = C / H."""
+        return self.n_embd // self.n_head
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            _require(getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.n_embd % self.n_head == 0,
+            "n_embd",
+            f"is {self.n_embd}, which {self.n_head} heads do not divide; change n_embd or n_head",
+        )
+        _require(
+            self.kv_heads >= 1 and self.n_head % self.kv_heads == 0,
+            "n_kv_head",
+            f"is {self.n_kv_head}; it must divide n_head, which is {self.n_head}",
+        )
+        _require(0.0 <= self.dropout < 1.0, "dropout", f"is {self.dropout}; it must be in [0, 1)")
+        choices = get_type_hints(GPTConfig)
+        for name in ("norm", "position", "activation"):
+            known = get_args(choices[name])
+            _require(getattr(self, name) in known, name, f"is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        _require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            "n_embd",
+            f"/ n_head is {self.head_dim}; rotary positions need an even head size",
+        )
+        _require(self.softcap is None or self.softcap > 0.0, "softcap", f"is {self.softcap}; it must be positive or None")
+
+
+def _require(condition: bool, field: str, message: str) -> None:
+    if not condition:
+        raise UserError(f"{field} {message}")
+
+
+def preset(name: str) -> GPTConfig:
+    """The config of that name in PRESETS. Raises UserError with the names there are."""
+    if name not in PRESETS:
+        raise UserError(f"no model preset named {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+_GPT2 = GPTConfig(vocab_size=50257)  # Radford et al. 2019; as OpenAI published it
+_CHAR = GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False)
+_CHAR_CPU = dataclasses.replace(_CHAR, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0)
+_MODERN = GPTConfig(bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False)
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt2": _GPT2,
+    "gpt2-medium": dataclasses.replace(_GPT2, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dataclasses.replace(_GPT2, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dataclasses.replace(_GPT2, n_layer=48, n_head=25, n_embd=1600),
+    "char": _CHAR,  # nanoGPT's train_shakespeare_char
+    "char-cpu": _CHAR_CPU,  # nanoGPT's README command for a CPU
+    "char-modern-cpu": dataclasses.replace(_MODERN, block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128),
+    "modern": _MODERN,  # GPT-2 124M's layers, width and heads
+}

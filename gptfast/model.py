@@ -1,0 +1,216 @@
+"""The GPT. One class, both the GPT-2 and the modern architecture, by config; the hot operations come in as `ops`.
+
+Weights are kept in fp32. Activations have one explicit dtype: each layer casts its weight to the dtype of its input, and there
+is no autocast. The model knows nothing of ranks; gptfast.parallel wraps it from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import Ops
+
+from .cli import UserError
+from .config import GPTConfig
+
+IGNORED = -1  # a target that counts for nothing
+
+
+def relu2(x: Tensor) -> Tensor:
+    """The square of the positive part (So et al., "Primer", arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's own GELU, by tanh; Hugging Face calls it gelu_new."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
+
+
+class Linear(nn.Linear):
+    """x @ weight^T + bias in x's dtype, whatever the dtype of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """LayerNorm with an optional bias, or RMSNorm without a weight."""
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.layernorm = config.norm == "layernorm"
+        if self.layernorm:
+            self.weight = nn.Parameter(torch.ones(config.n_embd))
+            self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layernorm:
+            return self.ops.layernorm(x, self.weight, self.bias, 1e-5)
+        return self.ops.rmsnorm(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over heads of a fused projection; q, k and v stay views of it unless they are rotated."""
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        width = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.c_attn = Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        config, ops = self.config, self.ops
+        B, T, C = x.shape
+        H, G = config.n_head, config.kv_heads
+        qkv = self.c_attn(x).view(B, T, H + 2 * G, config.head_dim)
+        q, k, v = qkv.split((H, G, G), dim=2)
+        if rotation is not None:
+            q, k = ops.rotary(q, k, *rotation, qk_norm=config.qk_norm)
+        elif config.qk_norm:
+            q, k = ops.rmsnorm(q), ops.rmsnorm(k)
+        dropout = config.dropout if self.training else 0.0
+        out = self.c_proj(ops.attention(q, k, v, causal=True, dropout=dropout).reshape(B, T, C))
+        return F.dropout(out, dropout) if dropout else out
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = config.dropout
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.c_proj(self.activation(self.c_fc(x)))
+        return F.dropout(out, self.dropout) if self.training and self.dropout else out
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ln_1, self.attn = Norm(config, ops), Attention(config, ops)
+        self.ln_2, self.mlp = Norm(config, ops), MLP(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `dtype` is the dtype of the activations; the parameters are fp32.
+
+    Parameters are named as in nanoGPT and Hugging Face's GPT-2: transformer.wte, transformer.h.0.attn.c_attn, lm_head, ...
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.ops, self.dtype = config, ops, dtype
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["h"] = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.transformer["ln_f"] = Norm(config, ops)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.transformer["wte"].weight = self.lm_head.weight
+        self._set_rotation()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's initialization: N(0, 0.02), biases 0, and the projections into the residual stream by sqrt(2L) smaller."""
+        for name, p in self.named_parameters():
+            if name.endswith(".bias"):
+                p.zero_()
+            elif p.dim() >= 2:
+                deep = name.endswith("c_proj.weight")
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if deep else 0.02)
+            else:
+                p.fill_(1.0)  # the gain of a norm
+
+    def _set_rotation(self) -> None:
+        """cos and sin (T, D/2) of RoPE's angles, position * 10000^(-2i / D), fp32; empty with learned positions."""
+        rope, D = self.config.position == "rope", self.config.head_dim
+        frequency = 10000.0 ** (torch.arange(0, D, 2, dtype=torch.float64) / -D)
+        angle = torch.arange(self.config.block_size if rope else 0, dtype=torch.float64)[:, None] * frequency
+        device = self.lm_head.weight.device
+        self.register_buffer("cos", angle.cos().to(device, torch.float32), persistent=False)
+        self.register_buffer("sin", angle.sin().to(device, torch.float32), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored."""
+        x = self.hidden(tokens)
+        weight = self.lm_head.weight.to(x.dtype)
+        return self.ops.linear_cross_entropy(
+            x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap
+        )
+
+    def logits(self, tokens: Tensor, last_only: bool = False) -> Tensor:
+        """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64."""
+        x = self.hidden(tokens)
+        z = self.lm_head(x[:, -1:] if last_only else x)
+        softcap = self.config.softcap
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The normalized residual stream (B, T, C) that the head reads. Raises ValueError if T > block_size."""
+        T = tokens.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"tokens: {T} positions, but block_size is {self.config.block_size}")
+        x, rotation = self.transformer["wte"](tokens), None
+        if self.config.position == "learned":
+            x = x + self.transformer["wpe"].weight[:T]
+        else:
+            rotation = self.cos[:T], self.sin[:T]
+        x = x.to(self.dtype)
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        for block in self.transformer["h"]:
+            x = block(x, rotation)
+        return self.transformer["ln_f"](x)
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Parameters, a tied head counted once; `non_embedding` leaves out the position embedding, as nanoGPT does."""
+        total = sum(p.numel() for p in self.parameters())
+        wpe = self.transformer["wpe"].weight.numel() if self.config.position == "learned" else 0
+        return total - wpe if non_embedding else total
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the longest sequence, for pretrained weights. Raises UserError if it would grow."""
+        if block_size > self.config.block_size:
+            raise UserError(f"block_size cannot grow from {self.config.block_size} to {block_size}; give a smaller one")
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        if self.config.position == "learned":
+            wpe = self.transformer["wpe"]
+            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight.detach()[:block_size].clone()), block_size
+        self._set_rotation()
+
+
+def compute_dtype(device: str) -> tuple[torch.dtype, str]:
+    """The fastest dtype of activations in which `device` trains well, and why: (dtype, one line for the log)."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has bfloat16 matrix units"
+        return torch.float16, "the GPU has no bfloat16 matrix units"
+    if kind == "cpu":
+        if torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
+        if torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16, "the CPU has bfloat16 dot products (AVX512-BF16)"
+        return torch.float32, "the CPU has no native bfloat16"
+    return torch.float32, f"{kind} is not known to train well in less"

@@ -1,0 +1,79 @@
+"""Scaled dot-product attention.
+
+    s[t, u] = scale * sum_d q[t, d] * k[u, d]        s = softcap * tanh(s / softcap)  if softcap
+    p = softmax_u(s where query t may see key u, else -inf)        out[t] = sum_u p[t, u] * v[u]
+
+    dv = p^T @ dout        dp = dout @ v^T        ds = p * (dp - sum_u(p * dp)), times 1 - (s / softcap)^2 if softcap
+    dq = scale * ds @ k    dk = scale * ds^T @ q  (sum_u(p * dp) is also sum_d(dout * out))
+
+    Query t stands at position t + S - T, so that the last query sees the last key. Causal: it sees positions up to its own.
+    Window: at most `window` positions before its own (and, without causal, after). Packed: only its own document. A query that
+    sees no key gives 0. Query head h reads key head h // (H / G). Dropout zeroes entries of p and scales the others up.
+
+q, out: (B, T, H, D)   k, v: (B, S, G, D)   p: (T, S) for each batch and head
+
+Vaswani et al., arXiv:1706.03762; grouped heads: Ainslie et al., arXiv:2305.13245; tiling and the backward: Dao et al.,
+"FlashAttention", arXiv:2205.14135.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attention of q (B, T, H, D) to k, v (B, S, G, D); any strides. `scale` is D^-1/2 by default. Returns q's dtype.
+
+    Products are taken in q's dtype and the softmax in at least fp32. `window` 0 sees only its own position. `cu_seqlens`
+    (N + 1,) int marks the starts of N documents packed along T = S, and the end. `seed` makes dropout repeatable; None draws
+    from torch's default generator.
+    """
+    heads, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
+    if heads > 1:
+        k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
+    s = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    hidden = _hidden(s.shape[-2], s.shape[-1], causal, window, cu_seqlens, s.device)
+    if hidden is not None:
+        s = s.masked_fill(hidden, torch.finfo(s.dtype).min)  # not -inf: a row of it would have a NaN gradient
+    p = torch.softmax(s, dim=-1)
+    if hidden is not None and not (causal and window is None and cu_seqlens is None and p.shape[-2] <= p.shape[-1]):
+        p = p.masked_fill(hidden, 0.0)
+    if dropout > 0.0:
+        p = _drop(p, dropout, seed)
+    return (p.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _hidden(
+    T: int, S: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """True (T, S) where the query must not see the key; None if every query sees every key."""
+    ahead = torch.arange(S, device=device) - (torch.arange(T, device=device) + S - T)[:, None]  # key minus query position
+    hidden = [ahead > 0] if causal else []
+    if window is not None:
+        hidden.append(ahead.abs() > window)
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(S, device=device), cu_seqlens[1:], right=True)
+        hidden.append(document != document[S - T :, None])
+    return torch.stack(hidden).any(dim=0) if hidden else None
+
+
+def _drop(p: Tensor, dropout: float, seed: int | None) -> Tensor:
+    if seed is None:
+        return F.dropout(p, dropout)
+    kept = torch.rand(p.shape, device=p.device, generator=torch.Generator(p.device).manual_seed(seed)) >= dropout
+    return p * kept / (1.0 - dropout)

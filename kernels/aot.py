@@ -1,0 +1,375 @@
+"""Compile every kernel of every op ahead of time for A100, H100 and B200, on any Linux box, and hold the machine code to gates.
+
+    python -m kernels.aot                   compile what changed, print the table, fail on a broken gate or a stale report
+    python -m kernels.aot --update          the same, and write results/aot.json
+
+Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, every launch that it makes is
+recorded, and each distinct one is compiled exactly as the launch would be. Registers, stack and spills come from the cubin,
+instruction counts from its disassembly, warnings from ptxas. All tools lie in the Triton wheel.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from . import OPS
+from ._triton import Launcher, launching
+from .op import Op
+
+REPORT = Path(__file__).resolve().parents[1] / "results" / "aot.json"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one multiprocessor, from the CUDA C++ Programming Guide, table of technical specifications."""
+
+    name: str
+    multiprocessors: int
+    shared_per_sm: int  # bytes
+    shared_per_program: int  # bytes
+    registers: int = 65536
+    warps: int = 64
+    programs: int = 32
+
+
+CHIPS = {
+    80: Chip("A100", 108, 167936, 166912),
+    90: Chip("H100", 132, 233472, 232448),
+    100: Chip("B200", 148, 233472, 232448),
+}
+RESERVED_SHARED = 1024  # bytes a program costs beside what it asks for
+
+
+# ---- recording launches
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as an op made it on meta tensors."""
+
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def signature(self) -> str:
+        """What the compiler sees: dtypes, divisibility, constants and options. Equal signatures give equal machine code."""
+        parts = []
+        for parameter, value in zip(self.kernel.params, self.args, strict=False):
+            parts.append(f"{parameter.name}={value if parameter.is_constexpr else _specialization(value)}")
+        parts += [f"{k}={v}" for k, v in sorted(self.kwargs.items())]
+        return " ".join(parts)
+
+
+def _specialization(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{str(value.dtype).removeprefix('torch.')}{'' if value.storage_offset() % 16 == 0 else '?'}"
+    if hasattr(value, "block_shape"):
+        return f"desc<{_specialization(value.base)}{list(value.block_shape)}>"
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        width = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "1" if value == 1 else f"{width}:16" if value % 16 == 0 else width
+    if isinstance(value, (tuple, list)):
+        return str([_specialization(v) for v in value])
+    return type(value).__name__
+
+
+def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Every launch that forward and backward of an op make at these dims on that architecture, without running any."""
+    found: list[Launch] = []
+    record = Launcher(lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, CHIPS[arch].multiprocessors)
+    arguments = op.inputs(**dims, dtype=dtype, device="meta")
+    leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    with launching(record):
+        out = op.triton(*arguments)
+        out = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor) and o.requires_grad]
+        if out:
+            torch.autograd.grad(out, leaves, [torch.empty_like(o) for o in out], allow_unused=True)
+    return found
+
+
+# ---- compiling
+
+
+class _OfflineDriver(DriverBase):
+    """As much of a driver as kernel.warmup needs, so that a kernel is specialized exactly as in a launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return self.arch  # the kernel caches of the architectures stay apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Any:
+        raise RuntimeError("nothing can be timed without a GPU")
+
+
+@contextlib.contextmanager
+def _offline(arch: int) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_OfflineDriver(arch))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The compiled kernel of a recorded launch: cubin, ptx, ttgir in `.asm`, shared bytes and warps in `.metadata`."""
+    with _offline(arch), launching(None):
+        return launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+
+
+# ---- reading machine code
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_WARNING = re.compile(r"\bC75\d\d\b")
+_TMA_COPY = re.compile(r"async_tma_copy_global_to_local.*?tensordesc<tensor<([\dx]+)x\w+.*?->.*?memdesc<([\dx]+)x\w+")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of one kernel uses. Counts are of instructions in the listing, not of those executed."""
+
+    registers: int
+    stack_bytes: int
+    local_accesses: int
+    shared_bytes: int
+    warps: int
+    programs_per_sm: int
+    instructions: int
+    matrix: str  # the matrix instructions and how many: 'HGMMA 12'; '' where there are none
+    has_dot: bool
+    softmax_overlap: int  # exponentials between a matrix instruction and the next
+    loads_128: int
+    loads_narrow: int  # global loads of fewer than 128 bits
+    stores_128: int
+    stores_narrow: int
+    bulk_copies: int  # tensor memory accelerator
+    ptxas_warnings: tuple[str, ...]
+    box_mismatch: bool  # a bulk copy whose box differs from the buffer it fills
+
+
+def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
+    """How many programs (CTAs) fit on a multiprocessor at once: registers go by 256 a warp, warps by 4, shared by 128 B."""
+    chip = CHIPS[arch]
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = chip.registers // per_warp // 4 * 4 // warps
+    shared = -(-(shared_bytes + RESERVED_SHARED) // 128) * 128
+    by_shared = chip.shared_per_sm // shared if shared_bytes <= chip.shared_per_program else 0
+    return min(by_registers, chip.warps // warps, by_shared, chip.programs)
+
+
+def _tool(name: str, arch: int) -> str:
+    tool = "ptxas_blackwell" if name == "ptxas" and arch >= 100 else name
+    return getattr(knobs.nvidia, tool).path
+
+
+def _run(tool: str, *args: str) -> str:
+    done = subprocess.run([tool, *args], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def read_code(compiled: Any, arch: int) -> Code:
+    """Disassemble a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run(_tool("cuobjdump", arch), "-res-usage", str(cubin))
+        sass = _run(_tool("nvdisasm", arch), "-c", str(cubin))
+        name = f"sm_{arch}" + ("a" if arch >= 90 else "")
+        verbose = _run(_tool("ptxas", arch), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "k.out")))
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    listing = [m.group(1) for m in _INSTRUCTION.finditer(sass)]
+    family = collections.Counter(op.split(".")[0] for op in listing)
+    loads = [op for op in listing if op.startswith(("LDG.", "LDGSTS"))]
+    stores = [op for op in listing if op.startswith("STG.")]
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    boxes = [m.groups() for line in compiled.asm["ttgir"].splitlines() if (m := _TMA_COPY.search(line))]
+    matrix = [k for k in family if k in ("HGMMA", "QGMMA", "HMMA", "IMMA", "DMMA") or (k.startswith("UTC") and "MMA" in k)]
+    return Code(
+        registers=used["REG"],
+        stack_bytes=used["STACK"] + used.get("LOCAL", 0),
+        local_accesses=family["LDL"] + family["STL"],
+        shared_bytes=shared,
+        warps=warps,
+        programs_per_sm=programs_per_sm(arch, used["REG"], warps, shared),
+        instructions=len(listing),
+        matrix=" ".join(f"{k} {family[k]}" for k in sorted(matrix)),
+        has_dot="tt.dot" in compiled.asm["ttir"],
+        softmax_overlap=_softmax_overlap(listing),
+        loads_128=sum(".128" in op for op in loads),
+        loads_narrow=sum(".128" not in op for op in loads),
+        stores_128=sum(".128" in op for op in stores),
+        stores_narrow=sum(".128" not in op for op in stores),
+        bulk_copies=family["UTMALDG"] + family["UTMASTG"],
+        ptxas_warnings=tuple(sorted(set(_WARNING.findall(verbose)))),
+        box_mismatch=any(box != buffer for box, buffer in boxes),
+    )
+
+
+def _softmax_overlap(listing: list[str]) -> int:
+    """Exponentials that stand after a matrix instruction and before another: work that can hide under it."""
+    matrix = [i for i, op in enumerate(listing) if op.startswith(("HGMMA", "QGMMA", "HMMA", "UTC"))]
+    if len(matrix) < 2:
+        return 0
+    return sum(op == "MUFU.EX2" for op in listing[matrix[0] : matrix[-1]])
+
+
+# ---- gates
+
+
+def broken_gates(code: Code, arch: int) -> list[str]:
+    """Why this machine code would disappoint; empty when it is clean."""
+    broken = []
+    if code.stack_bytes or code.local_accesses:
+        broken.append(f"spills: {code.stack_bytes} B of stack, {code.local_accesses} local accesses")
+    if code.ptxas_warnings:
+        broken.append(f"ptxas serializes wgmma: {' '.join(code.ptxas_warnings)}")
+    if code.shared_bytes > CHIPS[arch].shared_per_program:
+        broken.append(f"shared memory: {code.shared_bytes} B, the chip has {CHIPS[arch].shared_per_program}")
+    if code.box_mismatch:
+        broken.append("a bulk copy's box differs from its buffer")
+    if code.has_dot:
+        wanted = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[arch]
+        if wanted not in code.matrix:
+            broken.append(f"matrix product without {wanted}: {code.matrix or 'none'}")
+        if code.programs_per_sm * code.warps < 8:
+            broken.append(f"{code.programs_per_sm * code.warps} warps per multiprocessor, a matrix product wants 8")
+    elif code.loads_narrow > code.loads_128 * 4 + 8:
+        broken.append(f"narrow loads: {code.loads_narrow} against {code.loads_128} of 128 bits")
+    return broken
+
+
+# ---- the report
+
+
+def _digest(launch: Launch) -> str:
+    """Changes when the source of the kernel, or what the compiler is told, changes."""
+    text = f"{triton.__version__} {launch.kernel.cache_key} {launch.signature()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
+    """(op, arch, kernel, signature) -> launch, over all bench sizes; sizes that give the same code fall together."""
+    wanted: dict[tuple, Launch] = {}
+    for name in ops:
+        op = OPS[name]
+        for arch in archs if op.triton else ():
+            for dims in op.bench:
+                for launch in launches(op, dict(dims), arch):
+                    wanted.setdefault((name, arch, launch.kernel.__name__, launch.signature()), launch)
+    return wanted
+
+
+def _row(key: tuple, launch: Launch) -> dict[str, Any]:
+    op, arch, kernel, signature = key
+    code = read_code(compile_launch(launch, arch), arch)
+    return {
+        "op": op, "arch": arch, "kernel": kernel, "signature": signature, "digest": _digest(launch),
+        **asdict(code), "ptxas_warnings": list(code.ptxas_warnings), "broken": broken_gates(code, arch),
+    }  # fmt: skip
+
+
+def read_report(path: Path = REPORT) -> list[dict[str, Any]]:
+    """The checked-in rows, empty where there is no report yet."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def stale(rows: list[dict[str, Any]], ops: list[str] | None = None) -> list[str]:
+    """What the report lacks or has too much of, in words; found without compiling anything."""
+    reported = {(r["op"], r["arch"], r["kernel"], r["signature"]): r["digest"] for r in rows}
+    wanted = plan(ops or list(OPS), list(CHIPS))
+    lines = [f"missing: {_label(key)}" for key in wanted if key not in reported]
+    lines += [f"changed: {_label(k)}" for k, launch in wanted.items() if k in reported and reported[k] != _digest(launch)]
+    return lines + [f"gone: {_label(key)}" for key in reported if key not in wanted and (not ops or key[0] in ops)]
+
+
+def _label(key: tuple) -> str:
+    op, arch, kernel, signature = key
+    tiles = " ".join(p for p in signature.split() if p.split("=")[0].isupper() or p.startswith("num_"))
+    return f"{op} sm_{arch} {kernel} [{tiles}]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when every gate holds and the report is fresh, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
+    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
+    parser.add_argument("--arch", action="append", type=int, choices=list(CHIPS), help="only this architecture")
+    parser.add_argument("--all", action="store_true", help="compile again what the report already has")
+    args = parser.parse_args(argv)
+    ops, archs = args.op or list(OPS), args.arch or list(CHIPS)
+    before = {(r["op"], r["arch"], r["kernel"], r["signature"]): r for r in read_report()}
+    wanted = plan(ops, archs)
+    rows, fresh = {}, 0
+    for i, (key, launch) in enumerate(wanted.items(), 1):
+        known = before.get(key)
+        if known and known["digest"] == _digest(launch) and not args.all:
+            rows[key] = known
+        else:
+            rows[key], fresh = _row(key, launch), fresh + 1
+        row = rows[key]
+        verdict = "; ".join(row["broken"]) or "clean"
+        print(
+            f"[{i}/{len(wanted)}] {_label(key):<100} {row['registers']:>3} regs {row['shared_bytes']:>6} B shared "
+            f"{row['programs_per_sm']:>2}/SM {row['matrix']:<10} {verdict}", flush=True,
+        )  # fmt: skip
+    broken = [row for row in rows.values() if row["broken"]]
+    kept = {key: row for key, row in before.items() if key[0] not in ops or key[1] not in archs}
+    changed = {**kept, **rows} != before
+    if args.update:
+        write_report(list({**kept, **rows}.values()))
+    print(f"{len(rows)} kernels for {', '.join(f'sm_{a} ({CHIPS[a].name})' for a in archs)}: {fresh} compiled, {len(broken)} broken")
+    if changed and not args.update:
+        print(f"{REPORT.parent.name}/{REPORT.name} is stale: run `python -m kernels.aot --update` and commit it")
+    return 1 if broken or (changed and not args.update) else 0
+
+
+def write_report(rows: list[dict[str, Any]]) -> None:
+    """One row a line, sorted, so that a change reads well in a diff."""
+    rows = sorted(rows, key=lambda r: (r["op"], r["kernel"], r["signature"], r["arch"]))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,10 +14,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import _triton
+from .attention import ATTENTION
+from .cross_entropy import CROSS_ENTROPY
 from .layernorm import LAYERNORM
+from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .op import Cost, Op, allow_interpretation
+from .rmsnorm import RMSNORM
+from .rotary import ROTARY
 
-OPS: dict[str, Op] = {op.name: op for op in (LAYERNORM,)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (LAYERNORM, RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+}
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
 
 __all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]

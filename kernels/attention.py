@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .op import Cost, Op
+
+from .op import Cost, Op
+
 
 def attention_reference(
     q: Tensor,
@@ -77,3 +81,78 @@ def _drop(p: Tensor, dropout: float, seed: int | None) -> Tensor:
         return F.dropout(p, dropout)
     kept = torch.rand(p.shape, device=p.device, generator=torch.Generator(p.device).manual_seed(seed)) >= dropout
     return p * kept / (1.0 - dropout)
+
+
+def inputs(B: int, T: int, S: int, H: int, G: int, D: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """q (B, T, H, D), k and v (B, S, G, D), normal."""
+    shapes = (B, T, H, D), (B, S, G, D), (B, S, G, D)
+    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+
+
+def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost, Cost]:
+    """Two causal products forward and five backward, hidden pairs left out; every operand and gradient moved once."""
+    seen = sum(min(S, max(0, t + 1 + S - T)) for t in range(T))
+    product, queries, keys = 2 * B * H * D * seen, B * T * H * D * itemsize, B * S * G * D * itemsize
+    statistics = B * H * T * 4
+    return (
+        Cost(2 * product, 2 * queries + 2 * keys + statistics),
+        Cost(5 * product, 4 * queries + 4 * keys + statistics),
+    )
+
+
+ATTENTION = Op(
+    name="attention",
+    reference=attention_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(
+        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=2, T=37, S=37, H=3, G=3, D=32), dict(B=1, T=5, S=67, H=6, G=2, D=80),
+    ),
+    bench=(
+        dict(B=16, T=1024, S=1024, H=12, G=12, D=64), dict(B=4, T=4096, S=4096, H=16, G=16, D=128),
+    ),
+    cost=cost,
+    peers={
+        "sdpa": lambda q, k, v: F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+        ).transpose(1, 2),
+    },
+    summary="softmax(q k^T / sqrt(D) where the key is seen) v",
+)  # fmt: skip
+
+
+def inputs(
+    B: int, T: int, H: int, D: int, *, S: int | None = None, G: int | None = None, dtype: torch.dtype, device: str = "cpu"
+) -> tuple:
+    """q (B, T, H, D), k and v (B, S, G, D)."""
+    q = torch.randn(B, T, H, D, dtype=dtype, device=device)
+    k, v = torch.randn(2, B, S or T, G or H, D, dtype=dtype, device=device).unbind()
+    return q, k, v
+
+
+def cost(
+    B: int, T: int, H: int, D: int, *, S: int | None = None, G: int | None = None, itemsize: int
+) -> tuple[Cost, Cost]:
+    """Causal work: two products forward and five backward over the pairs that a causal mask leaves."""
+    S, G = S or T, G or H
+    pairs = T * S - T * (T - 1) // 2 if S >= T else S * (S + 1) // 2
+    forward = 4 * B * H * D * pairs
+    q, kv, statistics = B * T * H * D * itemsize, B * S * G * D * itemsize, B * T * H * 4
+    return Cost(forward, 2 * q + 2 * kv + statistics), Cost(forward * 5 // 2, 4 * q + 4 * kv + statistics)
+
+
+ATTENTION = Op(
+    name="attention",
+    reference=attention_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(B=1, T=1, H=1, D=16), dict(B=2, T=37, H=4, D=32, G=2), dict(B=1, T=65, H=2, D=64, S=129)),
+    bench=(dict(B=16, T=1024, H=12, D=64), dict(B=4, T=4096, H=16, D=128)),
+    cost=cost,
+    peers={
+        "sdpa": lambda q, k, v: F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+        ).transpose(1, 2)
+    },
+    summary="softmax(scale * q k^T, causal) v",
+)

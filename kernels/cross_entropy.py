@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .op import Cost, Op
+
+from .op import Cost, Op
+
 
 def cross_entropy_reference(
     logits: Tensor,
@@ -44,3 +48,52 @@ def cross_entropy_reference(
         total = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[reduction]
         loss = loss + z_loss * total
     return loss
+
+
+def inputs(M: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """logits (M, V), targets (M,) of which one in eight is -100, ignored."""
+    targets = torch.randint(V, (M,), device=device)
+    targets[7::8] = -100
+    return torch.randn(M, V, dtype=dtype, device=device) * 3, targets
+
+
+def cost(M: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
+    """Compulsory traffic: the logits in, their gradient out; targets and fp32 statistics once in each direction."""
+    row = M * (8 + 4)
+    return Cost(4 * M * V, M * V * itemsize + row), Cost(3 * M * V, 2 * M * V * itemsize + row)
+
+
+CROSS_ENTROPY = Op(
+    name="cross_entropy",
+    reference=cross_entropy_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(M=1, V=1), dict(M=5, V=65), dict(M=17, V=1023), dict(M=3, V=50257)),
+    bench=(dict(M=16384, V=50304), dict(M=8192, V=131072), dict(M=4096, V=262144)),
+    cost=cost,
+    peers={"torch": F.cross_entropy},
+    summary="log sum_v exp(z[v]) - z[target], with smoothing, z-loss and softcap",
+)
+
+
+def inputs(M: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """logits (M, V) of a spread that a trained model has, targets (M,) int64."""
+    return torch.randn(M, V, dtype=dtype, device=device) * 3, torch.randint(V, (M,), device=device)
+
+
+def cost(M: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
+    """Compulsory traffic: the logits read once forward; read and written once more for their gradient."""
+    return Cost(4 * M * V, M * V * itemsize + 12 * M), Cost(4 * M * V, 2 * M * V * itemsize + 12 * M)
+
+
+CROSS_ENTROPY = Op(
+    name="cross_entropy",
+    reference=cross_entropy_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(M=1, V=2), dict(M=37, V=65), dict(M=5, V=1023)),
+    bench=(dict(M=16384, V=50304), dict(M=8192, V=131072)),
+    cost=cost,
+    peers={"torch": F.cross_entropy},
+    summary="log sum exp(logits) - logits[target]",
+)

@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .op import Cost, Op
+
+from .op import Cost, Op
+
 
 def linear_cross_entropy_reference(
     x: Tensor,
@@ -38,3 +42,55 @@ def linear_cross_entropy_reference(
         total = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[reduction]
         loss = loss + z_loss * total
     return loss
+
+
+def inputs(M: int, V: int, C: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """x (M, C), weight (V, C) that give logits of unit variance, targets (M,) of which one in eight is -100, ignored."""
+    targets = torch.randint(V, (M,), device=device)
+    targets[7::8] = -100
+    x = torch.randn(M, C, dtype=dtype, device=device)
+    return x, torch.randn(V, C, dtype=dtype, device=device) * C**-0.5, targets
+
+
+def cost(M: int, V: int, C: int, *, itemsize: int) -> tuple[Cost, Cost]:
+    """Compulsory traffic: x, weight and targets in; backward, both again and their gradients out. Three products of 2MVC."""
+    operands = (M * C + V * C) * itemsize + M * 8
+    return Cost(2 * M * V * C, operands), Cost(4 * M * V * C, 2 * operands)
+
+
+LINEAR_CROSS_ENTROPY = Op(
+    name="linear_cross_entropy",
+    reference=linear_cross_entropy_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(M=1, V=1, C=1), dict(M=5, V=65, C=16), dict(M=33, V=1023, C=40)),
+    bench=(dict(M=8192, V=50304, C=768), dict(M=8192, V=128256, C=4096)),
+    cost=cost,
+    summary="cross_entropy(x @ weight^T, target) without all the logits",
+)
+
+
+def inputs(M: int, C: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """x (M, C), weight (V, C) scaled so that logits have unit spread, targets (M,) int64."""
+    x = torch.randn(M, C, dtype=dtype, device=device)
+    weight = torch.randn(V, C, dtype=dtype, device=device) * C**-0.5
+    return x, weight, torch.randint(V, (M,), device=device)
+
+
+def cost(M: int, C: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
+    """One product forward and two backward; x, weight and their gradients cross memory, the logits need not."""
+    tensors = (M * C + V * C) * itemsize
+    return Cost(2 * M * C * V, tensors), Cost(4 * M * C * V, 2 * tensors)
+
+
+LINEAR_CROSS_ENTROPY = Op(
+    name="linear_cross_entropy",
+    reference=linear_cross_entropy_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(M=1, C=16, V=2), dict(M=37, C=64, V=65), dict(M=5, C=32, V=1023)),
+    bench=(dict(M=16384, C=768, V=50304), dict(M=8192, C=4096, V=128256)),
+    cost=cost,
+    peers={"torch": lambda x, weight, targets: F.cross_entropy(F.linear(x, weight).float(), targets)},
+    summary="cross_entropy(x @ weight^T, targets) in chunks of rows",
+)

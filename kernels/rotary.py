@@ -16,6 +16,10 @@ al., "Query-Key Normalization for Transformers", arXiv:2010.04245.
 import torch
 from torch import Tensor
 
+from .op import Cost, Op
+
+from .op import Cost, Op
+
 
 def rotary_reference(
     q: Tensor,
@@ -45,3 +49,57 @@ def rotary_reference(
         return y.to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def inputs(B: int, T: int, H: int, G: int, D: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """q (B, T, H, D), k (B, T, G, D), and cos and sin (T, D/2) of the angles position * 10000^(-2i / D)."""
+    q, k = (torch.randn(B, T, heads, D, dtype=dtype, device=device) for heads in (H, G))
+    angle = torch.outer(torch.arange(T, device=device), 10000.0 ** (torch.arange(0, D, 2, device=device) / -D))
+    return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def cost(B: int, T: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost, Cost]:
+    """Compulsory traffic without the norm: q and k in and out, the gradients in and out, cos and sin once."""
+    elements = B * T * (H + G) * D
+    direction = Cost(3 * elements, (2 * elements + T * D) * itemsize)
+    return direction, direction
+
+
+ROTARY = Op(
+    name="rotary",
+    reference=rotary_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(B=1, T=1, H=1, G=1, D=2), dict(B=2, T=7, H=6, G=3, D=80), dict(B=1, T=129, H=4, G=4, D=64)),
+    bench=(dict(B=16, T=1024, H=12, G=12, D=64), dict(B=4, T=4096, H=32, G=8, D=128)),
+    cost=cost,
+    summary="(a, b) -> (a cos - b sin, b cos + a sin) of q and k, RMS-normalized first if asked",
+)
+
+
+def inputs(B: int, T: int, H: int, D: int, *, G: int | None = None, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """q (B, T, H, D), k (B, T, G, D), and the fp32 tables of base 10000; they take no gradient."""
+    q = torch.randn(B, T, H, D, dtype=dtype, device=device)
+    k = torch.randn(B, T, G or H, D, dtype=dtype, device=device)
+    frequency = 10000.0 ** -(torch.arange(0, D, 2, device=device) / D)
+    angle = torch.arange(T, device=device)[:, None] * frequency
+    return q, k, angle.cos(), angle.sin()
+
+
+def cost(B: int, T: int, H: int, D: int, *, G: int | None = None, itemsize: int) -> tuple[Cost, Cost]:
+    """Compulsory traffic: q and k in and out, the tables once; the same backward."""
+    elements = B * T * (H + (G or H)) * D
+    one = Cost(3 * elements, 2 * elements * itemsize + T * D * 4)
+    return one, one
+
+
+ROTARY = Op(
+    name="rotary",
+    reference=rotary_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(dict(B=1, T=1, H=1, D=16), dict(B=2, T=37, H=4, D=32, G=2), dict(B=1, T=65, H=3, D=64)),
+    bench=(dict(B=16, T=1024, H=12, D=64), dict(B=4, T=4096, H=16, D=128)),
+    cost=cost,
+    summary="each pair of q and k turned by its position's angle; optional RMS norm of every head",
+)

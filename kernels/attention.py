@@ -108,6 +108,7 @@ ATTENTION = Op(
     parity=(
         dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=2, T=37, S=37, H=3, G=3, D=32), dict(B=1, T=5, S=67, H=6, G=2, D=80),
     ),
+    domain=dict(B=range(1, 3), T=range(1, 90), S=range(1, 90), H=(2, 4), G=(1, 2), D=(16, 24, 32, 64)),
     bench=(
         dict(B=16, T=1024, S=1024, H=12, G=12, D=64), dict(B=4, T=4096, S=4096, H=16, G=16, D=128),
     ),

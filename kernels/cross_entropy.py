@@ -69,6 +69,7 @@ CROSS_ENTROPY = Op(
     triton=None,
     inputs=inputs,
     parity=(dict(M=1, V=1), dict(M=5, V=65), dict(M=17, V=1023), dict(M=3, V=50257)),
+    domain=dict(M=range(1, 40), V=range(2, 1500)),
     bench=(dict(M=16384, V=50304), dict(M=8192, V=131072), dict(M=4096, V=262144)),
     cost=cost,
     peers={"torch": F.cross_entropy},

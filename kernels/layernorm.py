@@ -322,6 +322,7 @@ LAYERNORM = Op(
         dict(M=1, N=1), dict(M=5, N=1), dict(M=1, N=768), dict(M=7, N=129, bias=False), dict(M=37, N=65),
         dict(M=3, N=1023), dict(M=19, N=64, bias=False), dict(M=0, N=16), dict(M=2, N=16385), dict(M=9, N=8193),
     ),
+    domain=dict(M=range(70), N=range(1, 1100), bias=(True, False)),
     bench=(
         dict(M=65536, N=768), dict(M=32768, N=1024), dict(M=16384, N=1600), dict(M=16384, N=4096), dict(M=8192, N=8192),
         dict(M=1024, N=65536),

@@ -64,6 +64,7 @@ LINEAR_CROSS_ENTROPY = Op(
     triton=None,
     inputs=inputs,
     parity=(dict(M=1, V=1, C=1), dict(M=5, V=65, C=16), dict(M=33, V=1023, C=40)),
+    domain=dict(M=range(1, 40), C=range(1, 70), V=range(2, 400)),
     bench=(dict(M=8192, V=50304, C=768), dict(M=8192, V=128256, C=4096)),
     cost=cost,
     summary="cross_entropy(x @ weight^T, target) without all the logits",

@@ -1,6 +1,6 @@
 """What the library must know about an operation, and the glue that makes a pair of kernel launches differentiable."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class Op:
     triton: Callable[..., Any] | None  # same signature, same meaning; None while an op has no kernel
     inputs: Callable[..., tuple]  # (**dims, dtype, device) -> arguments in order; floating tensors are differentiated
     parity: tuple[Mapping[str, Any], ...]  # small awkward dims
+    domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # alternatives timed beside ours, same arguments

@@ -51,6 +51,7 @@ RMSNORM = Op(
         dict(M=1, N=1), dict(M=1, N=768), dict(M=7, N=129, weight=False), dict(M=37, N=65), dict(M=0, N=16),
         dict(M=2, N=16385, weight=False),
     ),
+    domain=dict(M=range(70), N=range(1, 1100), weight=(True, False)),
     bench=(dict(M=65536, N=768), dict(M=16384, N=1600), dict(M=16384, N=4096), dict(M=8192, N=8192, weight=False)),
     cost=cost,
     peers={"torch": lambda x, weight=None, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps)},

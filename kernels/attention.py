@@ -22,8 +22,6 @@ from torch import Tensor
 
 from .op import Cost, Op
 
-from .op import Cost, Op
-
 
 def attention_reference(
     q: Tensor,
@@ -120,40 +118,3 @@ ATTENTION = Op(
     },
     summary="softmax(q k^T / sqrt(D) where the key is seen) v",
 )  # fmt: skip
-
-
-def inputs(
-    B: int, T: int, H: int, D: int, *, S: int | None = None, G: int | None = None, dtype: torch.dtype, device: str = "cpu"
-) -> tuple:
-    """q (B, T, H, D), k and v (B, S, G, D)."""
-    q = torch.randn(B, T, H, D, dtype=dtype, device=device)
-    k, v = torch.randn(2, B, S or T, G or H, D, dtype=dtype, device=device).unbind()
-    return q, k, v
-
-
-def cost(
-    B: int, T: int, H: int, D: int, *, S: int | None = None, G: int | None = None, itemsize: int
-) -> tuple[Cost, Cost]:
-    """Causal work: two products forward and five backward over the pairs that a causal mask leaves."""
-    S, G = S or T, G or H
-    pairs = T * S - T * (T - 1) // 2 if S >= T else S * (S + 1) // 2
-    forward = 4 * B * H * D * pairs
-    q, kv, statistics = B * T * H * D * itemsize, B * S * G * D * itemsize, B * T * H * 4
-    return Cost(forward, 2 * q + 2 * kv + statistics), Cost(forward * 5 // 2, 4 * q + 4 * kv + statistics)
-
-
-ATTENTION = Op(
-    name="attention",
-    reference=attention_reference,
-    triton=None,
-    inputs=inputs,
-    parity=(dict(B=1, T=1, H=1, D=16), dict(B=2, T=37, H=4, D=32, G=2), dict(B=1, T=65, H=2, D=64, S=129)),
-    bench=(dict(B=16, T=1024, H=12, D=64), dict(B=4, T=4096, H=16, D=128)),
-    cost=cost,
-    peers={
-        "sdpa": lambda q, k, v: F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
-        ).transpose(1, 2)
-    },
-    summary="softmax(scale * q k^T, causal) v",
-)

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from .op import Cost, Op
 
-from .op import Cost, Op
-
 
 def cross_entropy_reference(
     logits: Tensor,
@@ -74,27 +72,4 @@ CROSS_ENTROPY = Op(
     cost=cost,
     peers={"torch": F.cross_entropy},
     summary="log sum_v exp(z[v]) - z[target], with smoothing, z-loss and softcap",
-)
-
-
-def inputs(M: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """logits (M, V) of a spread that a trained model has, targets (M,) int64."""
-    return torch.randn(M, V, dtype=dtype, device=device) * 3, torch.randint(V, (M,), device=device)
-
-
-def cost(M: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: the logits read once forward; read and written once more for their gradient."""
-    return Cost(4 * M * V, M * V * itemsize + 12 * M), Cost(4 * M * V, 2 * M * V * itemsize + 12 * M)
-
-
-CROSS_ENTROPY = Op(
-    name="cross_entropy",
-    reference=cross_entropy_reference,
-    triton=None,
-    inputs=inputs,
-    parity=(dict(M=1, V=2), dict(M=37, V=65), dict(M=5, V=1023)),
-    bench=(dict(M=16384, V=50304), dict(M=8192, V=131072)),
-    cost=cost,
-    peers={"torch": F.cross_entropy},
-    summary="log sum exp(logits) - logits[target]",
 )

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .op import Cost, Op
 
-from .op import Cost, Op
-
 
 def linear_cross_entropy_reference(
     x: Tensor,
@@ -68,30 +66,4 @@ LINEAR_CROSS_ENTROPY = Op(
     bench=(dict(M=8192, V=50304, C=768), dict(M=8192, V=128256, C=4096)),
     cost=cost,
     summary="cross_entropy(x @ weight^T, target) without all the logits",
-)
-
-
-def inputs(M: int, C: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, C), weight (V, C) scaled so that logits have unit spread, targets (M,) int64."""
-    x = torch.randn(M, C, dtype=dtype, device=device)
-    weight = torch.randn(V, C, dtype=dtype, device=device) * C**-0.5
-    return x, weight, torch.randint(V, (M,), device=device)
-
-
-def cost(M: int, C: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
-    """One product forward and two backward; x, weight and their gradients cross memory, the logits need not."""
-    tensors = (M * C + V * C) * itemsize
-    return Cost(2 * M * C * V, tensors), Cost(4 * M * C * V, 2 * tensors)
-
-
-LINEAR_CROSS_ENTROPY = Op(
-    name="linear_cross_entropy",
-    reference=linear_cross_entropy_reference,
-    triton=None,
-    inputs=inputs,
-    parity=(dict(M=1, C=16, V=2), dict(M=37, C=64, V=65), dict(M=5, C=32, V=1023)),
-    bench=(dict(M=16384, C=768, V=50304), dict(M=8192, C=4096, V=128256)),
-    cost=cost,
-    peers={"torch": lambda x, weight, targets: F.cross_entropy(F.linear(x, weight).float(), targets)},
-    summary="cross_entropy(x @ weight^T, targets) in chunks of rows",
 )

@@ -7,13 +7,14 @@
         X = a X + P X                          a s + b s³ + c s⁵ on every singular value s, singular vectors untouched
 
 An odd polynomial of X acts on its singular values only, so the iteration maps X = U S Vᵀ to U p(S) Vᵀ with p(S) near 1:
-the direction of steepest descent under the spectral norm, which is Muon's update. Tall matrices are iterated transposed, so
-that A is always (min(m, n), min(m, n)).
+the direction of steepest descent under the spectral norm, which is Muon's update. Tall matrices are iterated
+transposed, so that A is always (min(m, n), min(m, n)).
 
     x, out: (B, m, n)   A, P: (B, min(m, n), min(m, n))
 
-Sources: Muon and its coefficients, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; one polynomial per step,
-each the best for the interval that the last one left, Polar Express, Amsel et al. 2025, https://arxiv.org/abs/2505.16932.
+Sources: Muon and its coefficients, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; one polynomial per
+step, each the best for the interval that the last one left, Polar Express, Amsel et al. 2025,
+https://arxiv.org/abs/2505.16932.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Coefficients = Sequence[tuple[float, float, float]]
 # Steep at zero rather than convergent: after five steps singular values scatter in about [0.7, 1.2].
 QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
-# Greedy minimax polynomials, with the paper's guard against rounding (safety factor 2e-2, cushion 2). A run of four steps takes
-# the first four.
+# Greedy minimax polynomials, with the paper's guard against rounding (safety factor 2e-2, cushion 2). A run of four
+# steps takes the first four.
 POLAR_EXPRESS: Coefficients = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -62,9 +63,9 @@ REFERENCE_PRODUCTS = Products(
 def newton_schulz_reference(x: Tensor, steps: int = 5, coefficients: Coefficients = POLAR_EXPRESS) -> Tensor:
     """The orthogonal factors of a stack of matrices, up to the band that the coefficients promise.
 
-    x: (B, m, n), any floating dtype -> (B, m, n) of that dtype. Every product is rounded to x's dtype, because that is the
-    algorithm: Muon runs it in bf16 by design. Float64 in gives float64 truth. Matrices of a stack do not see each other: NaN in
-    one stays there, and a zero matrix gives a zero.
+    x: (B, m, n), any floating dtype -> (B, m, n) of that dtype. Every product is rounded to x's dtype, because that is
+    the algorithm: Muon runs it in bf16 by design. Float64 in gives float64 truth. Matrices of a stack do not see each
+    other: NaN in one stays there, and a zero matrix gives a zero.
     """
     return iterate(x, steps, coefficients, REFERENCE_PRODUCTS)
 

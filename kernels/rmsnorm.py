@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .op import Cost, Op
 
-from .op import Cost, Op
-
 
 def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Scale the last axis of x (..., N) to unit root mean square, then by weight (N,). Returns x's dtype.
@@ -57,31 +55,3 @@ RMSNORM = Op(
     peers={"torch": lambda x, weight=None, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps)},
     summary="y = x / sqrt(mean(x^2) + eps) * weight",
 )  # fmt: skip
-
-
-def inputs(M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, N) and, unless weight=False, weight (N,) about one."""
-    x = torch.randn(M, N, dtype=dtype, device=device)
-    return x, torch.randn(N, dtype=dtype, device=device) * 0.5 + 1 if weight else None
-
-
-def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: x and y forward, dy, x and dx backward, the weight and fp32 rstd once."""
-    small = weight * N * itemsize + M * 4
-    return (
-        Cost(4 * M * N, 2 * M * N * itemsize + small),
-        Cost(8 * M * N, 3 * M * N * itemsize + small + weight * N * itemsize),
-    )
-
-
-RMSNORM = Op(
-    name="rmsnorm",
-    reference=rmsnorm_reference,
-    triton=None,
-    inputs=inputs,
-    parity=(dict(M=1, N=1), dict(M=37, N=65), dict(M=7, N=129, weight=False), dict(M=3, N=1023), dict(M=0, N=16)),
-    bench=(dict(M=65536, N=768), dict(M=16384, N=4096)),
-    cost=cost,
-    peers={"torch": lambda x, weight=None, eps=1e-6: F.rms_norm(x, (x.shape[-1],), weight, eps)},
-    summary="y = x / sqrt(mean(x^2) + eps) * weight",
-)

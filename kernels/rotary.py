@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .op import Cost, Op
 
-from .op import Cost, Op
-
 
 def rotary_reference(
     q: Tensor,
@@ -75,32 +73,4 @@ ROTARY = Op(
     bench=(dict(B=16, T=1024, H=12, G=12, D=64), dict(B=4, T=4096, H=32, G=8, D=128)),
     cost=cost,
     summary="(a, b) -> (a cos - b sin, b cos + a sin) of q and k, RMS-normalized first if asked",
-)
-
-
-def inputs(B: int, T: int, H: int, D: int, *, G: int | None = None, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """q (B, T, H, D), k (B, T, G, D), and the fp32 tables of base 10000; they take no gradient."""
-    q = torch.randn(B, T, H, D, dtype=dtype, device=device)
-    k = torch.randn(B, T, G or H, D, dtype=dtype, device=device)
-    frequency = 10000.0 ** -(torch.arange(0, D, 2, device=device) / D)
-    angle = torch.arange(T, device=device)[:, None] * frequency
-    return q, k, angle.cos(), angle.sin()
-
-
-def cost(B: int, T: int, H: int, D: int, *, G: int | None = None, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: q and k in and out, the tables once; the same backward."""
-    elements = B * T * (H + (G or H)) * D
-    one = Cost(3 * elements, 2 * elements * itemsize + T * D * 4)
-    return one, one
-
-
-ROTARY = Op(
-    name="rotary",
-    reference=rotary_reference,
-    triton=None,
-    inputs=inputs,
-    parity=(dict(B=1, T=1, H=1, D=16), dict(B=2, T=37, H=4, D=32, G=2), dict(B=1, T=65, H=3, D=64)),
-    bench=(dict(B=16, T=1024, H=12, D=64), dict(B=4, T=4096, H=16, D=128)),
-    cost=cost,
-    summary="each pair of q and k turned by its position's angle; optional RMS norm of every head",
 )

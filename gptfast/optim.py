@@ -1,11 +1,16 @@
-"""AdamW in nanoGPT's two groups, and gradient clipping."""
+"""The optimizers: AdamW in nanoGPT's two groups; Muon for matrices with AdamW for the rest. And gradient clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as adamw_
+
+from gptfast.config import GPTConfig
+from kernels.newton_schulz import newton_schulz_reference
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
@@ -37,3 +42,163 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if max_norm == 0.0:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------
+class Muon(torch.optim.Optimizer):
+    """Muon for weight matrices, AdamW for all else (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    A group with kind="muon" holds matrices. One step of a matrix W (m, n) with gradient G:
+
+        M = lerp(M, G, 1 - momentum)                                       M: running mean of gradients
+        U = lerp(G, M, momentum) if nesterov else M
+        W = W (1 - lr weight_decay) - lr sqrt(max(1, m / n)) newton_schulz(U)
+
+    Matrices of one shape, in whatever layers, are stacked and orthogonalized together, so that a step is a handful of
+    batched products. A parameter that holds several matrices one above the other (queries, keys and values in c_attn)
+    names their row counts in the group's `rows`, and each is orthogonalized alone.
+
+    A group with kind="adamw" holds anything, and steps as torch.optim.AdamW does. A parameter without a gradient is
+    left alone. The state is plain tensors per parameter: "momentum", or "step", "exp_avg" and "exp_avg_sq".
+
+    newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        for group in groups:
+            kind = group.get("kind")
+            if kind not in _MUON_DEFAULTS:
+                raise ValueError(f"kind of a parameter group must be one of {', '.join(_MUON_DEFAULTS)}, not {kind}")
+            for key, default in _MUON_DEFAULTS[kind].items():
+                group.setdefault(key, default)
+            group["params"] = list(group["params"])
+            if kind == "muon":
+                group["rows"] = group["rows"] or [[p.shape[0]] for p in group["params"]]
+                for p, rows in zip(group["params"], group["rows"], strict=True):
+                    if p.ndim != 2 or sum(rows) != p.shape[0]:
+                        raise ValueError(f"kind='muon': {rows} rows of a matrix, not a parameter {tuple(p.shape)}")
+        super().__init__(groups, {})
+        self.newton_schulz, self.dtype = newton_schulz, dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no line search here: nobody passes a closure
+        """One step of every group, from the gradients that stand in the parameters."""
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                self._step_matrices(group)
+            else:
+                self._step_adamw(group)
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        moved = [(p, rows) for p, rows in zip(group["params"], group["rows"], strict=True) if p.grad is not None]
+        if not moved:
+            return
+        params = [p for p, _ in moved]
+        grads = [p.grad for p in params]
+        means = [self._state(p, momentum=p)["momentum"] for p in params]
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, means, group["momentum"]) if group["nesterov"] else means
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+        stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # shape -> (weights, update) of each matrix
+        for (p, rows), update in zip(moved, updates, strict=True):
+            for matrix, its_update in zip(p.split(rows), update.split(rows), strict=True):
+                stacks.setdefault(matrix.shape, []).append((matrix, its_update))
+        for (m, n), pairs in stacks.items():
+            matrices, to_orthogonalize = zip(*pairs, strict=True)
+            stack = torch.stack(to_orthogonalize).to(self.dtype)  # (B, m, n)
+            direction = self.newton_schulz(stack, group["steps"]).to(matrices[0].dtype)
+            torch._foreach_add_(matrices, direction.unbind(), alpha=-group["lr"] * max(1.0, m / n) ** 0.5)
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        states = [self._state(p, step=torch.zeros((), device=p.device), exp_avg=p, exp_avg_sq=p) for p in params]
+        beta1, beta2 = group["betas"]
+        adamw_(
+            params,
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+
+    def _state(self, p: Tensor, **like: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter; at its first step, zeros shaped like the tensors named."""
+        state = self.state[p]
+        if not state:
+            state.update({key: torch.zeros_like(t) for key, t in like.items()})
+        return state
+
+
+_MUON_DEFAULTS: dict[str, dict[str, Any]] = {
+    "muon": {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0, "steps": 5, "rows": None},
+    "adamw": {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True},
+}
+
+
+def muon(
+    model: nn.Module,
+    config: GPTConfig,
+    *,
+    matrix_lr: float = 0.05,
+    embedding_lr: float = 0.15,
+    head_lr: float = 0.02,
+    scalar_lr: float = 0.06,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.8, 0.95),
+    weight_decay: float = 0.0,
+    steps: int = 5,
+    newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
+) -> Muon:
+    """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases and other vectors.
+
+    A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows what went where.
+    Every group's own rate is its `lr_scale`, so that a schedule multiplies them all by one factor.
+    """
+    qkv_rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+    matrices, rows, embeddings, head, scalars = [], [], [], [], []
+    for name, p in model.named_parameters():  # a tied weight comes once, as the embedding
+        if p.ndim < 2:
+            scalars.append(p)
+        elif name.endswith(("wte.weight", "wpe.weight")):
+            embeddings.append(p)
+        elif name.endswith("lm_head.weight"):
+            head.append(p)
+        else:
+            matrices.append(p)
+            rows.append(qkv_rows if name.endswith("c_attn.weight") else [p.shape[0]])
+    adamw_settings = {"kind": "adamw", "betas": betas, "eps": 1e-10}
+    groups = [
+        {"name": "matrices", "kind": "muon", "params": matrices, "rows": rows, "lr": matrix_lr, "momentum": momentum,
+         "weight_decay": weight_decay, "steps": steps},
+        {"name": "embeddings", "params": embeddings, "lr": embedding_lr, **adamw_settings},
+        {"name": "head", "params": head, "lr": head_lr, **adamw_settings},
+        {"name": "scalars", "params": scalars, "lr": scalar_lr, **adamw_settings},
+    ]  # fmt: skip
+    for group in groups:
+        group["lr_scale"] = group["lr"]
+    return Muon([group for group in groups if group["params"]], newton_schulz)
+
+
+def groups_table(optimizer: torch.optim.Optimizer) -> str:
+    """Which parameters are stepped how: one line per group."""
+    lines = [f"{'group':<12}{'rule':<8}{'tensors':>8}{'numbers':>13}{'lr':>10}{'decay':>8}"]
+    for i, group in enumerate(optimizer.param_groups):
+        numbers = sum(p.numel() for p in group["params"])
+        rule = group.get("kind", type(optimizer).__name__.lower())
+        lines.append(
+            f"{group.get('name', i):<12}{rule:<8}{len(group['params']):>8}{numbers:>13,}"
+            f"{group['lr']:>10g}{group['weight_decay']:>8g}"
+        )
+    return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Figures and one-page reports, drawn from rows (gptfast/log.py) and from nothing else, for train and bench alike.
 
-Every figure names the hardware, the date and the commit that its rows bear, and the convention of any MFU it shows. What a
-row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never before.
+Every figure names the hardware, the date and the commit that its rows bear, and the convention of any MFU it shows.
+What a row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never
+before.
 
     python -m gptfast.report out-speedrun                   # its log.jsonl -> report.md and PNGs beside it
     python -m gptfast.report results/*/ops.jsonl --out_dir=report
@@ -31,6 +32,7 @@ MFU_CONVENTION = {
 }
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#009E73", "#CC3311"  # told apart by all kinds of eyes (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+Columns = Mapping[str, str | Callable[[Row], Any]]  # heading -> a field's name, or a function of the row
 SMOOTH_STEPS = 20  # the bold line of a loss curve averages about as many steps
 
 
@@ -127,7 +129,7 @@ def _distinct(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], Any]]) -> str:
+def table(rows: Iterable[Row], columns: Columns) -> str:
     """A Markdown table. `columns` maps a heading to a field's name, or to a function of the row; None prints as n/a."""
     getters = [(lambda row, key=get: row.get(key)) if isinstance(get, str) else get for get in columns.values()]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -168,7 +170,7 @@ def save(figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] 
 
 
 def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
-    """Loss against seconds of training: the batches, their running mean, and both evaluated splits. None without steps."""
+    """Loss against seconds of training: the batches, their running mean, and the validation split."""
     steps = [row for row in of_kind(rows, "step") if _finite(row.get("loss"))]
     evals = [row for row in of_kind(rows, "eval") if _finite(row.get("val_loss"))]
     if not steps and not evals:
@@ -179,7 +181,7 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
         seconds = [time(row["step"]) for row in steps]
         losses = [row["loss"] for row in steps]
         axis.plot(seconds, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="training batch")
-        axis.plot(seconds, _smooth(losses), color=BLUE, linewidth=1.8, label=f"its mean over ~{SMOOTH_STEPS} logged steps")
+        axis.plot(seconds, _smooth(losses), color=BLUE, linewidth=1.8, label=f"mean of about {SMOOTH_STEPS} of them")
     if evals:
         seconds = [time(row["step"] - 1) for row in evals]
         axis.plot(seconds, [row["val_loss"] for row in evals], "o-", color=ORANGE, markersize=4, label="validation")
@@ -229,8 +231,9 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, u
         places = [groups.index(_size_label(row)) + (i - (len(makers) - 1) / 2) * width for row in mine]
         bars = axis.bar(places, [row[value] for row in mine], 0.92 * width, color=COLORS[i % len(COLORS)], label=maker)
         if value == "ms_p50":
-            spread = ([row["ms_p50"] - row["ms_p20"] for row in mine], [row["ms_p80"] - row["ms_p50"] for row in mine])
-            axis.errorbar(places, [row["ms_p50"] for row in mine], yerr=spread, fmt="none", ecolor="#222222", linewidth=0.8)
+            middle = [row["ms_p50"] for row in mine]
+            spread = [[abs(row[end] - row["ms_p50"]) for row in mine] for end in ("ms_p20", "ms_p80")]
+            axis.errorbar(places, middle, yerr=spread, fmt="none", ecolor="#222222", linewidth=0.8)
         if len(rows) <= 24:
             axis.bar_label(bars, [number(row[value]) for row in mine], fontsize=7, padding=2)
     crowded = len(groups) > 4
@@ -296,9 +299,12 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
     evals = of_kind(rows, "eval")
     if evals:
         shown = evals if len(evals) <= 12 else [*evals[:: math.ceil(len(evals) / 11)], evals[-1]]
-        columns = {
-            "step": "step", "training time, s": lambda row: time(row["step"] - 1), "train loss": "train_loss", "val loss": "val_loss"
-        }  # fmt: skip
+        columns: Columns = {
+            "step": "step",
+            "training time, s": lambda row: time(row["step"] - 1),
+            "train loss": "train_loss",
+            "val loss": "val_loss",
+        }
         sections += ["## Evaluations", table(shown, columns)]
     samples = of_kind(rows, "sample")
     if samples:
@@ -341,9 +347,7 @@ def _bench_sections(rows: Sequence[Row], out_dir: Path) -> list[str]:
     sections: list[str] = ["# Measurements"] if rows else []
     for what, name in dict.fromkeys((row["what"], row["name"]) for row in rows):
         mine = [row for row in rows if (row["what"], row["name"]) == (what, name)]
-        value, unit = next(
-            (value, unit) for value, unit in BENCH_VALUES if value == "ms_p50" or any(_finite(row.get(value)) for row in mine)
-        )
+        value, unit = next(pair for pair in BENCH_VALUES if any(_finite(row.get(pair[0])) for row in mine))
         path = comparison_figure(mine, out_dir / f"{what}-{name}.png", f"{name}: {unit}", value, unit)
         sections += [f"## {name}", caption(mine), table(mine, BENCH_COLUMNS)]
         sections += [f"![{name}]({path.name})"] if path else []
@@ -351,7 +355,7 @@ def _bench_sections(rows: Sequence[Row], out_dir: Path) -> list[str]:
 
 
 BENCH_VALUES = (("tokens_per_s", "tokens/s"), ("tflops", "TFLOP/s"), ("gbs", "GB/s"), ("ms_p50", "ms"))
-BENCH_COLUMNS: dict[str, str | Callable[[Row], Any]] = {
+BENCH_COLUMNS: Columns = {
     "implementation": "impl",
     "direction": "direction",
     "sizes": dims,

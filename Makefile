@@ -1,0 +1,38 @@
+# Every target but help needs only `setup`, and runs it when it is missing. `make PYTHON=/path/to/python3.12 setup` picks the Python.
+PYTHON  ?=
+WORKERS ?= 2
+ARGS    ?=
+READY   := .venv/.ready
+PY      := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup speedrun test lint aot bench plots
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv and install what constraints.txt pins
+	@echo "setup: .venv is up to date"
+
+$(READY): pyproject.toml constraints.txt .ci/setup
+	@PYTHON="$(PYTHON)" .ci/setup
+	@touch $@
+
+speedrun: $(READY)  ## the main job: train, sample, plot, report; picks a preset for this CPU or GPU
+	$(PY) -m train.speedrun $(ARGS)
+
+test: $(READY)  ## run the tests; each worker keeps to one thread, so that WORKERS=2 fills two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+aot: $(READY)  ## compile every kernel for A100, H100 and B200 without a GPU, and hold it to the gates
+	$(PY) -m kernels.aot $(ARGS)
+
+bench: $(READY)  ## measure: on a GPU the whole campaign, elsewhere what a CPU can show
+	$(PY) -m bench $(ARGS)
+
+plots: $(READY)  ## redraw the figures and README tables from the rows in results/
+	$(PY) -m bench.plots $(ARGS)

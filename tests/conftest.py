@@ -1,0 +1,78 @@
+"""What tests share: seeded randomness, text to train on, and the rules of when a test may be skipped.
+
+`gpu` tests are skipped where there is no CUDA device. A missing Triton is no reason to skip on Linux: there it is a
+dependency, and a test that needs it fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+
+FUZZ_EXAMPLES = 300
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-examples",
+        type=int,
+        default=FUZZ_EXAMPLES,
+        help="random cases per op in the fuzz tests; another number than %(default)s also draws new cases at every run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "triton: needs Triton; fails without it on Linux, skipped elsewhere")
+    fixed = config.getoption("--fuzz-examples") == FUZZ_EXAMPLES
+    settings.register_profile("gptfast", deadline=None, derandomize=fixed, print_blob=True)
+    settings.load_profile("gptfast")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("triton") and importlib.util.find_spec("triton") is None:
+        if sys.platform == "linux":
+            pytest.fail("Triton is not installed: pip install -c constraints.txt triton")
+        pytest.skip(f"there is no Triton for {sys.platform}")
+
+
+@pytest.fixture(scope="session")
+def fuzz_examples(pytestconfig: pytest.Config) -> int:
+    """How many random cases a fuzz test draws for one op: `--fuzz-examples`."""
+    return pytestconfig.getoption("--fuzz-examples")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it on this worker."""
+    torch.manual_seed(1337)
+    random.seed(1337)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator of its own, for tests that draw tensors between things that draw from the global one."""
+    return torch.Generator().manual_seed(1337)
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Some 40,000 characters with words, lines and punctuation to learn, the same at every run."""
+    draw = random.Random(1337)
+    syllables = ["la", "the", "ri", "no", "sha", "ke", "mo", "ver", "an", "to", "un", "ish", "el", "qu", "or", "day"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(300)]
+
+    def sentence() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(3, 9))).capitalize() + draw.choice([".", "!", "?", ";"])
+
+    lines: list[str] = []
+    while sum(map(len, lines)) < 40_000:
+        lines.append(f"{sentence()}\n")
+    return "".join(lines)

@@ -185,7 +185,7 @@ GPU_NAME = re.compile(r"\b(A10G?|A40|A[18]00|G?H[1-8]00|H20|G?B[1-3]00|L4|L40S?|
 
 
 def only_mfu_holds_peaks(page: Page) -> Iterator[int]:
-    """Peak figures stand, each with its source, in mfu.py; elsewhere no number past a tera, no GPU's name with a figure."""
+    """Peaks stand, with their sources, in mfu.py; elsewhere no number past a tera, and no GPU's name with a figure."""
     if page.path == "gptfast/mfu.py" or page.package == "tests":
         return
     for node in ast.walk(page.tree):
@@ -217,7 +217,7 @@ def _names_gpu(node: ast.AST) -> bool:
 
 
 def _has_figure(node: ast.AST) -> bool:
-    """A number as TFLOP/s and GB/s are, alone or in a tuple or dict; counts of cores are smaller, bytes of a cache larger."""
+    """A number as TFLOP/s and GB/s are, alone or in a tuple or dict; core counts are smaller, cache sizes larger."""
     return any(150 < (_number(inner) or 0) < 20_000 for inner in ast.walk(node))
 
 

@@ -334,11 +334,14 @@ def driver_version() -> str | None:
 
 
 def _nvml_started() -> bool:
+    """Whether NVML answers; without the package, a driver or permission the facts are None, and the row says so."""
     try:
         import pynvml as nvml
-
+    except ImportError:
+        return False
+    try:
         nvml.nvmlInit()  # counted by NVML: calling it again is cheap
-    except Exception:  # noqa: BLE001  no package, no driver or no permission: then the facts are None, and the row says so
+    except nvml.NVMLError:
         return False
     return True
 

@@ -25,7 +25,7 @@ def test_rows_survive_the_file(tmp_path, op_row):
     with Log(tmp_path, console=False) as file:
         file.row("run", **log.facts("cpu"), config={"lr": 1e-3, "betas": (0.9, 0.95), "dtype": torch.bfloat16})
         file.row("step", step=3, loss=torch.tensor(2.5), ms=12)
-        file.row("op", **op_row)
+        file.row(**op_row)
     run, step, op = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert run["config"] == {"lr": 1e-3, "betas": [0.9, 0.95], "dtype": "bfloat16"}
     assert (step["step"], step["loss"]) == (3, 2.5)

@@ -28,6 +28,7 @@ class GPTConfig:
     position: Literal["learned", "rope"] = "learned"
     activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"
     qk_norm: bool = False  # RMS-normalize each query and key
+    token_shift: bool = False  # each position also sees the one before it (the embedding two), channel by channel
     tied: bool = True  # the head's weight is the token embedding
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
 

@@ -59,6 +59,24 @@ class Norm(nn.Module):
         return self.ops.rmsnorm(x)
 
 
+class Shift(nn.Module):
+    """y[t] = x[t] + sum_i weight[i - 1] * x[t - i] for i = 1 ... taps: every channel looks a step or two back.
+
+    The token shift of RWKV (Peng et al., arXiv:2305.13048) as a causal depthwise convolution that starts as the identity.
+    """
+
+    def __init__(self, config: GPTConfig, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(taps, config.n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, weight = x.shape[1], self.weight.to(x.dtype)
+        y = x
+        for i, w in enumerate(weight, start=1):
+            y = torch.addcmul(y, F.pad(x, (0, 0, i, 0))[:, :T], w)
+        return y
+
+
 class Attention(nn.Module):
     """Causal self-attention over heads of a fused projection; q, k and v stay views of it unless they are rotated."""
 
@@ -104,10 +122,11 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn = Norm(config, ops), Attention(config, ops)
         self.ln_2, self.mlp = Norm(config, ops), MLP(config)
+        self.shift_1, self.shift_2 = (Shift(config, 1) if config.token_shift else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.shift_1(self.ln_1(x)), rotation)
+        return x + self.mlp(self.shift_2(self.ln_2(x)))
 
 
 class GPT(nn.Module):
@@ -122,6 +141,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["shift"] = Shift(config, 2) if config.token_shift else nn.Identity()
         self.transformer["h"] = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.transformer["ln_f"] = Norm(config, ops)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -134,7 +154,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """GPT-2's initialization: N(0, 0.02), biases 0, and the projections into the residual stream by sqrt(2L) smaller."""
         for name, p in self.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith((".bias", "shift.weight", "shift_1.weight", "shift_2.weight")):
                 p.zero_()
             elif p.dim() >= 2:
                 deep = name.endswith("c_proj.weight")
@@ -176,7 +196,7 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"].weight[:T]
         else:
             rotation = self.cos[:T], self.sin[:T]
-        x = x.to(self.dtype)
+        x = self.transformer["shift"](x.to(self.dtype))
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         for block in self.transformer["h"]:

@@ -161,7 +161,7 @@ def muon(
     steps: int = 5,
     newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
 ) -> Muon:
-    """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases and other vectors.
+    """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases and token shifts.
 
     A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows what went where.
     Every group's own rate is its `lr_scale`, so that a schedule multiplies them all by one factor.
@@ -169,7 +169,7 @@ def muon(
     qkv_rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
     matrices, rows, embeddings, head, scalars = [], [], [], [], []
     for name, p in model.named_parameters():  # a tied weight comes once, as the embedding
-        if p.ndim < 2:
+        if p.ndim < 2 or "shift" in name:
             scalars.append(p)
         elif name.endswith(("wte.weight", "wpe.weight")):
             embeddings.append(p)

@@ -6,7 +6,7 @@ READY   := .venv/.ready
 PY      := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup speedrun test lint aot bench plots
+.PHONY: help setup speedrun test lint aot bench plots fuzz
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,3 +36,6 @@ bench: $(READY)  ## measure: on a GPU the whole campaign, elsewhere what a CPU c
 
 plots: $(READY)  ## redraw the figures and README tables from the rows in results/
 	$(PY) -m bench.plots $(ARGS)
+
+fuzz: $(READY)  ## the random cases of the parity tests, 10,000 of them for every op, new ones at every run
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_parity.py -k fuzz --fuzz-examples=10000 $(ARGS)

@@ -1,0 +1,369 @@
+"""Checkpoints that survive a crash at any instant, and are never trusted when damaged.
+
+    out/ckpt-000250/  model.safetensors
+                      optimizer.json + optimizer.safetensors     any nesting of dicts, lists, tensors and plain values
+                      meta.json [+ meta.safetensors]             likewise: configuration, RNG states, data position
+                      manifest.json                              written last: size and sha256 of every other file
+
+A save is built in out/.tmp-*, flushed to the disk, and renamed into place; until that one rename the older checkpoints
+are all there is, and after it the new one is whole. Nothing is pickled: structure is JSON, numbers are safetensors, and
+every tensor comes back with its exact bits and dtype.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptfast.cli import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+FOLDER = re.compile(r"(?:\.replaced-)?ckpt-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` found. Tensors are on the CPU."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    meta: dict[str, Any]
+    path: Path
+    skipped: tuple[str, ...] = field(default=())  # newer checkpoints that were not valid, and why
+
+
+def save(
+    out_dir: str | Path,
+    *,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Writes out_dir/ckpt-<step:06d>/ and removes all but the `keep` last saved; returns its path.
+
+    `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else is a
+    TypeError before a byte is written. Raises UserError where the disk is full or out_dir cannot be written, and the
+    checkpoints that were there still are.
+    """
+    if keep < 1:
+        raise UserError(f"cannot keep {keep} checkpoints; keep 1 or more")
+    out_dir = Path(out_dir)
+    target = out_dir / f"ckpt-{step:06d}"
+    building = out_dir / f".tmp-{target.name}"
+    trees = {name: _flatten(tree, name) for name, tree in (("optimizer", optimizer), ("meta", meta))}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out_dir)
+        serial = 1 + max((_serial(path) or 0 for path in _folders(out_dir)), default=0)
+        building.mkdir()
+        _write_tensors(building / "model.safetensors", model)
+        for name, (structure, tensors) in trees.items():
+            (building / f"{name}.json").write_text(json.dumps(structure, indent=1, allow_nan=False), "utf-8")
+            if tensors:
+                _write_tensors(building / f"{name}.safetensors", tensors)
+        files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
+        _write_manifest(building / MANIFEST, {"format": FORMAT, "serial": serial, "step": step, "files": files})
+        _flush(building)
+        _move_into_place(building, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise _save_error(error, target, model, *(tensors for _, tensors in trees.values())) from None
+    _prune(out_dir, keep)
+    return target
+
+
+def load(out_dir: str | Path, step: int | None = None) -> Checkpoint:
+    """The last saved checkpoint of `out_dir` that is whole, or the one of `step`.
+
+    Newer ones that are truncated, altered or unreadable are named on stderr and in `skipped`. Raises UserError where
+    there is none, none is whole, or the one of `step` is not.
+    """
+    out_dir = Path(out_dir)
+    folders = list(_folders(out_dir)) if out_dir.is_dir() else []
+    if not folders:
+        raise UserError(f"no checkpoint in {out_dir}; train one first, or point --out_dir to a run that has one")
+    if step is not None:
+        folders = [path for path in folders if _step(path) == step]
+        if not folders:
+            steps = sorted({_step(path) for path in _folders(out_dir)})
+            raise UserError(f"{out_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    skipped: list[str] = []
+    for folder in folders:
+        try:
+            checkpoint = _read(folder, tuple(skipped))
+        except (OSError, ValueError, SafetensorError) as error:
+            skipped.append(f"{folder}: {error}")
+            continue
+        for reason in skipped:
+            print(f"warning: skipped damaged checkpoint {reason}; using {folder}", file=sys.stderr)
+        return checkpoint
+    raise UserError(f"no whole checkpoint: {'; '.join(skipped)}; restore a copy, or train again in another --out_dir")
+
+
+# ---- the folders of out_dir
+
+
+def _folders(out_dir: Path) -> Iterator[Path]:
+    """The checkpoints of `out_dir`, the last saved first.
+
+    By order of saving, not by step: a run started anew in an old folder must find its own. Those without a readable
+    manifest come first of all, so that `load` reports them; the replaced one of a step comes after its replacement.
+    """
+    found = [path for path in out_dir.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
+
+    def newness(path: Path) -> tuple[float, int]:
+        serial = _serial(path)
+        return (math.inf if serial is None else serial, _step(path))
+
+    return iter(sorted(found, key=newness, reverse=True))
+
+
+def _step(folder: Path) -> int:
+    match = FOLDER.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _serial(folder: Path) -> int | None:
+    """The how manieth save of its out_dir this was; None if the manifest cannot be read."""
+    try:
+        return _read_manifest(folder)["serial"]
+    except (OSError, ValueError):
+        return None
+
+
+def _move_into_place(building: Path, target: Path) -> None:
+    """Renames `building` to `target`. One of the same step stays loadable, under another name, until that is done."""
+    replaced = target.with_name(f".replaced-{target.name}")
+    if target.exists():
+        if replaced.exists():  # left by a crash after its replacement was in place
+            _remove(replaced)
+        os.rename(target, replaced)
+    try:
+        os.rename(building, target)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, target)
+        raise
+    _flush(target.parent)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _prune(out_dir: Path, keep: int) -> None:
+    """Removes all but the `keep` last saved. What cannot be read is left alone: it may be of a newer gptfast."""
+    whole = [path for path in _folders(out_dir) if _serial(path) is not None]
+    for path in whole[keep:]:
+        try:
+            _remove(path)
+        except OSError as error:  # the new checkpoint is safe: an old one too many is no reason to stop a run
+            print(f"warning: cannot remove the old checkpoint {path}: {error}", file=sys.stderr)
+
+
+def _remove(folder: Path) -> None:
+    """Renames before it removes, so that a crash half way leaves no checkpoint with files missing."""
+    doomed = folder.with_name(f".tmp-removed-{folder.name}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(out_dir: Path) -> None:
+    """Removes what a crash left behind."""
+    for path in out_dir.glob(".tmp-*ckpt-*"):
+        shutil.rmtree(path)
+
+
+def _save_error(error: Exception, target: Path, *groups: dict[str, Tensor]) -> UserError:
+    needed = sum(tensor.nbytes for tensors in groups for tensor in tensors.values())
+    try:
+        existing = next(path for path in target.parents if path.exists())
+        free = f", {shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
+    except OSError:
+        free = ""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    fix = "make the folder writable" if getattr(error, "errno", None) in UNWRITABLE else "free some space"
+    return UserError(
+        f"cannot save {target} ({needed / 1e6:,.1f} MB needed{free}): {reason}; {fix}, or choose another --out_dir"
+    )
+
+
+# ---- one checkpoint
+
+
+def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
+    """Checks every file against the manifest, then reads them. Raises ValueError or OSError that says what is wrong."""
+    manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise ValueError(f"{name} is altered (sha256 differs)")
+    return Checkpoint(
+        step=manifest["step"],
+        model=_read_tensors(folder / "model.safetensors"),
+        optimizer=_read_tree(folder, "optimizer"),
+        meta=_read_tree(folder, "meta"),
+        path=folder,
+        skipped=skipped,
+    )
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    path.write_bytes(_canonical(manifest))
+    _flush(path)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError unless every byte is as `_write_manifest` put it and every field is there."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    content = path.read_bytes()
+    try:
+        manifest = json.loads(content)
+    except ValueError:
+        raise ValueError(f"{MANIFEST} is altered (not JSON)") from None
+    known = isinstance(manifest, dict) and set(manifest) == {"format", "serial", "step", "files", "sha256"}
+    if not known or _canonical({key: manifest[key] for key in manifest if key != "sha256"}) != content:
+        raise ValueError(f"{MANIFEST} is altered (sha256 differs)")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"written in format {manifest['format']}; this gptfast reads format {FORMAT}")
+    return manifest
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    """The only bytes that stand for these values; the manifest's own sha256 is among them."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, which is on the disk when this returns."""
+    _flush(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- tensors: safetensors, where names that share one tensor are stored once
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes the tensors. A name for one already written (tied weights) becomes an alias in the file's metadata."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and place in first_name:
+            aliases[name] = first_name[place]
+            continue
+        first_name[place] = name
+        storage = tensor.untyped_storage().data_ptr()
+        tensor = tensor.cpu().contiguous()
+        # safetensors refuses tensors that overlap, such as two slices of one buffer.
+        stored[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    safetensors.torch.save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it 0600; as readable as its folder is the custom
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+    return tensors | {name: tensors[other] for name, other in aliases.items()}
+
+
+# ---- trees: JSON for the structure, with {"$tensor": name} where a tensor stood
+
+
+def _flatten(tree: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
+    """A JSON value of the same structure, and the tensors by their path, `optimizer.state.0.exp_avg`."""
+    tensors: dict[str, Tensor] = {}
+
+    def encode(value: Any, path: str) -> Any:
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float:
+            return value if math.isfinite(value) else {"$float": str(value)}
+        if isinstance(value, Tensor):
+            name = path
+            while name in tensors:  # {"1": a} and {1: b} have one path
+                name += "'"
+            tensors[name] = value
+            return {"$tensor": name}
+        if isinstance(value, (list, tuple)):
+            items = [encode(item, f"{path}.{i}") for i, item in enumerate(value)]
+            return items if isinstance(value, list) else {"$tuple": items}
+        if isinstance(value, dict):
+            items = [(encode(key, path), encode(item, f"{path}.{key}")) for key, item in value.items()]
+            plain = all(isinstance(key, str) and not key.startswith("$") for key, _ in items)
+            return dict(items) if plain else {"$dict": [list(item) for item in items]}
+        raise TypeError(f"cannot save {path}, a {type(value).__name__}: use tensors, numbers, strings, lists and dicts")
+
+    return encode(tree, path), tensors
+
+
+def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree that `_flatten` took apart."""
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (key, content), *_ = value.items()
+        if key == "$tensor":
+            return tensors[content]
+        if key == "$float":
+            return float(content)
+        if key == "$tuple":
+            return tuple(_unflatten(item, tensors) for item in content)
+        if key == "$dict":
+            return {_unflatten(key, tensors): _unflatten(item, tensors) for key, item in content}
+    return {key: _unflatten(item, tensors) for key, item in value.items()}
+
+
+def _read_tree(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.safetensors"
+    tensors = _read_tensors(path) if path.exists() else {}
+    return _unflatten(json.loads((folder / f"{name}.json").read_text("utf-8")), tensors)
+
+
+# ---- the disk
+
+
+def _flush(path: Path) -> None:
+    """Returns when a file, or the list of names in a folder, is on the disk and not only in the kernel's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

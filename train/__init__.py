@@ -1,0 +1,1 @@
+"""Preparing data and training models, each a command: `python -m train.prepare`, `train.pretrain`, `train.speedrun`."""

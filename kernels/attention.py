@@ -38,40 +38,65 @@ def attention_reference(
 ) -> Tensor:
     """Attention of q (B, T, H, D) to k, v (B, S, G, D); any strides. `scale` is D^-1/2 by default. Returns q's dtype.
 
-    Products are taken in q's dtype and the softmax in at least fp32. `window` 0 sees only its own position. `cu_seqlens`
-    (N + 1,) int marks the starts of N documents packed along T = S, and the end. `seed` makes dropout repeatable; None draws
-    from torch's default generator.
+    Products are rounded to q's dtype, as any chain of matmuls is; the softmax computes in at least fp32. `window` 0 sees only
+    its own position. `cu_seqlens` (N + 1,) int marks the starts of N documents packed along T = S, and the end. `seed` makes
+    dropout repeatable; None draws from torch's default generator.
     """
-    heads, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-    if heads > 1:
-        k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
-    s = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    hidden = _hidden(s.shape[-2], s.shape[-1], causal, window, cu_seqlens, s.device)
-    if hidden is not None:
-        s = s.masked_fill(hidden, torch.finfo(s.dtype).min)  # not -inf: a row of it would have a NaN gradient
+    B, T, H, D = q.shape
+    S, scale = k.shape[1], D**-0.5 if scale is None else scale
+    causal_only = causal and T == S and window is None and softcap is None and cu_seqlens is None
+    if causal_only and T > LONGEST_WRITTEN_OUT and seed is None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=k.shape[1] != H
+        )
+        return out.transpose(1, 2)
+    # One contiguous batch of B * H matrices each: without it every product below would copy its operands for itself.
+    q, k, v = (_repeat(x, H).transpose(1, 2).reshape(B * H, x.shape[1], D) for x in (q, k, v))
+    hidden = None if causal_only else _hidden(T, S, causal, window, cu_seqlens, q.device)
+    bias = _bias(T, S, hidden, q)
+    if softcap is None:
+        s = torch.baddbmm(bias, q, k.mT, alpha=scale)
+    else:
+        s = softcap * torch.tanh(q @ k.mT * (scale / softcap)) + bias
     p = torch.softmax(s, dim=-1)
-    if hidden is not None and not (causal and window is None and cu_seqlens is None and p.shape[-2] <= p.shape[-1]):
-        p = p.masked_fill(hidden, 0.0)
+    if hidden is not None:
+        p = p.masked_fill(hidden, 0.0)  # a query that sees no key; elsewhere it changes nothing
     if dropout > 0.0:
         p = _drop(p, dropout, seed)
-    return (p.to(v.dtype) @ v).transpose(1, 2)
+    return (p @ v).view(B, H, T, D).transpose(1, 2)
+
+
+# Below, the products written out are faster than torch's fused operator on a CPU in bf16: forward and backward at B * H = 48
+# and T = 64 take 1.2 ms against 2.9, at T = 512 16.9 against 28.5; at 1024 it is 103 against 35 (2 cores, AVX512-BF16).
+LONGEST_WRITTEN_OUT = 512
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """(B, S, G, D) -> (B, S, heads, D): each key head once for every query head that reads it."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _bias(T: int, S: int, hidden: Tensor | None, like: Tensor) -> Tensor:
+    """(T, S) to add to the scores: 0 where seen. Hidden is the least number, not -inf: a row of -inf has a NaN gradient."""
+    least = torch.finfo(like.dtype).min
+    if hidden is None:
+        return torch.full((T, S), least, dtype=like.dtype, device=like.device).triu_(1)
+    return torch.zeros(T, S, dtype=like.dtype, device=like.device).masked_fill_(hidden, least)
 
 
 def _hidden(
     T: int, S: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """True (T, S) where the query must not see the key; None if every query sees every key."""
+) -> Tensor:
+    """True (T, S) where the query must not see the key."""
     ahead = torch.arange(S, device=device) - (torch.arange(T, device=device) + S - T)[:, None]  # key minus query position
-    hidden = [ahead > 0] if causal else []
+    hidden = ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)
     if window is not None:
-        hidden.append(ahead.abs() > window)
+        hidden = hidden | (ahead.abs() > window)
     if cu_seqlens is not None:
         document = torch.bucketize(torch.arange(S, device=device), cu_seqlens[1:], right=True)
-        hidden.append(document != document[S - T :, None])
-    return torch.stack(hidden).any(dim=0) if hidden else None
+        hidden = hidden | (document != document[S - T :, None])
+    return hidden
 
 
 def _drop(p: Tensor, dropout: float, seed: int | None) -> Tensor:

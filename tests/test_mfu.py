@@ -274,7 +274,7 @@ def test_flops_and_parameters_agree_with_the_model(seed: int) -> None:
 @pytest.mark.parametrize("T", [1, 2, 7, 17, 64])
 def test_a_seen_pair_counts_once_and_a_masked_one_not_at_all(T: int, window: int | None) -> None:
     """The pairs are counted on the attention op itself: the keys to which the reference gives any weight."""
-    x = torch.zeros(1, T, 1, 1)
+    x = torch.zeros(1, T, 1, T)
     one_hot = torch.eye(T).view(1, T, 1, T)  # as values: out[t] is the row of weights of query t
     weights = kernels.load("reference").attention(x, x, one_hot, causal=True, window=window)
     pairs = int((weights > 0).sum())

@@ -24,7 +24,12 @@ import io
 import os.path
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels import Ops
 
 Config = TypeVar("Config")
 
@@ -78,6 +83,56 @@ def parse(
 def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
     """The flags that the user typed, `{key: text}`, to tell a choice from a default."""
     return dict(_split(argv, get_type_hints(config_type))[1])
+
+
+def choose_device(name: str, *, typed: bool) -> str:
+    """The device to run on: `name`, checked. A GPU that is only the default, and is not there, becomes the CPU, in a printed line.
+
+    Raises UserError for a device that the user typed and that is not here, and for a name torch does not know.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name}: unknown device; use cuda, cuda:N, mps or cpu") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) < count:
+            return name
+        if typed:
+            found = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
+            raise UserError(f"--device={name}: {found}; use --device={'cuda:0' if count else 'cpu'}")
+        print("device: cpu, because there is no CUDA GPU here (--device=cpu says so by itself)")
+        return "cpu"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: this torch has no MPS here; use --device=cpu")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"--device={name}: gptfast runs on cuda, mps and cpu; use --device=cpu")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype of activations that `--dtype=name` means on `device`, and why: `auto` takes the fastest that trains well."""
+    import torch
+
+    from gptfast.model import compute_dtype
+
+    return compute_dtype(device) if name == "auto" else (getattr(torch, name), "asked for")
+
+
+def choose_ops(name: str, device: str) -> Ops:
+    """The implementations that `--kernels=name` means on `device`. Raises UserError for an explicit choice that cannot run."""
+    import torch
+
+    import kernels
+
+    if name == "auto" and torch.cuda.is_available() and not device.startswith("cuda"):
+        name = "reference"  # auto would choose for the GPU that this run does not use
+    try:
+        return kernels.load(name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--kernels={name}: {error}") from None
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

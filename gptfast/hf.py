@@ -18,6 +18,7 @@ from .model import GPT
 # Hugging Face's Conv1D keeps its weight as (in, out); Linear wants (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, not parameters
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -55,6 +56,26 @@ def load_gpt2(
     model = GPT(config, ops, dtype)
     model.load_state_dict({name: w.t() if name.endswith(_CONV1D) else w for name, w in weights.items()})
     return model
+
+
+def find_gpt2(name: str) -> Path:
+    """The folder of a GPT-2: `name` itself if it is one, else that of gpt2, gpt2-medium, ... from the Hugging Face cache or hub.
+
+    Raises UserError for a name that is neither, and where it is not cached and the hub cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in PUBLISHED:
+        raise UserError(f"--init_from={name}: no such folder; give scratch, resume, a folder, or one of {', '.join(PUBLISHED)}")
+    elsewhere = "fetch it where there is a network and give its folder, --init_from=FOLDER"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name} comes from the Hugging Face hub: pip install huggingface_hub, or {elsewhere}") from None
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx's types for "no network"
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({type(error).__name__}); {elsewhere}") from None
 
 
 def _named(name: str) -> str:

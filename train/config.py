@@ -1,0 +1,77 @@
+"""The flags of `python -m train.pretrain`: nanoGPT's 33 keys, with its names, defaults and meanings, and ours below them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gptfast.cli import UserError
+
+POSITIVE = (
+    "eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
+    "n_layer", "n_head", "n_embd", "lr_decay_iters",
+)  # fmt: skip
+NOT_NEGATIVE = ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    out_dir: str = "out"  # where checkpoints and metrics.jsonl go
+    eval_interval: int = 2000  # iterations between evaluations
+    log_interval: int = 1  # iterations between log lines
+    eval_iters: int = 200  # batches of each split per evaluation
+    eval_only: bool = False  # exit after the first evaluation
+    always_save_checkpoint: bool = True  # save at every evaluation, not only when the validation loss is the best yet
+    init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in their layout
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # its run
+    dataset: str = "openwebtext"  # name of the data set, as given to train.prepare
+    gradient_accumulation_steps: int = 5 * 8  # micro-batches per update, over all processes
+    batch_size: int = 12  # sequences per micro-batch
+    block_size: int = 1024  # tokens per sequence
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # query heads
+    n_embd: int = 768  # width
+    dropout: float = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning or small data
+    bias: bool = False  # biases in linear layers and layer norms
+    learning_rate: float = 6e-4  # highest learning rate
+    max_iters: int = 600000  # the last iteration, counted from 0
+    weight_decay: float = 1e-1  # on matrices and embeddings only
+    beta1: float = 0.9  # AdamW, decay of the mean
+    beta2: float = 0.95  # AdamW, decay of the square
+    grad_clip: float = 1.0  # bound on the norm of the gradient; 0 for none
+    decay_lr: bool = True  # warm up and decay; False keeps learning_rate
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # iteration at which the cosine reaches min_lr; about max_iters
+    min_lr: float = 6e-5  # lowest learning rate; about learning_rate / 10
+    backend: str = "nccl"  # torch.distributed backend, used when started by torchrun
+    device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
+    compile: bool = True  # compile with torch.compile: faster steps after a slow start
+
+    data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
+    seed: int = 1337  # of weights, batches and dropout
+    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    whole_val: bool = True  # end with the loss over the whole validation split, once through
+    peak_tflops: float | None = None  # dense peak to reckon MFU by, where the device's own is not known
+    n_kv_head: int | None = None  # key/value heads; default n_head
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
+    position: Literal["learned", "rope"] = "learned"  # positions
+    activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"  # of the MLP
+    qk_norm: bool = False  # normalize queries and keys
+    tied: bool = True  # one matrix for embedding and output
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        for name in NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout={self.dropout}: must be at least 0 and below 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")

@@ -1,0 +1,168 @@
+"""One step of training, and what goes around it; pretrain and speedrun share this page.
+
+A batch is a pair of int64 tensors, `tokens, targets: (B, T)`, with `targets[b, t] = tokens[b, t + 1]` in the stream.
+Nothing here reads a number back from the device: losses stay tensors until someone prints them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptfast.optim import clip_grad_norm
+
+Batch = tuple[Tensor, Tensor]  # tokens, targets: (B, T) int64
+
+
+class Schedule(Protocol):
+    """What `learning_rate` reads; any configuration with these fields will do."""
+
+    decay_lr: bool
+    learning_rate: float
+    warmup_iters: int
+    lr_decay_iters: int
+    min_lr: float
+
+
+def learning_rate(iteration: int, schedule: Schedule) -> float:
+    """Linear warm-up to `learning_rate`, then half a cosine down to `min_lr`, then `min_lr` (Loshchilov & Hutter 2017)."""
+    peak, floor = schedule.learning_rate, schedule.min_lr
+    warmup, end = schedule.warmup_iters, schedule.lr_decay_iters
+    if not schedule.decay_lr:
+        return peak
+    if iteration < warmup:
+        return peak * (iteration + 1) / (warmup + 1)
+    if iteration > end:
+        return floor
+    progress = (iteration - warmup) / max(1, end - warmup)
+    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
+
+
+def make_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    scaler: torch.amp.GradScaler | None = None,
+    compiled: bool = False,
+) -> Callable[[Iterator[Batch]], Tensor]:
+    """The function that makes one update from the next batches, as `step` does; compiled where asked for.
+
+    On a CPU one graph holds forward, backward, clipping and optimizer: at sizes where a CPU trains, half of an iteration
+    passes between the kernels. Elsewhere, and with accumulation, forward and backward are compiled.
+    """
+    if compiled and accumulation == 1 and scaler is None and parameters(optimizer)[0].device.type == "cpu":
+        return _whole_step(model, optimizer, clip)
+    forward = torch.compile(model) if compiled else model
+    return partial(step, forward, optimizer, accumulation=accumulation, clip=clip, scaler=scaler)
+
+
+def step(
+    model: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    *,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """One update from the next `accumulation` micro-batches; returns their mean loss, a detached fp32 scalar on the device.
+
+    The gradient is that of the mean over micro-batches, so one batch of A·B rows and A batches of B rows give the same
+    update. `clip` bounds the norm of the whole gradient (0 leaves it alone). `scaler` is for fp16.
+    """
+    losses = []
+    for tokens, targets in islice(batches, accumulation):
+        loss = model(tokens, targets)
+        losses.append(loss.detach())
+        share = loss / accumulation if accumulation > 1 else loss
+        (share if scaler is None else scaler.scale(share)).backward()
+    if clip > 0:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        clip_grad_norm(parameters(optimizer), clip)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return losses[0] if accumulation == 1 else torch.stack(losses).mean()
+
+
+def _whole_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float
+) -> Callable[[Iterator[Batch]], Tensor]:
+    """`step` with one micro-batch, as a single compiled graph. The rates become tensors: a float would be compiled in."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"])
+    trained = parameters(optimizer)
+
+    @torch.compile
+    def update(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = model(tokens, targets)
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            parameter.grad = gradient
+        if clip > 0:
+            clip_grad_norm(trained, clip)
+        optimizer.step()
+        return loss.detach()
+
+    def whole_step(batches: Iterator[Batch]) -> Tensor:
+        loss = update(*next(batches))
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return whole_step
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every tensor that the optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group the rate `rate`, times the group's own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        scaled = rate * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """Mean loss per token over `batches`, in eval mode, as a 0-d fp32 tensor; draws nothing from torch's global generator."""
+    was_training = model.training
+    model.eval()
+    losses, counts = [], []
+    for tokens, targets in batches:
+        losses.append(model(tokens, targets).float())
+        counts.append(targets.numel())
+    model.train(was_training)
+    per_batch = torch.stack(losses)
+    weights = torch.tensor(counts, dtype=torch.float32, device=per_batch.device)
+    return (per_batch * weights).sum() / weights.sum()
+
+
+def generator_state() -> dict[str, Tensor]:
+    """The state of torch's generators, by device: uint8 tensors, to be saved beside the weights."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_generator_state(state: dict[str, Any]) -> None:
+    """Puts back what `generator_state` gave; a CUDA state is passed over where there is no GPU."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

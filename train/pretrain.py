@@ -1,0 +1,348 @@
+"""Trains a GPT on token files, with nanoGPT's flags, defaults and log lines.
+
+    python -m train.pretrain shakespeare_char --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 \\
+        --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+
+`--init_from=resume` goes on where the last checkpoint of out_dir stands, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import checkpoint, cli, hf, mfu
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from gptfast.data import Batches, load_tokens, whole_split
+from gptfast.log import Log, facts
+from gptfast.model import GPT
+from gptfast.optim import adamw
+from gptfast.tokenizer import load_tokenizer, read_meta
+from train import loop
+from train.config import Pretrain
+from train.presets import PRESETS
+
+DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64
+EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
+WARM_UP = 5  # iterations before MFU is reckoned
+
+
+@dataclass
+class Run:
+    """A training run: what it works with and, from `model` on, what must survive a stop."""
+
+    config: Pretrain
+    device: str
+    splits: dict[str, Tensor]  # the tokens of train and val
+    tokenizer: dict[str, Any]  # described as JSON; goes into the checkpoint, so that sampling needs no data set
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None  # for fp16
+    batches: Batches
+    iteration: int = 0  # the next one
+    best_val_loss: float = math.inf
+
+
+def main(argv: list[str]) -> None:
+    config = cli.parse(Pretrain, argv, PRESETS)
+    typed = cli.typed(argv, Pretrain)
+    for key in typed:
+        print(f"Overriding: {key} = {getattr(config, key)}")
+    device = cli.choose_device(config.device, typed="device" in typed)
+    with open_log(config.out_dir) as log:
+        run = start(config, device)
+        log.row("run", **facts(device), config=dataclasses.asdict(config), model=dataclasses.asdict(run.model.config))
+        train(run, log)
+
+
+def open_log(out_dir: str) -> Log:
+    """out_dir/metrics.jsonl. Raises UserError where it cannot be written, before anything is computed."""
+    try:
+        return Log(out_dir, name="metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
+
+
+# ---- before the first step
+
+
+def start(config: Pretrain, device: str) -> Run:
+    """Everything up to the first step: data, model (new, resumed or pretrained), optimizer. Prints what it chose, and why."""
+    torch.manual_seed(config.seed)
+    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
+    dtype, why = cli.choose_dtype(config.dtype, device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
+        torch.backends.cudnn.allow_tf32 = True
+
+    folder = Path(config.data_dir) / config.dataset
+    vocab_size, tokenizer = describe_data(folder)
+    saved = checkpoint.load(config.out_dir) if config.init_from == "resume" else None
+    model = build_model(config, device, dtype, vocab_size, saved)
+    print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
+    block_size = model.config.block_size
+    splits = {
+        split: load_tokens(folder / f"{split}.bin", model.config.vocab_size, block_size) for split in ("train", "val")
+    }
+    run = Run(
+        config=config,
+        device=device,
+        splits=splits,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=adamw(
+            model,
+            learning_rate=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        ),
+        scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
+        batches=Batches(splits["train"], config.batch_size, block_size, seed=config.seed, device=device),
+    )
+    if saved is not None:
+        restore(run, saved)
+    return run
+
+
+def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
+    """The vocabulary size that meta.json states, and the tokenizer as JSON. Without meta.json the tokens are GPT-2's."""
+    meta = read_meta(folder)
+    if meta is not None:
+        print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
+        return meta["vocab_size"], meta["tokenizer"]
+    if (folder / "meta.pkl").exists():
+        load_tokenizer(folder)  # says what to do about a pickle
+    return None, {"kind": "tiktoken", "name": "gpt2"}
+
+
+def build_model(
+    config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, saved: checkpoint.Checkpoint | None
+) -> GPT:
+    """The model that `init_from` asks for, on `device`, no longer than `config.block_size`."""
+    ops = cli.choose_ops(config.kernels, device)
+    print(f"kernels:\n{ops}")
+    if saved is not None:
+        print(f"Resuming training from {saved.path}")
+        architecture = GPTConfig(**saved.meta["model"])
+        model = GPT(dataclasses.replace(architecture, dropout=config.dropout), ops, dtype)
+        model.load_state_dict(saved.model)
+    elif config.init_from == "scratch":
+        print("Initializing a new model from scratch")
+        if vocab_size is None:
+            print(f"defaulting to vocab_size of GPT-2 to {DEFAULT_VOCAB} (50257 rounded up for efficiency)")
+        model = GPT(architecture_of(config, vocab_size or DEFAULT_VOCAB), ops, dtype)
+    else:
+        print(f"Initializing from pretrained weights: {config.init_from}")
+        pretrained = hf.load_gpt2(hf.find_gpt2(config.init_from), ops, dtype=dtype)
+        model = GPT(dataclasses.replace(pretrained.config, dropout=config.dropout), ops, dtype)
+        model.load_state_dict(pretrained.state_dict())
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    elif config.block_size > model.config.block_size:
+        print(f"block_size: {model.config.block_size}, the model's own, not {config.block_size}")
+    return model.to(device)
+
+
+def architecture_of(config: Pretrain, vocab_size: int) -> GPTConfig:
+    """The fields that the flags and GPTConfig have in common."""
+    flags = dataclasses.asdict(config)
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    return GPTConfig(vocab_size=vocab_size, **{name: flags[name] for name in names & flags.keys()})
+
+
+# ---- what survives a stop
+
+
+def save(run: Run) -> Path:
+    """Writes the checkpoint out_dir/ckpt-<iteration>."""
+    meta = {
+        "config": dataclasses.asdict(run.config),
+        "model": dataclasses.asdict(run.model.config),
+        "tokenizer": run.tokenizer,
+        "best_val_loss": run.best_val_loss,
+        "batches": run.batches.state_dict(),
+        "generators": loop.generator_state(),
+        "scaler": run.scaler.state_dict() if run.scaler is not None else None,
+    }
+    print(f"saving checkpoint to {run.config.out_dir}")
+    return checkpoint.save(
+        run.config.out_dir,
+        step=run.iteration,
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        meta=meta,
+    )
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
+    run.optimizer.load_state_dict(saved.optimizer)
+    run.batches.load_state_dict(saved.meta["batches"])
+    if run.scaler is not None and saved.meta["scaler"]:
+        run.scaler.load_state_dict(saved.meta["scaler"])
+    loop.set_generator_state(saved.meta["generators"])
+    run.iteration = saved.step
+    run.best_val_loss = saved.meta["best_val_loss"]
+
+
+# ---- the loop
+
+
+def train(run: Run, log: Log) -> None:
+    """Iterations `run.iteration ... max_iters`: one update each, and before it an evaluation where one is due."""
+    config = run.config
+    first = run.iteration
+    track = tracker(config)
+    meter = Meter(run)
+    if config.compile:
+        print("compiling the model... (takes a ~minute)")
+    step = loop.make_step(
+        run.model,
+        run.optimizer,
+        accumulation=config.gradient_accumulation_steps,
+        clip=config.grad_clip,
+        scaler=run.scaler,
+        compiled=config.compile,
+    )
+    for run.iteration in range(first, config.max_iters + 1):
+        rate = loop.learning_rate(run.iteration, config)
+        loop.set_learning_rate(run.optimizer, rate)
+        is_last = run.iteration == config.max_iters
+        if run.iteration % config.eval_interval == 0 or is_last or config.eval_only:
+            meter.pause()
+            losses = evaluate(run, log)
+            track(run.iteration, losses, rate, meter.mfu_palm)
+            if config.eval_only:
+                return
+            is_best = losses["val"] < run.best_val_loss
+            run.best_val_loss = min(losses["val"], run.best_val_loss)
+            if (is_best or config.always_save_checkpoint) and run.iteration > first:
+                save(run)
+            if is_last and config.whole_val:
+                evaluate_whole_split(run, log)
+            meter.resume()
+        loss = step(run.batches)
+        meter.iterations += 1
+        if run.iteration % config.log_interval == 0:
+            meter.report(loss.item(), rate, log)
+
+
+def evaluate(run: Run, log: Log) -> dict[str, float]:
+    """Mean loss of `eval_iters` batches of each split. Leaves the weights and every random stream of training as they were."""
+    losses = {}
+    for split, tokens in run.splits.items():
+        batches = Batches(tokens, run.config.batch_size, run.model.config.block_size, seed=EVAL_SEED, device=run.device)
+        losses[split] = loop.evaluate(run.model, islice(batches, run.config.eval_iters)).item()
+    log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
+    if not all(map(math.isfinite, losses.values())):
+        raise diverged(run)
+    return losses
+
+
+def evaluate_whole_split(run: Run, log: Log) -> float:
+    """The loss over every window of the validation split, of the weights that the last checkpoint holds."""
+    tokens, block_size = run.splits["val"], run.model.config.block_size
+    windows = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
+    loss = loop.evaluate(run.model, windows).item()
+    count = (len(tokens) - 1) // block_size
+    log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")
+    log.row("eval", step=run.iteration, whole_val_loss=loss, windows=count)
+    return loss
+
+
+def diverged(run: Run) -> UserError:
+    return UserError(
+        f"the loss is not a number at iteration {run.iteration}; lower --learning_rate, or lengthen --warmup_iters; "
+        f"checkpoints in {run.config.out_dir} are from before"
+    )
+
+
+class Meter:
+    """The clock of training: times steps, not evaluations, and prints nanoGPT's line.
+
+    The host runs ahead of a GPU, so time is read only where the device has just been waited for.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.peak = mfu.peak_of(torch.device(run.device), run.config.peak_tflops)
+        self.mfu_palm: float | None = None  # running average
+        self.iterations = 0  # since the last line
+        self.seconds = 0.0  # of them, up to the last pause
+        self.total_iterations = 0
+        self.total_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        if self.run.device.startswith("cuda"):
+            torch.cuda.synchronize(self.run.device)
+        self.seconds += time.perf_counter() - self.started
+
+    def resume(self) -> None:
+        self.started = time.perf_counter()
+
+    def report(self, loss: float, rate: float, log: Log) -> None:
+        """One line and one row on the iterations since the last, whose `loss` is that of the newest."""
+        now = time.perf_counter()
+        seconds = (self.seconds + now - self.started) / self.iterations
+        self.total_iterations += self.iterations
+        self.total_seconds += seconds * self.iterations
+        self.started, self.seconds, self.iterations = now, 0.0, 0
+
+        run, config = self.run, self.run.config
+        block_size = run.model.config.block_size
+        tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
+        used = mfu.utilization(tokens_per_s, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
+            fresh, average = used["mfu_palm"], self.mfu_palm
+            self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh
+        log.say(log_line(run.iteration, loss, 1e3 * seconds, self.mfu_palm))
+        log.row(
+            "step", step=run.iteration, loss=loss, ms=1e3 * seconds, seconds=self.total_seconds, lr=rate,
+            tokens_per_s=tokens_per_s, **used,
+        )  # fmt: skip
+        if not math.isfinite(loss):
+            raise diverged(run)
+
+
+def log_line(iteration: int, loss: float, ms: float, mfu_palm: float | None) -> str:
+    """nanoGPT's line. Its MFU is the PaLM convention, 6N + 12·L·H·Q·T FLOPs per token."""
+    return f"iter {iteration}: loss {loss:.4f}, time {ms:.2f}ms, mfu {mfu.format_mfu(mfu_palm)}"
+
+
+def tracker(config: Pretrain) -> Callable[[int, dict[str, float], float, float | None], None]:
+    """The function that sends an evaluation to Weights & Biases, or does nothing without `wandb_log`."""
+    if not config.wandb_log or config.eval_only:
+        return lambda *_: None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "--wandb_log=True needs the package wandb: pip install wandb, or give --wandb_log=False"
+        ) from None
+    wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=dataclasses.asdict(config))
+
+    def track(iteration: int, losses: dict[str, float], rate: float, mfu_palm: float | None) -> None:
+        percent = None if mfu_palm is None else 100 * mfu_palm
+        row = {"iter": iteration, "train/loss": losses["train"], "val/loss": losses["val"], "lr": rate, "mfu": percent}
+        wandb.log({key: value for key, value in row.items() if value is not None})
+
+    return track
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -222,19 +222,24 @@ def _has_figure(node: ast.AST) -> bool:
 
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+FORBIDDEN_CALLS = {
+    "exec", "eval", "builtins.exec", "builtins.eval", "os.system", "os.popen",
+    "torch.save", "pickle.load", "pickle.loads", "pickle.Unpickler",
+}  # fmt: skip
 
 
 def nothing_is_executed_or_unpickled(page: Page) -> Iterator[int]:
     """No pickle, exec, eval or shell, and none by the back door: torch.load, torch.save, numpy's allow_pickle."""
     for found in imports(page):
-        if found.name.split(".")[0] in FORBIDDEN_MODULES:
+        is_bait = page.package == "tests" and found.name == "pickle"  # written to show that nobody opens it
+        if found.name.split(".")[0] in FORBIDDEN_MODULES and not is_bait:
             yield found.line
     for node in ast.walk(page.tree):
         if not isinstance(node, ast.Call):
             continue
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         called = dotted(node.func)
-        if called in ("exec", "eval", "builtins.exec", "builtins.eval", "os.system", "os.popen", "torch.save"):
+        if called in FORBIDDEN_CALLS:
             yield node.lineno
         elif called == "torch.load" and keywords.get("weights_only") != "True":
             yield node.lineno
@@ -322,6 +327,7 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("gptfast/data.py", "np.load('x', allow_pickle=True)", "np.load('x')"),
         ("gptfast/log.py", "subprocess.run('git log', shell=True)", "subprocess.run(['git', 'log'])"),
         ("tests/test_data.py", "from pickle import loads", "from json import loads"),
+        ("tests/test_data.py", "import pickle\npickle.loads(b'')", "import pickle\npickle.dumps(bait)"),
     ],
     pages_are_short: [("gptfast/model.py", "x = 1\n" * 601, "x = 1\n" * 600)],
     no_test_elsewhere: [

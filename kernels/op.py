@@ -26,7 +26,7 @@ class Op:
     reference: Callable[..., Any]  # the definition, in plain torch
     triton: Callable[..., Any] | None  # same signature, same meaning; None while an op has no kernel
     inputs: Callable[..., tuple]  # (**dims, dtype, device) -> arguments in order; floating tensors are differentiated
-    parity: tuple[Mapping[str, Any], ...]  # small awkward dims
+    parity: tuple[Mapping[str, Any], ...]  # small awkward dims, the last of them middling
     domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward

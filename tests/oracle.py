@@ -1,0 +1,94 @@
+"""What a kernel is judged by: the error rule, and the ways in which a tensor can lie awkwardly in memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import Op
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def relative_error(found: Tensor, truth: Tensor, scale: float = 0.0) -> float:
+    """Relative Frobenius norm of the difference to an fp64 truth, relative to `scale` where the truth is smaller.
+
+    A truth of rounding noise counts as zero.
+    """
+    noise = 1e-12 * max(truth.numel(), 1) ** 0.5
+    return ((found.double() - truth).norm() / truth.norm().clamp_min(max(noise, scale))).item()
+
+
+def typical_norms(op: Op, arguments: Sequence[Any]) -> list[float]:
+    """Norms that the outputs and gradients have for other cotangents, in fp64.
+
+    A gradient of few elements can cancel to almost nothing by luck of the cotangent, and then its relative error says nothing.
+    """
+    outputs = op.reference(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    draws = [run(op.reference, arguments, [torch.randn_like(o) for o in outputs]) for _ in range(4)]
+    return [0.0] * len(outputs) + [sum(d.norm().item() for d in same) / 4 for same in zip(*draws, strict=True)][len(outputs) :]
+
+
+def leaves(arguments: Sequence[Any]) -> list[Tensor]:
+    """The arguments that take a gradient."""
+    return [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+
+
+def differentiated(arguments: Sequence[Any]) -> tuple:
+    """The same arguments, floating tensors requiring gradients; layouts are kept."""
+    return tuple(
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    )
+
+
+def run(function: Callable[..., Any], arguments: Sequence[Any], cotangents: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Outputs, then gradients of every floating argument. Cotangents are drawn from a fixed seed unless given."""
+    arguments = differentiated(arguments)
+    outputs = function(*arguments)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if cotangents is None:
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    wanted = leaves(arguments)
+    gradients = torch.autograd.grad(outputs, wanted, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)],
+                                    allow_unused=True)  # fmt: skip
+    return [o.detach() for o in outputs] + [
+        torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True)
+    ]
+
+
+def doubled(arguments: Sequence[Any]) -> tuple:
+    """The same arguments in fp64."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+def check_parity(op: Op, function: Callable[..., Any], arguments: Sequence[Any], what: str = "") -> None:
+    """err(kernel) <= 2 * err(reference at the same dtype) + eps(dtype), for every output and every gradient."""
+    found = run(function, arguments)
+    same = run(op.reference, arguments)
+    truth = run(op.reference, doubled(arguments))
+    few = min(t.numel() for t in truth) < 64
+    scales = typical_norms(op, doubled(arguments)) if few else [0.0] * len(truth)
+    for i, (f, s, t, scale) in enumerate(zip(found, same, truth, scales, strict=True)):
+        assert f.shape == s.shape and f.dtype == s.dtype, f"{op.name} {what} [{i}]: {f.dtype}{f.shape}, not {s.dtype}{s.shape}"
+        finite = t.isfinite() & s.isfinite()  # where the truth, or the format, has no number, neither has the kernel
+        assert torch.equal(f.isfinite(), finite), f"{op.name} {what} result {i}: NaN or Inf in other places"
+        f, s, t = f[finite], s[finite], t[finite]
+        error, bound = relative_error(f, t, scale), 2 * relative_error(s, t, scale) + torch.finfo(f.dtype).eps
+        assert error <= bound, f"{op.name} {what} result {i} of {len(found)}: error {error:.2e}, allowed {bound:.2e}"
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """Tensors equal to x in value that lie differently in memory."""
+    wide = x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    gap = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)
+    gap[..., 3:] = x
+    odd = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    odd.copy_(x)
+    found = {"every other element": wide[..., ::2], "a slice of longer rows": gap[..., 3:], "off by one element": odd}
+    if x.dim() > 1:
+        found["transposed"] = x.transpose(0, -1).contiguous().transpose(0, -1)
+    return found

@@ -1,1 +1,1 @@
-"""A GPT to train and sample: model, optimizers, data, checkpoints, measures. Imports kernels; `train` and `bench` use it."""
+"""A GPT to train and sample: model, optimizers, data, checkpoints and measures. Built on `kernels`."""

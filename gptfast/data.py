@@ -22,7 +22,7 @@ from gptfast.cli import UserError
 from gptfast.tokenizer import read_meta
 
 IN_MEMORY_BYTES = 64 * 2**20  # a file up to this size is held as int64, 4 times its size; a larger one is mapped
-CHECKED_BLOCKS, CHECKED_BLOCK = 256, 65_536  # of a mapped file: blocks looked at, tokens in each (32 MiB in all)
+CHECKED_BLOCKS, CHECKED_BLOCK = 256, 16_384  # of a mapped file: blocks looked at, tokens in each (8 MiB in all)
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tensor:

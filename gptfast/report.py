@@ -4,7 +4,7 @@ Every figure names the hardware, the date and the commit that its rows bear, and
 What a row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never
 before.
 
-    python -m gptfast.report out-speedrun                   # its log.jsonl -> report.md and PNGs beside it
+    python -m gptfast.report out-speedrun                   # its metrics.jsonl -> report.md and PNGs beside it
     python -m gptfast.report results/*/ops.jsonl --out_dir=report
 """
 
@@ -187,8 +187,8 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot(seconds, [row["val_loss"] for row in evals], "o-", color=ORANGE, markersize=4, label="validation")
         last = evals[-1]
         axis.annotate(
-            f"{last['val_loss']:.4f}", (seconds[-1], last["val_loss"]), xytext=(0, 9), textcoords="offset points",
-            ha="right", color=ORANGE, fontsize=9,
+            f"{last['val_loss']:.4f}", (seconds[-1], last["val_loss"]), xytext=(0, -14), textcoords="offset points",
+            ha="right", color=ORANGE, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
     axis.set(xlabel="training time, s (evaluation left out)", ylabel="loss, nats per token")
     axis.legend(frameon=False)
@@ -204,16 +204,20 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
     figure, axes = new_figure(f"{_run_name(rows)}: throughput", panels=2 if names else 1)
     rates = [row["tokens_per_s"] for row in steps]
     median = statistics.median(rates)
-    axes[0].plot([row["step"] for row in steps], rates, color=BLUE, linewidth=1.0)
+    axes[0].plot([row["step"] for row in steps], rates, color=BLUE, linewidth=1.0, label="tokens/s")
     axes[0].axhline(median, color="#444444", linewidth=0.8, linestyle="--", label=f"median {number(median)}")
-    axes[0].set(ylabel="tokens/s", ylim=(0, 1.15 * max(rates)))
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].set(ylabel="tokens/s", ylim=(0, 1.25 * max(rates)))
+    axes[0].yaxis.set_major_formatter("{x:,.0f}")
+    axes[0].legend(frameon=False, loc="upper right", ncols=2)
+    highest = 0.0
     for name, color in zip(names, (BLUE, ORANGE), strict=False):
         known = [row for row in steps if _finite(row.get(name))]
-        axes[1].plot([row["step"] for row in known], [100 * row[name] for row in known], color=color, label=name)
+        percent = [100 * row[name] for row in known]
+        highest = max(highest, *percent)
+        axes[1].plot([row["step"] for row in known], percent, color=color, linewidth=1.0, label=name)
     if names:
-        axes[1].set(ylabel="% of dense peak", ylim=(0, None))
-        axes[1].legend(frameon=False, loc="lower right")
+        axes[1].set(ylabel="% of dense peak", ylim=(0, 1.3 * highest))
+        axes[1].legend(frameon=False, loc="upper right", ncols=2)
     axes[-1].set_xlabel("step" if names else "step          (MFU n/a: no peak is known for this hardware)")
     return save(figure, path, rows, names)
 
@@ -296,14 +300,14 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
     )
     sections += [f"![{title}]({path.name})" for title, path in figures if path]
     time = elapsed(rows)
-    evals = of_kind(rows, "eval")
+    evals = [row for row in of_kind(rows, "eval") if "val_loss" in row]
     if evals:
         shown = evals if len(evals) <= 12 else [*evals[:: math.ceil(len(evals) / 11)], evals[-1]]
         columns: Columns = {
             "step": "step",
             "training time, s": lambda row: time(row["step"] - 1),
-            "train loss": "train_loss",
-            "val loss": "val_loss",
+            "train loss": lambda row: _loss(row.get("train_loss")),
+            "val loss": lambda row: _loss(row.get("val_loss")),
         }
         sections += ["## Evaluations", table(shown, columns)]
     samples = of_kind(rows, "sample")
@@ -318,16 +322,23 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
 
 def _verdict(rows: list[Row]) -> str:
     """What the run came to, in a sentence."""
-    summary = next((row for row in reversed(rows) if row["what"] == "summary"), {})
     steps, evals = of_kind(rows, "step"), of_kind(rows, "eval")
-    loss = summary.get("loss", evals[-1].get("val_loss") if evals else None)
+    whole = [row for row in evals if "whole_val_loss" in row]
+    sampled = [row for row in evals if "val_loss" in row]
     taken = steps[-1]["step"] + 1 if steps else 0
-    words = f"Validation loss **{f'{loss:.4f}' if _finite(loss) else number(loss)}** after {taken:,} iterations"
-    words += f" and {number(elapsed(rows)(taken))} s of training"
-    if summary.get("parameters"):
-        words += f", {summary['parameters']:,} parameters"
-    words += f", {_median(steps, 'tokens_per_s')} tokens/s (median)."
-    return words if summary else f"Unfinished. {words}"
+    if whole:
+        words = f"Loss **{_loss(whole[-1]['whole_val_loss'])}** over the whole validation split"
+        words += f" ({whole[-1]['windows']:,} windows)" if "windows" in whole[-1] else ""
+    else:
+        words = f"Unfinished. Last validation loss {_loss(sampled[-1]['val_loss'] if sampled else None)}"
+    words += f" after {taken:,} iterations and {number(elapsed(rows)(taken))} s of training"
+    if "parameters" in rows[0]:
+        words += f", {rows[0]['parameters']:,} parameters"
+    return f"{words}, {_median(steps, 'tokens_per_s')} tokens/s (median)."
+
+
+def _loss(value: Any) -> str:
+    return f"{value:.4f}" if _finite(value) else number(value)
 
 
 def _median(rows: Sequence[Row], key: str, percent: bool = False) -> str:
@@ -373,12 +384,12 @@ BENCH_COLUMNS: Columns = {
 
 
 def main(argv: list[str]) -> None:
-    """Report on logs: files of rows, or folders that hold a log.jsonl."""
+    """Report on logs: files of rows, or folders that hold a metrics.jsonl."""
     parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")
     options = parser.parse_args(argv)
-    logs = [path / "log.jsonl" if path.is_dir() else path for path in options.paths]
+    logs = [path / "metrics.jsonl" if path.is_dir() else path for path in options.paths]
     out_dir = options.out_dir or logs[0].parent
     out_dir.mkdir(parents=True, exist_ok=True)
     print(write_report(read(logs), out_dir))

@@ -1,0 +1,376 @@
+"""The speedrun: from nothing to a trained, sampled, plotted GPT in one command.
+
+    python -m train.speedrun                                             the preset for this machine, on embedded text
+    python -m train.speedrun --preset=cpu-sprint --dataset=shakespeare_char
+    python -m train.speedrun --iters=200 --seed=7 --out_dir=out-seven
+
+Prepares the data where it is missing, trains, and leaves in out_dir: metrics.jsonl (the rows), a checkpoint that
+`python -m gptfast.sample` reads, loss.png, throughput.png and report.md. Ctrl-C stops training and reports on what is
+there.
+
+The recipe: rotary positions, normalized queries and keys, RMSNorm, ReLU², no biases, an untied head that starts at
+zero, token shift; Muon for the matrices, Adam for the rest, rates that fall linearly to zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gptfast import checkpoint, cli, mfu, report
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from gptfast.data import Batches, load_tokens, whole_split
+from gptfast.log import Log, facts
+from gptfast.model import GPT
+from gptfast.optim import Muon, groups_table, muon
+from gptfast.sample import generate
+from gptfast.tokenizer import load_tokenizer, read_meta
+from train import loop
+from train.prepare import prepare
+
+EMBEDDED, FINEWEB = "pystdlib", "fineweb10B"
+EVAL_SEED = 0  # every evaluation of every run sees the same windows
+CONSOLE_LINES = 20  # progress lines of a run
+COUNTS = (
+    "iters", "batch_size", "accumulation", "block_size", "n_layer", "n_head", "n_embd", "eval_iters", "log_interval",
+)  # fmt: skip
+RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+
+
+@dataclass(frozen=True)
+class Speedrun:
+    preset: str = "auto"  # cpu, cpu-plain, cpu-sprint, gpu; auto: gpu where there is one, else cpu
+    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto: the GPU where there is one
+    dataset: str = "auto"  # pystdlib, shakespeare_char, any prepared; auto: pystdlib, on a GPU fineweb10B if prepared
+    data_dir: str = "data"  # folder of the data sets
+    out_dir: str = "out-speedrun"  # where rows, checkpoint, figures and report.md go
+    seed: int = 1337  # of weights and batches
+    iters: int = 1000  # updates
+    batch_size: int = 12  # sequences per micro-batch
+    accumulation: int = 1  # micro-batches per update
+    block_size: int = 64  # tokens per sequence
+    vocab_size: int = 0  # rows of embedding and head; 0: as many as the data has tokens
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads
+    n_embd: int = 128  # width
+    token_shift: bool = True  # positions also see the one before, channel by channel
+    matrix_lr: float = 0.05  # Muon's rate, for the matrices in the blocks
+    embedding_lr: float = 0.15  # Adam's, for the embedding
+    head_lr: float = 0.02  # Adam's, for the head
+    scalar_lr: float = 0.06  # Adam's, for token shifts
+    momentum: float = 0.9  # Muon's, reached from momentum_start
+    momentum_start: float = 0.8  # Muon's at the first update
+    momentum_iters: int = 50  # updates until momentum is reached
+    newton_schulz_steps: int = 4  # Muon's; the last of five buys nothing at this size
+    decay: float = 1.0  # the part of the run, at its end, over which the rates fall linearly to zero
+    eval_interval: int = 250  # updates between evaluations; 0: only at the end
+    eval_iters: int = 20  # batches of each split per evaluation
+    log_interval: int = 1  # updates between rows
+    num_samples: int = 2  # texts to draw at the end
+    sample_tokens: int = 300  # tokens in each
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
+    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    compile: bool = False  # compile with torch.compile: faster steps after a slow start
+    peak_tflops: float = 0.0  # dense peak to reckon MFU against, for a device whose peak is not known
+
+    def __post_init__(self) -> None:
+        for name in (*COUNTS, *RATES, "decay"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must be above 0")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"--decay={self.decay}: must be at most 1, the whole run")
+        for name in ("momentum", "momentum_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.dtype == "float16":
+            raise UserError("--dtype=float16: the speedrun has no loss scaling; use bfloat16 or float32")
+
+
+PRESETS: dict[str, Speedrun] = {
+    "cpu": Speedrun(preset="cpu"),
+    # nanoGPT's CPU size, to compare recipes at one architecture's cost
+    "cpu-plain": Speedrun(preset="cpu-plain", iters=230, token_shift=False, eval_interval=0),
+    # the fewest seconds to the loss of nanoGPT's CPU command on tinyshakespeare, 1.898 over the whole validation split
+    "cpu-sprint": Speedrun(preset="cpu-sprint", iters=165, n_layer=2, eval_interval=0),
+    # GPT-2's 124M layers, 0.5M tokens per update
+    "gpu": Speedrun(
+        preset="gpu", iters=2000, batch_size=32, accumulation=16, block_size=1024, vocab_size=50304,
+        n_layer=12, n_head=6, n_embd=768, token_shift=False,
+        matrix_lr=0.02, embedding_lr=0.3, head_lr=0.004, scalar_lr=0.04, decay=0.4,
+        momentum=0.95, momentum_start=0.85, momentum_iters=300, newton_schulz_steps=5, log_interval=10, compile=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a speedrun works with. `iteration` is the number of updates done, `seconds` the time they took."""
+
+    config: Speedrun
+    device: str
+    facts: dict[str, Any]  # the machine, the software and the commit, for rows that stand alone
+    splits: dict[str, Tensor]
+    tokenizer: dict[str, Any]
+    model: GPT
+    optimizer: Muon
+    batches: Batches
+    iteration: int = 0
+    seconds: float = 0.0
+
+
+def main(argv: list[str]) -> None:
+    config = configure(argv)
+    with open_log(config.out_dir) as log:
+        run = start(config, log)
+        try:
+            train(run, log)
+            finish(run, log)
+        except KeyboardInterrupt:
+            log.say(f"stopped after {run.iteration} of {config.iters} updates; reporting on what is there")
+            raise
+        finally:
+            if run.iteration:
+                rows = report.read([Path(config.out_dir) / "metrics.jsonl"])
+                log.say(f"report: {report.write_report(rows, config.out_dir)}")
+
+
+def configure(argv: list[str]) -> Speedrun:
+    """The preset of this machine, or the one named, with every flag typed; `auto` is resolved."""
+    asked = cli.parse(Speedrun, argv)
+    device = asked.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = cli.choose_device(device, typed=True)
+    on_gpu = device.startswith("cuda")
+    preset = asked.preset if asked.preset != "auto" else "gpu" if on_gpu else "cpu"
+    if preset not in PRESETS:
+        raise UserError(f"--preset={preset}: no such preset{cli.nearest(preset, PRESETS)}")
+    config = cli.parse(Speedrun, [preset, *argv], PRESETS)
+    dataset = config.dataset
+    if dataset == "auto":
+        dataset = FINEWEB if on_gpu and (Path(config.data_dir) / FINEWEB / "train.bin").is_file() else EMBEDDED
+    return dataclasses.replace(config, preset=preset, device=device, dataset=dataset)
+
+
+def open_log(out_dir: str) -> Log:
+    """out_dir/metrics.jsonl. Raises UserError where it cannot be written, before anything is computed."""
+    try:
+        return Log(out_dir, name="metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
+
+
+# ---- before the first step
+
+
+def start(config: Speedrun, log: Log) -> Run:
+    """Data, model and optimizer; says what was chosen, and why, and opens the rows."""
+    torch.manual_seed(config.seed)
+    dtype, why = cli.choose_dtype(config.dtype, config.device)
+    log.say(f"preset {config.preset} on {config.device}; dtype {str(dtype).removeprefix('torch.')}: {why}")
+    folder = Path(config.data_dir) / config.dataset
+    if not (folder / "train.bin").is_file():
+        prepare(config.dataset, config.data_dir)
+    meta = read_meta(folder)
+    vocab_size = config.vocab_size or (meta["vocab_size"] if meta else 50304)
+    splits = {split: load_tokens(folder / f"{split}.bin", vocab_size, config.block_size) for split in ("train", "val")}
+
+    model = GPT(architecture(config, vocab_size), cli.choose_ops(config.kernels, config.device), dtype)
+    initialize(model)
+    model.to(config.device)
+    optimizer = muon(
+        model, model.config, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr, head_lr=config.head_lr,
+        scalar_lr=config.scalar_lr, momentum=config.momentum, steps=config.newton_schulz_steps,
+    )  # fmt: skip
+    parameters = count_parameters(model)
+    tokens = config.accumulation * config.batch_size * config.block_size
+    log.say(f"{parameters:,} parameters; {tokens:,} tokens per update; {config.iters} updates")
+    log.say(groups_table(optimizer))
+    here = facts(config.device)
+    log.row(
+        "run", name=f"speedrun {config.preset} on {config.dataset}", parameters=parameters, **here,
+        config=dataclasses.asdict(config), model=dataclasses.asdict(model.config),
+    )  # fmt: skip
+    return Run(
+        config=config,
+        device=config.device,
+        facts=here,
+        splits=splits,
+        tokenizer=meta["tokenizer"] if meta else {"kind": "tiktoken", "name": "gpt2"},
+        model=model,
+        optimizer=optimizer,
+        batches=Batches(splits["train"], config.batch_size, config.block_size, seed=config.seed, device=config.device),
+    )
+
+
+def count_parameters(model: GPT) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def architecture(config: Speedrun, vocab_size: int) -> GPTConfig:
+    """The modern GPT of this size."""
+    return GPTConfig(
+        block_size=config.block_size, vocab_size=vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True,
+        token_shift=config.token_shift, tied=False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def initialize(model: GPT) -> None:
+    """Every block starts as the identity and every logit at zero: the first loss is ln V, and no warm-up is needed.
+
+    Projections into the residual stream and the head are zero, other matrices uniform with deviation 0.5 / sqrt(C),
+    embeddings N(0, 1).
+    """
+    bound = 0.5 * math.sqrt(3 / model.config.n_embd)
+    for name, p in model.named_parameters():
+        if name.endswith(("c_proj.weight", "lm_head.weight")):
+            p.zero_()
+        elif name.endswith("wte.weight"):
+            p.normal_()
+        elif name.endswith(("c_attn.weight", "c_fc.weight")):
+            p.uniform_(-bound, bound)
+
+
+# ---- the loop
+
+
+def train(run: Run, log: Log) -> None:
+    """Updates until `iters`, with rows, progress lines and evaluations in between."""
+    config = run.config
+    model = torch.compile(run.model) if config.compile else run.model
+    peak = mfu.peak_of(torch.device(run.device), config.peak_tflops or None)
+    console_interval = math.ceil(config.iters / CONSOLE_LINES)
+    since = 0  # updates since the last row
+    clock = time.perf_counter()
+    while run.iteration < config.iters:
+        if config.eval_interval and run.iteration % config.eval_interval == 0:
+            paused = time.perf_counter()
+            evaluate(run, log)
+            clock += time.perf_counter() - paused
+        schedule(run.optimizer, run.iteration, config)
+        loss = loop.step(model, run.optimizer, run.batches, accumulation=config.accumulation)
+        since += 1
+        if run.iteration % config.log_interval == 0 or run.iteration == config.iters - 1:
+            loss_now = loss.item()  # waits for the device
+            now = time.perf_counter()
+            took, clock = now - clock, now
+            run.seconds += took
+            row = step_row(run, loss_now, took / since, peak)
+            log.row("step", **row)
+            since = 0
+            if run.iteration % console_interval == 0 or run.iteration == config.iters - 1:
+                log.say(progress(row, config.iters))
+            if not math.isfinite(loss_now):
+                raise UserError(f"the loss is {loss_now} at update {run.iteration}; lower --matrix_lr, --embedding_lr")
+        run.iteration += 1
+
+
+def schedule(optimizer: Muon, iteration: int, config: Speedrun) -> None:
+    """Rates: constant, then linear to zero over the last `decay` of the run. Momentum: linear up to its final value."""
+    loop.set_learning_rate(optimizer, min(1.0, (1 - iteration / config.iters) / config.decay))
+    rise = min(1.0, iteration / max(1, config.momentum_iters))
+    for group in optimizer.param_groups:
+        if group["kind"] == "muon":
+            group["momentum"] = config.momentum_start + rise * (config.momentum - config.momentum_start)
+
+
+def step_row(run: Run, loss: float, step_s: float, peak: mfu.Peak | None) -> dict[str, Any]:
+    config = run.config
+    tokens_per_s = config.accumulation * config.batch_size * config.block_size / step_s
+    used = mfu.utilization(tokens_per_s, run.model.config, config.block_size, peak=peak, dtype=run.model.dtype)
+    timing = {"ms": 1e3 * step_s, "seconds": run.seconds, "tokens_per_s": tokens_per_s}
+    return {"step": run.iteration, "loss": loss, **timing, **used}
+
+
+def progress(row: dict[str, Any], iters: int) -> str:
+    """`iter 50/230: loss 2.4213, 24.10 ms, 31,867 tokens/s, mfu n/a, eta 0:04`"""
+    done = row["step"] + 1
+    eta_s = round(row["seconds"] / done * (iters - done))
+    return (
+        f"iter {done}/{iters}: loss {row['loss']:.4f}, {row['ms']:.2f} ms, {row['tokens_per_s']:,.0f} tokens/s, "
+        f"mfu {mfu.format_mfu(row['mfu'])}, eta {eta_s // 60}:{eta_s % 60:02d}"
+    )
+
+
+def evaluate(run: Run, log: Log) -> None:
+    """Mean loss over `eval_iters` windows of each split; prints and logs it."""
+    config = run.config
+    losses = {}
+    for split, tokens in run.splits.items():
+        windows = Batches(tokens, config.batch_size, config.block_size, seed=EVAL_SEED, device=run.device)
+        losses[split] = loop.evaluate(run.model, islice(windows, config.eval_iters)).item()
+    log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
+
+
+# ---- after the last step
+
+
+def finish(run: Run, log: Log) -> None:
+    """The last evaluation, the loss over the whole validation split, a checkpoint and samples."""
+    config = run.config
+    evaluate(run, log)
+    windows = (len(run.splits["val"]) - 1) // config.block_size
+    batch_size = max(config.batch_size, 4096 // config.block_size)
+    whole = whole_split(run.splits["val"], config.block_size, batch_size=batch_size, device=run.device)
+    loss = loop.evaluate(run.model, whole).item()
+    log.say(f"whole validation split: val loss {loss:.4f} over {windows} windows of {config.block_size}")
+    log.row("eval", step=run.iteration, whole_val_loss=loss, windows=windows)
+    log.row(
+        "summary", name="speedrun", preset=config.preset, dataset=config.dataset, seed=config.seed, loss=loss,
+        iterations=run.iteration, seconds=run.seconds, parameters=count_parameters(run.model), **run.facts,
+    )  # fmt: skip
+    path = save(run)
+    log.say(f"saved {path}; more text: python -m gptfast.sample --out_dir={config.out_dir} --device={run.device}")
+    if config.num_samples > 0:
+        sample(run, log)
+
+
+def save(run: Run) -> Path:
+    """Writes out_dir/ckpt-<iteration>, in the form that gptfast.sample reads."""
+    return checkpoint.save(
+        run.config.out_dir,
+        step=run.iteration,
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        meta={
+            "config": dataclasses.asdict(run.config),
+            "model": dataclasses.asdict(run.model.config),
+            "tokenizer": run.tokenizer,
+        },
+    )
+
+
+def sample(run: Run, log: Log) -> None:
+    """Prints and logs texts that the model writes from a newline on."""
+    config = run.config
+    try:
+        tokenizer = load_tokenizer(Path(config.data_dir) / config.dataset)
+        prompt = tokenizer.encode("\n")
+    except UserError as error:  # no ranks for GPT-2's tokens, or no newline in the text: the run is done all the same
+        log.say(f"no samples: {error}")
+        return
+    tokens = torch.tensor([prompt] * config.num_samples, device=run.device)
+    generator = torch.Generator(run.device).manual_seed(config.seed)
+    drawn = generate(run.model, tokens, config.sample_tokens, temperature=0.8, top_k=200, generator=generator)
+    for ids in drawn.tolist():
+        known = [i for i in ids if i < tokenizer.vocab_size]  # the rest is padding of the vocabulary
+        text = tokenizer.decode(known).strip("\n")
+        log.say(f"---------------\n{text}")
+        log.row("sample", text=text)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -10,9 +10,9 @@
     if __name__ == "__main__":
         sys.exit(cli.run(main))
 
-`--key=value` and `--key value`, hyphens or underscores; `--flag`, `--flag=True` and `--flag=False`; an int where a float is
-meant. A bare word names a preset, or sets the field that `positional` names. Flags override presets and later flags
-earlier ones, wherever they stand. tyro converts the values and writes `--help`, with each field's comment as its help.
+`--key=value` and `--key value`, hyphens or underscores; `--flag`, `--flag=True`, `--flag=False`; an int where a float
+is meant. A bare word names a preset, or sets the field that `positional` names. Flags override presets and later flags
+earlier ones, wherever they stand. tyro converts values and writes `--help`, with each field's comment as its help.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def parse(
 ) -> Config:
     """Reads `argv` into a `config_type` (a flat dataclass with a default for every field).
 
-    `presets` maps names to instances. A name may be spelled as nanoGPT's config files are: `config/train_gpt2.py` is the
-    preset `train_gpt2`, and a leading `train_` may be left out. `positional` is the field that a bare word sets.
-    Raises UserError for an unknown flag or preset (names the nearest) and for a value of the wrong type (names the type);
-    exits with code 0 after `--help`.
+    `presets` maps names to instances. A name may be spelled as nanoGPT's config files are: `config/train_gpt2.py` is
+    the preset `train_gpt2`, and a leading `train_` may be left out. `positional` is the field that a bare word sets.
+    Raises UserError for an unknown flag or preset (names the nearest) and for a value of the wrong type (names the
+    type); exits with code 0 after `--help`.
     """
     words, flags = _split(argv, get_type_hints(config_type))
     if len(words) > 1:
@@ -86,7 +86,7 @@ def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
 
 
 def choose_device(name: str, *, typed: bool) -> str:
-    """The device to run on: `name`, checked. A GPU that is only the default, and is not there, becomes the CPU, in a printed line.
+    """The device to run on: `name`, checked. A GPU that is only the default and not here becomes the CPU, with a line.
 
     Raises UserError for a device that the user typed and that is not here, and for a name torch does not know.
     """
@@ -113,7 +113,7 @@ def choose_device(name: str, *, typed: bool) -> str:
 
 
 def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The dtype of activations that `--dtype=name` means on `device`, and why: `auto` takes the fastest that trains well."""
+    """The dtype of activations that `--dtype=name` means on `device`, and why. auto: the fastest that trains well."""
     import torch
 
     from gptfast.model import compute_dtype
@@ -122,7 +122,7 @@ def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
 
 
 def choose_ops(name: str, device: str) -> Ops:
-    """The implementations that `--kernels=name` means on `device`. Raises UserError for an explicit choice that cannot run."""
+    """The implementations that `--kernels=name` means on `device`. Raises UserError for a choice that cannot run."""
     import torch
 
     import kernels
@@ -179,7 +179,7 @@ def _preset_name(word: str, presets: Mapping[str, Any]) -> str:
 
 
 def _convert(config_type: type, key: str, text: str) -> Any:
-    """The value that `--key=text` gives, by a parser of this one flag, so that an error knows which flag it is about."""
+    """The value that `--key=text` gives, by a parser of this one flag, so that an error knows what it is about."""
     import tyro
 
     expected = get_type_hints(config_type)[key]

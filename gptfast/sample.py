@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -112,7 +111,7 @@ def main(argv: list[str]) -> None:
 
 
 def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """The trained model of `out_dir`, or a pretrained GPT-2, on the CPU, with the tokenizer that it was trained with."""
+    """The model of the last checkpoint in `out_dir`, or a pretrained GPT-2, on the CPU; and its tokenizer."""
     if init_from != "resume":
         return hf.load_gpt2(hf.find_gpt2(init_from), ops, dtype=dtype), BPETokenizer("gpt2")
     saved = checkpoint.load(out_dir)

@@ -1,4 +1,4 @@
-"""The flags of `python -m train.pretrain`: nanoGPT's 33 keys, with its names, defaults and meanings, and ours below them."""
+"""The flags of `python -m train.pretrain`: nanoGPT's 33 keys with its names, defaults and meanings, then ours."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Schedule(Protocol):
 
 
 def learning_rate(iteration: int, schedule: Schedule) -> float:
-    """Linear warm-up to `learning_rate`, then half a cosine down to `min_lr`, then `min_lr` (Loshchilov & Hutter 2017)."""
+    """Linear warm-up to `learning_rate`, half a cosine down to `min_lr` (Loshchilov & Hutter 2017), then `min_lr`."""
     peak, floor = schedule.learning_rate, schedule.min_lr
     warmup, end = schedule.warmup_iters, schedule.lr_decay_iters
     if not schedule.decay_lr:
@@ -55,8 +55,8 @@ def make_step(
 ) -> Callable[[Iterator[Batch]], Tensor]:
     """The function that makes one update from the next batches, as `step` does; compiled where asked for.
 
-    On a CPU one graph holds forward, backward, clipping and optimizer: at sizes where a CPU trains, half of an iteration
-    passes between the kernels. Elsewhere, and with accumulation, forward and backward are compiled.
+    On a CPU one graph holds forward, backward, clipping and optimizer, for at sizes that a CPU trains much of an
+    iteration passes between the kernels. Elsewhere, and with accumulation, forward and backward are compiled.
     """
     if compiled and accumulation == 1 and scaler is None and parameters(optimizer)[0].device.type == "cpu":
         return _whole_step(model, optimizer, clip)
@@ -73,7 +73,7 @@ def step(
     clip: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """One update from the next `accumulation` micro-batches; returns their mean loss, a detached fp32 scalar on the device.
+    """One update from the next `accumulation` micro-batches; returns their mean loss, () fp32 on the device, detached.
 
     The gradient is that of the mean over micro-batches, so one batch of A·B rows and A batches of B rows give the same
     update. `clip` bounds the norm of the whole gradient (0 leaves it alone). `scaler` is for fp16.
@@ -100,7 +100,7 @@ def step(
 def _whole_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float
 ) -> Callable[[Iterator[Batch]], Tensor]:
-    """`step` with one micro-batch, as a single compiled graph. The rates become tensors: a float would be compiled in."""
+    """`step` with one micro-batch, as a single compiled graph. The rates become tensors, for floats are compiled in."""
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(group["lr"])
     trained = parameters(optimizer)
@@ -140,7 +140,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Mean loss per token over `batches`, in eval mode, as a 0-d fp32 tensor; draws nothing from torch's global generator."""
+    """Mean loss per token over `batches`, () fp32, in eval mode; draws nothing from torch's global generator."""
     was_training = model.training
     model.eval()
     losses, counts = [], []

@@ -1,4 +1,4 @@
-"""nanoGPT's configuration files as typed values: the same names, the same numbers (github.com/karpathy/nanoGPT, config/)."""
+"""nanoGPT's configuration files as typed values, of the same names and numbers (github.com/karpathy/nanoGPT)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Trains a GPT on token files, with nanoGPT's flags, defaults and log lines.
 
-    python -m train.pretrain shakespeare_char --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 \\
-        --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+    python -m train.pretrain shakespeare_char --device=cpu --compile=False --eval_iters=20 --log_interval=1 \\
+        --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 \\
+        --dropout=0.0
 
 `--init_from=resume` goes on where the last checkpoint of out_dir stands, bit for bit on a CPU.
 """
@@ -78,7 +79,7 @@ def open_log(out_dir: str) -> Log:
 
 
 def start(config: Pretrain, device: str) -> Run:
-    """Everything up to the first step: data, model (new, resumed or pretrained), optimizer. Prints what it chose, and why."""
+    """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
     torch.manual_seed(config.seed)
     tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"tokens per iteration will be: {tokens_per_iteration:,}")
@@ -118,7 +119,7 @@ def start(config: Pretrain, device: str) -> Run:
 
 
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
-    """The vocabulary size that meta.json states, and the tokenizer as JSON. Without meta.json the tokens are GPT-2's."""
+    """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
     if meta is not None:
         print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
@@ -241,7 +242,7 @@ def train(run: Run, log: Log) -> None:
 
 
 def evaluate(run: Run, log: Log) -> dict[str, float]:
-    """Mean loss of `eval_iters` batches of each split. Leaves the weights and every random stream of training as they were."""
+    """Mean loss of `eval_iters` batches of each split. Training's weights and random streams stay as they were."""
     losses = {}
     for split, tokens in run.splits.items():
         batches = Batches(tokens, run.config.batch_size, run.model.config.block_size, seed=EVAL_SEED, device=run.device)

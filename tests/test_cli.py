@@ -1,0 +1,164 @@
+"""The command line: what is accepted, what is refused, and how a refusal reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+from gptfast import cli
+from gptfast.cli import UserError
+
+
+@dataclass(frozen=True)
+class Flags:
+    learning_rate: float = 6e-4  # highest learning rate
+    dropout: float = 0.1
+    max_iters: int = 10
+    compile: bool = True
+    device: str = "cuda"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    n_kv_head: int | None = None
+
+
+PRESETS = {"train_shakespeare_char": Flags(max_iters=5000), "small": Flags(dropout=0.5)}
+
+
+def parse(*argv: str) -> Flags:
+    return cli.parse(Flags, argv, PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--learning_rate", "1"], "learning_rate", 1.0),
+        (["--learning-rate=1e-3"], "learning_rate", 1e-3),
+        (["--learning_rate", "-1"], "learning_rate", -1.0),
+        (["--dropout=0"], "dropout", 0.0),
+        (["--compile=False"], "compile", False),
+        (["--compile=false"], "compile", False),
+        (["--compile", "False"], "compile", False),
+        (["--compile=False", "--compile"], "compile", True),
+        (["--device=a=b"], "device", "a=b"),
+        (["--device="], "device", ""),
+        (["--device=--x y\n"], "device", "--x y\n"),
+        (["--device=123"], "device", "123"),
+        (["--norm=rmsnorm"], "norm", "rmsnorm"),
+        (["--n_kv_head=2"], "n_kv_head", 2),
+        (["--n_kv_head=2", "--n_kv_head=None"], "n_kv_head", None),
+        (["--max_iters=1", "--max_iters=2"], "max_iters", 2),
+        (["train_shakespeare_char"], "max_iters", 5000),
+        (["shakespeare_char"], "max_iters", 5000),
+        (["config/train_shakespeare_char.py"], "max_iters", 5000),
+        (["--max_iters=7", "shakespeare_char"], "max_iters", 7),
+        (["shakespeare_char", "--max_iters=7"], "max_iters", 7),
+        (["small", "--compile"], "dropout", 0.5),
+    ],
+)
+def test_accepted(argv: list[str], field: str, value: object) -> None:
+    parsed = getattr(parse(*argv), field)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate=1"], "unknown flag --lerning_rate; did you mean --learning_rate?"),
+        (["--learning_rate=fast"], "--learning_rate=fast: expected float"),
+        (["--max_iters=1.5"], "--max_iters=1.5: expected int"),
+        (["--max_iters=1e3"], "--max_iters=1e3: expected int"),
+        (["--max_iters="], "--max_iters=: expected int"),
+        (["--compile=2"], "--compile=2: expected True or False"),
+        (["--norm=batchnorm"], "--norm=batchnorm: expected layernorm or rmsnorm"),
+        (["--n_kv_head=x"], "--n_kv_head=x: expected int | None"),
+        (["--max_iters"], "--max_iters needs a value: --max_iters=int"),
+        (["--max_iters", "--compile"], "--max_iters needs a value: --max_iters=int"),
+        (["smal"], "unknown preset smal; did you mean small?"),
+        (["config/zebra.py"], "unknown preset config/zebra.py; known: small, train_shakespeare_char"),
+        (["small", "shakespeare_char"], "small shakespeare_char: give one name, not 2"),
+    ],
+)
+def test_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert str(error.value) == message
+
+
+def test_no_presets_and_positional() -> None:
+    with pytest.raises(UserError, match="unexpected argument word"):
+        cli.parse(Flags, ["word"])
+    assert cli.parse(Flags, ["word"], positional="device").device == "word"
+    assert cli.parse(Flags, ["word", "--device=cpu"], positional="device").device == "cpu"
+
+
+def test_typed_tells_a_choice_from_a_default() -> None:
+    assert cli.typed(["small", "--max-iters", "3", "--compile"], Flags) == {"max_iters": "3", "compile": "True"}
+
+
+def test_help_lists_every_flag_with_default_and_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal wraps the lines
+    with pytest.raises(SystemExit) as exit:
+        parse("small", "--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for flag, default in (
+        ("--learning_rate FLOAT", "0.0006"),
+        ("--compile {True,False}", "True"),
+        ("--dropout", "0.5"),
+    ):
+        line = next(line for line in text.splitlines() if flag in line and "default" in line)
+        assert f"default: {default}" in line
+    assert "highest learning rate" in text
+    assert "Presets, typed as a bare word: train_shakespeare_char, small" in text
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: list[str]) -> None:
+        raise UserError(f"no file {argv[0]}; make it")
+
+    def interrupt(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    def break_down(argv: list[str]) -> None:
+        raise ValueError("a defect of ours")
+
+    assert cli.run(lambda argv: None, []) == 0
+    assert cli.run(fail, ["x"]) == 2
+    assert capsys.readouterr().err == "error: no file x; make it\n"
+    assert cli.run(interrupt, []) == 130
+    with pytest.raises(ValueError, match="a defect of ours"):  # a traceback is right for what the user cannot mend
+        cli.run(break_down, [])
+
+
+def test_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.choose_device("cpu", typed=True) == "cpu"
+    assert capsys.readouterr().out == ""
+    assert cli.choose_device("cuda", typed=False) == "cpu"
+    assert capsys.readouterr().out.startswith("device: cpu, because there is no CUDA GPU here")
+    with pytest.raises(UserError, match="--device=cuda: there is no CUDA GPU here; use --device=cpu"):
+        cli.choose_device("cuda", typed=True)
+    with pytest.raises(UserError, match="unknown device"):
+        cli.choose_device("gpu", typed=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cli.choose_device("cuda:0", typed=True) == "cuda:0"
+    with pytest.raises(UserError, match="GPUs here: 1; use --device=cuda:0"):
+        cli.choose_device("cuda:1", typed=True)
+
+
+def test_dtype_and_kernels() -> None:
+    assert cli.choose_dtype("float16", "cpu") == (torch.float16, "asked for")
+    dtype, why = cli.choose_dtype("auto", "cpu")
+    assert dtype in (torch.float32, torch.bfloat16)
+    assert why.startswith("the CPU has")
+    assert cli.choose_ops("auto", "cpu").chosen["layernorm"][0] == "reference"
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--kernels=triton: .*no CUDA device"):
+            cli.choose_ops("triton", "cpu")

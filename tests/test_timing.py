@@ -21,7 +21,7 @@ QUICK = Settings(samples=8, most_samples=8, warmup_s=0.0, budget_s=0.0)
 N = 64
 
 
-# ---- statistics, in simulated time -------------------------------------------------------------------------------------
+# ---- statistics, in simulated time -------------------------------------------------------------------------------
 def noisy_machine(rng: random.Random, ms: dict[str, float]) -> dict[str, Callable[[], float]]:
     """Samplers of variants that take `ms`: 2% noise, 5% outliers up to 3x, and a clock that drifts by 20% for all."""
     drift = {"now": 1.0}
@@ -118,7 +118,7 @@ def test_a_real_slowdown_is_found():
     assert found["a"].ms_p20 >= 0.2 and found["b"].ms_p20 >= 0.24  # a clock cannot read less than was spun
 
 
-# ---- cheats ------------------------------------------------------------------------------------------------------------
+# ---- cheats ------------------------------------------------------------------------------------------------------
 class Subject:
     """y = x * scale + x.sum(), timed on a few sets of inputs, by an implementation that may cheat."""
 
@@ -268,6 +268,14 @@ def _wait_ns(clock: Callable[[], int], ns: int) -> None:
         pass
 
 
+def test_a_peer_may_answer_in_a_lower_dtype_and_is_held_to_that_one():
+    exact = Subject.right(Subject.draw(0).double())
+    usual = exact.float()
+    assert not judge((exact.bfloat16(),), (exact,), (usual,)).valid
+    assert judge((exact.bfloat16(),), (exact,), (usual,), any_dtype=True).valid
+    assert not judge((exact.bfloat16() * 1.05,), (exact,), (usual,), any_dtype=True).valid
+
+
 def test_one_cheat_does_not_spoil_the_verdict_on_others():
     cheat, fair = Subject(overwrites_input_unseen()), Subject(honest)
     with stopwatch("cpu", QUICK) as watch:
@@ -287,7 +295,7 @@ def test_allowed_error_follows_the_dtype():
         assert not judge((nudged,), (exact,), (rounded,)).valid
 
 
-# ---- the speed of light ------------------------------------------------------------------------------------------------
+# ---- the speed of light ------------------------------------------------------------------------------------------
 def test_faster_than_light_is_invalid():
     fraction, reason = roofline(1.0, flops=2e9, bytes_moved=1e6, peak_flops=1e12, peak_bytes=1e9)
     assert fraction == pytest.approx(2.0)
@@ -323,7 +331,7 @@ def test_threads_are_set_stated_and_put_back():
     assert torch.get_num_threads() == before
 
 
-# ---- the same on a GPU -------------------------------------------------------------------------------------------------
+# ---- the same on a GPU -------------------------------------------------------------------------------------------
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="times CUDA kernels")
 
 

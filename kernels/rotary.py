@@ -5,18 +5,21 @@
     half-split:    (a, b) = xhat[: D/2], xhat[D/2 :]        interleaved:    (a, b) = xhat[0::2], xhat[1::2]
     y_a = scale * (a * cos - b * sin)                       y_b = scale * (b * cos + a * sin)
 
-    The rotation is orthogonal: its gradient is the rotation by the opposite angle, and it may come before or after the norm.
+    The rotation is orthogonal: it may come before or after the norm, and its gradient is the rotation by minus the angle.
+    g_a = scale * (dy_a * cos + dy_b * sin)                 g_b = scale * (dy_b * cos - dy_a * sin)
+    dx = rstd * (g - xhat * mean_d(g * xhat))  if qk_norm else  g
 
-q: (B, T, H, D)   k: (B, T, G, D)   cos, sin: (T, D/2), of position * base^(-2i / D)
+q: (B, T, H, D)   k: (B, T, G, D)   cos, sin: (T, D/2), of position * base^(-2i / D); decoding takes slices of longer tables
 
-Su et al., "RoFormer", arXiv:2104.09864; half-split as in GPT-NeoX and Llama, interleaved as in the paper. QK-norm: Henry et
-al., "Query-Key Normalization for Transformers", arXiv:2010.04245.
+Su et al., "RoFormer", arXiv:2104.09864; half-split as in GPT-NeoX and Llama, interleaved as in the paper. QK-norm: Henry
+et al., "Query-Key Normalization for Transformers", arXiv:2010.04245.
 """
 
 import torch
 from torch import Tensor
 
-from .op import Cost, Op
+from ._triton import jit, tl, triton
+from .op import Cost, Op, differentiable, require
 
 
 def rotary_reference(
@@ -34,19 +37,258 @@ def rotary_reference(
 
     Computes in at least fp32. With `qk_norm` every head vector has unit root mean square (no weight) before `scale`.
     """
+    _check(q, k, cos, sin)
 
     def rotate(x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        xhat = x.to(wide)
-        if qk_norm:
-            xhat = xhat * torch.rsqrt(xhat.square().mean(-1, keepdim=True) + eps)
-        a, b = (xhat[..., 0::2], xhat[..., 1::2]) if interleaved else xhat.chunk(2, dim=-1)
+        a, b = _pairs(_normalized(x.to(wide), eps) if qk_norm else x.to(wide), interleaved)
         c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale  # (T, 1, D/2): over batch and heads
         halves = a * c - b * s, b * c + a * s
         y = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
         return y.to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    require(q.dim() == 4 and q.shape[-1] % 2 == 0, f"q: expected (B, T, H, D) with D even, got {tuple(q.shape)}")
+    require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
+    B, T, _, D = q.shape
+    require(
+        k.dim() == 4 and (k.shape[0], k.shape[1], k.shape[3]) == (B, T, D),
+        f"k: expected (B, T, G, D) = ({B}, {T}, G, {D}) as q has it, got {tuple(k.shape)}",
+    )
+    require(k.dtype == q.dtype, f"k: {k.dtype}, but q is {q.dtype}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        require(
+            table.shape == (T, D // 2),
+            f"{name}: expected (T, D/2) = {(T, D // 2)}, got {tuple(table.shape)}; slice a longer table to q's positions",
+        )
+        require(table.is_floating_point(), f"{name}: expected a floating dtype, got {table.dtype}")
+    for name, x in (("k", k), ("cos", cos), ("sin", sin)):
+        require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
+
+
+@jit
+def _load_pair(x_ptr, d, D, mask, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The two halves (BLOCK_M, BLOCK_D) of head vectors in fp32; x_ptr points to the vectors, d counts pairs."""
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * BLOCK_D)[None, :]
+        x = tl.load(x_ptr + both, mask & (both < D), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_D, 2)))
+    else:
+        seen = mask & (d < D // 2)
+        a = tl.load(x_ptr + d, seen, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + D // 2 + d, seen, other=0.0).to(tl.float32)
+    return a, b
+
+
+@jit
+def _store_pair(y_ptr, a, b, d, D, mask, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The reverse of _load_pair, in the dtype of y."""
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * BLOCK_D)[None, :]
+        y = tl.reshape(tl.join(a, b), (BLOCK_M, 2 * BLOCK_D))
+        tl.store(y_ptr + both, y.to(y_ptr.dtype.element_ty), mask & (both < D))
+    else:
+        seen = mask & (d < D // 2)
+        tl.store(y_ptr + d, a.to(y_ptr.dtype.element_ty), seen)
+        tl.store(y_ptr + D // 2 + d, b.to(y_ptr.dtype.element_ty), seen)
+
+
+@jit
+def _rotate_rows(
+    x_ptr, y_ptr, cos_ptr, sin_ptr, block, b, stride_b, stride_t, stride_h, T, H, D, eps, scale,
+    QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x[b, t, h, :] -> y[b, t, h, :] for BLOCK_M consecutive (t, h)."""
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    t, h = (row // H).to(tl.int64), row % H  # divided in 32 bits, where it is quick
+    mask = t < T
+    d = tl.arange(0, BLOCK_D)[None, :]
+    x_a, x_b = _load_pair(x_ptr + b * stride_b + t * stride_t + h * stride_h, d, D, mask, INTERLEAVED, BLOCK_M, BLOCK_D)
+    if QK_NORM:
+        rstd = tl.rsqrt((tl.sum(x_a * x_a, axis=1) + tl.sum(x_b * x_b, axis=1))[:, None] / D + eps)
+        x_a, x_b = x_a * rstd, x_b * rstd
+    cos = tl.load(cos_ptr + t * (D // 2) + d, mask & (d < D // 2), other=0.0).to(tl.float32) * scale
+    sin = tl.load(sin_ptr + t * (D // 2) + d, mask & (d < D // 2), other=0.0).to(tl.float32) * scale
+    y_a, y_b = x_a * cos - x_b * sin, x_b * cos + x_a * sin
+    _store_pair(y_ptr + (b * T * H + row) * D, y_a, y_b, d, D, mask, INTERLEAVED, BLOCK_M, BLOCK_D)
+
+
+@jit
+def rotary_fwd_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, T, H, G, D, eps, scale,
+    QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program rotates BLOCK_M head vectors of one sequence; first come the programs of the queries, then the keys."""
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    q_blocks = tl.cdiv(T * H, BLOCK_M)
+    if block < q_blocks:
+        _rotate_rows(
+            q_ptr, q_out_ptr, cos_ptr, sin_ptr, block, b, q_stride_b, q_stride_t, q_stride_h, T, H, D, eps, scale,
+            QK_NORM, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _rotate_rows(
+            k_ptr, k_out_ptr, cos_ptr, sin_ptr, block - q_blocks, b, k_stride_b, k_stride_t, k_stride_h, T, G, D,
+            eps, scale, QK_NORM, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+
+
+@jit
+def _rotate_rows_back(
+    dy_ptr, x_ptr, dx_ptr, cos_ptr, sin_ptr, block, b, dy_stride_b, dy_stride_t, dy_stride_h,
+    stride_b, stride_t, stride_h, T, H, D, eps, scale,
+    QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dy[b, t, h, :] -> dx[b, t, h, :] for BLOCK_M consecutive (t, h)."""
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    t, h = (row // H).to(tl.int64), row % H  # divided in 32 bits, where it is quick
+    mask = t < T
+    d = tl.arange(0, BLOCK_D)[None, :]
+    cos = tl.load(cos_ptr + t * (D // 2) + d, mask & (d < D // 2), other=0.0).to(tl.float32) * scale
+    sin = tl.load(sin_ptr + t * (D // 2) + d, mask & (d < D // 2), other=0.0).to(tl.float32) * scale
+    dy_rows = dy_ptr + b * dy_stride_b + t * dy_stride_t + h * dy_stride_h
+    dy_a, dy_b = _load_pair(dy_rows, d, D, mask, INTERLEAVED, BLOCK_M, BLOCK_D)
+    g_a, g_b = dy_a * cos + dy_b * sin, dy_b * cos - dy_a * sin
+    if QK_NORM:
+        x_rows = x_ptr + b * stride_b + t * stride_t + h * stride_h
+        x_a, x_b = _load_pair(x_rows, d, D, mask, INTERLEAVED, BLOCK_M, BLOCK_D)
+        rstd = tl.rsqrt((tl.sum(x_a * x_a, axis=1) + tl.sum(x_b * x_b, axis=1))[:, None] / D + eps)
+        x_a, x_b = x_a * rstd, x_b * rstd
+        mean_gx = (tl.sum(g_a * x_a, axis=1) + tl.sum(g_b * x_b, axis=1))[:, None] / D
+        g_a, g_b = rstd * (g_a - x_a * mean_gx), rstd * (g_b - x_b * mean_gx)
+    _store_pair(dx_ptr + (b * T * H + row) * D, g_a, g_b, d, D, mask, INTERLEAVED, BLOCK_M, BLOCK_D)
+
+
+@jit
+def rotary_bwd_kernel(
+    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr,
+    dq_stride_b, dq_stride_t, dq_stride_h, dk_stride_b, dk_stride_t, dk_stride_h,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, T, H, G, D, eps, scale,
+    QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program finds the gradients of BLOCK_M head vectors; q and k are read only if they were normalized."""
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    q_blocks = tl.cdiv(T * H, BLOCK_M)
+    if block < q_blocks:
+        _rotate_rows_back(
+            dq_out_ptr, q_ptr, dq_ptr, cos_ptr, sin_ptr, block, b, dq_stride_b, dq_stride_t, dq_stride_h,
+            q_stride_b, q_stride_t, q_stride_h, T, H, D, eps, scale, QK_NORM, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _rotate_rows_back(
+            dk_out_ptr, k_ptr, dk_ptr, cos_ptr, sin_ptr, block - q_blocks, b, dk_stride_b, dk_stride_t, dk_stride_h,
+            k_stride_b, k_stride_t, k_stride_h, T, G, D, eps, scale, QK_NORM, INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+
+
+# Elements of a program and of a warp: 16 a lane, two loads of 128 bits. From the compiled code (results/aot.json);
+# not timed yet.
+TILES = {"elements": 2048, "elements_per_warp": 512}
+
+
+def tile(D: int) -> tuple[int, int, int]:
+    """Head vectors and pairs of a program's block, and its warps."""
+    block_d = triton.next_power_of_2(D // 2)
+    block_m = max(1, TILES["elements"] // (2 * block_d))
+    return block_m, block_d, max(1, min(8, 2 * block_m * block_d // TILES["elements_per_warp"]))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with unit last stride: itself wherever that holds, so that a slice of a fused projection is not copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    qk_norm: bool, eps: float, scale: float, interleaved: bool, learned: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, cos, sin = _rows(q), _rows(k), cos.contiguous(), sin.contiguous()
+    (B, T, H, D), G = q.shape, k.shape[2]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if q.numel() + k.numel():
+        block_m, block_d, num_warps = tile(D)
+        rotary_fwd_kernel[(triton.cdiv(T * H, block_m) + triton.cdiv(T * G, block_m), B)](
+            q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], T, H, G, D, eps, scale,
+            QK_NORM=qk_norm, INTERLEAVED=interleaved, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=num_warps,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def _backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
+    qk_norm: bool, eps: float, scale: float, interleaved: bool, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq_out, dk_out, tables = _rows(dq_out), _rows(dk_out), (cos.contiguous(), sin.contiguous())
+    x_q, x_k = _rows(dq_out if q is None else q), _rows(dk_out if k is None else k)
+    (B, T, H, D), G = dq_out.shape, dk_out.shape[2]
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq_out, dk_out))
+    if dq.numel() + dk.numel():
+        block_m, block_d, num_warps = tile(D)
+        rotary_bwd_kernel[(triton.cdiv(T * H, block_m) + triton.cdiv(T * G, block_m), B)](
+            dq_out, dk_out, x_q, x_k, *tables, dq, dk, *dq_out.stride()[:3], *dk_out.stride()[:3],
+            *x_q.stride()[:3], *x_k.stride()[:3], T, H, G, D, eps, scale,
+            QK_NORM=qk_norm, INTERLEAVED=interleaved, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=num_warps,
+        )  # fmt: skip
+    if not learned:
+        return dq, dk, cos.new_empty(0), sin.new_empty(0)
+    dcos, dsin = _table_gradients((dq_out, dk_out), (x_q, x_k), qk_norm, eps, scale, interleaved)
+    return dq, dk, dcos.to(cos.dtype), dsin.to(sin.dtype)
+
+
+def _table_gradients(
+    gradients: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor],
+    qk_norm: bool, eps: float, scale: float, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dcos and dsin (T, D/2) fp32, in plain torch: angles are learned too seldom for a kernel of their own."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for dy, x in zip(gradients, inputs, strict=True):
+        a, b = _pairs(_normalized(x.float(), eps) if qk_norm else x.float(), interleaved)
+        dy_a, dy_b = _pairs(dy.float(), interleaved)
+        found.append(((dy_a * a + dy_b * b).sum((0, 2)) * scale, (dy_b * a - dy_a * b).sum((0, 2)) * scale))
+    (dcos_q, dsin_q), (dcos_k, dsin_k) = found
+    return dcos_q + dcos_k, dsin_q + dsin_k
+
+
+def _save(inputs: tuple, output: tuple) -> tuple:
+    q, k, cos, sin, qk_norm, *flags, learned = inputs
+    needed = qk_norm or learned  # a plain rotation is undone without its argument
+    return (q if needed else None, k if needed else None, cos, sin, qk_norm, *flags, learned)
+
+
+_rotary = differentiable("rotary", _forward, _backward, _save, outputs=2)
+
+
+def rotary_triton(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    qk_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """rotary_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16, in one launch for q and k.
+
+    Slices of a fused projection are read where they lie; the results are contiguous. Deterministic.
+    """
+    _check(q, k, cos, sin)
+    require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
+    learned = cos.requires_grad or sin.requires_grad
+    return _rotary(q, k, cos, sin, qk_norm, eps, scale, interleaved, learned)
 
 
 def inputs(B: int, T: int, H: int, G: int, D: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
@@ -66,11 +308,17 @@ def cost(B: int, T: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost
 ROTARY = Op(
     name="rotary",
     reference=rotary_reference,
-    triton=None,
+    triton=rotary_triton,
     inputs=inputs,
-    parity=(dict(B=1, T=1, H=1, G=1, D=2), dict(B=2, T=7, H=6, G=3, D=80), dict(B=1, T=129, H=4, G=4, D=64)),
+    parity=(
+        dict(B=1, T=1, H=1, G=1, D=2), dict(B=1, T=0, H=2, G=1, D=8), dict(B=1, T=129, H=4, G=4, D=64),
+        dict(B=2, T=7, H=6, G=3, D=80),
+    ),
     domain=dict(B=range(1, 3), T=range(1, 40), H=(2, 4, 6), G=(1, 2), D=range(2, 130, 2)),
-    bench=(dict(B=16, T=1024, H=12, G=12, D=64), dict(B=4, T=4096, H=32, G=8, D=128)),
+    bench=(
+        dict(B=16, T=1024, H=12, G=12, D=64), dict(B=16, T=1024, H=6, G=6, D=128), dict(B=8, T=2048, H=16, G=16, D=96),
+        dict(B=4, T=4096, H=32, G=8, D=128), dict(B=4, T=4096, H=8, G=4, D=256),
+    ),
     cost=cost,
     summary="(a, b) -> (a cos - b sin, b cos + a sin) of q and k, RMS-normalized first if asked",
-)
+)  # fmt: skip

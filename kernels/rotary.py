@@ -5,14 +5,14 @@
     half-split:    (a, b) = xhat[: D/2], xhat[D/2 :]        interleaved:    (a, b) = xhat[0::2], xhat[1::2]
     y_a = scale * (a * cos - b * sin)                       y_b = scale * (b * cos + a * sin)
 
-    The rotation is orthogonal: it may come before or after the norm, and its gradient is the rotation by minus the angle.
+    The rotation is orthogonal: it may come before or after the norm; its gradient is the rotation by minus the angle.
     g_a = scale * (dy_a * cos + dy_b * sin)                 g_b = scale * (dy_b * cos - dy_a * sin)
     dx = rstd * (g - xhat * mean_d(g * xhat))  if qk_norm else  g
 
-q: (B, T, H, D)   k: (B, T, G, D)   cos, sin: (T, D/2), of position * base^(-2i / D); decoding takes slices of longer tables
+q: (B, T, H, D)   k: (B, T, G, D)   cos, sin: (T, D/2), of position * base^(-2i / D); for decoding, slices of a table
 
-Su et al., "RoFormer", arXiv:2104.09864; half-split as in GPT-NeoX and Llama, interleaved as in the paper. QK-norm: Henry
-et al., "Query-Key Normalization for Transformers", arXiv:2010.04245.
+Su et al., "RoFormer", arXiv:2104.09864; half-split as in GPT-NeoX and Llama, interleaved as in the paper. QK-norm:
+Henry et al., "Query-Key Normalization for Transformers", arXiv:2010.04245.
 """
 
 import torch
@@ -70,7 +70,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         require(
             table.shape == (T, D // 2),
-            f"{name}: expected (T, D/2) = {(T, D // 2)}, got {tuple(table.shape)}; slice a longer table to q's positions",
+            f"{name}: expected (T, D/2) = {(T, D // 2)}, got {tuple(table.shape)}; slice the table to q's positions",
         )
         require(table.is_floating_point(), f"{name}: expected a floating dtype, got {table.dtype}")
     for name, x in (("k", k), ("cos", cos), ("sin", sin)):
@@ -130,7 +130,7 @@ def rotary_fwd_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, T, H, G, D, eps, scale,
     QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program rotates BLOCK_M head vectors of one sequence; first come the programs of the queries, then the keys."""
+    """One program rotates BLOCK_M head vectors of one sequence; first come those of the queries, then the keys'."""
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     q_blocks = tl.cdiv(T * H, BLOCK_M)
     if block < q_blocks:

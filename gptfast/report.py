@@ -18,6 +18,7 @@ import statistics
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ MFU_CONVENTION = {
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#009E73", "#CC3311"  # told apart by all kinds of eyes (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 Columns = Mapping[str, str | Callable[[Row], Any]]  # heading -> a field's name, or a function of the row
-SMOOTH_STEPS = 20  # the bold line of a loss curve averages about as many steps
+SMOOTH_STEPS = 20  # the bold line of a loss curve averages as many rows
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def _hardware(row: Row) -> str:
     if hardware.get("kind") == "cuda":
         return hardware["name"]
     threads = hardware.get("cpu", {}).get("threads")
-    return hardware["name"] + (f", {threads} threads" if threads else "")
+    return hardware["name"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
 
 
 def _commit(row: Row) -> str:
@@ -157,6 +158,7 @@ def new_figure(title: str, panels: int = 1) -> tuple[Any, list[Any]]:
     axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     for axis in axes:
         axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12, x=0.02, ha="left")
     return figure, axes
@@ -181,15 +183,11 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
         seconds = [time(row["step"]) for row in steps]
         losses = [row["loss"] for row in steps]
         axis.plot(seconds, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="training batch")
-        axis.plot(seconds, _smooth(losses), color=BLUE, linewidth=1.8, label=f"mean of about {SMOOTH_STEPS} of them")
+        axis.plot(seconds, _smooth(losses), color=BLUE, linewidth=1.8, label=f"mean over {SMOOTH_STEPS} of them")
     if evals:
         seconds = [time(row["step"] - 1) for row in evals]
-        axis.plot(seconds, [row["val_loss"] for row in evals], "o-", color=ORANGE, markersize=4, label="validation")
-        last = evals[-1]
-        axis.annotate(
-            f"{last['val_loss']:.4f}", (seconds[-1], last["val_loss"]), xytext=(0, -14), textcoords="offset points",
-            ha="right", color=ORANGE, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        )  # fmt: skip
+        losses = [row["val_loss"] for row in evals]
+        axis.plot(seconds, losses, "o-", color=ORANGE, markersize=4, label=f"validation, {losses[-1]:.4f} at the end")
     axis.set(xlabel="training time, s (evaluation left out)", ylabel="loss, nats per token")
     axis.legend(frameon=False)
     return save(figure, path, rows)
@@ -264,14 +262,11 @@ def _finite(value: Any) -> bool:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Running mean with exponential weights, without the bias of its start."""
-    decay = 1 - 1 / SMOOTH_STEPS
-    total = weight = 0.0
-    means = []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        means.append(total / weight)
-    return means
+    """Mean over SMOOTH_STEPS values around each, over fewer at the ends, so that the curve neither lags nor leads."""
+    sums = [0.0, *accumulate(values)]
+    reach, n = SMOOTH_STEPS // 2, len(values)
+    spans = ((max(0, i - min(reach, n - 1 - i)), min(n, i + min(reach, i) + 1)) for i in range(n))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 
 
 # ---- one page ---------------------------------------------------------------------------------------------------

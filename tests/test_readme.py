@@ -6,10 +6,14 @@ A table that a command prints stands between `<!-- python -m module ... -->` and
 
 from __future__ import annotations
 
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -44,16 +48,27 @@ RUN = unique([words for words in commands(text()) if words[0] == "python"])
 
 
 @cache
-def output(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def output(*arguments: str) -> tuple[object, str]:
+    """Exit code and output of `python -m module ...`, run in this process: a new one would import torch again."""
+    _, module, *rest = arguments
+    said, argv = io.StringIO(), sys.argv
+    sys.argv = [module, *rest]
+    try:
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module may be imported already
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return 0, said.getvalue()
+    except SystemExit as left:
+        return left.code or 0, said.getvalue()
+    finally:
+        sys.argv = argv
 
 
 def table(command: str) -> str:
     """The lines of a Markdown table that a command prints."""
-    done = output(*shlex.split(command)[1:])
-    assert done.returncode == 0, f"{command}: {done.stderr[-1000:]}"
-    return "".join(f"{line}\n" for line in done.stdout.splitlines() if line.startswith("|"))
+    code, said = output(*shlex.split(command)[1:])
+    assert code == 0, f"{command}: {said[-1000:]}"
+    return "".join(f"{line}\n" for line in said.splitlines() if line.startswith("|"))
 
 
 def refreshed(markdown: str) -> str:
@@ -84,10 +99,9 @@ def test_command_knows_its_flags(words: list[str]) -> None:
     """`--help` of the command answers, and lists every flag that the README gives it."""
     arguments = words[1:]
     shown = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
-    done = output(*[a for a in arguments if not a.startswith("--")], "--help")
-    assert done.returncode == 0, done.stderr[-1000:]
-    assert "usage: " in done.stdout
-    assert shown <= flags_of(done.stdout)
+    code, said = output(*[a for a in arguments if not a.startswith("--")], "--help")
+    assert code == 0 and "usage: " in said, said[-1000:]
+    assert shown <= flags_of(said)
 
 
 def test_make_help_lists_every_target() -> None:
@@ -113,14 +127,15 @@ def test_links_lead_somewhere(page: str) -> None:
     assert not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
 
 
-def test_python_examples_run() -> None:
+def test_python_examples_run(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        small = block.replace('PRESETS["gpt2"]', 'PRESETS["char-cpu"]')  # the same line at a thousandth of the cost
-        done = output("-c", small)
-        assert done.returncode == 0, done.stderr[-1000:]
+        example = tmp_path / "example.py"
+        example.write_text(block.replace('PRESETS["gpt2"]', 'PRESETS["char-cpu"]'))  # a thousandth of the cost
+        runpy.run_path(str(example))
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     README.write_text(refreshed(text()), encoding="utf-8")

@@ -75,7 +75,10 @@ def load_tokenizer(data_dir: str | Path) -> Tokenizer:
 
 
 def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
-    """`meta.json` of a prepared data set, None where there is none. Raises UserError for no folder or a bad file."""
+    """`meta.json` of a prepared data set, or None where there is none; it has at least `vocab_size` and `tokenizer`.
+
+    Raises UserError for a missing folder and for a file that cannot be read or lacks these.
+    """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise UserError(f"no data set in {data_dir}; make it: python -m train.prepare {data_dir.name}")
@@ -86,8 +89,8 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
         meta = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); prepare the data again") from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{path} holds no JSON object; prepare the data again")
+    if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int) or "tokenizer" not in meta:
+        raise UserError(f"{path} does not state vocab_size and tokenizer; prepare the data again")
     return meta
 
 

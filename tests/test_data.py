@@ -27,7 +27,9 @@ def describe(path: Path) -> None:
     """Writes the meta.json that prepare would write beside `path`."""
     content = path.read_bytes()
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path.parent / "meta.json").write_text(json.dumps({"files": {path.name: entry}}))
+    (path.parent / "meta.json").write_text(
+        json.dumps({"vocab_size": 65_536, "tokenizer": {}, "files": {path.name: entry}})
+    )
 
 
 @pytest.fixture(params=["in memory", "mapped"])

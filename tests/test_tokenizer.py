@@ -79,11 +79,13 @@ def test_what_is_no_description_is_refused(description: object) -> None:
 
 
 def test_a_folder_gives_the_tokenizer_of_its_meta_json(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": CharTokenizer("xyz").to_json()}))
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 3, "tokenizer": CharTokenizer("xyz").to_json()}))
     assert load_tokenizer(tmp_path) == CharTokenizer("xyz")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"tokenizer": 3}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"tokenizer": 3}', '{"vocab_size": 3}', '{"vocab_size": 1, "tokenizer": 3}', "\udcff"]
+)
 def test_a_damaged_meta_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "meta.json").write_text(content, "utf-8", "surrogateescape")
     with pytest.raises(UserError, match=r"meta\.json|not a tokenizer") as error:

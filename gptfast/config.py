@@ -59,13 +59,17 @@ class GPTConfig:
         choices = get_type_hints(GPTConfig)
         for name in ("norm", "position", "activation"):
             known = get_args(choices[name])
-            _require(getattr(self, name) in known, name, f"is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+            _require(
+                getattr(self, name) in known, name, f"is {getattr(self, name)!r}; choose one of {', '.join(known)}"
+            )
         _require(
             self.position != "rope" or self.head_dim % 2 == 0,
             "n_embd",
             f"/ n_head is {self.head_dim}; rotary positions need an even head size",
         )
-        _require(self.softcap is None or self.softcap > 0.0, "softcap", f"is {self.softcap}; it must be positive or None")
+        _require(
+            self.softcap is None or self.softcap > 0.0, "softcap", f"is {self.softcap}; it must be positive or None"
+        )
 
 
 def _require(condition: bool, field: str, message: str) -> None:

@@ -1,7 +1,7 @@
 """The GPT. One class, both the GPT-2 and the modern architecture, by config; the hot operations come in as `ops`.
 
-Weights are kept in fp32. Activations have one explicit dtype: each layer casts its weight to the dtype of its input, and there
-is no autocast. The model knows nothing of ranks; gptfast.parallel wraps it from outside.
+Weights are kept in fp32. Activations have one explicit dtype: each layer casts its weight to the dtype of its input, and
+there is no autocast. The model knows nothing of ranks; gptfast.parallel wraps it from outside.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Norm(nn.Module):
 class Shift(nn.Module):
     """y[t] = x[t] + sum_i weight[i - 1] * x[t - i] for i = 1 ... taps: every channel looks a step or two back.
 
-    The token shift of RWKV (Peng et al., arXiv:2305.13048) as a causal depthwise convolution that starts as the identity.
+    The token shift of RWKV (Peng et al., arXiv:2305.13048), a causal depthwise convolution that starts as the identity.
     """
 
     def __init__(self, config: GPTConfig, taps: int) -> None:
@@ -132,7 +132,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer. `dtype` is the dtype of the activations; the parameters are fp32.
 
-    Parameters are named as in nanoGPT and Hugging Face's GPT-2: transformer.wte, transformer.h.0.attn.c_attn, lm_head, ...
+    Parameters are named as in nanoGPT and Hugging Face's GPT-2: transformer.wte, transformer.h.0.attn.c_attn, lm_head.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
@@ -152,7 +152,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialization: N(0, 0.02), biases 0, and the projections into the residual stream by sqrt(2L) smaller."""
+        """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream are smaller by sqrt(2L)."""
         for name, p in self.named_parameters():
             if name.endswith((".bias", "shift.weight", "shift_1.weight", "shift_2.weight")):
                 p.zero_()

@@ -34,7 +34,7 @@ def adamw(
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their joint 2-norm is at most `max_norm`; 0 leaves them. Returns the norm before, ().
+    """Scale gradients in place so that their joint 2-norm is at most `max_norm`; 0 leaves them. Returns the norm found.
 
     The foreach form: a few calls for all tensors. torch chooses it by itself on a GPU only.
     """

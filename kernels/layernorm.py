@@ -25,13 +25,14 @@ from .op import Cost, Op, differentiable, require
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalize the last axis of x (..., N) to zero mean and unit variance, then scale by weight (N,) and shift by bias (N,).
 
-    Computes in at least fp32 and returns x's dtype. torch's own layer_norm is the formula above in one pass and accumulates
-    in fp32 (fp64 for fp64), so the definition and the CPU fallback can be the same call; on a CPU it also takes a 16-bit x
-    beside fp32 parameters as they are, which saves writing x in fp32 and back.
+    Computes in at least fp32 and returns x's dtype. torch's own layer_norm is the formula above in one pass and
+    accumulates in fp32 (fp64 for fp64), so the definition and the CPU fallback can be the same call; on a CPU it also
+    takes a 16-bit x beside fp32 parameters as they are, which saves writing x in fp32 and back.
     """
     _check(x, weight, bias)
     parameters, shape = (weight, bias), x.shape[-1:]
-    if x.device.type == "cpu" and x.dtype.itemsize == 2 and all(p is None or p.dtype == torch.float32 for p in parameters):
+    mixed = x.dtype.itemsize == 2 and all(p is None or p.dtype == torch.float32 for p in parameters)
+    if mixed and x.device.type == "cpu":
         return F.layer_norm(x, shape, *parameters, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), shape, *(None if p is None else p.to(wide) for p in parameters), eps).to(x.dtype)
@@ -301,8 +302,8 @@ def layernorm_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps:
 
 
 def inputs(M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, N) off-centre, weight (N,) about one, bias (N,)."""
-    x = torch.randn(M, N, dtype=dtype, device=device) + 0.5
+    """x (M, N) so far off-centre that statistics taken in 16 bits would show, weight (N,) about one, bias (N,)."""
+    x = torch.randn(M, N, dtype=dtype, device=device) + 6
     weight = torch.randn(N, dtype=dtype, device=device) * 0.5 + 1
     return x, weight, torch.randn(N, dtype=dtype, device=device) if bias else None
 

@@ -27,13 +27,11 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Loss of the logits x (M, C) @ weight (V, C)^T against targets (M,). The logits have x's dtype, the loss at least fp32."""
+    """Loss of the logits x (M, C) @ weight (V, C)^T, in x's dtype, against targets (M,). Returns at least fp32."""
     s = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    loss = F.cross_entropy(
-        s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
-    )
+    loss = F.cross_entropy(s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
     if z_loss:
         kept = targets != ignore_index
         square = torch.where(kept, torch.logsumexp(s, dim=-1).square(), 0.0)
@@ -43,7 +41,7 @@ def linear_cross_entropy_reference(
 
 
 def inputs(M: int, V: int, C: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, C), weight (V, C) that give logits of unit variance, targets (M,) of which one in eight is -100, ignored."""
+    """x (M, C) and weight (V, C) with logits of unit variance, targets (M,) of which one in eight is -100, ignored."""
     targets = torch.randint(V, (M,), device=device)
     targets[7::8] = -100
     x = torch.randn(M, C, dtype=dtype, device=device)
@@ -51,7 +49,7 @@ def inputs(M: int, V: int, C: int, *, dtype: torch.dtype, device: str = "cpu") -
 
 
 def cost(M: int, V: int, C: int, *, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: x, weight and targets in; backward, both again and their gradients out. Three products of 2MVC."""
+    """Three products. Compulsory traffic: x, weight and targets in; backward, both again and their gradients out."""
     operands = (M * C + V * C) * itemsize + M * 8
     return Cost(2 * M * V * C, operands), Cost(4 * M * V * C, 2 * operands)
 

@@ -32,7 +32,7 @@ def inputs(M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: s
 
 
 def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: x and y forward, dy, x and dx backward, the weight, its gradient and the fp32 statistic once."""
+    """Compulsory traffic: x and y forward; dy, x and dx backward; the weight, its gradient and fp32 statistics once."""
     gain, statistics = weight * N * itemsize, M * 4
     return (
         Cost(4 * M * N, 2 * M * N * itemsize + gain + statistics),

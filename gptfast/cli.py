@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os.path
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -49,6 +49,9 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `| head`, has seen enough; nothing more can be printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -207,14 +210,19 @@ def _help(config_type: type, base: Any, presets: Mapping[str, Any], positional: 
     """Prints every flag with its default and help, and exits with code 0."""
     import tyro
 
-    module = sys.modules[config_type.__module__]
-    program = f"python -m {module.__spec__.name.removesuffix('.__main__')}" if module.__spec__ else None
-    description = (module.__doc__ or "").strip()
+    program = sys.modules["__main__"]
+    spec = getattr(program, "__spec__", None)
+    description = (program.__doc__ or "").strip()
     if presets:
         description += f"\n\nPresets, typed as a bare word: {', '.join(presets)}"
     if positional:
         description += f"\n\nA bare word sets --{positional}"
     tyro.cli(
-        config_type, prog=program, default=base, args=["--help"], description=description, use_underscores=True,
+        config_type,
+        prog=f"python -m {spec.name}" if spec else None,
+        description=description,
+        default=base,
+        args=["--help"],
         config=(tyro.conf.FlagConversionOff,),
-    )  # fmt: skip
+        use_underscores=True,
+    )

@@ -31,7 +31,7 @@ class Launcher:
 
     launch: Callable[..., Any]  # (kernel, grid, *args, **kwargs)
     arch: int = 0  # compute capability times ten; 0 asks for the most conservative tiles
-    multiprocessors: int = 3  # few, so that persistent programs stride even on small tensors
+    multiprocessors: int = 1  # so that persistent programs stride even on small tensors
 
 
 _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)

@@ -299,7 +299,8 @@ def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
     return wanted
 
 
-def _row(key: tuple, launch: Launch) -> dict[str, Any]:
+def compiled_row(key: tuple, launch: Launch) -> dict[str, Any]:
+    """The report's row of one kernel: compiled, disassembled, judged."""
     op, arch, kernel, signature = key
     code = read_code(compile_launch(launch, arch), arch)
     return {
@@ -313,9 +314,19 @@ def read_report(path: Path = REPORT) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
+def report_version() -> str:
+    """The Triton that the checked-in report was compiled with."""
+    return json.loads(REPORT.read_text())["triton"]
+
+
+def row_key(row: dict[str, Any]) -> tuple:
+    """What identifies a row: its op, architecture, kernel and signature."""
+    return row["op"], row["arch"], row["kernel"], row["signature"]
+
+
 def stale(rows: list[dict[str, Any]], ops: list[str] | None = None) -> list[str]:
     """What the report lacks or has too much of, in words; found without compiling anything."""
-    reported = {(r["op"], r["arch"], r["kernel"], r["signature"]): r["digest"] for r in rows}
+    reported = {row_key(r): r["digest"] for r in rows}
     wanted = plan(ops or list(OPS), list(CHIPS))
     lines = [f"missing: {_label(key)}" for key in wanted if key not in reported]
     lines += [f"changed: {_label(k)}" for k, launch in wanted.items() if k in reported and reported[k] != _digest(launch)]
@@ -337,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="compile again what the report already has")
     args = parser.parse_args(argv)
     ops, archs = args.op or list(OPS), args.arch or list(CHIPS)
-    before = {(r["op"], r["arch"], r["kernel"], r["signature"]): r for r in read_report()}
+    before = {row_key(r): r for r in read_report()}
     wanted = plan(ops, archs)
     rows, fresh = {}, 0
     for i, (key, launch) in enumerate(wanted.items(), 1):
@@ -345,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         if known and known["digest"] == _digest(launch) and not args.all:
             rows[key] = known
         else:
-            rows[key], fresh = _row(key, launch), fresh + 1
+            rows[key], fresh = compiled_row(key, launch), fresh + 1
         row = rows[key]
         verdict = "; ".join(row["broken"]) or "clean"
         print(

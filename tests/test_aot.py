@@ -1,0 +1,90 @@
+"""Ahead-of-time compilation: the checked-in report is fresh, its gates hold, and the gates see bad code."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels import OPS, aot
+from kernels._triton import jit, tl
+
+WITH_KERNEL = [name for name, op in OPS.items() if op.triton is not None]
+
+
+def test_the_report_is_fresh():
+    """Every launch of every op at its bench sizes is in results/aot.json, from the kernel as it is now."""
+    if aot.triton.__version__ != aot.report_version():
+        pytest.skip(f"the report is of triton {aot.report_version()}, here is {aot.triton.__version__}")
+    assert not aot.stale(aot.read_report()), "run `python -m kernels.aot --update`"
+
+
+def test_every_gate_in_the_report_holds():
+    rows = aot.read_report()
+    assert {row["op"] for row in rows} == set(WITH_KERNEL)
+    assert {row["arch"] for row in rows} == set(aot.CHIPS)
+    assert [aot._label(aot.row_key(row)) for row in rows if row["broken"]] == []
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_the_report_says_what_the_compiler_says(name):
+    """One kernel of each op, compiled anew, gives the row that is checked in."""
+    if aot.triton.__version__ != aot.report_version():
+        pytest.skip(f"the report is of triton {aot.report_version()}, here is {aot.triton.__version__}")
+    rows = {aot.row_key(row): row for row in aot.read_report()}
+    key, launch = next(iter(aot.plan([name], [90]).items()))
+    assert aot.compiled_row(key, launch) == rows[key]
+
+
+@pytest.mark.parametrize("arch", list(aot.CHIPS))
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_recorded_launches_cover_forward_and_backward(name, arch):
+    names = [launch.kernel.__name__ for launch in aot.launches(OPS[name], dict(OPS[name].bench[0]), arch)]
+    assert any("fwd" in n for n in names) and any("bwd" in n for n in names)
+
+
+CLEAN = aot.Code(
+    registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300, matrix="",
+    has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0, bulk_copies=0,
+    ptxas_warnings=(), box_mismatch=False,
+)  # fmt: skip
+
+
+def test_a_clean_kernel_breaks_no_gate():
+    assert aot.broken_gates(CLEAN, 90) == []
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(stack_bytes=48), "spills"), (dict(local_accesses=2), "spills"), (dict(ptxas_warnings=("C7510",)), "serializes"),
+    (dict(shared_bytes=232449), "shared memory"), (dict(box_mismatch=True), "box"),
+    (dict(has_dot=True, matrix="HMMA 64"), "without HGMMA"), (dict(has_dot=True, matrix="HGMMA 8", programs_per_sm=1), "warps"),
+    (dict(loads_128=0, loads_narrow=33), "narrow loads"),
+])  # fmt: skip
+def test_a_gate_sees(change, complaint):
+    assert complaint in " ".join(aot.broken_gates(dataclasses.replace(CLEAN, **change), 90))
+
+
+@jit
+def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """One warp holds far more than its registers."""
+    n = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + n)
+    y = tl.load(x_ptr + BLOCK + n)
+    for i in range(3):
+        x = x * tl.sum(y) + y
+        y = y * tl.sum(x) + i
+    tl.store(out_ptr + n, x + y)
+
+
+def test_a_real_spill_is_read_out_of_the_machine_code():
+    launch = aot.Launch(_spilling_kernel, (torch.empty(8, device="meta"), torch.empty(8, device="meta")), dict(BLOCK=8192, num_warps=1))
+    code = aot.read_code(aot.compile_launch(launch, 90), 90)
+    assert code.stack_bytes > 0 and "spills" in aot.broken_gates(code, 90)[0]
+
+
+def test_occupancy_of_known_kernels():
+    """By the occupancy calculator's rules: registers by 256 a warp, warps by 4, shared memory with 1 KiB reserved."""
+    assert aot.programs_per_sm(90, 64, 4, 4096) == 8
+    assert aot.programs_per_sm(90, 255, 4, 0) == 2
+    assert aot.programs_per_sm(80, 32, 1, 100) == 32
+    assert aot.programs_per_sm(90, 32, 4, 150_000) == 1
+    assert aot.programs_per_sm(80, 32, 4, 170_000) == 0

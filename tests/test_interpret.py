@@ -1,0 +1,167 @@
+"""The interpreter that the parity tests rest on: bf16 bit for bit as torch, and a guard that sees what a GPU would not forgive."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels._triton import jit, launcher, tl
+from kernels.interpret import OutOfBounds, Race, from_bf16, interpreting, to_bf16
+
+
+def patterns() -> torch.Tensor:
+    """Every fp32 exponent with random mantissas and signs, ties between two bf16 values, subnormals, zeros, Inf and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64).to(torch.int32)
+    ties = (torch.arange(0, 65536, dtype=torch.int64) << 16 | 0x8000).to(torch.int32)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-45])
+    return torch.cat([bits.view(torch.float32), ties.view(torch.float32), special])
+
+
+def test_rounding_to_bf16_is_torchs_bit_for_bit():
+    x = patterns()
+    expected = x.to(torch.bfloat16)
+    found = torch.from_numpy(to_bf16(x.numpy()).view(np.int16)).view(torch.bfloat16)
+    nan = expected.isnan()
+    assert torch.equal(found.isnan(), nan)
+    assert torch.equal(found[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+def test_widening_bf16_is_exact():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    found = torch.from_numpy(from_bf16(every.view(torch.int16).numpy().view(np.uint16)))
+    assert torch.equal(found.nan_to_num(7.0), every.float().nan_to_num(7.0))
+
+
+@jit
+def _arithmetic_kernel(x_ptr, y_ptr, out_ptr, N, OP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program: out = x OP y in the dtype of the operands."""
+    n = tl.arange(0, BLOCK_N)
+    x = tl.load(x_ptr + n, n < N, other=0.0)
+    y = tl.load(y_ptr + n, n < N, other=1.0)
+    if OP == "add":
+        z = x + y
+    elif OP == "sub":
+        z = x - y
+    elif OP == "mul":
+        z = x * y
+    elif OP == "max":
+        z = tl.maximum(x, y)
+    elif OP == "neg":
+        z = -x
+    elif OP == "abs":
+        z = tl.abs(x)
+    elif OP == "where":
+        z = tl.where(x < y, x, y)
+    else:
+        z = (x.to(tl.float32) / y.to(tl.float32)).to(x.dtype)
+    tl.store(out_ptr + n, z, n < N)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("add", torch.add), ("sub", torch.sub), ("mul", torch.mul), ("max", torch.maximum), ("neg", lambda x, y: -x),
+    ("abs", lambda x, y: x.abs()), ("where", lambda x, y: torch.where(x < y, x, y)),
+    ("div", lambda x, y: (x.float() / y.float()).to(x.dtype)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_arithmetic_is_torchs(name, expected, dtype):
+    x, y = torch.randn(2, 1000).mul(30).to(dtype).unbind()
+    out = torch.empty_like(x)
+    with interpreting():
+        _arithmetic_kernel[(1,)](x, y, out, 1000, OP=name, BLOCK_N=1024)
+    assert torch.equal(out, expected(x, y))
+
+
+@jit
+def _product_kernel(a_ptr, b_ptr, out_ptr, BLOCK: tl.constexpr):
+    """One program: out = a @ b, BLOCK by BLOCK, and the sum of a bf16 row beside it."""
+    i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + i, tl.dot(tl.load(a_ptr + i), tl.load(b_ptr + i)))
+
+
+def test_bf16_dot_accumulates_in_fp32():
+    a, b = torch.randn(2, 32, 32).bfloat16().unbind()
+    out = torch.empty(32, 32)
+    with interpreting():
+        _product_kernel[(1,)](a, b, out, BLOCK=32)
+    torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@jit
+def _loop_kernel(out_ptr, N):
+    """One program: sums i * 2^20 over i < N in the loop variable's own type, int32, which wraps as it does on a GPU."""
+    total = 0
+    for i in tl.range(0, N):
+        total = i * 1048576 * 4096
+    tl.store(out_ptr, total)
+
+
+def test_loop_variables_are_int32_tensors():
+    out = torch.zeros(1, dtype=torch.int64)
+    with interpreting():
+        _loop_kernel[(1,)](out, 2)
+    assert out.item() == 0  # 2^32 wraps; a Python integer would have given 4294967296
+
+
+@jit
+def _copy_kernel(x_ptr, out_ptr, N, OVER: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program copies BLOCK_N elements, and reads OVER more than there are."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + n, tl.load(x_ptr + n, n < N + OVER, other=0.0), n < N)
+
+
+@jit
+def _careless_kernel(x_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    """Every program writes the same block."""
+    n = tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + n, tl.load(x_ptr + n, n < N), n < N)
+
+
+@jit
+def _chained_kernel(x_ptr, BLOCK_N: tl.constexpr):
+    """Each program reads what the one before it wrote: right in order, undefined on a GPU."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(x_ptr + n + BLOCK_N, tl.load(x_ptr + n) + 1)
+
+
+@jit
+def _counting_kernel(count_ptr):
+    """Every program adds one to the same address, atomically."""
+    tl.atomic_add(count_ptr, 1.0)
+
+
+def test_guard_passes_a_right_kernel():
+    x, out = torch.randn(100), torch.empty(100)
+    with interpreting():
+        _copy_kernel[(2,)](x, out, 100, OVER=0, BLOCK_N=64)
+    assert torch.equal(x, out)
+
+
+def test_guard_sees_one_element_too_many():
+    x, out = torch.randn(101)[:100], torch.empty(100)  # the storage is long enough: the view is not
+    with interpreting(), pytest.raises(OutOfBounds, match="_copy_kernel: load out of bounds in program .1, 0, 0.: 1 of"):
+        _copy_kernel[(2,)](x, out, 100, OVER=1, BLOCK_N=64)
+
+
+def test_guard_sees_two_programs_storing_to_one_address():
+    with interpreting(), pytest.raises(Race, match="both store"):
+        _careless_kernel[(2,)](torch.randn(64), torch.empty(64), 64, BLOCK_N=64)
+
+
+def test_guard_sees_a_program_reading_what_another_wrote():
+    with interpreting(), pytest.raises(Race, match="the first with a load"):
+        _chained_kernel[(3,)](torch.zeros(256), BLOCK_N=64)
+
+
+def test_guard_lets_atomics_meet():
+    count = torch.zeros(1)
+    with interpreting():
+        _counting_kernel[(5,)](count)
+    assert count.item() == 5
+
+
+def test_an_error_leaves_the_language_and_the_launcher_as_they_were():
+    members = {name: getattr(tl.core, name) for name in ("load", "store", "arange", "range")}
+    with pytest.raises(OutOfBounds), interpreting():
+        _copy_kernel[(2,)](torch.randn(100), torch.empty(100), 100, OVER=1, BLOCK_N=64)
+    assert launcher() is None
+    assert members == {name: getattr(tl.core, name) for name in members}

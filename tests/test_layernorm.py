@@ -1,0 +1,89 @@
+"""What tests/test_parity.py cannot know of layernorm: its formula spelled out, its errors, and rows far apart in memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import check_parity, relative_error, run
+
+import kernels
+from kernels.layernorm import LAYERNORM, TILES, layernorm_reference, layernorm_triton, tile
+
+interpreted = kernels.load("reference", layernorm="interpret").layernorm
+
+
+def test_the_reference_is_the_formula():
+    x, weight, bias = LAYERNORM.inputs(M=9, N=33, dtype=torch.float64)
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    formula = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+    torch.testing.assert_close(layernorm_reference(x, weight, bias), formula, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 1.0])
+def test_eps(eps):
+    x, weight, bias = LAYERNORM.inputs(M=5, N=48, dtype=torch.float32)
+    x = x * 1e-3  # small enough for every eps here to matter
+    truth = layernorm_reference(x.double(), weight.double(), bias.double(), eps)
+    assert relative_error(interpreted(x, weight, bias, eps), truth) < 1e-6
+
+
+def test_a_row_far_from_zero_keeps_its_variance():
+    """Mean 1e4 and deviation 1: the one-pass formula E[x^2] - E[x]^2 would lose all digits in fp32."""
+    x = torch.randn(4, 300) + 1e4
+    weight = torch.ones(300)
+    truth = layernorm_reference(x.double(), weight.double())
+    assert relative_error(interpreted(x, weight), truth) < 1e-3
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
+def test_fp32_parameters_beside_16_bit_activations(x_dtype):
+    """As the model has them: master weights in fp32, activations in 16 bits; gradients come in each one's dtype."""
+    x, weight, bias = LAYERNORM.inputs(M=37, N=65, dtype=torch.float32)
+    check_parity(LAYERNORM, interpreted, (x.to(x_dtype), weight, bias))
+    y, dx, dweight, dbias = run(interpreted, (x.to(x_dtype), weight, bias))
+    assert (y.dtype, dx.dtype, dweight.dtype, dbias.dtype) == (x_dtype, x_dtype, torch.float32, torch.float32)
+
+
+def test_leading_axes_are_rows():
+    x, weight, bias = torch.randn(2, 3, 5, 16), torch.randn(16), torch.randn(16)
+    torch.testing.assert_close(interpreted(x, weight, bias), F.layer_norm(x, (16,), weight, bias))
+    torch.testing.assert_close(interpreted(x[0, 0, 0], weight, bias), F.layer_norm(x[0, 0, 0], (16,), weight, bias))
+
+
+def test_rows_beyond_two_to_the_31(tmp_path):
+    """Three rows a GiB of elements apart: the offset of the last does not fit 32 bits. The file is sparse and holds one page a row."""
+    stride, N = 2**30 + 16, 64
+    storage = torch.from_file(str(tmp_path / "rows"), shared=True, size=2 * stride + N, dtype=torch.float16)
+    x = storage.as_strided((3, N), (stride, 1))
+    x.copy_(torch.randn(3, N))
+    weight, bias = torch.randn(N, dtype=torch.float16), torch.randn(N, dtype=torch.float16)
+    found = run(interpreted, (x, weight, bias))
+    for f, expected in zip(found, run(interpreted, (x.contiguous(), weight, bias)), strict=True):
+        assert torch.equal(f, expected)
+
+
+@pytest.mark.parametrize("function", [layernorm_reference, interpreted], ids=["reference", "kernel"])
+@pytest.mark.parametrize("x, weight, bias, message", [
+    (torch.randn(3, 8), torch.ones(7), None, r"weight: expected shape \(8,\), got \(7,\)"),
+    (torch.randn(3, 8), torch.ones(8), torch.ones(1), r"bias: expected shape \(8,\), got \(1,\)"),
+    (torch.ones(3, 8, dtype=torch.int64), torch.ones(8), None, "x: expected a floating dtype, got torch.int64"),
+    (torch.randn(3, 8), torch.ones(8, device="meta"), None, "weight: on meta, but x is on cpu"),
+    (torch.randn(()), torch.ones(1), None, r"x: expected \(..., N\) with N >= 1"),
+    (torch.randn(3, 0), torch.ones(0), None, r"x: expected \(..., N\) with N >= 1"),
+])  # fmt: skip
+def test_a_wrong_argument_is_named(function, x, weight, bias, message):
+    with pytest.raises(ValueError, match=message):
+        function(x, weight, bias)
+
+
+def test_the_kernel_refuses_fp64():
+    with pytest.raises(ValueError, match="x: expected fp32, fp16 or bf16, got torch.float64"):
+        layernorm_triton(torch.randn(2, 4, dtype=torch.float64), torch.ones(4))
+
+
+@pytest.mark.parametrize("direction", list(TILES))
+@pytest.mark.parametrize("N", [1, 2, 31, 64, 768, 1024, 1600, 4096, 8192, 16384, 65536])
+def test_a_tile_covers_the_row_or_walks_it(direction, N):
+    block = tile(direction, N, 90)
+    assert block.long or block.block_n >= N
+    assert block.block_m * block.block_n <= 16384 and 1 <= block.num_warps <= 32

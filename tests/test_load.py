@@ -1,0 +1,84 @@
+"""Which implementation runs is a value: chosen by name, printed with its reason, never changed in silence."""
+
+import pytest
+import torch
+
+import kernels
+from kernels import OPS
+
+WITH_KERNEL = [name for name, op in OPS.items() if op.triton is not None]
+
+
+def test_ops_are_listed_under_their_own_names():
+    assert list(OPS) == [op.name for op in OPS.values()]
+    assert all(op.reference.__name__ == f"{op.name}_reference" for op in OPS.values())
+
+
+def test_reference_is_the_reference():
+    ops = kernels.load("reference")
+    assert all(getattr(ops, name) is op.reference for name, op in OPS.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: nothing is missing")
+def test_auto_without_a_gpu_is_the_reference_and_says_why():
+    ops = kernels.load("auto")
+    assert ops.layernorm is OPS["layernorm"].reference
+    assert "layernorm" in repr(ops) and "no CUDA device" in repr(ops)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: 'triton' can run")
+def test_explicit_triton_that_cannot_run_raises():
+    with pytest.raises(RuntimeError, match="layernorm: 'triton' cannot run: no CUDA device"):
+        kernels.load("triton")
+    with pytest.raises(RuntimeError, match="layernorm: 'triton' cannot run"):
+        kernels.load("reference", layernorm="triton")
+
+
+def test_per_op_choice():
+    ops = kernels.load("reference", layernorm="interpret")
+    assert ops.chosen["layernorm"][0] == "interpret"
+    assert ops.rmsnorm is OPS["rmsnorm"].reference
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    torch.testing.assert_close(ops.layernorm(x, weight), OPS["layernorm"].reference(x, weight))
+
+
+@pytest.mark.parametrize("arguments, choices, hint", [
+    ({}, ("refrence",), "did you mean 'reference'"), ({"layernrom": "reference"}, (), "did you mean 'layernorm'"),
+    ({"layernorm": "tritn"}, (), "did you mean 'triton'"),
+])  # fmt: skip
+def test_a_misspelt_name_is_an_error_that_names_the_nearest(arguments, choices, hint):
+    with pytest.raises(ValueError, match=hint):
+        kernels.load(*choices, **arguments)
+
+
+def test_an_op_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no op named 'layer_norm'"):
+        kernels.load("reference").layer_norm  # noqa: B018
+
+
+def test_without_triton_the_references_run_and_the_kernels_say_why():
+    """As on macOS or Windows: the import of triton fails in a fresh process."""
+    import subprocess
+    import sys
+
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, kernels
+ops = kernels.load("auto")
+assert "Triton is not installed" in repr(ops) or "no CUDA device" in repr(ops)
+assert ops.layernorm(torch.randn(2, 4), torch.ones(4)).shape == (2, 4)
+for choice in ("triton", "interpret"):
+    try:
+        kernels.load("reference", layernorm=choice)
+    except RuntimeError as error:
+        assert "Triton is not installed" in str(error), error
+    else:
+        raise SystemExit(f"{choice} was accepted")
+try:
+    kernels.layernorm.layernorm_fwd_kernel[(1,)]()
+except RuntimeError as error:
+    assert "layernorm_fwd_kernel cannot run" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

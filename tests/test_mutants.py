@@ -1,0 +1,62 @@
+"""The parity tests can fail: each mutant is a kernel with one plausible mistake, and every one must be caught.
+
+A mutant is a page with one line changed, loaded beside the real one under another name.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from oracle import check_parity
+
+import kernels
+from kernels.interpret import OutOfBounds, Race, interpreting
+
+MUTANTS = {
+    "layernorm": {
+        "mask of the row forgotten": ("centered = tl.where(mask, x - mean, 0.0)", "centered = x - mean"),
+        "mask off by one": ("mask = (m < M) & (n < N)\n    x =", "mask = (m < M) & (n <= N)\n    x ="),
+        "rows taken as contiguous": ("x = tl.load(x_ptr + m * x_stride_m + n, mask", "x = tl.load(x_ptr + m * N + n, mask"),
+        "statistics in the input's dtype": (
+            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)\n    mean",
+            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0)\n    mean",
+        ),
+        "eps outside the root": ("1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)",
+                                 "1.0 / (tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N) + eps)"),
+        "dweight of the last block only": ("dweight += tl.sum(dy * xhat, axis=0)[None, :]",
+                                           "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
+        "partial rows of dweight shared": ("row = p.to(tl.int64) * N\n    tl.store(dweight_ptr + row + n, dweight, n < N)",
+                                           "row = 0\n    tl.store(dweight_ptr + row + n, dweight, n < N)"),
+        "reduction misses a block": ("for start in tl.range(0, P, BLOCK_P):", "for start in tl.range(BLOCK_P, P, BLOCK_P):"),
+        "mean of g dropped from dx": ("dx = rstd * (g - mean_g - xhat * mean_gx)", "dx = rstd * (g - xhat * mean_gx)"),
+        "bias not added": ("    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, mistake", [pytest.param(n, m, id=f"{n}-{m}") for n, table in MUTANTS.items() for m in table])
+def test_mutant_is_caught(name, mistake, tmp_path):
+    old, new = MUTANTS[name][mistake]
+    page = sys.modules[f"kernels.{name}"]
+    with open(page.__file__) as file:
+        source = file.read()
+    assert source.count(old) >= 1, "the page has changed: rewrite this mutant"
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new, 1).replace("differentiable(\n    \"", "differentiable(\n    \"mutant_"))
+    spec = importlib.util.spec_from_file_location("kernels.mutant", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    mutant = getattr(module, f"{name}_triton")
+
+    def run(*args):
+        with interpreting():
+            return mutant(*args)
+
+    op = kernels.OPS[name]
+    with pytest.raises((AssertionError, OutOfBounds, Race)):
+        for dims in (op.parity[-1], *op.parity[:-1]):
+            for dtype in (torch.float32, torch.float16):
+                arguments = op.inputs(**dims, dtype=dtype)
+                strided = torch.cat([arguments[0], arguments[0]], -1)[..., : arguments[0].shape[-1]]
+                check_parity(op, run, (strided, *arguments[1:]))

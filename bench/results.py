@@ -147,11 +147,11 @@ def _change(old: Row, new: Row, threshold: float) -> Change:
 
 
 def _low(row: Row) -> float:
-    return row.get("ms_low", row["ms_p20"])
+    return row["ms_low"] if "ms_low" in row else row["ms_p20"]
 
 
 def _high(row: Row) -> float:
-    return row.get("ms_high", row["ms_p80"])
+    return row["ms_high"] if "ms_high" in row else row["ms_p80"]
 
 
 def check_same_machine(old: Sequence[Row], new: Sequence[Row]) -> None:

@@ -268,6 +268,11 @@ def _wait_ns(clock: Callable[[], int], ns: int) -> None:
         pass
 
 
+def test_a_reference_that_errs_itself_excuses_nothing():
+    exact, wrong = Subject.draw(0).double(), Subject.draw(1)
+    assert "checks nothing" in judge((wrong,), (exact,), (wrong,)).reason
+
+
 def test_a_peer_may_answer_in_a_lower_dtype_and_is_held_to_that_one():
     exact = Subject.right(Subject.draw(0).double())
     usual = exact.float()

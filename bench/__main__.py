@@ -1,0 +1,158 @@
+"""python -m bench              measure this machine: the whole campaign on a GPU, elsewhere what a CPU can show
+python -m bench PAGE         one page of it, with flags of its own: python -m bench ops --help
+
+The campaign runs its pages one after another, each in a process of its own, and keeps the rows of those that finished
+when it is stopped. Rows go to results/<machine>/<page>.jsonl, figures are drawn from them. Exit code 1 means that a
+page failed or that a figure is invalid, 2 a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptfast import cli
+from gptfast.cli import UserError, nearest
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A page of the campaign, and the seconds it may take before it is stopped, its rows kept."""
+
+    name: str
+    limit_s: float
+    module: str = ""  # to run instead of bench.<name>
+    takes_out: bool = True
+
+
+GPU = (
+    Stage("peaks", 45), Stage("ops", 210), Stage("model", 150), Stage("decode", 75), Stage("plots", 45),
+)  # fmt: skip
+CPU = (
+    Stage("peaks", 40), Stage("ops", 170), Stage("model", 60), Stage("decode", 60), Stage("cpu", 60),
+    Stage("aot", 60, module="kernels.aot", takes_out=False), Stage("plots", 45),
+)  # fmt: skip
+NEEDS_GPU = (
+    "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",
+    "ms/iter, tokens/s, mfu, mfu_palm, hfu and peak memory of GPT-2 124M to 1558M, and the ladder of kernels",
+    "decode tokens/s and mbu",
+    "tile tables: python -m bench tune",
+    "tests that say 'CUDA' in the reason for which they were skipped",
+)
+
+
+def pages() -> dict[str, str]:
+    """The pages that can be run, `main` in bench/<name>.py, with the first line of each; none of them is imported."""
+    found = {}
+    for path in sorted(HERE.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not path.stem.startswith("_") and any(
+            isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body
+        ):
+            found[path.stem] = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in pages():
+            raise UserError(f"no page {argv[0]} in the bench{nearest(argv[0], pages())}")
+        return importlib.import_module(f"bench.{argv[0]}").main(list(argv[1:])) or 0
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "pages:\n" + "\n".join(f"  {name:10s} {about}" for name, about in pages().items())
+    parser.add_argument("--only", help="pages, comma-separated: peaks,ops")
+    parser.add_argument("--quick", action="store_true", help="one size of each thing, fewer samples")
+    parser.add_argument("--out", type=Path, help="folder of rows and figures (default: results/<machine>)")
+    arguments = parser.parse_args(argv)
+    return campaign(arguments.only, arguments.quick, arguments.out)
+
+
+# ---- the campaign ----------------------------------------------------------------------------------------------------
+def campaign(only: str | None, quick: bool, out: Path | None) -> int:
+    """Run the stages, say how each ended, and return the exit code."""
+    import torch
+
+    from gptfast.log import hardware
+
+    from . import results
+
+    on_gpu = torch.cuda.is_available()
+    machine = hardware("cuda" if on_gpu else "cpu")
+    out = out or results.folder(machine)
+    stages = chosen(GPU if on_gpu else CPU, only)
+    print(f"bench: {machine['name']} -> {out}")
+    print(
+        f"bench: {', '.join(stage.name for stage in stages)}; at most {sum(s.limit_s for s in stages) / 60:.1f} minutes"
+    )
+    started, ends = time.monotonic(), {}
+    for number, stage in enumerate(stages, 1):
+        print(f"\nbench: [{number}/{len(stages)}] {stage.name}, {time.monotonic() - started:.0f} s gone", flush=True)
+        ends[stage.name] = run_stage(stage, quick, out)
+        if ends[stage.name] == "interrupted":
+            break
+    print(f"\nbench: {time.monotonic() - started:.0f} s")
+    for name, end in ends.items():
+        print(f"bench: {name:8s} {end}")
+    if not on_gpu:
+        print("bench: this machine has no GPU. What needs one:")
+        print("\n".join(f"  - {what}" for what in NEEDS_GPU))
+    return 0 if all(end == "done" for end in ends.values()) and len(ends) == len(stages) else 1
+
+
+def chosen(stages: Sequence[Stage], only: str | None) -> list[Stage]:
+    """The stages that exist, or of them those that `only` names. UserError names one that there is not."""
+    there = {stage.name: stage for stage in stages if stage.module or stage.name in pages()}
+    if only is None:
+        return list(there.values())
+    names = [name for name in only.split(",") if name]
+    for name in names:
+        if name not in there:
+            raise UserError(f"--only={name}: no such page of the campaign{nearest(name, there)}")
+    return [there[name] for name in there if name in names]
+
+
+def run_stage(stage: Stage, quick: bool, out: Path) -> str:
+    """Run one stage in its own process, so that its memory is free again for the next. Returns how it ended."""
+    command = [sys.executable, "-m", stage.module] if stage.module else [sys.executable, "-m", "bench", stage.name]
+    if stage.takes_out:
+        command += ["--out", str(out), *(["--quick"] if quick else [])]
+    process = subprocess.Popen(command, cwd=HERE.parent)
+    try:
+        code = process.wait(stage.limit_s)
+    except subprocess.TimeoutExpired:
+        _stop(process)
+        return f"stopped after its {stage.limit_s:.0f} s; the rows so far are kept"
+    except KeyboardInterrupt:
+        _stop(process)
+        return "interrupted"
+    return "done" if code == 0 else f"failed with exit code {code}"
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    code = 0
+
+    def remember(argv: list[str]) -> None:
+        global code
+        code = main(argv)
+
+    sys.exit(cli.run(remember) or code)

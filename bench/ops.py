@@ -1,0 +1,392 @@
+"""Every op at the sizes of real models, by every implementation and peer, in every direction.
+
+    python -m bench ops                                # all of it
+    python -m bench ops --only=layernorm,attention --quick
+    pytest bench/ --benchmark-only                     # the same cases under pytest-benchmark
+
+Variants of one case run side by side in one process. `forward` runs without gradients, `backward` alone, `both` is a
+training step's share of the op; ops that move work from one direction to the other are comparable in `both` only. Each
+row holds the error against fp64 of the very code that was timed. On a CPU the sizes are halved until a reference can be
+timed and checked in well under a second; the rows state the sizes that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from gptfast.cli import UserError, nearest
+from gptfast.log import Log, Row, facts
+from kernels import Cost, Op
+
+from . import results
+from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes
+from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
+
+DIRECTIONS = ("forward", "backward", "both")
+OURS = ("triton", "reference")
+FAILURES = (RuntimeError, TypeError, ValueError, AssertionError)  # what a peer raises for a case it cannot do
+CPU_FLOPS, CPU_BYTES = 2e9, 64e6  # of a forward pass on a CPU
+SHRINK = ((("B",), 1), (("M",), 256), (("H", "G"), 1), (("T", "S"), 128), (("V",), 2048), (("N",), 1024))
+
+
+# ---- one case --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """An op at some sizes, in one dtype and direction, on one device."""
+
+    op: Op
+    dims: Mapping[str, Any]
+    dtype: str
+    direction: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.dims.items())
+        return f"{self.op.name} {self.direction} {self.dtype} {sizes}"
+
+    @cached_property
+    def cost(self) -> Cost:
+        forward, backward = self.op.cost(**self.dims, itemsize=DTYPES[self.dtype].itemsize)
+        if self.direction == "both":
+            return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+        return forward if self.direction == "forward" else backward
+
+    def draw(self, seed: int) -> tuple:
+        """The op's arguments with the random values of this seed."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return self.op.inputs(**self.dims, dtype=DTYPES[self.dtype], device=self.device)
+
+    def cotangents(self, outputs: Tensors, seed: int) -> Tensors:
+        """Gradients of the outputs; numbers that every dtype holds exactly, so that all variants get the same."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return tuple(
+            torch.randn(out.shape, dtype=torch.bfloat16, device=self.device, generator=generator).to(out.dtype)
+            for out in outputs
+        )
+
+    def truth(self, wanted: Sequence[int]) -> Truth:
+        """Answers of the reference, in fp64 and in the dtype of the case."""
+
+        def answer(seed: int, double: bool) -> Tensors:
+            arguments = self.draw(0 if self.direction == "backward" else seed)
+            if double:
+                arguments = tuple(a.double() if _is_float(a) else a for a in arguments)
+            return flatten(self.bind(self.op.reference, arguments, wanted, cotangent_seed=seed)())
+
+        return Truth(lambda seed: answer(seed, True), lambda seed: answer(seed, False))
+
+    def bind(
+        self, function: Callable, arguments: tuple, wanted: Sequence[int], cotangent_seed: int = 0
+    ) -> Callable[[], Any]:
+        """What is timed: the function in this direction, on these arguments, with gradients of those wanted."""
+        return self.work(function, arguments, wanted, cotangent_seed).run
+
+    def work(self, function: Callable, arguments: tuple, wanted: Sequence[int], cotangent_seed: int = 0) -> Work:
+        tensors = tuple(a for a in arguments if isinstance(a, Tensor))
+
+        def redraw(seed: int) -> None:
+            fresh = (a for a in self.draw(seed) if isinstance(a, Tensor))
+            for old, new in zip(tensors, fresh, strict=True):
+                old.data.copy_(new)  # .data: autograd's count of changes stays, as if nothing had happened
+
+        if self.direction == "forward":
+
+            def forward() -> Any:
+                with torch.no_grad():
+                    return function(*arguments)
+
+            return Work(forward, tensors, redraw)
+
+        leaves = tuple(
+            a.detach().requires_grad_() if i in wanted and isinstance(a, Tensor) else a for i, a in enumerate(arguments)
+        )
+        inputs = [leaves[i] for i in wanted]
+        outputs = flatten(function(*leaves))
+        gradients = self.cotangents(outputs, cotangent_seed)
+
+        def redraw_gradients(seed: int) -> None:
+            for old, new in zip(gradients, self.cotangents(outputs, seed), strict=True):
+                old.data.copy_(new)
+
+        if self.direction == "backward":
+
+            def backward() -> Any:
+                return torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
+            return Work(backward, (*tensors, *gradients), redraw_gradients)
+        outputs = tuple(out.detach() for out in outputs)  # lets go of the graph
+
+        def both() -> Any:
+            found = flatten(function(*leaves))
+            return tuple(out.detach() for out in found), torch.autograd.grad(found, inputs, gradients)
+
+        def redraw_both(seed: int) -> None:
+            redraw(seed)
+            redraw_gradients(seed)
+
+        return Work(both, (*tensors, *gradients), redraw_both)
+
+    def differentiable(self, function: Callable) -> list[int]:
+        """Positions of the arguments that the function gives a gradient for."""
+        arguments = self.draw(0)
+        leaves = tuple(a.requires_grad_() if _is_float(a) else a for a in arguments)
+        places = [i for i, a in enumerate(leaves) if _is_float(a)]
+        outputs = flatten(function(*leaves))
+        found = torch.autograd.grad(
+            outputs, [leaves[i] for i in places], self.cotangents(outputs, 0), allow_unused=True
+        )
+        return [i for i, gradient in zip(places, found, strict=True) if gradient is not None]
+
+
+def _is_float(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def variants(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable]:
+    """What can be timed here, by name: our kernels, the reference, torch.compile of it, and the op's peers."""
+    found: dict[str, Callable] = {}
+    if device.type == "cuda" and op.triton is not None:
+        found["triton"] = op.triton
+    found["reference"] = op.reference
+    if compiled:
+        found["compile"] = torch.compile(op.reference, dynamic=False)
+    return {**found, **op.peers}
+
+
+def halved(dims: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The dims with one axis halved, those first that say least about speed; None when they are small already."""
+    for letters, least in SHRINK:
+        present = [letter for letter in letters if letter in dims]
+        if present and all(dims[letter] % 2 == 0 and dims[letter] // 2 >= least for letter in present):
+            return {**dims, **{letter: dims[letter] // 2 for letter in present}}
+    return None
+
+
+def fitted(op: Op, dims: Mapping[str, Any], itemsize: int) -> dict[str, Any]:
+    """The dims, halved until a CPU can time the op."""
+    found = dict(dims)
+    while True:
+        forward, _ = op.cost(**found, itemsize=itemsize)
+        smaller = halved(found) if forward.flops > CPU_FLOPS or forward.bytes > CPU_BYTES else None
+        if smaller is None:
+            return found
+        found = smaller
+
+
+def cases(
+    names: Sequence[str], dtypes: Sequence[str], directions: Sequence[str], device: torch.device, quick: bool
+) -> list[Case]:
+    """All cases, ordered so that a campaign that is stopped has seen every op before it sees more sizes of one."""
+    found: dict[str, Case] = {}
+    most = max(len(kernels.OPS[name].bench) for name in names)
+    for size in range(1 if quick else most):
+        for name in names:
+            op = kernels.OPS[name]
+            for dtype in dtypes if size < len(op.bench) else ():
+                dims = dict(op.bench[size])
+                if device.type == "cpu":
+                    dims = fitted(op, dims, DTYPES[dtype].itemsize)
+                for direction in directions:
+                    case = Case(op, dims, dtype, direction, device)
+                    found.setdefault(str(case), case)  # halving may make two sizes one
+    return list(found.values())
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def build(
+    case: Case, functions: Mapping[str, Callable], sets: int, log: Log
+) -> tuple[dict[str, list[Work]], list[int]]:
+    """Works of every variant over shared sets of inputs, each run once; a peer that cannot do the case is left out."""
+    usable: dict[str, Callable] = {}
+    wanted = [] if case.direction == "forward" else case.differentiable(case.op.reference)
+    for name, function in functions.items():
+        try:
+            if case.direction == "forward":
+                case.bind(function, case.draw(0), [])()
+            else:
+                gives = case.differentiable(function)
+                wanted = [place for place in wanted if place in gives]
+        except FAILURES as error:
+            if name in OURS:
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            log.row("note", text=f"{case}: {name} cannot do it: {said}")
+            log.say(f"ops    {case}: {name} left out: {said[:100]}")
+        else:
+            usable[name] = function
+    shared = [case.draw(seed) for seed in range(sets)]
+    works = {name: [case.work(f, arguments, wanted) for arguments in shared] for name, f in usable.items()}
+    return works, wanted
+
+
+def verify(
+    watch: Stopwatch,
+    case: Case,
+    works: Mapping[str, Sequence[Work]],
+    functions: Mapping[str, Callable],
+    wanted: list[int],
+) -> tuple[dict[str, Verdict], Mapping[str, Any]]:
+    """Verdicts on what was timed, and the dims they were reached at: where fp64 truth does not fit, at smaller ones."""
+    seeds = [secrets.randbits(31) for _ in range(2)]
+    peers = [name for name in works if name not in OURS]
+    try:
+        return watch.verify(works, case.truth(wanted), seeds, peers), case.dims
+    except torch.OutOfMemoryError:
+        pass
+    timed = watch.verify(works, case.truth(wanted), (), peers)
+    smaller = halved(case.dims)
+    while smaller is not None:
+        small = Case(case.op, smaller, case.dtype, case.direction, case.device)
+        try:
+            small_works = {name: [small.work(functions[name], small.draw(0), wanted)] for name in works}
+            found = watch.verify(small_works, small.truth(wanted), seeds, peers)
+        except torch.OutOfMemoryError:
+            smaller = halved(smaller)
+            continue
+        return {name: timed[name] if not timed[name].valid else found[name] for name in works}, smaller
+    reason = "no size at which the fp64 truth fits into memory"
+    return {name: Verdict(None, None, timed[name].reason or reason) for name in works}, case.dims
+
+
+def run_case(
+    case: Case, functions: Mapping[str, Callable], settings: Settings, roof: Ceilings, log: Log, common: Row,
+    threads: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """Time and check all variants of one case, side by side, and write a row for each."""
+    with stopwatch(case.device, settings, threads) as watch, _timing_options():
+        input_bytes = sum(a.nbytes for a in case.draw(0) if isinstance(a, Tensor))
+        works, wanted = build(case, functions, watch.sets_needed(input_bytes), log)
+        timings = watch.measure(works)
+        verdicts, checked_dims = verify(watch, case, works, functions, wanted)
+    rows = []
+    for name, timing in timings.items():
+        fields = figures(case, timing, verdicts[name], roof)
+        if checked_dims != case.dims:
+            fields["error_dims"] = dict(checked_dims)
+        rows.append(log.row("op", name=case.op.name, impl=name, **fields, **common))
+        log.say(line(rows[-1]))
+    return rows
+
+
+@contextlib.contextmanager
+def _timing_options() -> Iterator[None]:
+    """A compiled backward gives its buffers away unless told that it will run again."""
+    import torch._functorch.config as functorch
+
+    with functorch.patch(donated_buffer=False):
+        yield
+
+
+def figures(case: Case, timing: Timing, verdict: Verdict, roof: Ceilings) -> Row:
+    """The fields of a row: rates from the op's declared cost, the fraction of the roofline, error, validity."""
+    cost, ms = case.cost, timing.ms_p50
+    fraction, beyond = roof.judge(ms, cost.flops, cost.bytes, case.dtype)
+    reason = verdict.reason or beyond
+    return {
+        "direction": case.direction, "dims": dict(case.dims), "dtype": case.dtype, **timing.fields(),
+        "flops": cost.flops, "bytes": cost.bytes,
+        "tflops": cost.flops / ms / 1e9 if ms > 0 else None, "gbs": cost.bytes / ms / 1e6 if ms > 0 else None,
+        "roofline": fraction, "roofline_source": roof.source,
+        "error": verdict.error, "error_allowed": verdict.allowed, "valid": reason is None, "invalid_reason": reason,
+    }  # fmt: skip
+
+
+def line(row: Row) -> str:
+    """A row for the console."""
+    sizes = " ".join(f"{letter}={size}" for letter, size in row["dims"].items())
+    share = "" if row["roofline"] is None else f"{row['roofline']:6.1%} of roofline"
+    error = "" if row["error"] is None else f"error {row['error']:.1e}"
+    rates = f"{row['ms_p50']:10.4f} ms {row['gbs']:9.1f} GB/s {row['tflops']:8.3f} TFLOP/s"
+    verdict = "" if row["valid"] else f"  INVALID: {row['invalid_reason']}"
+    head = f"{row['name']:20s} {row['direction']:8s} {row['dtype']:8s} {row['impl']:10s}"
+    return f"ops    {head} {rates} {share} {error}  {sizes}{verdict}"
+
+
+def smoke(op: Op, dtypes: Sequence[str], device: torch.device, log: Log) -> bool:
+    """Whether the kernels of an op are right at its middling parity dims; a wrong kernel is not timed."""
+    right = True
+    assert op.triton is not None
+    for dtype in dtypes:
+        case = Case(op, op.parity[-1], dtype, "both", device)
+        with stopwatch(device) as watch:
+            wanted = case.differentiable(op.triton)
+            works = {"triton": [case.work(op.triton, case.draw(0), wanted)]}
+            verdict = watch.verify(works, case.truth(wanted), [secrets.randbits(31)])["triton"]
+        if not verdict.valid:
+            log.row("note", text=f"{case}: the kernel is wrong and was not timed: {verdict.reason}")
+            log.say(f"ops    {case}: WRONG, not timed: {verdict.reason}")
+        right = right and verdict.valid
+    return right
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench ops", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--only", default=",".join(kernels.OPS), help="ops, comma-separated")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32,bfloat16")
+    parser.add_argument("--direction", default=",".join(DIRECTIONS))
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile as a peer"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--samples", type=int, help="at least so many (default: 40 on a GPU, 10 on a CPU)")
+    parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
+    parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
+    arguments = parser.parse_args(argv)
+    names = _chosen("--only", arguments.only, kernels.OPS)
+    directions = _chosen("--direction", arguments.direction, DIRECTIONS)
+    dtypes, device = chosen_dtypes(arguments.dtype), torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
+    samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
+    settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
+    common = facts(device)
+    out = arguments.out or results.folder(common["hardware"])
+    roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
+    failed = False
+    with Log(out, name="ops.jsonl") as log:
+        if on_gpu:
+            fine = [
+                name for name in names if not kernels.OPS[name].triton or smoke(kernels.OPS[name], dtypes, device, log)
+            ]
+            failed, names = fine != names, fine
+        todo = cases(names, dtypes, directions, device, arguments.quick) if names else []
+        for number, case in enumerate(todo, 1):
+            log.say(f"ops    [{number}/{len(todo)}] {case}")
+            torch.compiler.reset()
+            functions = variants(case.op, device, arguments.compile)
+            try:
+                rows = run_case(case, functions, settings, roof, log, common, None if on_gpu else arguments.threads)
+                failed |= not all(row["valid"] for row in rows)
+            except FAILURES as error:
+                failed = True
+                log.row("note", text=f"{case}: failed: {type(error).__name__}: {error}")
+                log.say(f"ops    {case}: FAILED: {type(error).__name__}: {error}")
+    results.compact(out / "ops.jsonl")
+    return 1 if failed else 0
+
+
+def _chosen(flag: str, text: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag}={name} is unknown{nearest(name, known)}")
+    if not names:
+        raise UserError(f"{flag} names nothing; known: {', '.join(known)}")
+    return names

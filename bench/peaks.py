@@ -1,0 +1,188 @@
+"""What this machine was seen to do at most: GEMM FLOP/s by dtype, and copy bytes/s.
+
+    python -m bench peaks
+
+Datasheet peaks (gptfast/mfu.py) are the speed of light; these are what a plain GEMM and a plain copy reach under the
+clocks and power of the day. Matrices are random, never zeros: an A100 multiplies zeros 15% faster (Horace He,
+"Strangely, matrix multiplications run faster when given predictable data").
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptfast import mfu
+from gptfast.cli import UserError
+from gptfast.log import Log, Row, facts
+
+from . import results
+from .timing import Settings, Truth, Verdict, Work, cpu_cache_bytes, roofline, stopwatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEASURED_SLACK = 0.25  # a ceiling seen on one day may be beaten on another by so much before we call it a fault
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s by dtype name and bytes/s. `limit_bytes_per_s` is what no honest figure can beat; on a CPU the caches can
+    beat memory, so there it is the fastest copy at any size."""
+
+    flops: dict[str, float]
+    bytes_per_s: float | None
+    limit_bytes_per_s: float | None
+    source: str
+    slack: float
+
+    def judge(self, ms: float, flops: float, bytes_moved: float, dtype: str) -> tuple[float | None, str | None]:
+        """The fraction of the roofline, and why the figure is invalid, if it is."""
+        peak_flops = self.flops.get(dtype)
+        fraction, _ = roofline(ms, flops, bytes_moved, peak_flops, self.bytes_per_s)
+        _, reason = roofline(ms, flops, bytes_moved, peak_flops, self.limit_bytes_per_s, self.slack)
+        return fraction, reason
+
+
+def datasheet(device: torch.device) -> Ceilings | None:
+    """The datasheet's ceilings of a GPU; None for a CPU or a GPU that gptfast/mfu.py does not know."""
+    peak = mfu.peak_of(device)
+    if peak is None or peak.bytes_per_s is None:
+        return None
+    rates = {"float32": peak.tf32 or peak.fp32, "bfloat16": peak.bf16, "float16": peak.fp16}
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    return Ceilings(known, peak.bytes_per_s, peak.bytes_per_s, f"datasheet of {peak.device}", 0.0)
+
+
+def from_rows(rows: Iterable[Row]) -> Ceilings | None:
+    """The ceilings that `peak` rows hold: the fastest GEMM of each dtype, the largest copy; None without a copy."""
+    valid = [row for row in rows if row["what"] == "peak" and row.get("valid", True)]
+    copies = [row for row in valid if row["name"] == "copy"]
+    if not copies:
+        return None
+    flops: dict[str, float] = {}
+    for row in valid:
+        if row["name"] == "gemm":
+            flops[row["dtype"]] = max(flops.get(row["dtype"], 0.0), row["tflops"] * 1e12)
+    memory, limit = max(copies, key=lambda row: row["dims"]["bytes"])["gbs"], max(row["gbs"] for row in copies)
+    how = f"measured here on {copies[-1]['date'][:10]}"
+    return Ceilings(flops, memory * 1e9, limit * 1e9, how, MEASURED_SLACK)
+
+
+def ceilings(device: torch.device, dtypes: Sequence[str], out: Path | None, threads: int | None) -> Ceilings:
+    """The ceilings to hold figures against: the datasheet's, else those measured in `out`, else measured now."""
+    found = datasheet(device)
+    path = None if out is None else out / "peaks.jsonl"
+    if found is None and path is not None and path.exists():
+        found = from_rows(row for row in results.latest(results.read(path)) if row.get("threads") == threads)
+        if found is not None and not set(dtypes) <= set(found.flops):
+            found = None
+    if found is None:
+        found = from_rows(measure(device, dtypes, Log(None), quick=True, threads=threads))
+    assert found is not None
+    return found
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def measure(
+    device: torch.device, dtypes: Sequence[str], log: Log, *, quick: bool = False, threads: int | None = None
+) -> list[Row]:
+    """Measure copies and GEMMs, and write a row for each."""
+    on_gpu = device.type == "cuda"
+    settings = Settings(samples=10 if quick else 20, warmup_s=0.2, budget_s=0.3 if quick else 1.0)
+    beyond_cache = min(3 * cpu_cache_bytes(), settings.most_bytes // 8)
+    copies = ([1 << 30] if quick else [1 << 28, 1 << 30, 1 << 32]) if on_gpu else [1 << 22, beyond_cache]
+    gemms = ([8192] if quick else [2048, 4096, 8192, 16384]) if on_gpu else ([1024] if quick else [512, 1024, 2048])
+    common = facts(device)
+    rows = [_measure_copy(device, size, settings, threads, log, common) for size in copies]
+    for dtype in dtypes:
+        rows += [_measure_gemm(device, n, dtype, settings, threads, log, common) for n in gemms]
+    return rows
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+
+def _measure_copy(
+    device: torch.device, size: int, settings: Settings, threads: int | None, log: Log, common: Row
+) -> Row:
+    """dst.copy_(src) of `size` bytes, which moves twice as many."""
+
+    def draw(seed: int) -> Tensor:
+        return _random((size // 4,), torch.float32, device, seed)
+
+    with stopwatch(device, settings, threads) as watch:
+        source = draw(0)
+        target = torch.empty_like(source)
+        works = [Work(lambda: target.copy_(source), (source,), lambda seed: source.data.copy_(draw(seed)))]
+        timing = watch.measure({"copy": works})["copy"]
+        truth = Truth(lambda seed: (draw(seed),), lambda seed: (draw(seed),))
+        verdict = watch.verify({"copy": works}, truth, [secrets.randbits(31)])["copy"]
+    gbs = 2 * size / timing.ms_p50 / 1e6
+    sheet = datasheet(device)
+    fraction, reason = sheet.judge(timing.ms_p50, 0, 2 * size, "float32") if sheet else (None, None)
+    rates = {"gbs": gbs, "dtype": "float32", "dims": {"bytes": size}, "roofline": fraction}
+    row = log.row("peak", name="copy", impl="torch", **timing.fields(), **rates, **_verdict(verdict, reason), **common)
+    place = "" if timing.cold else " (in cache)"
+    log.say(f"peaks  copy  {size / 2**20:8.0f} MiB             {timing.ms_p50:10.3f} ms {gbs:10.1f} GB/s{place}")
+    return row
+
+
+def _measure_gemm(
+    device: torch.device, n: int, dtype: str, settings: Settings, threads: int | None, log: Log, common: Row
+) -> Row:
+    """a @ b of square random matrices, in torch's default precision (fp32 in full)."""
+
+    def draw(seed: int) -> Tensor:
+        return _random((n, n), DTYPES[dtype], device, seed)
+
+    with stopwatch(device, settings, threads) as watch:
+        a, b = draw(0), draw(1)
+        works = [Work(lambda: a @ b, (a, b), lambda seed: a.data.copy_(draw(seed)))]
+        timing = watch.measure({"gemm": works})["gemm"]
+        truth = Truth(lambda seed: (draw(seed).double() @ b.double(),), lambda seed: (draw(seed) @ b,))
+        verdict = watch.verify({"gemm": works}, truth, [secrets.randbits(31)])["gemm"]
+    tflops = 2 * n**3 / timing.ms_p50 / 1e9
+    sheet = datasheet(device)
+    fraction, reason = sheet.judge(timing.ms_p50, 2 * n**3, 0, dtype) if sheet else (None, None)
+    rates = {"tflops": tflops, "dtype": dtype, "dims": {"M": n, "N": n, "K": n}, "roofline": fraction}
+    row = log.row("peak", name="gemm", impl="torch", **timing.fields(), **rates, **_verdict(verdict, reason), **common)
+    log.say(f"peaks  gemm  {n:8d}^3  {dtype:12s} {timing.ms_p50:10.3f} ms {tflops:10.3f} TFLOP/s")
+    return row
+
+
+def _verdict(verdict: Verdict, beyond: str | None) -> Row:
+    reason = verdict.reason or beyond
+    return {"error": verdict.error, "valid": reason is None, "invalid_reason": reason}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench peaks", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32,bfloat16", help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--quick", action="store_true", help="one size of each")
+    parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
+    arguments = parser.parse_args(argv)
+    device, dtypes = torch.device(arguments.device), chosen_dtypes(arguments.dtype)
+    out = arguments.out or results.folder(facts(device)["hardware"])
+    with Log(out, name="peaks.jsonl") as log:
+        rows = measure(device, dtypes, log, quick=arguments.quick, threads=arguments.threads)
+    results.compact(out / "peaks.jsonl")
+    return 0 if all(row["valid"] for row in rows) else 1
+
+
+def chosen_dtypes(text: str) -> list[str]:
+    """The dtype names in a comma-separated list. UserError names one that is unknown."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in DTYPES:
+            raise UserError(f"--dtype={name}: known are {', '.join(DTYPES)}")
+    return names

@@ -166,17 +166,22 @@ def _move_into_place(building: Path, target: Path) -> None:
         raise
     _flush(target.parent)
     if replaced.exists():
-        _remove(replaced)
+        _discard(replaced)
 
 
 def _prune(out_dir: Path, keep: int) -> None:
     """Removes all but the `keep` last saved. What cannot be read is left alone: it may be of a newer gptfast."""
     whole = [path for path in _folders(out_dir) if _serial(path) is not None]
     for path in whole[keep:]:
-        try:
-            _remove(path)
-        except OSError as error:  # the new checkpoint is safe: an old one too many is no reason to stop a run
-            print(f"warning: cannot remove the old checkpoint {path}: {error}", file=sys.stderr)
+        _discard(path)
+
+
+def _discard(folder: Path) -> None:
+    """Removes an old checkpoint. The new one is safe by now, so a failure is no reason to stop a run."""
+    try:
+        _remove(folder)
+    except OSError as error:
+        print(f"warning: cannot remove the old checkpoint {folder}: {error}", file=sys.stderr)
 
 
 def _remove(folder: Path) -> None:

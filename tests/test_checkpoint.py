@@ -332,8 +332,10 @@ def test_each_disk_call_may_fail_once_and_a_whole_checkpoint_is_left(
             calls = disk_calls(patch, fail_at, error)
             try:
                 save_step(out_dir, next_step, keep=1)
-            except (UserError, Killed) as raised:
-                assert isinstance(raised, Killed) or str(out_dir) in str(raised)
+            except UserError as raised:
+                assert str(out_dir) in str(raised) and (out_dir / "ckpt-000001").exists()
+            except Killed:
+                pass
             if calls() < fail_at:
                 break
         found = load(out_dir)

@@ -4,10 +4,10 @@
     python -m bench.cpu --compile               # and ours compiled, after a warm-up that is not counted
     python -m bench.cpu --rounds=40 --out=results/cpu.jsonl
 
-A step is the next batch, forward, backward, clipping and AdamW, for nanoGPT's README command on a CPU: 4 layers of 4
-heads, 128 wide, block 64, batch 12, 65 characters, no dropout; on random tokens. `plain` is that model as usually typed:
-nn.Linear in fp32, F.scaled_dot_product_attention, AdamW with torch's defaults, clip_grad_norm_, and a batch stacked from
-a memory-mapped file.
+A step is the next batch, forward, backward, clipping and AdamW, for nanoGPT's README command on a CPU: 4 layers of
+4 heads, 128 wide, block 64, batch 12, 65 characters, no dropout; on random tokens. `plain` is that model as usually
+typed: nn.Linear in fp32, F.scaled_dot_product_attention, AdamW with torch's defaults, clip_grad_norm_, and a batch
+stacked from a memory-mapped file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The GPT. One class, both the GPT-2 and the modern architecture, by config; the hot operations come in as `ops`.
 
-Weights are kept in fp32. Activations have one explicit dtype: each layer casts its weight to the dtype of its input, and
-there is no autocast. The model knows nothing of ranks; gptfast.parallel wraps it from outside.
+Weights are kept in fp32. Activations have one explicit dtype: each layer casts its weight to the dtype of its input,
+and there is no autocast. The model knows nothing of ranks; gptfast.parallel wraps it from outside.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream are smaller by sqrt(2L)."""
+        """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream smaller by sqrt(2L)."""
         for name, p in self.named_parameters():
             if name.endswith((".bias", "shift.weight", "shift_1.weight", "shift_2.weight")):
                 p.zero_()

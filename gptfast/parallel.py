@@ -10,8 +10,8 @@ import sys
 
 # Turns that a thread of GNU OpenMP, torch's pool, spins at a barrier before it sleeps. Its default is 300,000, some
 # milliseconds, and while another program has the core that a barrier waits for, each operation burns them all: a
-# training step of char-cpu took 600 to 2,300 ms beside four busy processes on 2 cores, and 50 with 1,000 turns (50 to 80
-# with OMP_WAIT_POLICY=passive). 1,000 turns still cover the gaps between the operations of a program that is alone.
+# training step of char-cpu took 600 to 2,300 ms beside four busy processes on 2 cores, and 50 with 1,000 turns (50 to
+# 80 with OMP_WAIT_POLICY=passive). 1,000 turns still cover the gaps between the operations of a program that is alone.
 SPIN_TURNS = 1000
 
 

@@ -1,0 +1,103 @@
+"""AdamW's groups and arithmetic, and clipping."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import kernels
+from gptfast.config import PRESETS, GPTConfig
+from gptfast.model import GPT
+from gptfast.optim import adamw, clip_grad_norm
+
+CONFIG = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
+RATES = {"learning_rate": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def make(config: GPTConfig = CONFIG) -> GPT:
+    torch.manual_seed(0)
+    return GPT(config, kernels.load("reference"))
+
+
+def loss_of(model: GPT, seed: int) -> torch.Tensor:
+    tokens = torch.randint(CONFIG.vocab_size, (2, 4, 16), generator=torch.Generator().manual_seed(seed))
+    return model(tokens[0], tokens[1])
+
+
+def test_twenty_steps_are_torchs() -> None:
+    ours, theirs = make(), make()
+    optimizer = adamw(ours, **RATES)
+    decayed = [p for p in theirs.parameters() if p.dim() >= 2]
+    plain = [p for p in theirs.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    oracle = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=False, foreach=False)
+    start = [p.detach().clone() for p in ours.parameters()]
+    for step in range(20):
+        loss_of(ours, step).backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = p.grad.clone()  # the same gradients: training itself would magnify the last bit
+        for stepper in (optimizer, oracle):
+            stepper.step()
+            stepper.zero_grad()
+    moved = max((a - b).abs().max().item() for a, b in zip(ours.parameters(), start, strict=True))
+    apart = max((a - b).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert moved > 1e-2
+    assert apart <= 1e-6
+
+
+def test_matrices_decay_and_vectors_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make()
+    optimizer = adamw(model, **RATES)
+    found = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {p: 0.1 if p.dim() >= 2 else 0.0 for p in model.parameters()} == found
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    printed = capsys.readouterr().out.splitlines()
+    matrices, vectors = (sum(p.numel() for p in found if (p.dim() >= 2) is wide) for wide in (True, False))
+    assert printed == [
+        f"num decayed parameter tensors: 10, with {matrices:,} parameters",
+        f"num non-decayed parameter tensors: 18, with {vectors:,} parameters",
+        "using fused AdamW: True",
+    ]
+
+
+def test_groups_of_nanogpts_cpu_model(capsys: pytest.CaptureFixture[str]) -> None:
+    adamw(make(PRESETS["char-cpu"]), **RATES)
+    counts = re.findall(r"tensors: (\d+), with ([\d,]+)", capsys.readouterr().out)
+    assert counts == [("18", "802,944"), ("9", "1,152")]  # as nanoGPT prints
+
+
+def test_a_model_without_vectors_has_one_group() -> None:
+    optimizer = adamw(make(PRESETS["char-modern-cpu"]), **RATES)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = make()
+    model.transformer["wpe"].weight.requires_grad_(False)
+    optimizer = adamw(model, **RATES)
+    assert all(p is not model.transformer["wpe"].weight for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_clipping_is_torchs(max_norm: float) -> None:
+    model, oracle = make(), make()
+    for each in (model, oracle):
+        loss_of(each, 0).backward()
+    found = clip_grad_norm(model.parameters(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(oracle.parameters(), max_norm, foreach=False)
+    torch.testing.assert_close(found, expected)
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert norm <= max_norm * 1.0001
+
+
+def test_clipping_at_zero_leaves_gradients_and_tells_the_norm() -> None:
+    model = make()
+    loss_of(model, 0).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    norm = clip_grad_norm(model.parameters(), 0.0)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in before]).norm())

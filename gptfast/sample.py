@@ -62,7 +62,7 @@ def generate(
     """
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(max_new_tokens):
             context = tokens[:, -model.config.block_size :]
             logits = model.logits(context, last_only=True)[:, -1, :].float()

@@ -18,6 +18,7 @@ from torch import Tensor
 from gptfast.optim import clip_grad_norm
 
 Batch = tuple[Tensor, Tensor]  # tokens, targets: (B, T) int64
+TRACE_GRAD = "trace_autograd_ops"  # torch 2.13's switch that lets a compiled graph hold its own backward
 
 
 class Schedule(Protocol):
@@ -55,11 +56,12 @@ def make_step(
 ) -> Callable[[Iterator[Batch]], Tensor]:
     """The function that makes one update from the next batches, as `step` does; compiled where asked for.
 
-    On a CPU one graph holds forward, backward, clipping and optimizer, for at sizes that a CPU trains much of an
-    iteration passes between the kernels. Elsewhere, and with accumulation, forward and backward are compiled.
+    On a CPU, forward, backward and clipping are one graph, for at sizes that a CPU trains much of an iteration passes
+    between the kernels. Elsewhere, and with accumulation, forward and backward are compiled each by itself.
     """
-    if compiled and accumulation == 1 and scaler is None and parameters(optimizer)[0].device.type == "cpu":
-        return _whole_step(model, optimizer, clip)
+    on_cpu = parameters(optimizer)[0].device.type == "cpu"
+    if compiled and on_cpu and accumulation == 1 and scaler is None and hasattr(torch._dynamo.config, TRACE_GRAD):
+        return _one_graph(model, optimizer, clip)
     forward = torch.compile(model) if compiled else model
     return partial(step, forward, optimizer, accumulation=accumulation, clip=clip, scaler=scaler)
 
@@ -97,30 +99,31 @@ def step(
     return losses[0] if accumulation == 1 else torch.stack(losses).mean()
 
 
-def _whole_step(
+def _one_graph(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float
 ) -> Callable[[Iterator[Batch]], Tensor]:
-    """`step` with one micro-batch, as a single compiled graph. The rates become tensors, for floats are compiled in."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.as_tensor(group["lr"])
+    """`step` with one micro-batch, everything before the optimizer compiled as a single graph."""
     trained = parameters(optimizer)
+    setattr(torch._dynamo.config, TRACE_GRAD, True)
 
-    @torch.compile
-    def update(tokens: Tensor, targets: Tensor) -> Tensor:
+    @torch.compile(fullgraph=True)
+    def differentiate(tokens: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
         loss = model(tokens, targets)
-        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-            parameter.grad = gradient
+        gradients = list(torch.autograd.grad(loss, trained))
         if clip > 0:
-            clip_grad_norm(trained, clip)
-        optimizer.step()
-        return loss.detach()
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            gradients = torch._foreach_mul(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
+        return loss.detach(), gradients
 
-    def whole_step(batches: Iterator[Batch]) -> Tensor:
-        loss = update(*next(batches))
+    def compiled_step(batches: Iterator[Batch]) -> Tensor:
+        loss, gradients = differentiate(*next(batches))
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    return whole_step
+    return compiled_step
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

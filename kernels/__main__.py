@@ -1,29 +1,44 @@
 """The table of ops: `python -m kernels`, or `python -m kernels --markdown` for the README."""
 
 import argparse
+import re
 import sys
 
 from . import OPS, _triton, load
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(name, formula, kernels) of every op; an op's kernels are the functions of its page that end in _kernel or _kernel_*."""
-    return [(op.name, op.summary, ", ".join(kernel_names(op.name)) or "reference only") for op in OPS.values()]
+def rows() -> list[tuple[str, str, list[str]]]:
+    """(name, formula, kernels) of every op."""
+    return [(op.name, op.summary, kernel_names(op.name)) for op in OPS.values()]
 
 
 def kernel_names(name: str) -> list[str]:
-    """Kernels on the page of an op, in the order of the page."""
-    page = vars(sys.modules[OPS[name].reference.__module__])
-    return [key for key, value in page.items() if isinstance(value, _triton.jit) and "_kernel" in key]
+    """Kernels on the page of an op: functions with `_kernel` in their name, those of the forward pass first."""
+    home = _home(name)
+    pages = [module for path, module in sys.modules.items() if f"{path}.".startswith(f"{home}.")]
+    found = [key for page in pages for key, value in vars(page).items() if isinstance(value, _triton.jit)]
+    return sorted((key for key in dict.fromkeys(found) if "_kernel" in key), key=lambda key: "_bwd_" in key)
 
 
 def markdown() -> str:
-    """The table as the README shows it."""
+    """The table as the README shows it. The kernels' names are shortened by what they share."""
     lines = ["| op | what it computes | kernels |", "|---|---|---|"]
     for name, summary, kernels in rows():
-        page = OPS[name].reference.__module__.replace(".", "/") + ".py"
-        lines.append(f"| [`{name}`]({page}) | {summary.replace('|', chr(92) + '|')} | {kernels.replace(', ', '<br>')} |")
+        short = [re.sub(r"^.*(fwd|bwd)_kernel", r"\1", kernel).replace("_kernel", "") for kernel in kernels]
+        cells = [f"[`{name}`]({_page(name)})", summary.replace("|", r"\|"), ", ".join(short) or "reference only"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _home(name: str) -> str:
+    """The module or package of an op: kernels.layernorm."""
+    return ".".join(OPS[name].reference.__module__.split(".")[:2])
+
+
+def _page(name: str) -> str:
+    """Where the page of an op stands in the repository: a file, or the folder of a package."""
+    home = _home(name)
+    return home.replace(".", "/") + ("" if hasattr(sys.modules[home], "__path__") else ".py")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     table = rows()
     width = max(len(name) for name, _, _ in table)
     for name, summary, kernels in table:
-        print(f"{name:<{width}}  {summary}\n{'':<{width}}  {kernels}\n")
+        print(f"{name:<{width}}  {summary}\n{'':<{width}}  {', '.join(kernels) or 'reference only'}\n")
     print(f"Here, load('auto') runs:\n{load('auto')}")
     return 0
 

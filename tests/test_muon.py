@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
 from gptfast.optim import Muon
-from kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, SAFETY, newton_schulz_reference
+from kernels.newton_schulz import (
+    POLAR_EXPRESS,
+    QUINTIC,
+    REFERENCE_PRODUCTS,
+    SAFETY,
+    iterate,
+    newton_schulz_reference,
+)
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (8, 8), (16, 48), (48, 16), (33, 20)]
 
@@ -56,6 +64,19 @@ def test_singular_values_end_in_the_promised_band(coefficients, steps, low, high
     x = torch.randn(3, 24, 96, generator=torch.Generator().manual_seed(0))
     in_bf16 = torch.linalg.svdvals(newton_schulz_reference(x.bfloat16(), steps, coefficients).double())
     assert low - 0.03 <= in_bf16.min() and in_bf16.max() <= high + 0.03
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+def test_the_iteration_works_on_the_smaller_gram_matrix(m, n):
+    sizes = set()
+
+    def gram(x: Tensor) -> Tensor:
+        product = REFERENCE_PRODUCTS.gram(x)
+        sizes.add(tuple(product.shape[1:]))
+        return product
+
+    iterate(torch.ones(1, m, n), 2, POLAR_EXPRESS, dataclasses.replace(REFERENCE_PRODUCTS, gram=gram))
+    assert sizes == {(min(m, n), min(m, n))}
 
 
 def test_zero_stays_zero_and_nan_stays_in_its_matrix():

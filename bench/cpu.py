@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -38,7 +39,7 @@ from gptfast.optim import adamw, clip_grad_norm
 CONFIG = PRESETS["char-cpu"]
 BATCH_SIZE = 12
 TOKENS = 1_000_000  # as many as tinyshakespeare has to train on
-ADAMW = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 CLIP = 1.0
 STEPS_PER_SAMPLE = 5  # so that a variant finds its own data in the caches, as it would alone
 

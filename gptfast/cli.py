@@ -80,7 +80,8 @@ def parse(
             base = (presets or {})[_preset_name(word, presets or {})]
     if ("help", "True") in flags:
         _help(config_type, base, presets or {}, positional)
-    return dataclasses.replace(base, **{key: _convert(config_type, key, text) for key, text in flags})
+    typed_values = {key: _convert(config_type, key, text) for key, text in flags}
+    return dataclasses.replace(base, **typed_values)  # type: ignore[type-var]
 
 
 def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
@@ -191,7 +192,7 @@ def _convert(config_type: type, key: str, text: str) -> Any:
     flag = dataclasses.make_dataclass("Flag", [(key, expected)])
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            parsed = tyro.cli(flag, args=[f"--{key}={text}"], config=(tyro.conf.FlagConversionOff,), add_help=False)
+            parsed: Any = tyro.cli(flag, args=[f"--{key}={text}"], config=(tyro.conf.FlagConversionOff,), add_help=False)
     except SystemExit:
         raise UserError(f"--{key}={text}: expected {_type_name(expected)}") from None
     return getattr(parsed, key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from .model import GPT
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, not parameters
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"
+}  # fmt: skip
 
 
 def load_gpt2(

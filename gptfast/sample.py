@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     model.to(device)
     if config.compile:
-        model.logits = torch.compile(model.logits, dynamic=True)
+        model.logits = torch.compile(model.logits, dynamic=True)  # type: ignore[method-assign]
     generator = torch.Generator(device).manual_seed(config.seed)
     start = torch.tensor([prompt], device=device)
     for _ in range(config.num_samples):

@@ -22,12 +22,11 @@ import torch
 import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import TensorHandle as Handle
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._triton import Launcher, launching
-
-Handle = stock.TensorHandle
 
 
 class OutOfBounds(RuntimeError):

@@ -24,11 +24,16 @@ TRACE_GRAD = "trace_autograd_ops"  # torch 2.13's switch that lets a compiled gr
 class Schedule(Protocol):
     """What `learning_rate` reads; any configuration with these fields will do."""
 
-    decay_lr: bool
-    learning_rate: float
-    warmup_iters: int
-    lr_decay_iters: int
-    min_lr: float
+    @property
+    def decay_lr(self) -> bool: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_iters(self) -> int: ...
+    @property
+    def lr_decay_iters(self) -> int: ...
+    @property
+    def min_lr(self) -> float: ...
 
 
 def learning_rate(iteration: int, schedule: Schedule) -> float:
@@ -112,7 +117,7 @@ def _one_graph(
         gradients = list(torch.autograd.grad(loss, trained))
         if clip > 0:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            gradients = torch._foreach_mul(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
+            gradients = list(torch._foreach_mul(gradients, (clip / (norm + 1e-6)).clamp(max=1.0)))
         return loss.detach(), gradients
 
     def compiled_step(batches: Iterator[Batch]) -> Tensor:

@@ -168,10 +168,25 @@ def test_ctrl_c_leaves_rows_and_a_report(data_dir, tmp_path, monkeypatch, capsys
     assert "Unfinished." in (tmp_path / "report.md").read_text()
 
 
-def test_missing_data_is_prepared_and_cuda_free_auto_picks_the_cpu(tmp_path, monkeypatch):
+def test_auto_is_what_suits_the_device_and_the_data(tmp_path, monkeypatch):
+    def chosen(*flags: str) -> tuple[str, str, str]:
+        config = speedrun.configure([f"--data_dir={tmp_path}", *flags])
+        return config.preset, config.device, config.dataset
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = speedrun.configure([f"--data_dir={tmp_path}"])
-    assert (config.preset, config.device, config.dataset) == ("cpu", "cpu", "pystdlib")
+    assert chosen() == ("cpu", "cpu", "pystdlib")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert chosen() == ("gpu-embedded", "cuda", "pystdlib")
+    assert chosen("--device=cpu") == ("cpu", "cpu", "pystdlib")
+    (tmp_path / "fineweb10B").mkdir()
+    (tmp_path / "fineweb10B" / "train.bin").write_bytes(b"")
+    assert chosen() == ("gpu", "cuda", "fineweb10B")
+    assert chosen("--dataset=mine") == ("gpu", "cuda", "mine")
+
+
+def test_missing_data_is_prepared(tmp_path, monkeypatch):
+    config = speedrun.configure([f"--data_dir={tmp_path}", "--device=cpu"])
     prepared = []
 
     def remember(name: str, root: str) -> None:
@@ -187,7 +202,7 @@ def test_missing_data_is_prepared_and_cuda_free_auto_picks_the_cpu(tmp_path, mon
 def test_flags_override_the_preset_wherever_they_stand():
     config = speedrun.configure(["--iters=9", "--preset=cpu-sprint", "--device=cpu"])
     assert (config.iters, config.n_layer, config.preset) == (9, 2, "cpu-sprint")
-    assert speedrun.configure(["--device=cpu"]) == dataclasses.replace(PRESETS["cpu"], device="cpu", dataset="pystdlib")
+    assert speedrun.configure(["--device=cpu"]) == dataclasses.replace(PRESETS["cpu"], device="cpu")
 
 
 def test_presets_are_no_larger_than_they_say():
@@ -196,7 +211,8 @@ def test_presets_are_no_larger_than_they_say():
         with torch.device("meta"):
             model = GPT(speedrun.architecture(preset, preset.vocab_size or 65), kernels.load("reference"))
         sizes[name] = speedrun.count_parameters(model)
-    assert sizes == {"cpu": 804_352, "cpu-plain": 803_072, "cpu-sprint": 410_624, "gpu": 162_201_600}
+    cpu = {"cpu": 804_352, "cpu-plain": 803_072, "cpu-sprint": 410_624}
+    assert sizes == {**cpu, "gpu": 162_201_600, "gpu-embedded": 162_201_600}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -80,7 +80,8 @@ def test_odd_shapes_and_layouts_come_back(tmp_path: Path) -> None:
     base = torch.randn(4, 6)
     model = {
         "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "transposed": base.t(), "strided": base[:, ::2],
-        "expanded": torch.ones(1, 3).expand(5, 3), "row": base[1], "parameter": nn.Parameter(base + 1),
+        "expanded": torch.ones(1, 3).expand(5, 3), "row": base[1], "next row": base[2], "flat": base.view(-1),
+        "parameter": nn.Parameter(base + 1),
     }  # fmt: skip
     save(tmp_path, step=1, model=model, optimizer={}, meta={})
     found = load(tmp_path).model
@@ -159,6 +160,9 @@ trees = st.recursive(
 
 
 @given(trees)
+@example({"$tensor": "w"})
+@example({"$tuple": [1], "$dict": [], "$float": {"$float": "nan"}})
+@example({"1": torch.tensor(1), 1: torch.tensor(2)})
 def test_any_tree_survives_json(tree: Any) -> None:
     structure, tensors = checkpoint._flatten(tree, "optimizer")
     text = json.dumps(structure, allow_nan=False)
@@ -340,6 +344,7 @@ def test_each_disk_call_may_fail_once_and_a_whole_checkpoint_is_left(
                 break
         found = load(out_dir)
         assert found.step in (1, next_step) and found.meta == {"step": found.step} and not found.skipped
+        save_step(out_dir, found.step, keep=1)
         save_step(out_dir, 3, keep=1)
         assert [path.name for path in out_dir.iterdir()] == ["ckpt-000003"], f"leftovers after failing call {fail_at}"
     assert fail_at > 15

@@ -79,7 +79,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED)
 def test_what_cannot_be_built_is_refused_by_name(fields: dict, message: str) -> None:
-    with pytest.raises(UserError, match="^[^\n]+$") as refusal:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as refusal:
         GPTConfig(**fields)
     assert message in str(refusal.value)
 

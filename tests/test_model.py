@@ -89,7 +89,7 @@ def test_tied_weights_are_one_tensor() -> None:
     assert untied.lm_head.weight is not untied.transformer["wte"].weight
 
 
-# ---- initialization ----------------------------------------------------------------------------------------------------
+# ---- initialization --------------------------------------------------------------------------------------------------
 def test_initialization_is_gpt2s() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, n_embd=128, n_layer=8)
@@ -111,7 +111,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(config: GPTConfig) -> None:
     assert model(tokens_of(config), tokens_of(config)).item() == pytest.approx(math.log(config.vocab_size), abs=0.05)
 
 
-# ---- the function it computes ------------------------------------------------------------------------------------------
+# ---- the function it computes ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 @pytest.mark.parametrize("through_a_folder", [False, True])
 def test_logits_are_hugging_faces(activation: str, through_a_folder: bool, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_repeated_key_heads_are_one_key_head() -> None:
     torch.testing.assert_close(full.logits(tokens), grouped.logits(tokens))
 
 
-# ---- dtypes ------------------------------------------------------------------------------------------------------------
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
 @architecture
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_activations_keep_fp32_weights_and_gradients(config: GPTConfig, dtype: torch.dtype) -> None:
@@ -226,7 +226,7 @@ def test_gradients_of_the_model_in_fp64() -> None:
     """Autograd of the references against a difference quotient along a random direction."""
     for config in ARCHITECTURES.values():
         model, tokens, targets = make(config, torch.float64).double(), tokens_of(config), tokens_of(config)
-        parameters = [p for p in model.parameters()]
+        parameters = list(model.parameters())
         gradients = torch.autograd.grad(model(tokens, targets), parameters)
         direction = [torch.randn_like(p) for p in parameters]
         slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
@@ -247,7 +247,7 @@ def test_the_dtype_of_a_device_comes_with_a_reason() -> None:
     assert compute_dtype("mps")[0] == torch.float32
 
 
-# ---- dropout -----------------------------------------------------------------------------------------------------------
+# ---- dropout ---------------------------------------------------------------------------------------------------------
 @architecture
 def test_dropout_acts_in_training_only(config: GPTConfig) -> None:
     config = dataclasses.replace(config, dropout=0.2)
@@ -268,7 +268,7 @@ def test_dropout_strikes_in_four_places(monkeypatch: pytest.MonkeyPatch) -> None
     assert [rate for rate, _ in rates] == [0.25] * 4
 
 
-# ---- cropping ----------------------------------------------------------------------------------------------------------
+# ---- cropping --------------------------------------------------------------------------------------------------------
 @architecture
 def test_cropping_leaves_short_sequences_alone(config: GPTConfig) -> None:
     model, tokens = make(config), tokens_of(config)
@@ -288,10 +288,10 @@ def test_cropping_cannot_grow() -> None:
         make(SMALL).crop_block_size(25)
 
 
-# ---- compilation -------------------------------------------------------------------------------------------------------
+# ---- compilation -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["gpt2", "softcap"])
 def test_the_model_is_one_graph(name: str) -> None:
-    """No graph break, and the loss and gradients of eager. `aot_eager` traces forward and backward; it writes no code."""
+    """No graph break, and the loss and gradients of eager. `aot_eager` traces both directions and writes no code."""
     config = ARCHITECTURES[name]
     model, tokens, targets = make(config), tokens_of(config), tokens_of(config)
     torch._dynamo.reset()
@@ -303,7 +303,7 @@ def test_the_model_is_one_graph(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-# ---- learning ----------------------------------------------------------------------------------------------------------
+# ---- learning --------------------------------------------------------------------------------------------------------
 @architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_learns(config: GPTConfig, dtype: torch.dtype) -> None:

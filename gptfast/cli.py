@@ -192,7 +192,9 @@ def _convert(config_type: type, key: str, text: str) -> Any:
     flag = dataclasses.make_dataclass("Flag", [(key, expected)])
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            parsed: Any = tyro.cli(flag, args=[f"--{key}={text}"], config=(tyro.conf.FlagConversionOff,), add_help=False)
+            parsed: Any = tyro.cli(
+                flag, args=[f"--{key}={text}"], config=(tyro.conf.FlagConversionOff,), add_help=False
+            )
     except SystemExit:
         raise UserError(f"--{key}={text}: expected {_type_name(expected)}") from None
     return getattr(parsed, key)

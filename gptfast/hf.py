@@ -62,19 +62,23 @@ def load_gpt2(
 
 
 def find_gpt2(name: str) -> Path:
-    """The folder of a GPT-2: `name` itself if it is one, else that of gpt2, gpt2-medium, ... from the Hugging Face cache or hub.
+    """The folder of a GPT-2: `name` if it is one, else that of gpt2, gpt2-medium, ... in the Hugging Face cache or hub.
 
     Raises UserError for a name that is neither, and where it is not cached and the hub cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)
     if name not in PUBLISHED:
-        raise UserError(f"--init_from={name}: no such folder; give scratch, resume, a folder, or one of {', '.join(PUBLISHED)}")
+        raise UserError(
+            f"--init_from={name}: no such folder; give scratch, resume, a folder, or one of {', '.join(PUBLISHED)}"
+        )
     elsewhere = "fetch it where there is a network and give its folder, --init_from=FOLDER"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"{name} comes from the Hugging Face hub: pip install huggingface_hub, or {elsewhere}") from None
+        raise UserError(
+            f"{name} comes from the Hugging Face hub: pip install huggingface_hub, or {elsewhere}"
+        ) from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the hub's client raises its own, requests' and httpx's types for "no network"

@@ -1,8 +1,8 @@
 """The one `import triton` of the library, and the one place where the launch of a kernel can be taken over.
 
-Where Triton is not installed the kernels are inert objects and the references still run.
-A launch `kernel[grid](...)` goes to the GPU unless a launcher is in force (see `launching`): the interpreter, the ahead-of-time
-compiler, or `skip`, which makes a page's own forward function serve as its shape function.
+Where Triton is not installed the kernels are inert objects and the references still run. A launch `kernel[grid](...)`
+goes to the GPU unless a launcher is in force (see `launching`): the interpreter, the ahead-of-time compiler, or `skip`,
+which makes a page's own forward function serve as its shape function.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ else:
 
     class _AbsentKernel:
         def __init__(self, fn: Callable) -> None:
-            functools.update_wrapper(self, fn)
+            self.__name__, self.__doc__ = fn.__name__, fn.__doc__
 
         def __getitem__(self, grid: Any) -> Callable:
             by = _launcher.get()
@@ -91,7 +91,7 @@ else:
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
-    jit, tl, triton = _AbsentKernel, _AbsentLanguage(), _AbsentTriton()
+    jit, tl, triton = _AbsentKernel, _AbsentLanguage(), _AbsentTriton()  # type: ignore[misc, assignment]
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def _properties(index: int | None) -> tuple[int, int]:
 
 
 def arch(x: Tensor) -> int:
-    """Compute capability times ten of the GPU that kernels on x run on: 80 for A100, 90 for H100; 0 when interpreted."""
+    """Compute capability times ten of the GPU that kernels on x run on: 80 for A100, 90 for H100, 0 if interpreted."""
     by = _launcher.get()
     return by.arch if by else _properties(x.device.index)[0]
 

@@ -1,11 +1,11 @@
-"""Compile every kernel of every op ahead of time for A100, H100 and B200, on any Linux box, and hold the machine code to gates.
+"""Compile every kernel of every op ahead of time for A100, H100 and B200, without a GPU, and hold the code to gates.
 
-    python -m kernels.aot                   compile what changed, print the table, fail on a broken gate or a stale report
-    python -m kernels.aot --update          the same, and write results/aot.json
+    python -m kernels.aot             compile what changed, print the table, fail on a broken gate or a stale report
+    python -m kernels.aot --update    the same, and write results/aot.json
 
-Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, every launch that it makes is
-recorded, and each distinct one is compiled exactly as the launch would be. Registers, stack and spills come from the cubin,
-instruction counts from its disassembly, warnings from ptxas. All tools lie in the Triton wheel.
+Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, every launch that it
+makes is recorded, and each distinct one is compiled exactly as the launch would be. Registers, stack and spills come
+from the cubin, instruction counts from its disassembly, warnings from ptxas. All tools lie in the Triton wheel.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Launch:
     kwargs: dict[str, Any]
 
     def signature(self) -> str:
-        """What the compiler sees: dtypes, divisibility, constants and options. Equal signatures give equal machine code."""
+        """What the compiler sees: dtypes, divisibility, constants, options. Equal signatures, equal machine code."""
         parts = []
         for parameter, value in zip(self.kernel.params, self.args, strict=False):
             parts.append(f"{parameter.name}={value if parameter.is_constexpr else _specialization(value)}")
@@ -97,7 +97,9 @@ def _specialization(value: Any) -> str:
 def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Every launch that forward and backward of an op make at these dims on that architecture, without running any."""
     found: list[Launch] = []
-    record = Launcher(lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, CHIPS[arch].multiprocessors)
+    record = Launcher(
+        lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, CHIPS[arch].multiprocessors
+    )
     arguments = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
@@ -187,7 +189,7 @@ class Code:
 
 
 def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
-    """How many programs (CTAs) fit on a multiprocessor at once: registers go by 256 a warp, warps by 4, shared by 128 B."""
+    """How many programs (CTAs) fit on a multiprocessor: registers go by 256 a warp, warps by 4, shared by 128 B."""
     chip = CHIPS[arch]
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = chip.registers // per_warp // 4 * 4 // warps
@@ -223,7 +225,9 @@ def read_code(compiled: Any, arch: int) -> Code:
     stores = [op for op in listing if op.startswith("STG.")]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     boxes = [m.groups() for line in compiled.asm["ttgir"].splitlines() if (m := _TMA_COPY.search(line))]
-    matrix = [k for k in family if k in ("HGMMA", "QGMMA", "HMMA", "IMMA", "DMMA") or (k.startswith("UTC") and "MMA" in k)]
+    matrix = [
+        k for k in family if k in ("HGMMA", "QGMMA", "HMMA", "IMMA", "DMMA") or (k.startswith("UTC") and "MMA" in k)
+    ]
     return Code(
         registers=used["REG"],
         stack_bytes=used["STACK"] + used.get("LOCAL", 0),
@@ -329,7 +333,9 @@ def stale(rows: list[dict[str, Any]], ops: list[str] | None = None) -> list[str]
     reported = {row_key(r): r["digest"] for r in rows}
     wanted = plan(ops or list(OPS), list(CHIPS))
     lines = [f"missing: {_label(key)}" for key in wanted if key not in reported]
-    lines += [f"changed: {_label(k)}" for k, launch in wanted.items() if k in reported and reported[k] != _digest(launch)]
+    lines += [
+        f"changed: {_label(k)}" for k, launch in wanted.items() if k in reported and reported[k] != _digest(launch)
+    ]
     return lines + [f"gone: {_label(key)}" for key in reported if key not in wanted and (not ops or key[0] in ops)]
 
 
@@ -368,7 +374,8 @@ def main(argv: list[str] | None = None) -> int:
     changed = {**kept, **rows} != before
     if args.update:
         write_report(list({**kept, **rows}.values()))
-    print(f"{len(rows)} kernels for {', '.join(f'sm_{a} ({CHIPS[a].name})' for a in archs)}: {fresh} compiled, {len(broken)} broken")
+    targets = ", ".join(f"sm_{a} ({CHIPS[a].name})" for a in archs)
+    print(f"{len(rows)} kernels for {targets}: {fresh} compiled, {len(broken)} broken")
     if changed and not args.update:
         print(f"{REPORT.parent.name}/{REPORT.name} is stale: run `python -m kernels.aot --update` and commit it")
     return 1 if broken or (changed and not args.update) else 0

@@ -1,9 +1,10 @@
 """Run the kernels on CPU tensors, in Triton's interpreter made fit for parity tests.
 
-The stock interpreter (3.6 to 3.9) keeps bf16 as 16-bit integers and computes on the bit patterns: a bf16 dot is off by 1e9, a
-cast to bf16 truncates. `_Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. It also makes loop
-variables int32 tensors, as they are on a GPU, and it guards memory: an access outside the tensors given to the launch, a store
-of two programs to one address, and a load of what another program stored, are errors here and undefined behaviour on a GPU.
+The stock interpreter (3.6 to 3.9) keeps bf16 as 16-bit integers and computes on the bit patterns: a bf16 dot is off by
+1e9, a cast to bf16 truncates. `_Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. It
+also makes loop variables int32 tensors, as they are on a GPU, and it guards memory: an access outside the tensors given
+to the launch, a store of two programs to one address, and a load of what another program stored, are errors here and
+undefined behaviour on a GPU.
 
 Interpreting and compiling live side by side: TRITON_INTERPRET stays unset and the kernels are the same objects.
 Triton's language is patched only while a launch runs. Not thread-safe; the interpreter is a tool for tests.
@@ -161,7 +162,7 @@ class _Guard:
         outside = (below < 0) | (addresses + np.uint64(size) > self.high[np.maximum(below, 0)])
         if outside.any():
             raise OutOfBounds(
-                f"{self.kernel}: {kind} out of bounds in program {program}: {int(outside.sum())} of {addresses.size} lanes"
+                f"{self.kernel}: {kind} out of bounds in program {program}: {outside.sum()} of {addresses.size} lanes"
             )
         if not self.programs or self.programs[-1] != program:
             self.programs.append(program)
@@ -184,7 +185,9 @@ class _Guard:
             clash = (stored[at] == touched) & (writer[at] != reader)
             if clash.any():
                 i = int(np.flatnonzero(clash)[0])
-                self._race(f"touch one address, the first with a {kind}, the second with a store", reader[i], writer[at[i]])
+                self._race(
+                    f"touch one address, the first with a {kind}, the second with a store", reader[i], writer[at[i]]
+                )
 
     def _joined(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         seen = self.seen[kind]
@@ -218,7 +221,7 @@ def interpreting(guard: bool = True) -> contextlib.AbstractContextManager:
 
 def _launch(guarded: bool, kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:
     signature = inspect.signature(kernel.fn)
-    known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # without num_warps and the like
+    known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no num_warps and such
     bound = signature.bind(*args, **known)
     bound.apply_defaults()
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
@@ -251,7 +254,7 @@ def _rewritten(kernel: JITFunction) -> Callable:
     return function
 
 
-_tl_user = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})  # a function that sees both languages
+_tl_user = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})  # sees both languages
 
 
 class _NothingToRestore:
@@ -262,9 +265,15 @@ class _NothingToRestore:
 @contextlib.contextmanager
 def _language(guard: _Guard | None) -> Iterator[_Builder]:
     """Triton's language bound to the interpreter until the block ends."""
-    builder, call, patch, reduce_sum = stock.interpreter_builder, JITFunction.__call__, stock._patch_lang, stock.ReduceOps.sum
+    builder, call, patch, reduce_sum = (
+        stock.interpreter_builder,
+        JITFunction.__call__,
+        stock._patch_lang,
+        stock.ReduceOps.sum,
+    )
     scope = patch(_tl_user)
-    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))  # numpy 2.4 takes scalars only
+    # numpy 2.4 takes scalars only
+    scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
     scope.set_attr(tl, "range", _range)
     stock._patch_lang = lambda fn: _NothingToRestore()
     stock.ReduceOps.sum = _summing(reduce_sum)

@@ -43,8 +43,8 @@ def test_recorded_launches_cover_forward_and_backward(name, arch):
 
 
 CLEAN = aot.Code(
-    registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300, matrix="",
-    has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0, bulk_copies=0,
+    registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300,
+    matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0, bulk_copies=0,
     ptxas_warnings=(), box_mismatch=False,
 )  # fmt: skip
 
@@ -54,9 +54,10 @@ def test_a_clean_kernel_breaks_no_gate():
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (dict(stack_bytes=48), "spills"), (dict(local_accesses=2), "spills"), (dict(ptxas_warnings=("C7510",)), "serializes"),
-    (dict(shared_bytes=232449), "shared memory"), (dict(box_mismatch=True), "box"),
-    (dict(has_dot=True, matrix="HMMA 64"), "without HGMMA"), (dict(has_dot=True, matrix="HGMMA 8", programs_per_sm=1), "warps"),
+    (dict(stack_bytes=48), "spills"), (dict(local_accesses=2), "spills"),
+    (dict(ptxas_warnings=("C7510",)), "serializes"), (dict(shared_bytes=232449), "shared memory"), (dict(box_mismatch=True), "box"),
+    (dict(has_dot=True, matrix="HMMA 64"), "without HGMMA"),
+    (dict(has_dot=True, matrix="HGMMA 8", programs_per_sm=1), "warps"),
     (dict(loads_128=0, loads_narrow=33), "narrow loads"),
 ])  # fmt: skip
 def test_a_gate_sees(change, complaint):
@@ -76,7 +77,9 @@ def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def test_a_real_spill_is_read_out_of_the_machine_code():
-    launch = aot.Launch(_spilling_kernel, (torch.empty(8, device="meta"), torch.empty(8, device="meta")), dict(BLOCK=8192, num_warps=1))
+    launch = aot.Launch(
+        _spilling_kernel, (torch.empty(8, device="meta"), torch.empty(8, device="meta")), dict(BLOCK=8192, num_warps=1)
+    )
     code = aot.read_code(aot.compile_launch(launch, 90), 90)
     assert code.stack_bytes > 0 and "spills" in aot.broken_gates(code, 90)[0]
 

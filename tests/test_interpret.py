@@ -1,4 +1,4 @@
-"""The interpreter that the parity tests rest on: bf16 bit for bit as torch, and a guard that sees what a GPU would not forgive."""
+"""The interpreter under the parity tests: bf16 bit for bit as torch, and a guard that sees what no GPU forgives."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from kernels.interpret import OutOfBounds, Race, from_bf16, interpreting, to_bf1
 
 
 def patterns() -> torch.Tensor:
-    """Every fp32 exponent with random mantissas and signs, ties between two bf16 values, subnormals, zeros, Inf and NaN."""
+    """Every fp32 exponent with random mantissas and signs, ties between bf16 values, subnormals, zeros, Inf, NaN."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64).to(torch.int32)
     ties = (torch.arange(0, 65536, dtype=torch.int64) << 16 | 0x8000).to(torch.int32)
@@ -138,7 +138,10 @@ def test_guard_passes_a_right_kernel():
 
 def test_guard_sees_one_element_too_many():
     x, out = torch.randn(101)[:100], torch.empty(100)  # the storage is long enough: the view is not
-    with interpreting(), pytest.raises(OutOfBounds, match="_copy_kernel: load out of bounds in program .1, 0, 0.: 1 of"):
+    with (
+        interpreting(),
+        pytest.raises(OutOfBounds, match=r"_copy_kernel: load out of bounds in program .1, 0, 0.: 1 of"),
+    ):
         _copy_kernel[(2,)](x, out, 100, OVER=1, BLOCK_N=64)
 
 

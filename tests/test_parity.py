@@ -90,7 +90,9 @@ def test_layouts(op):
         for name, laid in layouts(a).items() if isinstance(a, Tensor) and a.is_floating_point() else ():
             found = run(kernel_of(op), (*arguments[:i], laid, *arguments[i + 1 :]))
             for f, p in zip(found, plain, strict=True):
-                torch.testing.assert_close(f, p, rtol=2e-6, atol=2e-6, msg=lambda m, n=name, i=i: f"argument {i} {n}: {m}")
+                torch.testing.assert_close(
+                    f, p, rtol=2e-6, atol=2e-6, msg=lambda m, n=name, i=i: f"argument {i} {n}: {m}"
+                )
     outputs = kernel_of(op)(*arguments)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     ones = [torch.ones_like(o) for o in outputs]
@@ -105,7 +107,9 @@ def test_layouts(op):
 def test_nan_and_inf_spread_as_in_the_reference(op, value):
     arguments = [a.clone() if isinstance(a, Tensor) else a for a in a_case(op)]
     arguments[0].view(-1)[arguments[0].numel() // 2] = value
-    for i, (found, expected) in enumerate(zip(run(kernel_of(op), arguments), run(op.reference, arguments), strict=True)):
+    for i, (found, expected) in enumerate(
+        zip(run(kernel_of(op), arguments), run(op.reference, arguments), strict=True)
+    ):
         assert torch.equal(found.isfinite(), expected.isfinite()), f"result {i}"
 
 
@@ -153,7 +157,9 @@ def test_opcheck(op, monkeypatch):
         kernel_of(op)(*arguments)
     assert calls, "the op does not go through a custom op when compiled"
     for function, args in calls:
-        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        torch.library.opcheck(
+            function, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
 
 
 @each_op
@@ -200,7 +206,9 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(op):
 
 @pytest.mark.gpu
 @each_dtype
-@pytest.mark.parametrize("op, dims", [pytest.param(op, d, id=f"{op.name}-{d}") for op in OPS for d in (*op.parity, op.bench[0])])
+@pytest.mark.parametrize(
+    "op, dims", [pytest.param(op, d, id=f"{op.name}-{d}") for op in OPS for d in (*op.parity, op.bench[0])]
+)
 def test_parity_on_the_gpu(op, dims, dtype):
     torch.manual_seed(0)
     arguments = op.inputs(**dims, dtype=dtype, device="cuda")

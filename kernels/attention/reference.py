@@ -33,8 +33,8 @@ def attention_reference(
     Products are rounded to q's dtype, as any chain of matmuls is; the softmax computes in at least fp32. `window` 0
     sees only its own position. `cu_seqlens` (N + 1,) int marks the starts of N documents packed along T = S, and the
     end. `seed` makes dropout repeatable, the same entries here and in the kernels; None draws from torch's default
-    generator. With `return_lse` also the logarithm of each softmax's denominator, (B, H, T) fp32, -inf where no key is seen.
-    Raises ValueError naming the argument. Memory is O(T * S), with a window O(T * window).
+    generator. With `return_lse` also the logarithm of each softmax's denominator, (B, H, T) fp32, -inf where no key is
+    seen. Raises ValueError naming the argument. Memory is O(T * S), with a window O(T * window).
     """
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     (B, T, H, D), S = q.shape, k.shape[1]

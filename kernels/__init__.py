@@ -16,14 +16,14 @@ from typing import Any
 from . import _triton
 from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
-from .layernorm import LAYERNORM
+from .layernorm import ADD_LAYERNORM, LAYERNORM
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .op import Cost, Op, allow_interpretation
 from .rmsnorm import RMSNORM
 from .rotary import ROTARY
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (LAYERNORM, RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+    op.name: op for op in (LAYERNORM, ADD_LAYERNORM, RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
 }
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
 

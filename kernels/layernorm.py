@@ -6,20 +6,24 @@
     g = dy * weight                 dx = rstd * (g - mean_n(g) - xhat * mean_n(g * xhat))
     dweight = sum_m dy * xhat       dbias = sum_m dy
 
-x, y: (..., N), taken as (M, N)   weight, bias: (N,)   mean, rstd: (M,) fp32
+    add_layernorm:                  h = x + residual, rounded to their dtype        y = layernorm(h)
+                                    dx = dresidual = dh + the dx above
+
+x, residual, h, y: (..., N), taken as (M, N)   weight, bias: (N,)   mean, rstd: (M,) fp32
 
 Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450. Partial weight gradients per persistent program, then one
 reduction: the scheme of NVIDIA Apex's and Triton's tutorial kernels, without their locks, so that it is deterministic.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import arch, jit, multiprocessors, tl, triton
+from ._triton import jit, multiprocessors, tl, triton
 from .op import Cost, Op, differentiable, require
+from .prims import RowTile, RowTiles, as_rows, check_residual, require_kernel_dtype, sum_partial_rows
 
 
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -38,6 +42,15 @@ def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, e
     return F.layer_norm(x.to(wide), shape, *(None if p is None else p.to(wide) for p in parameters), eps).to(x.dtype)
 
 
+def add_layernorm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(y, h) with h = x + residual, the new residual, and y = layernorm(h). x and residual (..., N) have one dtype."""
+    check_residual(x, residual)
+    h = x + residual
+    return layernorm_reference(h, weight, bias, eps), h
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     require(x.dim() >= 1 and x.shape[-1] > 0, f"x: expected (..., N) with N >= 1, got {tuple(x.shape)}")
     require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
@@ -52,14 +65,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 @jit
 def layernorm_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_stride_m, M, N, eps,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, x_stride_m, residual_stride_m, M, N, eps,
+    ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program normalizes BLOCK_M whole rows, held in registers: x[m, :] -> y[m, :]."""
+    """One program normalizes BLOCK_M whole rows, held in registers: x[m, :] -> y[m, :]; with ADD also h[m, :]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     mask = (m < M) & (n < N)
     x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + m * residual_stride_m + n, mask, other=0.0).to(tl.float32)
+        h = x.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + m * N + n, h, mask)
+        x = h.to(tl.float32)
     mean = tl.sum(x, axis=1)[:, None] / N
     centered = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)
@@ -72,9 +90,19 @@ def layernorm_fwd_kernel(
 
 
 @jit
+def _row_block(x_ptr, residual_ptr, x_offset, residual_offset, h_ptr, mask, ADD: tl.constexpr):
+    """A block of x, or of x + residual rounded as h holds it. Formed anew at each pass: reading h back would need a barrier."""
+    x = tl.load(x_ptr + x_offset, mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + residual_offset, mask, other=0.0).to(tl.float32)
+        x = x.to(h_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@jit
 def layernorm_fwd_kernel_long(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_stride_m, N, eps,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, x_stride_m, residual_stride_m, N, eps,
+    ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes one row too long for registers, reading it three times, the last two from cache."""
     m = tl.program_id(0).to(tl.int64)
@@ -82,18 +110,21 @@ def layernorm_fwd_kernel_long(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
-        total += tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
+        x = _row_block(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
+        if ADD:
+            tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
+        total += x
     mean = tl.sum(total, axis=0) / N
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
-        x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
+        x = _row_block(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
         centered = tl.where(n < N, x - mean, 0.0)
         total += centered * centered
     rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / N + eps)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
-        x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
+        x = _row_block(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
         y = (x - mean) * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
@@ -104,8 +135,9 @@ def layernorm_fwd_kernel_long(
 
 @jit
 def layernorm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, dy_stride_m, x_stride_m, M, N,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dy_stride_m, dh_stride_m, x_stride_m, M, N,
+    ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight and dbias."""
     p = tl.program_id(0)
@@ -125,6 +157,8 @@ def layernorm_bwd_kernel(
         mean_g = tl.sum(g, axis=1)[:, None] / N
         mean_gx = tl.sum(g * xhat, axis=1)[:, None] / N
         dx = rstd * (g - mean_g - xhat * mean_gx)
+        if ADD:
+            dx += tl.load(dh_ptr + m * dh_stride_m + n, mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), mask)
         dweight += tl.sum(dy * xhat, axis=0)[None, :]
         if HAS_BIAS:
@@ -137,8 +171,9 @@ def layernorm_bwd_kernel(
 
 @jit
 def layernorm_bwd_kernel_input(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_stride_m, x_stride_m, N, BLOCK_N: tl.constexpr
-):
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_stride_m, dh_stride_m, x_stride_m, N,
+    ADD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One program finds dx of one row too long for registers, reading it twice, the second time from cache."""
     m = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
@@ -161,6 +196,8 @@ def layernorm_bwd_kernel_input(
         dy = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
         g = dy * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         dx = rstd * (g - mean_g - (x - mean) * rstd * mean_gx)
+        if ADD:
+            dx += tl.load(dh_ptr + m * dh_stride_m + n, n < N, other=0.0).to(tl.float32)
         tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), n < N)
 
 
@@ -186,124 +223,123 @@ def layernorm_bwd_kernel_weight(
         tl.store(dbias_ptr + row + n, dbias, n < N)
 
 
-@jit
-def layernorm_bwd_kernel_reduce(partial_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program sums BLOCK_N columns of the partial rows: partial[:, n] -> out[n], always in the same order."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in tl.range(0, P, BLOCK_P):
-        p = start.to(tl.int64) + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(partial_ptr + p * N + n, (p < P) & (n < N), other=0.0)
-    out = tl.sum(total, axis=0)[None, :]
-    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), n < N)
-
-
-class Tile(NamedTuple):
-    """Rows and columns of a program's block, and its warps. `long`: rows are walked in blocks of columns."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    long: bool = False
-
-
-# Longest row held in registers, and columns per warp, forward and backward. Chosen from registers and spills of the compiled code
-# (results/aot.json); no row here has been timed on a GPU yet.
+# Rows up to `whole` columns are held in registers, `per_warp` columns to a warp; longer ones are walked in blocks. From registers and
+# spills of the compiled code (results/aot.json): forward at 65536 columns spills 152 B, backward at 16384 232 B. The long forward
+# takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the second and third read. No row here
+# has been timed on a GPU yet.
 TILES = {
-    "forward": {"whole": 16384, "columns_per_warp": 512},
-    "backward": {"whole": 8192, "columns_per_warp": 256},
+    "forward": RowTiles(whole=32768, per_warp=512, long=RowTile(1, 16384, 32, long=True)),
+    "backward": RowTiles(whole=8192, per_warp=256, long=RowTile(1, 4096, 8, long=True)),
 }
-LONG = Tile(1, 4096, 8, long=True)
 
 
-def tile(direction: str, N: int, arch: int) -> Tile:
-    """The block for rows of length N; short rows are taken several at a time, so that a warp has 128 bytes to load."""
-    row = TILES[direction]
-    if N > row["whole"]:
-        return LONG
-    block_n = triton.next_power_of_2(N)
-    block_m = max(1, min(16, 1024 // block_n))
-    return Tile(block_m, block_n, max(1, min(32, block_m * block_n // row["columns_per_warp"])))
+def _normalize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, weight, add = as_rows(x), weight.contiguous(), residual is not None
+    other = as_rows(residual) if residual is not None else rows
+    M, N = rows.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
+    h = torch.empty_like(y) if add else y.new_empty(0)
+    if M:
+        block = TILES["forward"].choose(N)
+        pointers = rows, other, weight, weight if bias is None else bias.contiguous(), y, h, mean, rstd
+        strides = rows.stride(0), other.stride(0)
+        flags = dict(ADD=add, HAS_BIAS=bias is not None, BLOCK_N=block.block_n, num_warps=block.num_warps)
+        if block.long:
+            layernorm_fwd_kernel_long[(M,)](*pointers, *strides, N, eps, **flags)
+        else:
+            grid = (triton.cdiv(M, block.block_m),)
+            layernorm_fwd_kernel[grid](*pointers, *strides, M, N, eps, **flags, BLOCK_M=block.block_m)
+    return y, h, mean, rstd
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x (..., N) as (M, N) with unit last stride: a view wherever one exists."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _differentiate(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dy, weight, has_bias, add = as_rows(h), as_rows(dy), weight.contiguous(), bias is not None, dh is not None
+    other = as_rows(dh) if dh is not None else dy
+    M, N = rows.shape
+    dx, dweight = torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(weight)
+    dbias = torch.empty_like(bias) if bias is not None else weight.new_empty(0)
+    if M == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    block = TILES["backward"].choose(N)
+    programs = block.programs(M, multiprocessors(h))
+    partial = torch.empty((1 + has_bias, programs, N), dtype=torch.float32, device=h.device)
+    sums = partial[0], partial[-1]
+    strides = dy.stride(0), other.stride(0), rows.stride(0)
+    size = dict(BLOCK_N=block.block_n, num_warps=block.num_warps)
+    if block.long:
+        layernorm_bwd_kernel_input[(M,)](dy, other, rows, weight, mean, rstd, dx, *strides, N, ADD=add, **size)
+        layernorm_bwd_kernel_weight[(programs, triton.cdiv(N, block.block_n))](
+            dy, rows, mean, rstd, *sums, dy.stride(0), rows.stride(0), M, N, HAS_BIAS=has_bias, **size
+        )
+    else:
+        layernorm_bwd_kernel[(programs,)](
+            dy, other, rows, weight, mean, rstd, dx, *sums, *strides, M, N,
+            ADD=add, HAS_BIAS=has_bias, BLOCK_M=block.block_m, **size,
+        )  # fmt: skip
+    sum_partial_rows(partial[0], dweight)
+    if has_bias:
+        sum_partial_rows(partial[1], dbias)
+    return dx, dweight, dbias
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows, weight = _rows(x), weight.contiguous()
-    M, N = rows.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = torch.empty(M, dtype=torch.float32, device=x.device), torch.empty(M, dtype=torch.float32, device=x.device)
-    if M == 0:
-        return y, mean, rstd
-    block = tile("forward", N, arch(x))
-    bias_or_weight = weight if bias is None else bias.contiguous()
-    args = (rows, weight, bias_or_weight, y, mean, rstd, rows.stride(0))
-    if block.long:
-        layernorm_fwd_kernel_long[(M,)](
-            *args, N, eps, HAS_BIAS=bias is not None, BLOCK_N=block.block_n, num_warps=block.num_warps
-        )
-    else:
-        layernorm_fwd_kernel[(triton.cdiv(M, block.block_m),)](
-            *args, M, N, eps, HAS_BIAS=bias is not None,
-            BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps,
-        )  # fmt: skip
+    y, _, mean, rstd = _normalize(x, None, weight, bias, eps)
     return y, mean, rstd
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: Tensor | None
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dy, weight = _rows(x), _rows(dy), weight.contiguous()
-    M, N = rows.shape
-    has_bias = bias is not None
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = torch.empty_like(weight)
-    dbias = torch.empty_like(bias) if bias is not None else weight.new_empty(0)
-    if M == 0:
-        return dx, dweight.zero_(), dbias.zero_()
-    block = tile("backward", N, arch(x))
-    # Two programs a multiprocessor keep both its memory pipes and a bounded buffer of partial sums.
-    programs = min(triton.cdiv(M, block.block_m), 2 * multiprocessors(x))
-    partial = torch.empty((1 + has_bias, programs, N), dtype=torch.float32, device=x.device)
-    if block.long:
-        layernorm_bwd_kernel_input[(M,)](
-            dy, rows, weight, mean, rstd, dx, dy.stride(0), rows.stride(0), N,
-            BLOCK_N=block.block_n, num_warps=block.num_warps,
-        )  # fmt: skip
-        layernorm_bwd_kernel_weight[(programs, triton.cdiv(N, block.block_n))](
-            dy, rows, mean, rstd, partial[0], partial[-1], dy.stride(0), rows.stride(0), M, N,
-            HAS_BIAS=has_bias, BLOCK_N=block.block_n, num_warps=block.num_warps,
-        )  # fmt: skip
-    else:
-        layernorm_bwd_kernel[(programs,)](
-            dy, rows, weight, mean, rstd, dx, partial[0], partial[-1], dy.stride(0), rows.stride(0), M, N,
-            HAS_BIAS=has_bias, BLOCK_M=block.block_m, BLOCK_N=block.block_n, num_warps=block.num_warps,
-        )  # fmt: skip
-    for sums, out in zip(partial, (dweight, dbias), strict=False):
-        layernorm_bwd_kernel_reduce[(triton.cdiv(N, 64),)](sums, out, programs, N, BLOCK_P=32, BLOCK_N=64, num_warps=4)
-    return dx, dweight, dbias
+    return _differentiate(dy, None, x, weight, bias, mean, rstd)
+
+
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _normalize(x, residual, weight, bias, eps)
+
+
+def _add_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _differentiate(dy, dh, h, weight, bias, mean, rstd)
 
 
 _layernorm = differentiable(
-    "layernorm", _forward, _backward,
-    save=lambda inputs, output: (inputs[0], inputs[1], output[1], output[2], inputs[2]),
+    "layernorm", _forward, _backward, save=lambda inputs, output: (*inputs[:3], output[1], output[2])
+)
+_add_layernorm = differentiable(
+    "add_layernorm", _add_forward, _add_backward, outputs=2,
+    save=lambda inputs, output: (output[1], inputs[2], inputs[3], output[2], output[3]),
+    spread=lambda dx, dweight, dbias: (dx, dx, dweight, dbias),
 )  # fmt: skip
 
 
 def layernorm_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """layernorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
     _check(x, weight, bias)
-    require(x.dtype in (torch.float32, torch.float16, torch.bfloat16), f"x: expected fp32, fp16 or bf16, got {x.dtype}")
+    require_kernel_dtype("x", x)
     return _layernorm(x, weight, bias, eps)
 
 
+def add_layernorm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """add_layernorm_reference in one pass over memory: reads x and residual, writes y and h. Deterministic."""
+    check_residual(x, residual)
+    _check(x, weight, bias)
+    require_kernel_dtype("x", x)
+    return _add_layernorm(x, residual, weight, bias, eps)
+
+
 def inputs(M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, N) so far off-centre that statistics taken in 16 bits would show, weight (N,) about one, bias (N,)."""
-    x = torch.randn(M, N, dtype=dtype, device=device) + 6
+    """x (M, N) off-centre, weight (N,) about one, bias (N,)."""
+    x = torch.randn(M, N, dtype=dtype, device=device) + 0.5
     weight = torch.randn(N, dtype=dtype, device=device) * 0.5 + 1
     return x, weight, torch.randn(N, dtype=dtype, device=device) if bias else None
 
@@ -317,6 +353,27 @@ def cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cos
     )
 
 
+def add_layernorm_torch(x, residual, weight, bias=None, eps=1e-5):
+    """The two calls that add_layernorm replaces."""
+    h = x + residual
+    return F.layer_norm(h, (h.shape[-1],), weight, bias, eps), h
+
+
+def add_inputs(M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """x and residual (M, N), weight (N,), bias (N,)."""
+    x, weight, bias_ = inputs(M, N, bias=bias, dtype=dtype, device=device)
+    return x, torch.randn(M, N, dtype=dtype, device=device), weight, bias_
+
+
+def add_cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
+    """As layernorm, and forward residual in and h out, backward dh in."""
+    forward, backward = cost(M, N, bias=bias, itemsize=itemsize)
+    return (
+        Cost(forward.flops + M * N, forward.bytes + 2 * M * N * itemsize),
+        Cost(backward.flops + M * N, backward.bytes + M * N * itemsize),
+    )
+
+
 LAYERNORM = Op(
     name="layernorm",
     reference=layernorm_reference,
@@ -324,7 +381,7 @@ LAYERNORM = Op(
     inputs=inputs,
     parity=(
         dict(M=1, N=1), dict(M=5, N=1), dict(M=1, N=768), dict(M=7, N=129, bias=False), dict(M=3, N=1023), dict(M=0, N=16),
-        dict(M=19, N=64, bias=False), dict(M=2, N=16385), dict(M=3, N=8193), dict(M=37, N=65),
+        dict(M=19, N=64, bias=False), dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
     ),
     domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025), bias=(True, False)),
     bench=(
@@ -334,4 +391,19 @@ LAYERNORM = Op(
     cost=cost,
     peers={"torch": lambda x, weight, bias=None, eps=1e-5: F.layer_norm(x, (x.shape[-1],), weight, bias, eps)},
     summary="y = (x - mean) / sqrt(var + eps) * weight + bias",
+)  # fmt: skip
+
+ADD_LAYERNORM = dataclasses.replace(
+    LAYERNORM,
+    name="add_layernorm",
+    reference=add_layernorm_reference,
+    triton=add_layernorm_triton,
+    inputs=add_inputs,
+    parity=(
+        dict(M=1, N=1), dict(M=7, N=129, bias=False), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769), dict(M=3, N=8193),
+        dict(M=150, N=65),
+    ),
+    cost=add_cost,
+    peers={"torch": add_layernorm_torch},
+    summary="h = x + residual, y = layernorm(h); returns (y, h)",
 )  # fmt: skip

@@ -19,8 +19,8 @@ MUTANTS = {
         "mask off by one": ("mask = (m < M) & (n < N)\n    x =", "mask = (m < M) & (n <= N)\n    x ="),
         "rows taken as contiguous": ("x = tl.load(x_ptr + m * x_stride_m + n, mask", "x = tl.load(x_ptr + m * N + n, mask"),
         "statistics in the input's dtype": (
-            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)\n    mean",
-            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0)\n    mean",
+            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)\n    if ADD",
+            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0)\n    if ADD",
         ),
         "eps outside the root": ("1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)",
                                  "1.0 / (tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N) + eps)"),
@@ -28,7 +28,7 @@ MUTANTS = {
                                            "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
         "partial rows of dweight shared": ("row = p.to(tl.int64) * N\n    tl.store(dweight_ptr + row + n, dweight, n < N)",
                                            "row = 0\n    tl.store(dweight_ptr + row + n, dweight, n < N)"),
-        "reduction misses a block": ("for start in tl.range(0, P, BLOCK_P):", "for start in tl.range(BLOCK_P, P, BLOCK_P):"),
+        "partial rows not summed": ("sum_partial_rows(partial[0], dweight)", "sum_partial_rows(partial[0, :1], dweight)"),
         "mean of g dropped from dx": ("dx = rstd * (g - mean_g - xhat * mean_gx)", "dx = rstd * (g - xhat * mean_gx)"),
         "bias not added": ("    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
     },
@@ -43,7 +43,8 @@ def test_mutant_is_caught(name, mistake, tmp_path):
         source = file.read()
     assert source.count(old) >= 1, "the page has changed: rewrite this mutant"
     path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new, 1).replace("differentiable(\n    \"", "differentiable(\n    \"mutant_"))
+    unique = "mutant" + "".join(c for c in mistake if c.isalpha())  # torch keeps one operator of a name
+    path.write_text(source.replace(old, new, 1).replace('differentiable(\n    "', f'differentiable(\n    "{unique}_'))
     spec = importlib.util.spec_from_file_location("kernels.mutant", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -53,10 +54,23 @@ def test_mutant_is_caught(name, mistake, tmp_path):
         with interpreting():
             return mutant(*args)
 
-    op = kernels.OPS[name]
     with pytest.raises((AssertionError, OutOfBounds, Race)):
-        for dims in (op.parity[-1], *op.parity[:-1]):
-            for dtype in (torch.float32, torch.float16):
-                arguments = op.inputs(**dims, dtype=dtype)
-                strided = torch.cat([arguments[0], arguments[0]], -1)[..., : arguments[0].shape[-1]]
-                check_parity(op, run, (strided, *arguments[1:]))
+        check(kernels.OPS[name], run)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_page_as_it_is_passes_what_catches_mutants(name):
+    def run(*args):
+        with interpreting():
+            return kernels.OPS[name].triton(*args)
+
+    check(kernels.OPS[name], run)
+
+
+def check(op, run):
+    """Parity at the op's small dims, with rows apart in memory and far enough from zero for 16-bit statistics to show."""
+    for dims in (op.parity[-1], *op.parity[:4]):
+        for dtype in (torch.float32, torch.float16):
+            first, *rest = op.inputs(**dims, dtype=dtype)
+            strided = torch.cat([first + 6, first], -1)[..., : first.shape[-1]]
+            check_parity(op, run, (strided, *rest))

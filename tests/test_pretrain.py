@@ -7,8 +7,8 @@ import itertools
 import json
 import re
 import sys
-import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,7 @@ def test_mfu_line_of_nanogpts_char_model_on_an_a100() -> None:
 
 def small_model(dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(0)
-    config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=True)
+    config = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16, bias=True)
     return GPT(config, kernels.load("reference"), dtype)
 
 
@@ -259,18 +259,22 @@ def test_a_given_peak_gives_an_mfu(flags: list[str], capsys: pytest.CaptureFixtu
 def test_evaluation_time_is_not_iteration_time(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = loop.evaluate
+    clock = [0.0]
 
-    def slow(*arguments: object) -> torch.Tensor:
-        time.sleep(5)
-        return evaluate(*arguments)
+    def taking(seconds: float, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(*arguments: object) -> torch.Tensor:
+            clock[0] += seconds
+            return function(*arguments)
 
-    assert cli.run(pretrain.main, [*flags, "--max_iters=1", "--log_interval=2", "--whole_val=False"]) == 0
-    monkeypatch.setattr(loop, "evaluate", slow)
-    capsys.readouterr()
-    assert cli.run(pretrain.main, [*flags, "--max_iters=0", "--whole_val=False"]) == 0
-    (ms,) = re.findall(r"^iter 0: .* time (.*)ms", capsys.readouterr().out, re.MULTILINE)
-    assert float(ms) < 5000
+        return run
+
+    make_step = loop.make_step
+    monkeypatch.setattr(loop, "evaluate", taking(3600, loop.evaluate))
+    monkeypatch.setattr(loop, "make_step", lambda *args, **settings: taking(1, make_step(*args, **settings)))
+    monkeypatch.setattr(pretrain, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert cli.run(pretrain.main, [*flags, "--eval_interval=1", "--log_interval=2"]) == 0
+    shown = re.findall(r"^iter (\d): .* time (.*)ms", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [("0", "1000.00"), ("2", "1000.00"), ("4", "1000.00")]
 
 
 def test_checkpoints_only_when_better_unless_always(

@@ -54,7 +54,7 @@ class Speedrun:
     data_dir: str = "data"  # folder of the data sets
     out_dir: str = "out-speedrun"  # where rows, checkpoint, figures and report.md go
     seed: int = 1337  # of weights and batches
-    iters: int = 1000  # updates
+    iters: int = 600  # updates
     batch_size: int = 12  # sequences per micro-batch
     accumulation: int = 1  # micro-batches per update
     block_size: int = 64  # tokens per sequence
@@ -72,7 +72,7 @@ class Speedrun:
     momentum_iters: int = 50  # updates until momentum is reached
     newton_schulz_steps: int = 4  # Muon's; the last of five buys nothing at this size
     decay: float = 1.0  # the part of the run, at its end, over which the rates fall linearly to zero
-    eval_interval: int = 250  # updates between evaluations; 0: only at the end
+    eval_interval: int = 200  # updates between evaluations; 0: only at the end
     eval_iters: int = 20  # batches of each split per evaluation
     log_interval: int = 1  # updates between rows
     num_samples: int = 2  # texts to draw at the end

@@ -19,11 +19,14 @@ from .cross_entropy import CROSS_ENTROPY
 from .layernorm import ADD_LAYERNORM, LAYERNORM
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .op import Cost, Op, allow_interpretation
-from .rmsnorm import RMSNORM
+from .rmsnorm import ADD_RMSNORM, RMSNORM
 from .rotary import ROTARY
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (LAYERNORM, ADD_LAYERNORM, RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
+    op.name: op
+    for op in (
+        LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
+    )  # fmt: skip
 }
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
 

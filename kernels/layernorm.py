@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._triton import jit, multiprocessors, tl, triton
 from .op import Cost, Op, differentiable, require
-from .prims import RowTile, RowTiles, as_rows, check_residual, require_kernel_dtype, sum_partial_rows
+from .prims import RowTile, RowTiles, as_rows, check_residual, load_sum, require_kernel_dtype, sum_partial_rows
 
 
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -72,12 +72,9 @@ def layernorm_fwd_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     mask = (m < M) & (n < N)
-    x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)
+    x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)
     if ADD:
-        x += tl.load(residual_ptr + m * residual_stride_m + n, mask, other=0.0).to(tl.float32)
-        h = x.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + m * N + n, h, mask)
-        x = h.to(tl.float32)
+        tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), mask)
     mean = tl.sum(x, axis=1)[:, None] / N
     centered = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)
@@ -87,16 +84,6 @@ def layernorm_fwd_kernel(
     tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask)
     tl.store(mean_ptr + m, mean, m < M)
     tl.store(rstd_ptr + m, rstd, m < M)
-
-
-@jit
-def _row_block(x_ptr, residual_ptr, x_offset, residual_offset, h_ptr, mask, ADD: tl.constexpr):
-    """A block of x, or of x + residual rounded as h holds it. Formed anew at each pass: reading h back would need a barrier."""
-    x = tl.load(x_ptr + x_offset, mask, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(residual_ptr + residual_offset, mask, other=0.0).to(tl.float32)
-        x = x.to(h_ptr.dtype.element_ty).to(tl.float32)
-    return x
 
 
 @jit
@@ -110,7 +97,7 @@ def layernorm_fwd_kernel_long(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
-        x = _row_block(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
+        x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
         if ADD:
             tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
         total += x
@@ -118,13 +105,13 @@ def layernorm_fwd_kernel_long(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
-        x = _row_block(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
+        x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
         centered = tl.where(n < N, x - mean, 0.0)
         total += centered * centered
     rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / N + eps)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
-        x = _row_block(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
+        x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
         y = (x - mean) * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)

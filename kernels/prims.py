@@ -59,6 +59,17 @@ class RowTiles(NamedTuple):
 
 
 @jit
+def load_sum(x_ptr, residual_ptr, x_offset, residual_offset, h_ptr, mask, ADD: tl.constexpr):
+    """A block of x in fp32; with ADD of x + residual, rounded as h holds it. A later pass forms the sum anew: reading h back in
+    the program that stored it would need a barrier."""
+    x = tl.load(x_ptr + x_offset, mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + residual_offset, mask, other=0.0).to(tl.float32)
+        x = x.to(h_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@jit
 def sum_rows_kernel(partial_ptr, out_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """One program sums BLOCK_N columns of the partial rows: partial[:, n] -> out[n], always in the same order."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

@@ -4,16 +4,22 @@
 
     g = dy * weight        dx = rstd * (g - xhat * mean_n(g * xhat))        dweight = sum_m dy * xhat
 
-x, y: (..., N), taken as (M, N)   weight: (N,) or absent, which is a weight of ones   rstd: (M,) fp32
+    add_rmsnorm:        h = x + residual, rounded to their dtype        y = rmsnorm(h)        dx = dresidual = dh + the dx above
 
-Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467. Without a weight: nanochat.
+x, residual, h, y: (..., N), taken as (M, N)   weight: (N,) or absent, which is a weight of ones   rstd: (M,) fp32
+
+Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467. Without a weight: nanochat. The kernels follow layernorm's.
 """
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import Cost, Op
+from ._triton import jit, multiprocessors, tl, triton
+from .op import Cost, Op, differentiable, require
+from .prims import RowTile, RowTiles, as_rows, check_residual, load_sum, require_kernel_dtype, sum_partial_rows
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -21,37 +27,323 @@ def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 
     Computes in at least fp32; torch's rms_norm is the formula above.
     """
+    _check(x, weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), x.shape[-1:], None if weight is None else weight.to(wide), eps).to(x.dtype)
 
 
+def add_rmsnorm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(y, h) with h = x + residual, the new residual, and y = rmsnorm(h). x and residual (..., N) have one dtype."""
+    check_residual(x, residual)
+    h = x + residual
+    return rmsnorm_reference(h, weight, eps), h
+
+
+def _check(x: Tensor, weight: Tensor | None) -> None:
+    require(x.dim() >= 1 and x.shape[-1] > 0, f"x: expected (..., N) with N >= 1, got {tuple(x.shape)}")
+    require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
+    if weight is not None:
+        require(weight.shape == x.shape[-1:], f"weight: expected shape {(x.shape[-1],)}, got {tuple(weight.shape)}")
+        require(weight.device == x.device, f"weight: on {weight.device}, but x is on {x.device}")
+        require(weight.is_floating_point(), f"weight: expected a floating dtype, got {weight.dtype}")
+
+
+@jit
+def rmsnorm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, x_stride_m, residual_stride_m, M, N, eps,
+    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program normalizes BLOCK_M whole rows, held in registers: x[m, :] -> y[m, :]; with ADD also h[m, :]."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    mask = (m < M) & (n < N)
+    x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)
+    if ADD:
+        tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), mask)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1)[:, None] / N + eps)
+    y = x * rstd
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask)
+    tl.store(rstd_ptr + m, rstd, m < M)
+
+
+@jit
+def rmsnorm_fwd_kernel_long(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, x_stride_m, residual_stride_m, N, eps,
+    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program normalizes one row too long for registers, reading it twice, the second time from cache."""
+    m = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        n = start + block
+        x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
+        if ADD:
+            tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
+        total += x * x
+    rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / N + eps)
+    for start in tl.range(0, N, BLOCK_N):
+        n = start + block
+        y = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD) * rstd
+        if HAS_WEIGHT:
+            y *= tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+        tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), n < N)
+    tl.store(rstd_ptr + m, rstd)
+
+
+@jit
+def rmsnorm_bwd_kernel(
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, dy_stride_m, dh_stride_m, x_stride_m, M, N,
+    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight."""
+    p = tl.program_id(0)
+    n = tl.arange(0, BLOCK_N)[None, :]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+    dweight = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        m = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+        mask = (m < M) & (n < N)
+        rstd = tl.load(rstd_ptr + m, m < M, other=0.0)
+        xhat = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32) * rstd
+        dy = tl.load(dy_ptr + m * dy_stride_m + n, mask, other=0.0).to(tl.float32)
+        g = dy
+        if HAS_WEIGHT:
+            g = dy * weight
+            dweight += tl.sum(dy * xhat, axis=0)[None, :]
+        dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=1)[:, None] / N))
+        if ADD:
+            dx += tl.load(dh_ptr + m * dh_stride_m + n, mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), mask)
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + p.to(tl.int64) * N + n, dweight, n < N)
+
+
+@jit
+def rmsnorm_bwd_kernel_input(
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dy_stride_m, dh_stride_m, x_stride_m, N,
+    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program finds dx of one row too long for registers, reading it twice, the second time from cache."""
+    m = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK_N)
+    rstd = tl.load(rstd_ptr + m)
+    sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        n = start + block
+        g = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+        sum_gx += g * tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32) * rstd
+    mean_gx = tl.sum(sum_gx, axis=0) / N
+    for start in tl.range(0, N, BLOCK_N):
+        n = start + block
+        g = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+        xhat = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32) * rstd
+        dx = rstd * (g - xhat * mean_gx)
+        if ADD:
+            dx += tl.load(dh_ptr + m * dh_stride_m + n, n < N, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), n < N)
+
+
+@jit
+def rmsnorm_bwd_kernel_weight(
+    dy_ptr, x_ptr, rstd_ptr, dweight_ptr, dy_stride_m, x_stride_m, M, N, BLOCK_N: tl.constexpr
+):
+    """One program sums a block of columns over every num_programs(0)-th row: a piece of one partial row."""
+    p = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    for row in tl.range(p, M, tl.num_programs(0)):
+        m = row.to(tl.int64)
+        x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
+        dweight += tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32) * x * tl.load(rstd_ptr + m)
+    tl.store(dweight_ptr + p.to(tl.int64) * N + n, dweight, n < N)
+
+
+# As layernorm's, whose kernels hold the same rows. No row here has been timed on a GPU yet.
+TILES = {
+    "forward": RowTiles(whole=32768, per_warp=512, long=RowTile(1, 16384, 32, long=True)),
+    "backward": RowTiles(whole=8192, per_warp=256, long=RowTile(1, 4096, 8, long=True)),
+}
+
+
+def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows, add = as_rows(x), residual is not None
+    other = as_rows(residual) if residual is not None else rows
+    M, N = rows.shape
+    y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(M, dtype=torch.float32)
+    h = torch.empty_like(y) if add else y.new_empty(0)
+    if M:
+        block = TILES["forward"].choose(N)
+        pointers = rows, other, rows if weight is None else weight.contiguous(), y, h, rstd
+        strides = rows.stride(0), other.stride(0)
+        flags = dict(ADD=add, HAS_WEIGHT=weight is not None, BLOCK_N=block.block_n, num_warps=block.num_warps)
+        if block.long:
+            rmsnorm_fwd_kernel_long[(M,)](*pointers, *strides, N, eps, **flags)
+        else:
+            grid = (triton.cdiv(M, block.block_m),)
+            rmsnorm_fwd_kernel[grid](*pointers, *strides, M, N, eps, **flags, BLOCK_M=block.block_m)
+    return y, h, rstd
+
+
+def _differentiate(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows, dy, add, has_weight = as_rows(h), as_rows(dy), dh is not None, weight is not None
+    other = as_rows(dh) if dh is not None else dy
+    M, N = rows.shape
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dweight = torch.empty(N if has_weight else 0, dtype=h.dtype if weight is None else weight.dtype, device=h.device)
+    if M == 0:
+        return dx, dweight.zero_()
+    block = TILES["backward"].choose(N)
+    programs = block.programs(M, multiprocessors(h))
+    partial = torch.empty((programs, N) if has_weight else (0, N), dtype=torch.float32, device=h.device)
+    strides = dy.stride(0), other.stride(0), rows.stride(0)
+    scale = rows if weight is None else weight.contiguous()
+    size = dict(BLOCK_N=block.block_n, num_warps=block.num_warps)
+    if block.long:
+        rmsnorm_bwd_kernel_input[(M,)](
+            dy, other, rows, scale, rstd, dx, *strides, N, ADD=add, HAS_WEIGHT=has_weight, **size
+        )
+        if has_weight:
+            rmsnorm_bwd_kernel_weight[(programs, triton.cdiv(N, block.block_n))](
+                dy, rows, rstd, partial, dy.stride(0), rows.stride(0), M, N, **size
+            )
+    else:
+        rmsnorm_bwd_kernel[(programs,)](
+            dy, other, rows, scale, rstd, dx, partial, *strides, M, N,
+            ADD=add, HAS_WEIGHT=has_weight, BLOCK_M=block.block_m, **size,
+        )  # fmt: skip
+    if has_weight:
+        sum_partial_rows(partial, dweight)
+    return dx, dweight
+
+
+def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd = _normalize(x, None, weight, eps)
+    return y, rstd
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return _differentiate(dy, None, x, weight, rstd)
+
+
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _normalize(x, residual, weight, eps)
+
+
+def _add_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _differentiate(dy, dh, h, weight, rstd)
+
+
+_rmsnorm = differentiable(
+    "rmsnorm", _forward, _backward, save=lambda inputs, output: (inputs[0], inputs[1], output[1])
+)
+_add_rmsnorm = differentiable(
+    "add_rmsnorm", _add_forward, _add_backward, outputs=2,
+    save=lambda inputs, output: (output[1], inputs[2], output[2]),
+    spread=lambda dx, dweight: (dx, dx, dweight),
+)  # fmt: skip
+
+
+def rmsnorm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """rmsnorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
+    _check(x, weight)
+    require_kernel_dtype("x", x)
+    return _rmsnorm(x, weight, eps)
+
+
+def add_rmsnorm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """add_rmsnorm_reference in one pass over memory: reads x and residual, writes y and h. Deterministic."""
+    check_residual(x, residual)
+    _check(x, weight)
+    require_kernel_dtype("x", x)
+    return _add_rmsnorm(x, residual, weight, eps)
+
+
 def inputs(M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, N), weight (N,) about one or None."""
+    """x (M, N), weight (N,) about one."""
     x = torch.randn(M, N, dtype=dtype, device=device)
     return x, torch.randn(N, dtype=dtype, device=device) * 0.5 + 1 if weight else None
 
 
 def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: x and y forward; dy, x and dx backward; the weight, its gradient and fp32 statistics once."""
-    gain, statistics = weight * N * itemsize, M * 4
+    """Compulsory traffic: x and y forward, dy, x and dx backward, the weight and the fp32 rstd once."""
+    parameters, statistics = weight * N * itemsize, M * 4
     return (
-        Cost(4 * M * N, 2 * M * N * itemsize + gain + statistics),
-        Cost(9 * M * N, 3 * M * N * itemsize + 2 * gain + statistics),
+        Cost(4 * M * N, 2 * M * N * itemsize + parameters + statistics),
+        Cost(8 * M * N, 3 * M * N * itemsize + 2 * parameters + statistics),
     )
+
+
+def add_inputs(M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """x and residual (M, N), weight (N,)."""
+    x, scale = inputs(M, N, weight=weight, dtype=dtype, device=device)
+    return x, torch.randn(M, N, dtype=dtype, device=device), scale
+
+
+def add_cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
+    """As rmsnorm, and forward residual in and h out, backward dh in."""
+    forward, backward = cost(M, N, weight=weight, itemsize=itemsize)
+    return (
+        Cost(forward.flops + M * N, forward.bytes + 2 * M * N * itemsize),
+        Cost(backward.flops + M * N, backward.bytes + M * N * itemsize),
+    )
+
+
+def add_rmsnorm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The two calls that add_rmsnorm replaces."""
+    h = x + residual
+    return F.rms_norm(h, (h.shape[-1],), weight, eps), h
 
 
 RMSNORM = Op(
     name="rmsnorm",
     reference=rmsnorm_reference,
-    triton=None,
+    triton=rmsnorm_triton,
     inputs=inputs,
     parity=(
-        dict(M=1, N=1), dict(M=1, N=768), dict(M=7, N=129, weight=False), dict(M=37, N=65), dict(M=0, N=16),
-        dict(M=2, N=16385, weight=False),
+        dict(M=1, N=1), dict(M=1, N=768), dict(M=7, N=129, weight=False), dict(M=3, N=1023), dict(M=0, N=16),
+        dict(M=2, N=32769), dict(M=3, N=8193), dict(M=2, N=8193, weight=False), dict(M=150, N=65),
     ),
-    domain=dict(M=range(70), N=range(1, 1100), weight=(True, False)),
-    bench=(dict(M=65536, N=768), dict(M=16384, N=1600), dict(M=16384, N=4096), dict(M=8192, N=8192, weight=False)),
+    domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025), weight=(True, False)),
+    bench=(
+        dict(M=65536, N=768), dict(M=32768, N=1024), dict(M=16384, N=1600), dict(M=16384, N=4096),
+        dict(M=8192, N=8192, weight=False), dict(M=1024, N=65536),
+    ),
     cost=cost,
-    peers={"torch": lambda x, weight=None, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps)},
+    peers={"torch": lambda x, weight=None, eps=1e-6: F.rms_norm(x, (x.shape[-1],), weight, eps)},
     summary="y = x / sqrt(mean(x^2) + eps) * weight",
+)  # fmt: skip
+
+ADD_RMSNORM = dataclasses.replace(
+    RMSNORM,
+    name="add_rmsnorm",
+    reference=add_rmsnorm_reference,
+    triton=add_rmsnorm_triton,
+    inputs=add_inputs,
+    parity=(
+        dict(M=1, N=1), dict(M=7, N=129, weight=False), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769),
+        dict(M=3, N=8193), dict(M=150, N=65),
+    ),
+    cost=add_cost,
+    peers={"torch": add_rmsnorm_torch},
+    summary="h = x + residual, y = rmsnorm(h); returns (y, h)",
 )  # fmt: skip

@@ -17,9 +17,9 @@ MUTANTS = {
     "layernorm": {
         "mask of the row forgotten": ("centered = tl.where(mask, x - mean, 0.0)", "centered = x - mean"),
         "mask off by one": ("mask = (m < M) & (n < N)\n    x =", "mask = (m < M) & (n <= N)\n    x ="),
-        "rows taken as contiguous": ("x = tl.load(x_ptr + m * x_stride_m + n, mask", "x = tl.load(x_ptr + m * N + n, mask"),
+        "rows taken as contiguous": ("load_sum(x_ptr, residual_ptr, m * x_stride_m + n", "load_sum(x_ptr, residual_ptr, m * N + n"),
         "statistics in the input's dtype": (
-            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)\n    if ADD",
+            "x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)\n    if ADD",
             "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0)\n    if ADD",
         ),
         "eps outside the root": ("1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)",

@@ -39,7 +39,7 @@ GPU = (
     Stage("peaks", 45), Stage("ops", 210), Stage("model", 150), Stage("decode", 75), Stage("plots", 45),
 )  # fmt: skip
 CPU = (
-    Stage("peaks", 40), Stage("ops", 170), Stage("model", 60), Stage("decode", 60), Stage("cpu", 60),
+    Stage("peaks", 40), Stage("ops", 200), Stage("model", 60), Stage("decode", 60), Stage("cpu", 60),
     Stage("aot", 60, module="kernels.aot", takes_out=False), Stage("plots", 45),
 )  # fmt: skip
 NEEDS_GPU = (

@@ -31,8 +31,9 @@ MEASURED_SLACK = 0.25  # a ceiling seen on one day may be beaten on another by s
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s by dtype name and bytes/s. `limit_bytes_per_s` is what no honest figure can beat; on a CPU the caches can
-    beat memory, so there it is the fastest copy at any size."""
+    """FLOP/s by dtype name, and bytes/s of memory. `limit_bytes_per_s` is what no honest figure can beat: on a CPU,
+    where inputs may lie in a cache, the fastest copy of any size. `slack` is how far a measured ceiling may be beaten.
+    """
 
     flops: dict[str, float]
     bytes_per_s: float | None
@@ -40,10 +41,13 @@ class Ceilings:
     source: str
     slack: float
 
-    def judge(self, ms: float, flops: float, bytes_moved: float, dtype: str) -> tuple[float | None, str | None]:
-        """The fraction of the roofline, and why the figure is invalid, if it is."""
+    def judge(
+        self, ms: float, flops: float, bytes_moved: float, dtype: str, cold: bool = True
+    ) -> tuple[float | None, str | None]:
+        """The fraction of the roofline, and why the figure is invalid, if it is. `cold`: no input lay in a cache."""
         peak_flops = self.flops.get(dtype)
-        fraction, _ = roofline(ms, flops, bytes_moved, peak_flops, self.bytes_per_s)
+        peak_bytes = self.bytes_per_s if cold else self.limit_bytes_per_s
+        fraction, _ = roofline(ms, flops, bytes_moved, peak_flops, peak_bytes)
         _, reason = roofline(ms, flops, bytes_moved, peak_flops, self.limit_bytes_per_s, self.slack)
         return fraction, reason
 
@@ -59,7 +63,10 @@ def datasheet(device: torch.device) -> Ceilings | None:
 
 
 def from_rows(rows: Iterable[Row]) -> Ceilings | None:
-    """The ceilings that `peak` rows hold: the fastest GEMM of each dtype, the largest copy; None without a copy."""
+    """The ceilings that `peak` rows hold: the fastest sample of a GEMM of each dtype, and of the largest copy.
+
+    None without a copy. The fastest, because a ceiling must not sink when neighbours make the machine slow.
+    """
     valid = [row for row in rows if row["what"] == "peak" and row.get("valid", True)]
     copies = [row for row in valid if row["name"] == "copy"]
     if not copies:
@@ -67,8 +74,9 @@ def from_rows(rows: Iterable[Row]) -> Ceilings | None:
     flops: dict[str, float] = {}
     for row in valid:
         if row["name"] == "gemm":
-            flops[row["dtype"]] = max(flops.get(row["dtype"], 0.0), row["tflops"] * 1e12)
-    memory, limit = max(copies, key=lambda row: row["dims"]["bytes"])["gbs"], max(row["gbs"] for row in copies)
+            flops[row["dtype"]] = max(flops.get(row["dtype"], 0.0), row["best_tflops"] * 1e12)
+    memory = max(copies, key=lambda row: row["dims"]["bytes"])["best_gbs"]
+    limit = max(row["best_gbs"] for row in copies)
     how = f"measured here on {copies[-1]['date'][:10]}"
     return Ceilings(flops, memory * 1e9, limit * 1e9, how, MEASURED_SLACK)
 
@@ -94,7 +102,7 @@ def measure(
     """Measure copies and GEMMs, and write a row for each."""
     on_gpu = device.type == "cuda"
     settings = Settings(samples=10 if quick else 20, warmup_s=0.2, budget_s=0.3 if quick else 1.0)
-    beyond_cache = min(3 * cpu_cache_bytes(), settings.most_bytes // 8)
+    beyond_cache = min(3 * cpu_cache_bytes(), 1 << 30)
     copies = ([1 << 30] if quick else [1 << 28, 1 << 30, 1 << 32]) if on_gpu else [1 << 22, beyond_cache]
     gemms = ([8192] if quick else [2048, 4096, 8192, 16384]) if on_gpu else ([1024] if quick else [512, 1024, 2048])
     common = facts(device)
@@ -127,7 +135,8 @@ def _measure_copy(
     gbs = 2 * size / timing.ms_p50 / 1e6
     sheet = datasheet(device)
     fraction, reason = sheet.judge(timing.ms_p50, 0, 2 * size, "float32") if sheet else (None, None)
-    rates = {"gbs": gbs, "dtype": "float32", "dims": {"bytes": size}, "roofline": fraction}
+    best = 2 * size / min(timing.samples) / 1e6
+    rates = {"gbs": gbs, "best_gbs": best, "dtype": "float32", "dims": {"bytes": size}, "roofline": fraction}
     row = log.row("peak", name="copy", impl="torch", **timing.fields(), **rates, **_verdict(verdict, reason), **common)
     place = "" if timing.cold else " (in cache)"
     log.say(f"peaks  copy  {size / 2**20:8.0f} MiB             {timing.ms_p50:10.3f} ms {gbs:10.1f} GB/s{place}")
@@ -151,7 +160,14 @@ def _measure_gemm(
     tflops = 2 * n**3 / timing.ms_p50 / 1e9
     sheet = datasheet(device)
     fraction, reason = sheet.judge(timing.ms_p50, 2 * n**3, 0, dtype) if sheet else (None, None)
-    rates = {"tflops": tflops, "dtype": dtype, "dims": {"M": n, "N": n, "K": n}, "roofline": fraction}
+    best = 2 * n**3 / min(timing.samples) / 1e9
+    rates = {
+        "tflops": tflops,
+        "best_tflops": best,
+        "dtype": dtype,
+        "dims": {"M": n, "N": n, "K": n},
+        "roofline": fraction,
+    }
     row = log.row("peak", name="gemm", impl="torch", **timing.fields(), **rates, **_verdict(verdict, reason), **common)
     log.say(f"peaks  gemm  {n:8d}^3  {dtype:12s} {timing.ms_p50:10.3f} ms {tflops:10.3f} TFLOP/s")
     return row

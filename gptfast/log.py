@@ -62,7 +62,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "config": (dict,), "dims": (dict,), "valid": (bool,), "invalid_reason": MAYBE_TEXT,
     "ms_low": NUMBER, "ms_high": NUMBER, "host_ms_p50": MAYBE_NUMBER, "method": TEXT, "threads": (int, type(None)),
     "tflops": MAYBE_NUMBER, "gbs": MAYBE_NUMBER, "roofline": MAYBE_NUMBER, "roofline_source": MAYBE_TEXT,
-    "error": MAYBE_NUMBER, "mfu": MAYBE_NUMBER, "mfu_palm": MAYBE_NUMBER, "hfu": MAYBE_NUMBER, "mbu": MAYBE_NUMBER,
+    "error": MAYBE_NUMBER, "error_allowed": MAYBE_NUMBER, "error_dims": (dict,), "inexact": MAYBE_TEXT,
+    "mfu": MAYBE_NUMBER, "mfu_palm": MAYBE_NUMBER, "hfu": MAYBE_NUMBER, "mbu": MAYBE_NUMBER,
     "tokens_per_s": MAYBE_NUMBER, "memory_bytes": MAYBE_NUMBER, "loss": MAYBE_NUMBER, "ms": MAYBE_NUMBER,
     "state_before": (dict, type(None)), "state_after": (dict, type(None)),
 }  # fmt: skip

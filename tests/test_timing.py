@@ -319,7 +319,7 @@ def test_the_roofline_is_the_slower_of_both_roofs_and_unknown_is_none():
 
 
 def test_enough_sets_of_inputs_to_leave_the_cache_cold():
-    with stopwatch("cpu", Settings(most_bytes=8 << 30)) as watch:
+    with stopwatch("cpu", Settings(most_cpu_bytes=1 << 30)) as watch:
         for size in (1 << 20, 16 << 20, 1 << 31):
             sets = watch.sets_needed(size)
             enough = sets * size >= 3 * watch.cache_bytes()

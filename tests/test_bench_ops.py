@@ -1,0 +1,213 @@
+"""The bench of ops: what it times is checked, a wrong kernel is refused, and rows state the sizes that ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import kernels
+from bench import __main__ as campaign
+from bench import ops
+from bench.ops import Case, cases, fitted, halved, run_case, variants
+from bench.peaks import Ceilings, from_rows
+from bench.timing import Settings, flatten, stopwatch
+from gptfast.cli import UserError
+from gptfast.log import Log, check_row, facts
+
+CPU = torch.device("cpu")
+QUICK = Settings(samples=3, most_samples=3, warmup_s=0.0, budget_s=0.0, most_cpu_bytes=1 << 16)
+BOUNDLESS = Ceilings({}, None, None, "none", 0.0)
+
+
+def smallest(dims: dict) -> dict:
+    smaller = halved(dims)
+    return dict(dims) if smaller is None else smallest(smaller)
+
+
+DIMS = {op.name: smallest(op.bench[0]) for op in kernels.OPS.values()}
+
+
+def rows_of(case: Case, functions: dict, roof: Ceilings = BOUNDLESS) -> dict[str, dict]:
+    rows = run_case(case, functions, QUICK, roof, Log(None, console=False), facts(CPU), threads=1)
+    return {row["impl"]: row for row in rows}
+
+
+@pytest.mark.parametrize("direction", ops.DIRECTIONS)
+@pytest.mark.parametrize("name", kernels.OPS)
+def test_every_op_and_peer_is_timed_and_checked(name, direction):
+    op = kernels.OPS[name]
+    case = Case(op, DIMS[name], "float32", direction, CPU)
+    rows = rows_of(case, variants(op, CPU, compiled=False))
+    assert "reference" in rows
+    for row in rows.values():
+        assert row["valid"], row
+        assert row["dims"] == DIMS[name] and row["threads"] == 1 and row["n"] == 3
+        assert 0 <= row["error"] < 1e-4
+        check_row(json.loads(json.dumps(row)))
+
+
+@pytest.mark.parametrize("direction", ops.DIRECTIONS)
+def test_a_wrong_implementation_is_refused(direction):
+    op = kernels.OPS["layernorm"]
+    case = Case(op, dict(M=16, N=32), "float32", direction, CPU)
+
+    def off(x, weight, bias=None, eps=1e-5):
+        return op.reference(x, weight * (1 + 1e-5), bias, eps)
+
+    rows = rows_of(case, {"reference": op.reference, "triton": off, "peer": lambda *a: 2 * op.reference(*a)})
+    assert rows["reference"]["valid"]
+    assert not rows["triton"]["valid"] and "wrong" in rows["triton"]["invalid_reason"]
+    assert not rows["peer"]["valid"]
+
+
+def test_an_inexact_peer_keeps_its_time_and_is_said_to_be_inexact():
+    op = kernels.OPS["layernorm"]
+    case = Case(op, dict(M=16, N=32), "float32", "forward", CPU)
+
+    def coarse(*arguments):
+        return op.reference(*(a.bfloat16() for a in arguments)).float()
+
+    row = rows_of(case, {"reference": op.reference, "coarse": coarse})["coarse"]
+    assert row["valid"] and "wrong" in row["inexact"] and row["error"] > 1e-4
+
+
+def test_a_peer_that_cannot_do_a_case_is_left_out_and_noted(tmp_path):
+    op = kernels.OPS["layernorm"]
+
+    def refuses(*arguments):
+        raise RuntimeError("only on Tuesdays")
+
+    with Log(tmp_path, console=False) as log:
+        case = Case(op, dict(M=4, N=8), "float32", "both", CPU)
+        run_case(case, {"reference": op.reference, "refuses": refuses}, QUICK, BOUNDLESS, log, facts(CPU), 1)
+    note, row = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert "only on Tuesdays" in note["text"] and row["impl"] == "reference"
+    with pytest.raises(RuntimeError, match="Tuesdays"):  # ours may not be left out
+        rows_of(case, {"reference": op.reference, "triton": refuses})
+
+
+def test_faster_than_light_is_an_invalid_row():
+    op = kernels.OPS["layernorm"]
+    case = Case(op, dict(M=64, N=64), "float32", "forward", CPU)
+    row = rows_of(case, {"reference": op.reference}, Ceilings({}, 1.0, 1.0, "a snail", 0.0))["reference"]
+    assert not row["valid"] and "speed of light" in row["invalid_reason"]
+
+
+def test_without_compile_a_peer_that_compiles_is_left_out(tmp_path):
+    op = kernels.OPS["layernorm"]
+    functions = {"reference": op.reference, "compiling": torch.compile(op.peers["torch"])}
+    assert rows_of(Case(op, dict(M=4, N=8), "float32", "forward", CPU), functions).keys() == {"reference"}
+
+
+def test_inputs_and_cotangents_are_not_the_same_numbers():
+    case = Case(kernels.OPS["layernorm"], dict(M=64, N=64), "float32", "both", CPU)
+    x = case.draw(7)[0] - 0.5  # the op draws its input off-centre
+    (dy,) = case.cotangents((x,), 7)
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), dy.flatten()]))[0, 1]) < 0.1
+
+
+def test_rewritten_inputs_reach_the_timed_call():
+    case = Case(kernels.OPS["layernorm"], dict(M=8, N=16), "float32", "both", CPU)
+    wanted = case.differentiable(case.op.reference)
+    work = case.work(case.op.reference, case.draw(0), wanted)
+    before = flatten(work.run())
+    work.refresh(5)
+    after = flatten(work.run())
+    for old, new, right in zip(before, after, case.truth(wanted).usual(5), strict=True):
+        assert not torch.equal(old, new)
+        torch.testing.assert_close(new, right)
+
+
+def test_cpu_sizes_are_halved_until_they_fit():
+    for op in kernels.OPS.values():
+        for dims in op.bench:
+            small = fitted(op, dims, 4)
+            forward, _ = op.cost(**small, itemsize=4)
+            assert small.keys() == dict(dims).keys()
+            assert halved(small) is None or (forward.flops <= ops.CPU_FLOPS and forward.bytes <= ops.CPU_BYTES)
+
+
+def test_a_campaign_sees_every_op_before_more_sizes_of_one():
+    names = list(kernels.OPS)
+    found = cases(names, ["float32"], ["forward"], CPU, quick=False)
+    assert [case.op.name for case in found[: len(names)]] == names
+    assert len({str(case) for case in found}) == len(found)
+    assert len(cases(names, ["float32"], ["forward"], CPU, quick=True)) == len(names)
+
+
+def test_on_a_gpu_the_sizes_are_those_that_the_op_declares():
+    found = cases(list(kernels.OPS), ["bfloat16"], ["forward"], torch.device("cuda"), quick=False)
+    assert [dict(case.dims) for case in found if case.op.name == "layernorm"] == [
+        dict(dims) for dims in kernels.OPS["layernorm"].bench
+    ]
+
+
+def test_truth_too_large_for_memory_is_told_at_smaller_sizes():
+    layernorm = kernels.OPS["layernorm"]
+
+    def narrow(x, weight, bias=None, eps=1e-5):
+        if x.dtype == torch.float64 and x.shape[0] > 256:
+            raise torch.OutOfMemoryError("as on a full GPU")
+        return layernorm.reference(x, weight, bias, eps)
+
+    op = dataclasses.replace(layernorm, reference=narrow)
+    case = Case(op, dict(M=1024, N=16), "float32", "forward", CPU)
+    row = rows_of(case, {"reference": op.reference})["reference"]
+    assert row["valid"] and row["error"] < 1e-6
+    assert row["dims"]["M"] == 1024 and row["error_dims"]["M"] == 256
+
+
+def test_ceilings_come_from_the_best_valid_rows():
+    def peak(name: str, valid: bool = True, **fields):
+        return {"what": "peak", "name": name, "valid": valid, "date": "2026-01-01T00:00:00+00:00", **fields}
+
+    rows = [
+        peak("copy", best_gbs=50.0, dims={"bytes": 1 << 20}),
+        peak("copy", best_gbs=10.0, dims={"bytes": 1 << 30}),
+        peak("gemm", best_tflops=1.0, dtype="float32", dims={}),
+        peak("gemm", best_tflops=2.0, dtype="float32", dims={}),
+        peak("gemm", best_tflops=9.0, dtype="float32", dims={}, valid=False),
+    ]
+    found = from_rows(rows)
+    assert (found.flops, found.bytes_per_s, found.limit_bytes_per_s) == ({"float32": 2e12}, 10e9, 50e9)
+    assert found.judge(1.0, 0, 20e6, "float32")[1] is None  # twice memory, but a cache can do that
+    assert "speed of light" in found.judge(1.0, 0, 200e6, "float32")[1]
+    assert from_rows([]) is None
+
+
+def test_campaign_stages_are_pages_that_exist():
+    for stages in (campaign.GPU, campaign.CPU):
+        names = [stage.name for stage in campaign.chosen(stages, None)]
+        assert names[:2] == ["peaks", "ops"]
+        assert sum(stage.limit_s for stage in stages) <= 9.2 * 60
+    assert [stage.name for stage in campaign.chosen(campaign.GPU, "ops,peaks")] == ["peaks", "ops"]
+    with pytest.raises(UserError, match="did you mean peaks"):
+        campaign.chosen(campaign.GPU, "peak")
+
+
+def test_a_stage_says_how_it_ended(tmp_path):
+    quick = campaign.Stage("version", 60, module="platform", takes_out=False)
+    assert campaign.run_stage(quick, False, tmp_path) == "done"
+    missing = campaign.Stage("nothing", 60, module="no_such_module", takes_out=False)
+    assert campaign.run_stage(missing, False, tmp_path) == "failed with exit code 1"
+    slow = campaign.Stage("slow", 0.5, module="http.server", takes_out=False)  # which serves until it is stopped
+    assert "stopped after its 0 s" in campaign.run_stage(slow, False, tmp_path)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="times CUDA kernels")
+
+
+@gpu
+@pytest.mark.parametrize("direction", ops.DIRECTIONS)
+@pytest.mark.parametrize("name", kernels.OPS)
+def test_every_op_is_timed_and_checked_on_gpu(name, direction):
+    device = torch.device("cuda")
+    case = Case(kernels.OPS[name], DIMS[name], "bfloat16", direction, device)
+    functions = variants(case.op, device, compiled=False)
+    rows = run_case(case, functions, QUICK, BOUNDLESS, Log(None, console=False), facts(device))
+    assert all(row["valid"] for row in rows), [row["invalid_reason"] for row in rows]
+    with stopwatch(device) as watch:
+        assert watch.sets_needed(1 << 20) > 1

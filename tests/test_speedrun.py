@@ -166,6 +166,7 @@ def test_ctrl_c_leaves_rows_and_a_report(data_dir, tmp_path, monkeypatch, capsys
     assert "stopped after 7 of 60 updates" in capsys.readouterr().out
     assert len(rows_of(tmp_path, "step")) == 7
     assert "Unfinished." in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "ckpt-000007" / "model.safetensors").is_file()
 
 
 def test_auto_is_what_suits_the_device_and_the_data(tmp_path, monkeypatch):

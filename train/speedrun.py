@@ -5,8 +5,8 @@
     python -m train.speedrun --iters=200 --seed=7 --out_dir=out-seven
 
 Prepares the data where it is missing, trains, and leaves in out_dir: metrics.jsonl (the rows), a checkpoint that
-`python -m gptfast.sample` reads, loss.png, throughput.png and report.md. Ctrl-C stops training and reports on what is
-there.
+`python -m gptfast.sample` reads, loss.png, throughput.png and report.md. Ctrl-C stops training, saves, and reports on
+what is there.
 
 The recipe: rotary positions, normalized queries and keys, RMSNorm, ReLU², no biases, an untied head that starts at
 zero, token shift; Muon for the matrices, Adam for the rest, rates that fall linearly to zero.
@@ -139,7 +139,9 @@ def main(argv: list[str]) -> None:
             train(run, log)
             finish(run, log)
         except KeyboardInterrupt:
-            log.say(f"stopped after {run.iteration} of {config.iters} updates; reporting on what is there")
+            log.say(f"stopped after {run.iteration} of {config.iters} updates")
+            if 0 < run.iteration < config.iters:
+                log.say(f"saved {save(run)}")
             raise
         finally:
             if run.iteration:

@@ -166,32 +166,32 @@ def compare(rounds: int, compiled: bool, out: Path | None) -> None:
             f"{torch.get_num_threads()} threads; {reason}; median ms/iter of {rounds} x {STEPS_PER_SAMPLE} steps",
             flush=True,
         )
-        steps = {("plain", torch.float32): plain_step(path)}
+        steps = {"plain float32": plain_step(path)}
         for dtype in dict.fromkeys((fast, torch.float32)):
-            steps["eager", dtype] = our_step(tokens, dtype, compiled=False)
+            name = str(dtype).removeprefix("torch.")
+            steps[f"eager {name}"] = our_step(tokens, dtype, compiled=False)
             if compiled:
-                steps["compiled", dtype] = our_step(tokens, dtype, compiled=True)
+                steps[f"compiled {name}"] = our_step(tokens, dtype, compiled=True)
         for step in steps.values():  # warm up; a compiled one compiles
             for _ in range(STEPS_PER_SAMPLE):
                 step()
         samples = timing.interleave({name: sampler(step) for name, step in steps.items()}, rounds)
-    folder_and_name = {"out_dir": None} if out is None else {"out_dir": out.parent, "name": out.name}
-    with Log(**folder_and_name) as log:
+    with Log(None) if out is None else Log(out.parent, name=out.name) as log:
         _report(samples, log)
 
 
-def _report(samples: dict[tuple[str, torch.dtype], list[float]], log: Log) -> None:
-    base, tokens_per_step = samples["plain", torch.float32], BATCH_SIZE * CONFIG.block_size
+def _report(samples: dict[str, list[float]], log: Log) -> None:
+    base, tokens_per_step = samples["plain float32"], BATCH_SIZE * CONFIG.block_size
     print(f"{'':20} {'p20':>8} {'median':>8} {'p80':>8} {'faster than plain':>20}")
-    for (impl, dtype), values in samples.items():
-        name, ratio = str(dtype).removeprefix("torch."), timing.compare(values, base)
+    for variant, values in samples.items():
+        (impl, dtype), ratio = variant.split(), timing.compare(values, base)
         found = timing.summarize(values, method="perf_counter", threads=torch.get_num_threads(), cold=False)
         print(
-            f"{impl:9} {name:10} {found.ms_p20:8.2f} {found.ms_p50:8.2f} {found.ms_p80:8.2f}"
+            f"{impl:9} {dtype:10} {found.ms_p20:8.2f} {found.ms_p50:8.2f} {found.ms_p80:8.2f}"
             f"   x{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         )
         log.row(
-            "model", name="char-cpu step", impl=impl, dtype=name, tokens_per_s=tokens_per_step / found.ms_p50 * 1e3,
+            "model", name="char-cpu step", impl=impl, dtype=dtype, tokens_per_s=tokens_per_step / found.ms_p50 * 1e3,
             speedup=ratio.ratio, speedup_low=ratio.low, speedup_high=ratio.high, **found.fields(), **facts("cpu"),
         )  # fmt: skip
 

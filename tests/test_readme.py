@@ -15,6 +15,7 @@ import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,11 @@ def test_make_help_lists_every_target() -> None:
     listed = set(re.findall(r"^  make (\w+)", done.stdout, re.MULTILINE))
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony and listed == set(phony[1].split())
+
+
+def test_targets_have_something_behind_them() -> None:
+    modules = re.findall(r"\$\(PY\) -m ([\w.]+)", (ROOT / "Makefile").read_text())
+    assert modules and not [name for name in modules if find_spec(name) is None]
 
 
 def test_tables_are_fresh() -> None:

@@ -269,7 +269,7 @@ def run_case(
     threads: int | None = None,
 ) -> list[Row]:  # fmt: skip
     """Time and check all variants of one case, side by side, and write a row for each."""
-    with stopwatch(case.device, settings, threads) as watch, _compiling("compile" in functions):
+    with stopwatch(case.device, settings, threads) as watch, compiling("compile" in functions):
         input_bytes = sum(a.nbytes for a in case.draw(0) if isinstance(a, Tensor))
         works, wanted = build(case, functions, watch.sets_needed(input_bytes), log)
         timings = watch.measure(works)
@@ -285,7 +285,7 @@ def run_case(
 
 
 @contextlib.contextmanager
-def _compiling(allowed: bool) -> Iterator[None]:
+def compiling(allowed: bool) -> Iterator[None]:
     """Make compiled code fit for timing, or have peers that compile themselves (a minute each on a CPU) refuse."""
     import torch._functorch.config as functorch
 
@@ -306,7 +306,7 @@ def figures(case: Case, name: str, timing: Timing, verdict: Verdict, roof: Ceili
     fraction, beyond = roof.judge(ms, cost.flops, cost.bytes, case.dtype, timing.cold)
     reason, inexact = verdict.reason or beyond, None
     if name not in OURS and beyond is None and verdict.error is not None and verdict.error <= INEXACT:
-        reason, inexact = None, verdict.reason
+        reason, inexact = None, verdict.reason and f"error {verdict.error:.2g}, ours may have {verdict.allowed:.2g}"
     return {
         "direction": case.direction, "dims": dict(case.dims), "dtype": case.dtype, **timing.fields(),
         "flops": cost.flops, "bytes": cost.bytes,

@@ -71,7 +71,7 @@ def test_an_inexact_peer_keeps_its_time_and_is_said_to_be_inexact():
         return op.reference(*(a.bfloat16() for a in arguments)).float()
 
     row = rows_of(case, {"reference": op.reference, "coarse": coarse})["coarse"]
-    assert row["valid"] and "wrong" in row["inexact"] and row["error"] > 1e-4
+    assert row["valid"] and "ours may have" in row["inexact"] and row["error"] > 1e-4
 
 
 def test_a_peer_that_cannot_do_a_case_is_left_out_and_noted(tmp_path):

@@ -180,15 +180,15 @@ def overwrites_input(x):
     return answer
 
 
-def overwrites_input_unseen():
-    """Only while it is timed, not when it is checked."""
+def overwrites_input_between(first: int, last: int) -> Callable:
+    """In these calls only: a measurement here makes 11 before the check."""
     count = 0
 
     def function(x):
         nonlocal count
         count += 1
         answer = honest(x)
-        if count < 5:
+        if first <= count <= last:
             x.data.mul_(1.5)
         return answer
 
@@ -223,7 +223,8 @@ CHEATS = {
     "returns NaN": (lambda: lambda x: honest(x) * float("nan"), "wrong"),
     "puts work off": (lambda: lambda x: honest(x).as_subclass(Lazy), "Lazy"),
     "overwrites its input": (lambda: overwrites_input, "overwritten"),
-    "overwrites its input while timed": (overwrites_input_unseen, "overwritten while timing"),
+    "overwrites its input while timed": (lambda: overwrites_input_between(1, 4), "overwritten while timing"),
+    "overwrites its input after it was timed": (lambda: overwrites_input_between(12, 99), "are overwritten"),
     "finishes on another thread": (lambda: finishes_later, "wrong"),
 }
 
@@ -282,7 +283,7 @@ def test_a_peer_may_answer_in_a_lower_dtype_and_is_held_to_that_one():
 
 
 def test_one_cheat_does_not_spoil_the_verdict_on_others():
-    cheat, fair = Subject(overwrites_input_unseen()), Subject(honest)
+    cheat, fair = Subject(overwrites_input_between(1, 4)), Subject(honest)
     with stopwatch("cpu", QUICK) as watch:
         works = {"cheat": cheat.works, "fair": fair.works}
         watch.measure(works)
@@ -345,7 +346,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="times CUDA kerne
 def test_cheat_is_caught_on_gpu(name):
     """Inside a graph Python runs once, so cheats by counting calls do honest work there or answer wrongly."""
     make, _ = CHEATS[name]
-    if "skips" in name or "address" in name or "while timed" in name:
+    if "skips" in name or "address" in name or "timed" in name:
         events_only = Settings(samples=8, most_samples=8, warmup_s=0.0, budget_s=0.0, graph_below_ms=0.0)
         subject = Subject(make(), "cuda")
         with stopwatch("cuda", events_only) as watch:

@@ -152,15 +152,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream smaller by sqrt(2L)."""
+        """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream smaller by sqrt(2L).
+
+        Drawn in nanoGPT's order, a tied head a second time, so that equal seeds give equal weights.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
         for name, p in self.named_parameters():
-            if name.endswith((".bias", "shift.weight", "shift_1.weight", "shift_2.weight")):
-                p.zero_()
-            elif p.dim() >= 2:
-                deep = name.endswith("c_proj.weight")
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if deep else 0.02)
-            else:
-                p.fill_(1.0)  # the gain of a norm
+            if name.endswith("c_proj.weight"):
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _set_rotation(self) -> None:
         """cos and sin (T, D/2) of RoPE's angles, position * 10000^(-2i / D), fp32; empty with learned positions."""

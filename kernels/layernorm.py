@@ -216,7 +216,7 @@ def layernorm_bwd_kernel_weight(
 # has been timed on a GPU yet.
 TILES = {
     "forward": RowTiles(whole=32768, per_warp=512, long=RowTile(1, 16384, 32, long=True)),
-    "backward": RowTiles(whole=8192, per_warp=256, long=RowTile(1, 4096, 8, long=True)),
+    "backward": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 4096, 8, long=True)),
 }
 
 

@@ -97,6 +97,32 @@ def test_the_same_seed_gives_the_same_run(data_dir, tmp_path):
     assert losses(1) == losses(1) != losses(2)
 
 
+def test_the_seed_changes_the_training_batches_and_never_the_evaluated_windows(data_dir, tmp_path, monkeypatch):
+    evaluated = []
+
+    def remember(model, batches):
+        evaluated.append(torch.cat([tokens for tokens, _ in batches]))
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(loop, "evaluate", remember)
+    first_batches = []
+    for seed in (1, 2):
+        made, log = build(data_dir, tmp_path, f"--seed={seed}")
+        speedrun.evaluate(made, log)
+        first_batches.append(next(made.batches)[0])
+    assert torch.equal(evaluated[0], evaluated[2]) and torch.equal(evaluated[1], evaluated[3])
+    assert not torch.equal(*first_batches)
+
+
+def test_an_update_takes_accumulation_batches_and_no_more(data_dir, tmp_path):
+    made, log = build(data_dir, tmp_path, "--iters=5", "--accumulation=2", "--eval_interval=2")
+    untouched, _ = build(data_dir, tmp_path, "--iters=5")
+    speedrun.train(made, log)
+    for _ in range(5 * 2):
+        next(untouched.batches)
+    assert torch.equal(next(made.batches)[0], next(untouched.batches)[0])
+
+
 def test_the_first_loss_is_that_of_knowing_nothing(data_dir, tmp_path):
     made, _ = build(data_dir, tmp_path)
     tokens, targets = next(made.batches)

@@ -8,7 +8,11 @@
 
     Rows whose target is ignore_index have loss 0 and no gradient, and "mean" divides by the number of the others.
 
-logits: (M, V)   targets: (M,) int   loss: () or, for reduction "none", (M,), at least fp32
+logits: (M, N), of which the first V = vocab_size columns count   targets: (M,) int32 or int64
+loss: () or, for reduction "none", (M,), at least fp32
+
+A target neither in the vocabulary nor ignore_index is a ValueError on the CPU; on a GPU, which the host does not wait
+for, it makes the loss NaN.
 
 z-loss: Chowdhery et al., "PaLM", arXiv:2204.02311, section 5. Softcap: Gemma 2, arXiv:2408.00118, section 2.
 """
@@ -17,7 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import Cost, Op
+from ._triton import jit, launcher, launching, tl, triton
+from .op import Cost, Op, differentiable, require
+from .prims import (
+    CROSS_ENTROPY_TILES,
+    Criterion,
+    as_rows,
+    check_criterion,
+    cross_entropy_rows,
+    load_logits,
+    logits_gradient,
+    require_kernel_dtype,
+)
 
 
 def cross_entropy_reference(
@@ -29,21 +44,179 @@ def cross_entropy_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    vocab_size: int | None = None,
+    inplace: bool = False,
 ) -> Tensor:
-    """Loss of logits (M, V) against targets (M,), computed and returned in at least fp32.
+    """Loss of logits (M, N) against targets (M,), computed and returned in at least fp32.
 
     Where the two overlap this is torch.nn.functional.cross_entropy, down to the NaN of a mean over no rows at all.
+    Columns from vocab_size on are padding. `inplace` allows to overwrite the logits; the reference does not.
     """
-    s = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    V = logits.shape[-1] if vocab_size is None else vocab_size
+    _check(logits, targets, Criterion(ignore_index, label_smoothing, z_loss, softcap, V), reduction)
+    s = logits[:, :V].to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    loss = F.cross_entropy(s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    targets = targets.long()
+    loss = F.cross_entropy(
+        s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
     if z_loss:
         kept = targets != ignore_index
         square = torch.where(kept, torch.logsumexp(s, dim=-1).square(), 0.0)
         total = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[reduction]
         loss = loss + z_loss * total
     return loss
+
+
+def _check(logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str) -> None:
+    shape = tuple(logits.shape)
+    require(len(shape) == 2 and shape[1] > 0, f"logits: expected (M, N) with N >= 1, got {shape}")
+    require(logits.is_floating_point(), f"logits: expected a floating dtype, got {logits.dtype}")
+    check_criterion(targets, *logits.shape, logits.device, criterion, reduction, "logits")
+
+
+@jit
+def cross_entropy_bwd_kernel(
+    logits_ptr, targets_ptr, scale_ptr, maximum_ptr, log_sum_ptr, dlogits_ptr, logits_stride_m, scale_stride_m, M, N, V,
+    ignore_index, label_smoothing, z_loss, softcap,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program finds a block of the gradient: logits[m, v], maximum[m], log_sum[m], scale[m] -> dlogits[m, v]."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    v = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    target = tl.load(targets_ptr + m, m < M, other=0).to(tl.int64)
+    kept = (m < M) & (target != ignore_index)
+    maximum = tl.load(maximum_ptr + m, m < M, other=0.0)
+    log_sum = tl.load(log_sum_ptr + m, m < M, other=0.0)
+    scale = tl.load(scale_ptr + m * scale_stride_m, m < M, other=0.0)
+    s = load_logits(logits_ptr + m * logits_stride_m + v, kept & (v < N), v < V, softcap, SOFTCAP)
+    dz = logits_gradient(s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP)
+    dz = tl.where(kept & (v < V), dz, 0.0)
+    tl.store(dlogits_ptr + m * N + v, dz.to(dlogits_ptr.dtype.element_ty), (m < M) & (v < N))
+
+
+@jit
+def cross_entropy_scale_kernel(dlogits_ptr, factor_ptr, dlogits_stride_m, factor_stride_m, N, BLOCK_N: tl.constexpr):
+    """One program multiplies a block of dlogits[m, :] by factor[m] in place, and leaves it unread where that is one."""
+    m = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + m * factor_stride_m)
+    if factor != 1.0:
+        v = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        at = dlogits_ptr + m * dlogits_stride_m + v
+        dz = tl.load(at, v < N, other=0.0).to(tl.float32) * factor
+        tl.store(at, dz.to(dlogits_ptr.dtype.element_ty), v < N)
+
+
+def _kept(targets: Tensor, ignore_index: int) -> Tensor:
+    """How many rows count, () fp32, where they are counted: the host does not wait for it."""
+    return (targets != ignore_index).sum(dtype=torch.float32)
+
+
+def _reduced(loss: Tensor, kept: Tensor, reduction: str) -> Tensor:
+    return {"none": lambda: loss, "sum": loss.sum, "mean": lambda: loss.sum() / kept}[reduction]()
+
+
+def _row_scale(dloss: Tensor, kept: Tensor, M: int, reduction: str) -> Tensor:
+    """d(reduced loss) / d(loss of a row), times the cotangent: (M,) fp32, often of stride 0."""
+    return (dloss / kept if reduction == "mean" else dloss).expand(M)
+
+
+def _forward(
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
+    vocab_size: int, reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size)
+    kept = _kept(targets, ignore_index)
+    loss, maximum, log_sum = cross_entropy_rows(as_rows(logits), targets.contiguous(), criterion)
+    return _reduced(loss, kept, reduction), maximum, log_sum, kept
+
+
+def _backward(
+    dloss: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, log_sum: Tensor, kept: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, vocab_size: int, reduction: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = as_rows(logits)
+    M, N = rows.shape
+    dlogits = torch.empty((M, N), dtype=logits.dtype, device=logits.device)
+    if M:
+        scale, tile = _row_scale(dloss, kept, M, reduction), CROSS_ENTROPY_TILES.choose(N)
+        cross_entropy_bwd_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
+            rows, targets.contiguous(), scale, maximum, log_sum, dlogits, rows.stride(0), scale.stride(0), M, N,
+            vocab_size, ignore_index, label_smoothing, z_loss, softcap or 1.0,
+            SOFTCAP=softcap is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dlogits, targets.new_empty(0)
+
+
+_cross_entropy = differentiable(
+    "cross_entropy", _forward, _backward,
+    save=lambda inputs, output: (*inputs[:2], *output[1:], *inputs[2:]),
+)  # fmt: skip
+
+
+class _InPlace(torch.autograd.Function):
+    """The gradient takes the place of the logits in the pass that finds the loss; backward only scales it, if at all.
+
+    Eager mode only: a compiled graph gets the functional operator, since an operator that writes its argument has no
+    autograd there. The version counter lets torch report whoever else wanted the logits, and a second backward.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str) -> Tensor:
+        kept = _kept(targets, criterion.ignore_index)
+        scale = _row_scale(torch.ones_like(kept), kept, len(logits), reduction)
+        loss, *_ = cross_entropy_rows(logits, targets.contiguous(), criterion, scale)
+        torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(logits)
+        ctx.launcher = launcher()
+        return _reduced(loss, kept, reduction)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+        (dlogits,) = ctx.saved_tensors
+        M, N = dlogits.shape
+        factor = dloss.expand(M)
+        if M:
+            with launching(ctx.launcher):
+                cross_entropy_scale_kernel[(M, triton.cdiv(N, 4096))](
+                    dlogits, factor, dlogits.stride(0), factor.stride(0), N, BLOCK_N=4096, num_warps=8
+                )
+        torch.autograd.graph.increment_version(dlogits)
+        return dlogits, None, None, None
+
+
+def cross_entropy_triton(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """cross_entropy_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic.
+
+    Forward reads the logits once; backward reads them again and writes their gradient beside them. With `inplace`
+    forward writes the gradient over the logits, which are lost. A compiled graph ignores `inplace`.
+    """
+    V = logits.shape[-1] if vocab_size is None else vocab_size
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V)
+    _check(logits, targets, criterion, reduction)
+    require_kernel_dtype("logits", logits)
+    if not inplace or torch.compiler.is_compiling() or not (logits.requires_grad and torch.is_grad_enabled()):
+        return _cross_entropy(logits, targets, *criterion, reduction)
+    require(logits.is_cuda or launcher() is not None, f"logits: cross_entropy needs CUDA tensors, got {logits.device}")
+    require(not logits.is_leaf, "logits: inplace would overwrite a leaf tensor that requires a gradient")
+    require(
+        logits.stride(1) == 1 and (logits.stride(0) >= logits.shape[1] or len(logits) == 1),
+        f"logits: inplace needs rows that lie whole and apart in memory, got strides {logits.stride()}",
+    )
+    return _InPlace.apply(logits, targets, criterion, reduction)
 
 
 def inputs(M: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
@@ -62,12 +235,15 @@ def cost(M: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     reference=cross_entropy_reference,
-    triton=None,
+    triton=cross_entropy_triton,
     inputs=inputs,
-    parity=(dict(M=1, V=1), dict(M=5, V=65), dict(M=17, V=1023), dict(M=3, V=50257)),
-    domain=dict(M=range(1, 40), V=range(2, 1500)),
+    parity=(
+        dict(M=1, V=1), dict(M=5, V=65), dict(M=0, V=7), dict(M=17, V=1023), dict(M=3, V=50257), dict(M=2, V=8193),
+        dict(M=11, V=129),
+    ),
+    domain=dict(M=range(1, 9), V=(*range(1, 70), 127, 128, 129, 500, 1023, 1024, 1025, 8192, 8193, 16400)),
     bench=(dict(M=16384, V=50304), dict(M=8192, V=131072), dict(M=4096, V=262144)),
     cost=cost,
     peers={"torch": F.cross_entropy},
     summary="log sum_v exp(z[v]) - z[target], with smoothing, z-loss and softcap",
-)
+)  # fmt: skip

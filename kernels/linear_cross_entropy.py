@@ -4,16 +4,29 @@
 
     dx = dz @ weight        dweight = dz^T @ x
 
-x: (M, C)   weight: (V, C)   targets: (M,) int   loss: () or, for reduction "none", (M,), at least fp32
+x: (M, C)   weight: (V, C), of whose rows the first vocab_size count   targets: (M,) int32 or int64
+loss: () or, for reduction "none", (M,), at least fp32
+
+A chunk of rows at a time: their logits, the gradient written over them, and both products of it at once; no other
+logits are held. dweight is summed over the chunks in fp32. Both gradients wait for the cotangent of the loss, which
+only scales them. For reduction "none" it is a number for each row, and backward finds the logits again.
 
 Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009; chunked as in Liger-Kernel.
 """
+
+from collections.abc import Callable
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import Cost, Op
+from .op import Cost, Op, differentiable, require
+from .prims import Criterion, check_criterion, cross_entropy_rows, require_kernel_dtype
+
+# (logits (m, N), targets (m,), criterion, scale (m,) or None) -> loss (m,); scale * gradient overwrites the logits
+RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None], Tensor]
 
 
 def linear_cross_entropy_reference(
@@ -26,18 +39,287 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
-    """Loss of the logits x (M, C) @ weight (V, C)^T, in x's dtype, against targets (M,). Returns at least fp32."""
-    s = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+    """Loss () of logits x (M, C) @ weight (V, C)^T, which have x's dtype, against targets (M,). It is at least fp32.
+
+    Logits that fit in chunk_bytes (default 64 MiB on a CPU, 1 GiB on a GPU) take the formula, differentiated by torch.
+    Of others no more than that are held at a time.
+    """
+    criterion = _check(x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
+    x, weight = _operands(x, weight)
+    rows = _rows_per_chunk(x, weight, chunk_bytes)
+    if x.shape[0] > rows:
+        return _Chunked.apply(x, weight, targets, criterion, reduction, rows)
+    s = F.linear(x, weight)[:, : criterion.vocab_size].to(torch.promote_types(x.dtype, torch.float32))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    loss = F.cross_entropy(s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    targets = targets.long()
+    loss = F.cross_entropy(
+        s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
     if z_loss:
         kept = targets != ignore_index
         square = torch.where(kept, torch.logsumexp(s, dim=-1).square(), 0.0)
         total = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[reduction]
         loss = loss + z_loss * total
     return loss
+
+
+def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x and weight as the products take them: in autocast's dtype, as F.linear does, and on a CPU with x contiguous.
+
+    What lies between rows, torch 2.13's bf16 product on a CPU with AMX multiplies by zero, so that a NaN there spreads.
+    """
+    if _autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return (x.contiguous() if x.device.type == "cpu" else x), weight
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _check(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float | None, vocab_size: int | None, reduction: str,
+) -> Criterion:  # fmt: skip
+    shape, weight_shape = tuple(x.shape), tuple(weight.shape)
+    require(len(shape) == 2, f"x: expected (M, C), got {shape}")
+    require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
+    fits = len(weight_shape) == 2 and weight_shape[0] > 0 and weight_shape[1] == shape[1]
+    require(fits, f"weight: expected (V, {shape[1]}) with V >= 1 for x {shape}, got {weight_shape}")
+    mixed = weight.dtype != x.dtype and not _autocasts(x)
+    require(not mixed, f"weight: {weight.dtype}, but x has {x.dtype}; cast one to the other")
+    require(weight.device == x.device, f"weight: on {weight.device}, but x is on {x.device}")
+    V = weight.shape[0]
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V if vocab_size is None else vocab_size)
+    check_criterion(targets, x.shape[0], V, x.device, criterion, reduction, "x")
+    return criterion
+
+
+def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
+    """How many rows of logits fit in the budget: by 128 where that many fit, as GEMMs like it, and at least one."""
+    if chunk_bytes is None:
+        chunk_bytes = 1 << 26 if x.device.type == "cpu" else 1 << 30
+    require(chunk_bytes > 0, "chunk_bytes: expected at least 1")
+    rows = chunk_bytes // (weight.shape[0] * x.dtype.itemsize)
+    return max(1, rows - rows % 128 if rows >= 128 else rows)
+
+
+class Task(NamedTuple):
+    """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients."""
+
+    rows_loss: RowsLoss
+    criterion: Criterion
+    reduction: str
+    rows: int
+    pitch: int
+    needs_dx: bool
+    needs_dweight: bool
+
+    @property
+    def early(self) -> bool:
+        """Whether forward finds the gradients, which it can where backward need only scale them by one number."""
+        return self.reduction != "none" and (self.needs_dx or self.needs_dweight)
+
+
+def _pass(
+    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, task: Task
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (M,) in at least fp32 and, given a scale (M,), the gradients of (scale * loss).sum(); empty if not needed.
+
+    dx has x's dtype. So has dweight if it is a single bf16 product, rounded once; otherwise it is at least fp32.
+    The products go through `out=`, which saves allocations and is left alone by autocast.
+    """
+    (M, C), V, rows = x.shape, weight.shape[0], task.rows
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sum_dtype = x.dtype if M <= rows and x.dtype == torch.bfloat16 else wide
+    loss = torch.empty(M, dtype=wide, device=x.device)
+    dx = torch.empty((M, C) if task.needs_dx else (0,), dtype=x.dtype, device=x.device)
+    dweight = torch.empty((V, C) if task.needs_dweight else (0,), dtype=sum_dtype, device=x.device)
+    logits = torch.empty((min(M, rows), task.pitch), dtype=x.dtype, device=x.device)
+    for i, (x_part, targets_part, loss_part) in enumerate(
+        zip(x.split(rows), targets.split(rows), loss.split(rows), strict=True)
+    ):
+        padded = logits[: x_part.shape[0]]
+        z = padded if task.pitch == V else padded[:, :V]
+        torch.mm(x_part, weight.t(), out=z)
+        scale_part = None if scale is None else scale.split(rows)[i]
+        loss_part.copy_(task.rows_loss(padded, targets_part, task.criterion, scale_part))
+        if scale is not None and task.needs_dx:
+            torch.mm(z, weight, out=dx.split(rows)[i])
+        if scale is not None and task.needs_dweight:
+            _add_product(dweight, z, x_part, first=i == 0)
+    return loss, dx, dweight
+
+
+def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool) -> None:
+    """total (V, C) += z (m, V)^T @ x (m, C) in total's dtype, or total = where this is the first product."""
+    if total.dtype == z.dtype:
+        torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
+    elif z.device.type == "cuda":
+        torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    else:  # a CPU does not widen: 16-bit products for a few rows of the total at a time, which stay in cache
+        for part, z_part in zip(total.split(4096), z.split(4096, dim=1), strict=True):
+            product = torch.mm(z_part.t(), x)
+            part.copy_(product) if first else part.add_(product)
+
+
+def _forward(x: Tensor, weight: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, dx and dweight for a cotangent of one and still undivided, and the divisor ()."""
+    one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    loss, dx, dweight = _pass(x, weight, targets, one.expand(x.shape[0]) if task.early else None, task)
+    if task.reduction == "none":
+        return loss, dx, dweight, one
+    divisor = one
+    if task.reduction == "mean":  # counted on the device: the host does not wait for it
+        divisor = (targets != task.criterion.ignore_index).sum(dtype=one.dtype)
+    return loss.sum() / divisor, dx, dweight, divisor
+
+
+def _backward(
+    dloss: Tensor,
+    early: tuple[Tensor, Tensor, Tensor],
+    late: tuple[Tensor, Tensor, Tensor] | None,
+    dtype: torch.dtype,
+    task: Task,
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight in dtype, from forward's dx, dweight and divisor, or if it found none from x, weight, targets."""
+    if late is not None:
+        _, dx, dweight = _pass(*late, dloss, task)
+        return dx, dweight.to(dtype)
+    dx, dweight, divisor = early
+    factor = torch.where(divisor == 0, 0, dloss / divisor)  # no row counts: the mean is NaN, its gradient 0
+    scaled = [torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype)) for gradient in (dx, dweight)]
+    return scaled[0], scaled[1]
+
+
+def _rows_loss_reference(logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+    """A RowsLoss in plain torch, for so many rows at a time that their fp32 softmax stays in cache."""
+    rows = logits.shape[0] if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
+    scales = repeat(None) if scale is None else scale.split(rows)
+    blocks = zip(logits.split(rows), targets.split(rows), scales, strict=False)
+    return torch.cat([_softmax_loss(z, target, criterion, factor) for z, target, factor in blocks])
+
+
+def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+    ignore_index, e, z_loss, softcap, V = criterion
+    s = z[:, :V].to(torch.promote_types(z.dtype, torch.float32))
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    kept = targets != ignore_index
+    at = torch.where(kept, targets, 0).long()[:, None]
+    lse = torch.logsumexp(s, dim=1, keepdim=True) if z_loss else None
+    log_p = torch.log_softmax(s, dim=1)
+    loss = -(1 - e) * log_p.gather(1, at)
+    if e:
+        loss -= e * log_p.mean(dim=1, keepdim=True)
+    if lse is not None:
+        loss += z_loss * lse.square()
+    if scale is not None:
+        ds = log_p.exp_()
+        if lse is not None:
+            ds *= 1 + 2 * z_loss * lse
+        ds.scatter_add_(1, at, torch.full_like(at, e - 1, dtype=ds.dtype))
+        if e:
+            ds -= e / V
+        if softcap is not None:
+            ds *= 1 - (s / softcap).square()
+        z[:, :V] = ds.mul_(scale[:, None]).masked_fill_(~kept[:, None], 0)
+        z[:, V:] = 0
+    return loss[:, 0].masked_fill_(~kept, 0)
+
+
+class _Chunked(torch.autograd.Function):
+    """The passes above in plain torch."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion, reduction: str, rows: int
+    ) -> Tensor:
+        task = Task(_rows_loss_reference, criterion, reduction, rows, weight.shape[0], *ctx.needs_input_grad[:2])
+        loss, *early = _forward(x, weight, targets, task)
+        ctx.task, ctx.dtype = task, x.dtype
+        ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else early))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        saved, task = ctx.saved_tensors, ctx.task
+        late = task.reduction == "none"
+        dx, dweight = _backward(dloss, saved, saved if late else None, ctx.dtype, task)
+        return dx if task.needs_dx else None, dweight if task.needs_dweight else None, None, None, None, None
+
+
+def _rows_loss_kernel(logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+    """A RowsLoss by the kernel that cross_entropy shares."""
+    return cross_entropy_rows(logits, targets.contiguous(), criterion, scale)[0]
+
+
+def _kernel_task(
+    V: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, vocab_size: int,
+    reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
+) -> Task:  # fmt: skip
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size)
+    pitch = (V + 15) // 16 * 16  # rows of logits start on 32 bytes, or else the kernel's loads would be narrow
+    return Task(_rows_loss_kernel, criterion, reduction, rows, pitch, needs_dx, needs_dweight)
+
+
+def _kernel_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float | None, vocab_size: int, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction
+    return _forward(x, weight, targets, _kernel_task(weight.shape[0], *loss, rows, needs_dx, needs_dweight))
+
+
+def _kernel_backward(
+    dloss: Tensor, x: Tensor | None, weight: Tensor | None, targets: Tensor, dx: Tensor, dweight: Tensor,
+    divisor: Tensor, dtype: torch.dtype, V: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float | None, vocab_size: int, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction
+    task = _kernel_task(V, *loss, rows, needs_dx, needs_dweight)
+    late = None if x is None or weight is None else (x, weight, targets)
+    return *_backward(dloss, (dx, dweight, divisor), late, dtype, task), targets.new_empty(0)
+
+
+def _save(inputs: tuple, output: tuple) -> tuple:
+    x, weight, targets, *plain = inputs
+    late = (x, weight) if plain[5] == "none" else (None, None)
+    return *late, targets, *output[1:], x.dtype, weight.shape[0], *plain
+
+
+_linear_cross_entropy = differentiable("linear_cross_entropy", _kernel_forward, _kernel_backward, _save)
+
+
+def linear_cross_entropy_triton(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """linear_cross_entropy_reference, its softmax by a kernel, on CUDA tensors of fp32, fp16 or bf16. Deterministic.
+
+    Holds at most chunk_bytes (default 1 GiB) of logits at a time: rows enough to run the three products at full speed.
+    """
+    criterion = _check(x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
+    x, weight = _operands(x, weight)
+    require_kernel_dtype("x", x)
+    rows, learns = _rows_per_chunk(x, weight, chunk_bytes), torch.is_grad_enabled()
+    needs_dx, needs_dweight = learns and x.requires_grad, learns and weight.requires_grad
+    return _linear_cross_entropy(x, weight, targets, *criterion, reduction, rows, needs_dx, needs_dweight)
 
 
 def inputs(M: int, V: int, C: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
@@ -57,10 +339,10 @@ def cost(M: int, V: int, C: int, *, itemsize: int) -> tuple[Cost, Cost]:
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     reference=linear_cross_entropy_reference,
-    triton=None,
+    triton=linear_cross_entropy_triton,
     inputs=inputs,
-    parity=(dict(M=1, V=1, C=1), dict(M=5, V=65, C=16), dict(M=33, V=1023, C=40)),
-    domain=dict(M=range(1, 40), C=range(1, 70), V=range(2, 400)),
+    parity=(dict(M=1, V=1, C=1), dict(M=5, V=65, C=16), dict(M=0, V=9, C=4), dict(M=17, V=1023, C=40)),
+    domain=dict(M=range(1, 20), C=range(1, 70), V=(*range(1, 70), 127, 128, 129, 400, 1023, 1025, 8193)),
     bench=(dict(M=8192, V=50304, C=768), dict(M=8192, V=128256, C=4096)),
     cost=cost,
     summary="cross_entropy(x @ weight^T, target) without all the logits",

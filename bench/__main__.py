@@ -32,15 +32,17 @@ class Stage:
     name: str
     limit_s: float
     module: str = ""  # to run instead of bench.<name>
-    takes_out: bool = True
+    flags: tuple[str, ...] = ("--out={out}",)
+    quick: tuple[str, ...] = ("--quick",)
 
 
 GPU = (
     Stage("peaks", 45), Stage("ops", 210), Stage("model", 150), Stage("decode", 75), Stage("plots", 45),
 )  # fmt: skip
 CPU = (
-    Stage("peaks", 40), Stage("ops", 200), Stage("model", 60), Stage("decode", 60), Stage("cpu", 60),
-    Stage("aot", 60, module="kernels.aot", takes_out=False), Stage("plots", 45),
+    Stage("peaks", 60), Stage("ops", 200), Stage("model", 45), Stage("decode", 45),
+    Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
+    Stage("aot", 45, module="kernels.aot", flags=(), quick=()), Stage("plots", 40),
 )  # fmt: skip
 NEEDS_GPU = (
     "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",
@@ -125,8 +127,7 @@ def chosen(stages: Sequence[Stage], only: str | None) -> list[Stage]:
 def run_stage(stage: Stage, quick: bool, out: Path) -> str:
     """Run one stage in its own process, so that its memory is free again for the next. Returns how it ended."""
     command = [sys.executable, "-m", stage.module] if stage.module else [sys.executable, "-m", "bench", stage.name]
-    if stage.takes_out:
-        command += ["--out", str(out), *(["--quick"] if quick else [])]
+    command += [flag.format(out=out) for flag in (*stage.flags, *(stage.quick if quick else ()))]
     process = subprocess.Popen(command, cwd=HERE.parent)
     try:
         code = process.wait(stage.limit_s)

@@ -189,11 +189,11 @@ def test_campaign_stages_are_pages_that_exist():
 
 
 def test_a_stage_says_how_it_ended(tmp_path):
-    quick = campaign.Stage("version", 60, module="platform", takes_out=False)
-    assert campaign.run_stage(quick, False, tmp_path) == "done"
-    missing = campaign.Stage("nothing", 60, module="no_such_module", takes_out=False)
+    short = campaign.Stage("version", 60, module="platform", flags=())
+    assert campaign.run_stage(short, False, tmp_path) == "done"
+    missing = campaign.Stage("nothing", 60, module="no_such_module", flags=())
     assert campaign.run_stage(missing, False, tmp_path) == "failed with exit code 1"
-    slow = campaign.Stage("slow", 0.5, module="http.server", takes_out=False)  # which serves until it is stopped
+    slow = campaign.Stage("slow", 0.5, module="http.server", flags=())  # which serves until it is stopped
     assert "stopped after its 0 s" in campaign.run_stage(slow, False, tmp_path)
 
 

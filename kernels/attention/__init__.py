@@ -17,20 +17,108 @@ Vaswani et al., arXiv:1706.03762; grouped heads: Ainslie et al., arXiv:2305.1324
 "FlashAttention", arXiv:2205.14135.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..op import Cost, Op
-from .reference import attention_reference
-
-
-def inputs(B: int, T: int, S: int, H: int, G: int, D: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """q (B, T, H, D), k and v (B, S, G, D), normal."""
-    shapes = (B, T, H, D), (B, S, G, D), (B, S, G, D)
-    return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+from ..op import Cost, Op, differentiable, require
+from .backward import launch_backward
+from .forward import launch_forward
+from .reference import attention_reference, check
 
 
-def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost, Cost]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout)
+
+
+def _forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out, lse = launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout)
+    return out, torch.where(lse == torch.inf, -torch.inf, lse * 0.6931471805599453), lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = launch_backward(
+        dout, None, q, k, v, out, lse, cu_seqlens, seed, causal, window, scale, softcap, dropout
+    )
+    return *gradients, lse.new_empty(0), lse.new_empty(0)
+
+
+def _backward_lse(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
+    seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dlse = dlse.contiguous()
+    gradients = launch_backward(
+        dout, dlse, q, k, v, out, lse, cu_seqlens, seed, causal, window, scale, softcap, dropout
+    )
+    return *gradients, lse.new_empty(0), lse.new_empty(0)
+
+
+def _save(inputs: tuple, output: tuple) -> tuple:
+    return *inputs[:3], output[0], output[-1], *inputs[3:]
+
+
+_attention = differentiable("attention", _forward, _backward, _save)
+_attention_lse = differentiable("attention_lse", _forward_lse, _backward_lse, _save, outputs=2)
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """attention_reference by the kernels of this package, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
+
+    Slices of a fused projection are read where they lie; results are contiguous. Memory is O(T). Deterministic, dropout
+    included: what it zeroes follows from the seed and the positions, and the backward finds it again.
+    """
+    check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
+    require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
+    require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
+    drawn = None
+    if dropout > 0.0:
+        if seed is None:
+            drawn = torch.randint(2**63 - 1, (1,), device=q.device)
+        else:
+            drawn = torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    function = _attention_lse if return_lse else _attention
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    window = -1 if window is None else window
+    return function(q, k, v, cu_seqlens, drawn, causal, window, scale, float(softcap or 0.0), float(dropout))
+
+
+def inputs(
+    B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, dtype: torch.dtype, device: str = "cpu"
+) -> tuple:
+    """q (B, T, H, D), k and v (B, S, G, D), normal; scores have the standard deviation `spread`."""
+    q = torch.randn(B, T, H, D, dtype=dtype, device=device) * spread
+    k, v = (torch.randn(B, S, G, D, dtype=dtype, device=device) for _ in "kv")
+    return q, k, v
+
+
+def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, itemsize: int) -> tuple[Cost, Cost]:
     """Two causal products forward and five backward, hidden pairs left out; every operand and gradient moved once."""
     seen = sum(min(S, max(0, t + 1 + S - T)) for t in range(T))
     product, queries, keys = 2 * B * H * D * seen, B * T * H * D * itemsize, B * S * G * D * itemsize
@@ -41,23 +129,54 @@ def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, itemsize: int) -> tu
     )
 
 
+def _sdpa(backend: str | None) -> Callable[..., Tensor]:
+    """torch's fused attention, by the backend named or by torch's own choice; causal, as the benches are."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, backend))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with chosen:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    return run
+
+
+@functools.cache
+def _compiled_flex(T: int, S: int, device: torch.device) -> tuple[Callable[..., Tensor], object]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, t, s: t + S - T >= s, None, None, T, S, device=device)
+    return torch.compile(flex_attention), mask
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's FlexAttention, compiled, with the causal block mask made beforehand."""
+    function, mask = _compiled_flex(q.shape[1], k.shape[1], q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
 ATTENTION = Op(
     name="attention",
     reference=attention_reference,
-    triton=None,
+    triton=attention_triton,
     inputs=inputs,
     parity=(
-        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=2, T=37, S=37, H=3, G=3, D=32), dict(B=1, T=5, S=67, H=6, G=2, D=80),
+        dict(B=1, T=1, S=3, H=1, G=1, D=16), dict(B=1, T=37, S=37, H=3, G=3, D=32), dict(B=1, T=40, S=33, H=2, G=1, D=96),
+        dict(B=2, T=0, S=5, H=2, G=1, D=16), dict(B=1, T=2, S=67, H=6, G=2, D=80),
     ),
-    domain=dict(B=range(1, 3), T=range(1, 90), S=range(1, 90), H=(2, 4), G=(1, 2), D=(16, 24, 32, 64)),
+    domain=dict(B=(1, 2), T=range(1, 68), S=range(2, 68), H=(2,), G=(1, 2), D=(16, 24, 64), spread=(0.02,)),
     bench=(
-        dict(B=16, T=1024, S=1024, H=12, G=12, D=64), dict(B=4, T=4096, S=4096, H=16, G=16, D=128),
+        *(dict(B=B, T=1024, S=1024, H=H, G=H, D=64) for B, H in ((16, 12), (16, 16), (16, 20), (16, 25))),  # GPT-2
+        *(dict(B=16384 // T, T=T, S=T, H=32, G=32, D=64) for T in (512, 1024, 2048, 4096, 8192, 16384)),
+        *(dict(B=16384 // T, T=T, S=T, H=16, G=16, D=128) for T in (512, 1024, 2048, 4096, 8192, 16384)),
+        dict(B=4, T=4096, S=4096, H=32, G=8, D=128), dict(B=4, T=4096, S=4096, H=16, G=16, D=96),
+        dict(B=4, T=4096, S=4096, H=8, G=4, D=256),
     ),
     cost=cost,
-    peers={
-        "sdpa": lambda q, k, v: F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
-        ).transpose(1, 2),
-    },
+    peers={"sdpa": _sdpa(None), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "sdpa flash": _sdpa("FLASH_ATTENTION"), "flex": _flex},
     summary="softmax(q k^T / sqrt(D) where the key is seen) v",
 )  # fmt: skip

@@ -1,0 +1,283 @@
+"""Attention backward, in two kernels without atomics: dq by programs of queries, dk and dv by programs of keys.
+
+The weights are found again from the scores and the log-sum-exp. Each kernel multiplies the scores anew, seven products where
+one kernel with atomic sums would have five; in return it is deterministic and nothing waits for memory to be zeroed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import arch, jit, tl, triton
+from .shared import (
+    Shape,
+    descriptor,
+    document_bounds,
+    head_of,
+    kept,
+    keys_seen,
+    load_rows,
+    padded,
+    place,
+    queries_seeing,
+    rows,
+    scores,
+    segments,
+    takes_descriptor,
+    uncapped,
+)
+
+
+@jit
+def _gather_dq(
+    dq, q, dout, lse, delta, k, v, b, g, k_stride_s, v_stride_s, start, stop, S, position, first, end, head, seed_ptr,
+    scale, softcap, threshold, undropped, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq += ds @ k over the tiles of keys from start to stop."""
+    for row in tl.range(start, stop, BLOCK_N):
+        n = row + tl.arange(0, BLOCK_N)[None, :]
+        k_tile = load_rows(k, b, g, row, k_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        v_tile = load_rows(v, b, g, row, v_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        s, factor = scores(tl.dot(q, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
+        p = tl.exp2(s * factor - lse)
+        dp = tl.dot(dout, v_tile.T, input_precision="ieee")
+        if DROPOUT:
+            dp = tl.where(kept(seed_ptr, n, position, head, threshold), dp * undropped, 0.0)
+        ds = uncapped(p * (dp - delta), s, softcap, SOFTCAPPED)
+        if MASKED:
+            ds = tl.where((n >= first) & (n < end), ds, 0.0)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    return dq
+
+
+@jit
+def attention_bwd_kernel_dq(
+    q, k, v, dout, out_ptr, lse_ptr, dlse_ptr, document_ptr, seed_ptr, dq_ptr, delta_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    dout_stride_b, dout_stride_t, dout_stride_h,
+    heads, T, S, H, G, window, scale, softcap, threshold, undropped,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_DLSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head -> dq, and delta[t] = sum_d dout[t, d] * out[t, d] for the other kernel."""
+    head, block = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), heads, S, D, CAUSAL)
+    b, h = head // H, head % H
+    g = h // (H // G)
+    q = head_of(q, b, h, q_stride_b, q_stride_h, DESCRIPTORS)
+    k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
+    v = head_of(v, b, g, v_stride_b, v_stride_h, DESCRIPTORS)
+    dout = head_of(dout, b, h, dout_stride_b, dout_stride_h, DESCRIPTORS)
+    row = block * BLOCK_M
+    t = (row + tl.arange(0, BLOCK_M))[:, None]
+    position = t + (S - T)
+    first, end = keys_seen(position, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    first_0, end_0 = keys_seen(row + (S - T), S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    last = tl.minimum(row + BLOCK_M, T) - 1 + (S - T)
+    first_1, end_1 = keys_seen(last, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    start, full, ragged, stop = segments(first_0, end_0, first_1, end_1, BLOCK_N)
+
+    q_tile = load_rows(q, b, h, row, q_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
+    dout_tile = load_rows(dout, b, h, row, dout_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    offset = ((b.to(tl.int64) * T + row) * H + h) * D  # out and dq are contiguous
+    tile = tl.arange(0, BLOCK_M)[:, None] * (H * D) + d
+    out_tile = tl.load(out_ptr + offset + tile, (t < T) & (d < D), other=0.0)
+    delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)[:, None]
+    statistics = head.to(tl.int64) * T
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + statistics + t, t < T, other=0.0)
+    tl.store(delta_ptr + statistics + t, delta, t < T)
+    lse = tl.load(lse_ptr + statistics + t, t < T, other=float("inf"))
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if WINDOWED or DOCUMENTS:
+        dq = _gather_dq(
+            dq, q_tile, dout_tile, lse, delta, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end,
+            head, seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    dq = _gather_dq(
+        dq, q_tile, dout_tile, lse, delta, k, v, b, g, k_stride_s, v_stride_s, full, ragged, S, position, first, end,
+        head, seed_ptr, scale, softcap, threshold, undropped, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = _gather_dq(
+        dq, q_tile, dout_tile, lse, delta, k, v, b, g, k_stride_s, v_stride_s, ragged, stop, S, position, first, end,
+        head, seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    tl.store(dq_ptr + offset + tile, (dq * scale).to(dq_ptr.dtype.element_ty), (t < T) & (d < D))
+
+
+@jit
+def _gather_dk_dv(
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
+    dout_stride_b, dout_stride_t, dout_stride_h, start, stop, T, S, u, first, end,
+    seed_ptr, scale, softcap, threshold, undropped, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dv += p^T @ dout and dk += ds^T @ q over the tiles of queries from start to stop, of GROUP heads one after another.
+
+    Tiles are transposed: [keys, queries]. Rows past T need no mask: their log-sum-exp is read as +inf, their weights are 0.
+    One flat loop over heads and tiles: in a nest of two, ptxas serializes the matrix products (C7519) and spills.
+    """
+    tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    for i in tl.range(0, GROUP * tiles):
+        h = g * GROUP + (i // tiles if GROUP > 1 else 0)
+        row = start + (i % tiles if GROUP > 1 else i) * BLOCK_M
+        head = b * H + h
+        t = (row + tl.arange(0, BLOCK_M))[None, :]
+        position = t + (S - T)
+        q_head = head_of(q, b, h, q_stride_b, q_stride_h, DESCRIPTORS)
+        dout_head = head_of(dout, b, h, dout_stride_b, dout_stride_h, DESCRIPTORS)
+        q_tile = load_rows(q_head, b, h, row, q_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
+        dout_tile = load_rows(dout_head, b, h, row, dout_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
+        statistics = head.to(tl.int64) * T
+        lse = tl.load(lse_ptr + statistics + t, t < T, other=float("inf"))
+        delta = tl.load(delta_ptr + statistics + t, t < T, other=0.0)
+        s, factor = scores(tl.dot(k, q_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
+        p = tl.exp2(s * factor - lse)
+        if MASKED:
+            p = tl.where((position >= first) & (position < end), p, 0.0)
+        dp = tl.dot(v, dout_tile.T, input_precision="ieee")
+        if DROPOUT:
+            keep = kept(seed_ptr, u, position, head, threshold)
+            dv = tl.dot(tl.where(keep, p * undropped, 0.0).to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+            dp = tl.where(keep, dp * undropped, 0.0)
+        else:
+            dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+        ds = uncapped(p * (dp - delta), s, softcap, SOFTCAPPED)
+        if MASKED:
+            ds = tl.where((position >= first) & (position < end), ds, 0.0)
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
+
+
+@jit
+def attention_bwd_kernel_dk_dv(
+    q, k, v, dout, lse_ptr, delta_ptr, document_ptr, seed_ptr, dk_ptr, dv_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    dout_stride_b, dout_stride_t, dout_stride_h,
+    heads, T, S, H, G, window, scale, softcap, threshold, undropped,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key head -> dk and dv, over the queries that see them, of every head that reads it."""
+    head, block = place(tl.program_id(0), tl.cdiv(S, BLOCK_N), heads, T * GROUP, D, False)
+    b, g = head // G, head % G
+    k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
+    v = head_of(v, b, g, v_stride_b, v_stride_h, DESCRIPTORS)
+    row = block * BLOCK_N
+    u = (row + tl.arange(0, BLOCK_N))[:, None]
+    first, end = queries_seeing(u, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    first_0, end_0 = queries_seeing(row, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    last = tl.minimum(row + BLOCK_N, S) - 1
+    first_1, end_1 = queries_seeing(last, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    back = S - T  # from positions to rows of q, of which there are T
+    start, full, ragged, stop = segments(
+        tl.maximum(first_0 - back, 0), tl.maximum(end_0 - back, 0), tl.maximum(first_1 - back, 0), tl.maximum(end_1 - back, 0),
+        BLOCK_M,
+    )  # fmt: skip
+    # Rows past T are no trouble: where the last row of q is seen by all, the tile it ends in counts as full.
+    ragged = tl.where(end_0 >= S, tl.maximum(full, tl.cdiv(T, BLOCK_M) * BLOCK_M), ragged)
+
+    k_tile = load_rows(k, b, g, row, k_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+    v_tile = load_rows(v, b, g, row, v_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if CAUSAL or WINDOWED or DOCUMENTS:
+        dk, dv = _gather_dk_dv(
+            dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
+            dout_stride_b, dout_stride_t, dout_stride_h, start, full, T, S, u, first, end,
+            seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    dk, dv = _gather_dk_dv(
+        dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
+        dout_stride_b, dout_stride_t, dout_stride_h, full, ragged, T, S, u, first, end,
+        seed_ptr, scale, softcap, threshold, undropped, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    if WINDOWED or DOCUMENTS:
+        dk, dv = _gather_dk_dv(
+            dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
+            dout_stride_b, dout_stride_t, dout_stride_h, ragged, stop, T, S, u, first, end,
+            seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)[None, :]
+    offset = ((b.to(tl.int64) * S + row) * G + g) * D + tl.arange(0, BLOCK_N)[:, None] * (G * D) + d
+    tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), (u < S) & (d < D))
+    tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), (u < S) & (d < D))
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a program's tile, its warps, the loads in flight, and whether they go by descriptor."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+
+# By architecture, then by the padded head dim. Chosen from the compiled code (results/aot.json); not timed on a GPU yet.
+CONSERVATIVE = Tile(32, 32, 4, 2)
+TILES = {
+    "dq": {
+        80: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+        90: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
+        100: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
+    },
+    "dk_dv": {
+        80: {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)},
+        90: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 64, 8, 2, True), 256: Tile(16, 64, 8, 2, True)},
+        100: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 128, 8, 2, True), 256: Tile(32, 64, 8, 2, True)},
+    },
+}
+
+
+def tile(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Tile:
+    """The tile of 'dq' or 'dk_dv' for head dim D."""
+    if arch not in TILES[kernel] or dtype == torch.float32:
+        return CONSERVATIVE
+    return TILES[kernel][arch][max(64, padded(D))]
+
+
+def launch_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, contiguous, in the dtypes of q, k, v. dlse (B, H, T) is the gradient of the natural log-sum-exp."""
+    q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    shape = Shape(causal, window, scale, softcap, dropout)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = torch.empty_like(lse)
+    documents = document_bounds(cu_seqlens, S)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    flags = shape.flags(documents)
+
+    def options(block: Tile) -> dict:
+        return dict(D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D), num_warps=block.num_warps,
+                    num_stages=block.num_stages)  # fmt: skip
+
+    def operands(block: Tile) -> tuple[tuple, bool]:
+        if not (block.descriptors and all(map(takes_descriptor, (q, k, v, dout)))):
+            return (q, k, v, dout), False
+        m, n = block.block_m, block.block_n
+        return (descriptor(q, m), descriptor(k, n), descriptor(v, n), descriptor(dout, m)), True
+
+    block = tile("dq", D, q.dtype, arch(q))
+    tensors, by_descriptor = operands(block)
+    attention_bwd_kernel_dq[(triton.cdiv(T, block.block_m) * B * H,)](
+        *tensors, out, lse, dlse, documents, seed, dq, delta, *strides, B * H, T, S, H, G, *shape.scalars(), **flags,
+        HAS_DLSE=dlse is not None, DESCRIPTORS=by_descriptor, **options(block),
+    )  # fmt: skip
+    block = tile("dk_dv", D, q.dtype, arch(q))
+    tensors, by_descriptor = operands(block)
+    attention_bwd_kernel_dk_dv[(triton.cdiv(S, block.block_n) * B * G,)](
+        *tensors, lse, delta, documents, seed, dk, dv, *strides, B * G, T, S, H, G, *shape.scalars(), **flags,
+        DESCRIPTORS=by_descriptor, GROUP=H // G, **options(block),
+    )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,196 @@
+"""Attention forward: one pass over the keys with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
+arXiv:2205.14135), in base 2 with the scale folded into the exponent."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import arch, jit, tl, triton
+from .shared import (
+    Shape,
+    descriptor,
+    document_bounds,
+    head_of,
+    kept,
+    keys_seen,
+    load_rows,
+    padded,
+    place,
+    rows,
+    scores,
+    segments,
+    takes_descriptor,
+)
+
+
+@jit
+def _softmax_step(s, factor, m, l, n, first, end, MASKED: tl.constexpr):
+    """Fold a tile of scores into the running maximum m and sum l: its weights, and what the sums so far are worth now."""
+    if MASKED:
+        s = tl.where((n >= first) & (n < end), s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, axis=1) * factor)
+    origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key seen yet: every weight is exp2(-inf - 0) = 0
+    p = tl.exp2(s * factor - origin[:, None])
+    alpha = tl.exp2(m - origin)
+    return p, alpha, m_new, l * alpha + tl.sum(p, axis=1)
+
+
+@jit
+def _attend(
+    acc, m, l, p, q, k, v, b, g, k_stride_s, v_stride_s, start, stop, S, position, first, end, head, seed_ptr,
+    scale, softcap, threshold, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, DELAYED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Visit the tiles of keys from start to stop. If DELAYED, p holds the weights of the tile before each."""
+    for row in tl.range(start, stop, BLOCK_N):
+        n = row + tl.arange(0, BLOCK_N)[None, :]
+        k_tile = load_rows(k, b, g, row, k_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        s, factor = scores(tl.dot(q, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
+        if DELAYED:  # the product of the tile before runs while the exponentials of this one are computed
+            v_tile = load_rows(v, b, g, row - BLOCK_N, v_stride_s, S, False, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+            acc = tl.dot(p, v_tile, acc, input_precision="ieee")
+        weights, alpha, m, l = _softmax_step(s, factor, m, l, n, first, end, MASKED)
+        if DROPOUT:
+            weights = tl.where(kept(seed_ptr, n, position, head, threshold), weights, 0.0)
+        acc = acc * alpha[:, None]
+        p = weights.to(q.dtype)
+        if not DELAYED:
+            v_tile = load_rows(v, b, g, row, v_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+            acc = tl.dot(p, v_tile, acc, input_precision="ieee")
+    return acc, m, l, p
+
+
+@jit
+def attention_fwd_kernel(
+    q, k, v, document_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    heads, T, S, H, G, window, scale, softcap, threshold, undropped,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, DELAYED: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, over the keys they see -> out and the log-sum-exp in base 2.
+
+    q, k and v are pointers, or descriptors if DESCRIPTORS. lse is +inf for a query that sees no key, so that the backward
+    finds weights of 0 for it.
+    """
+    head, block = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), heads, S, D, CAUSAL)
+    b, h = head // H, head % H
+    g = h // (H // G)
+    q = head_of(q, b, h, q_stride_b, q_stride_h, DESCRIPTORS)
+    k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
+    v = head_of(v, b, g, v_stride_b, v_stride_h, DESCRIPTORS)
+    row = block * BLOCK_M
+    t = row + tl.arange(0, BLOCK_M)
+    position = (t + (S - T))[:, None]
+    first, end = keys_seen(position, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    first_0, end_0 = keys_seen(row + (S - T), S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    last = tl.minimum(row + BLOCK_M, T) - 1 + (S - T)
+    first_1, end_1 = keys_seen(last, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
+    start, full, ragged, stop = segments(first_0, end_0, first_1, end_1, BLOCK_N)
+
+    q_tile = load_rows(q, b, h, row, q_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    p = tl.zeros((BLOCK_M, BLOCK_N), q_tile.dtype)
+    if DELAYED:  # the first tile's weights, which may all be 0
+        n = start + tl.arange(0, BLOCK_N)[None, :]
+        k_tile = load_rows(k, b, g, start, k_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        s, factor = scores(tl.dot(q_tile, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
+        weights, alpha, m, l = _softmax_step(s, factor, m, l, n, first, end, True)
+        if DROPOUT:
+            weights = tl.where(kept(seed_ptr, n, position, head, threshold), weights, 0.0)
+        p = weights.to(q_tile.dtype)
+        final = start + tl.cdiv(tl.maximum(stop - start, 1), BLOCK_N) * BLOCK_N - BLOCK_N
+        start += BLOCK_N
+        full, ragged = tl.maximum(full, start), tl.maximum(ragged, start)
+    if WINDOWED or DOCUMENTS:
+        acc, m, l, p = _attend(
+            acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end, head, seed_ptr,
+            scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, m, l, p = _attend(
+        acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, full, ragged, S, position, first, end, head, seed_ptr,
+        scale, softcap, threshold, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, m, l, p = _attend(
+        acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, ragged, stop, S, position, first, end, head, seed_ptr,
+        scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if DELAYED:
+        v_tile = load_rows(v, b, g, final, v_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        acc = tl.dot(p, v_tile, acc, input_precision="ieee")
+
+    out = acc / l[:, None]
+    if DROPOUT:
+        out *= undropped
+    out = tl.where(end > first, out, 0.0)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    out_rows = out_ptr + ((b.to(tl.int64) * T + row) * H + h) * D
+    tl.store(
+        out_rows + tl.arange(0, BLOCK_M)[:, None] * (H * D) + d,
+        out.to(out_ptr.dtype.element_ty),
+        (t < T)[:, None] & (d < D),
+    )
+    lse = tl.where(tl.reshape(end > first, (BLOCK_M,)), m + tl.log2(l), float("inf"))
+    tl.store(lse_ptr + head.to(tl.int64) * T + t, lse, t < T)
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a program's tile, its warps, the loads in flight. `descriptors`, `delayed`: see the kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    delayed: bool = False
+
+
+# By architecture, then by the padded head dim. Chosen from the compiled code (results/aot.json); not timed on a GPU yet.
+CONSERVATIVE = Tile(32, 32, 4, 2)
+TILES = {
+    80: {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    90: {
+        64: Tile(128, 64, 8, 2, True, True),
+        128: Tile(128, 64, 8, 2, True, True),
+        256: Tile(128, 64, 8, 2, True, True),
+    },
+    100: {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 64, 8, 2, True)},
+}
+
+
+def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
+    """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
+    if arch not in TILES or dtype == torch.float32:
+        return CONSERVATIVE
+    return TILES[arch][max(64, padded(D))]
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32."""
+    q, k, v = rows(q), rows(k), rows(v)
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    shape = Shape(causal, window, scale, softcap, dropout)
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or S == 0:
+        return out.zero_(), lse.fill_(torch.inf)
+    block = tile(D, q.dtype, arch(q))
+    by_descriptor = block.descriptors and all(map(takes_descriptor, (q, k, v)))
+    operands = q, k, v
+    if by_descriptor:
+        operands = descriptor(q, block.block_m), descriptor(k, block.block_n), descriptor(v, block.block_n)
+    documents = document_bounds(cu_seqlens, S)
+    attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * H,)](
+        *operands, documents, seed, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        B * H, T, S, H, G, *shape.scalars(), **shape.flags(documents), DESCRIPTORS=by_descriptor, DELAYED=block.delayed,
+        D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D),
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    return out, lse

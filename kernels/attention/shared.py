@@ -1,0 +1,197 @@
+"""What the forward and the backward kernels of attention have in common.
+
+Every query sees one interval of keys, and every key is seen by one interval of queries: causality, windows and documents only
+move its ends. `keys_seen` and `queries_seeing` are the two sides of that one fact. From the intervals of a tile's first and
+last row follow the tiles to visit, and those among them that every row sees in full, which need no mask.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import jit, tl, triton
+from .reference import dropout_threshold
+
+
+class Shape(NamedTuple):
+    """What a kernel must know of the problem, besides the tensors."""
+
+    causal: bool
+    window: int  # -1 for none
+    scale: float
+    softcap: float  # 0 for none
+    dropout: float
+
+    def scalars(self) -> tuple:
+        """Runtime arguments of every kernel, in order."""
+        return self.window, self.scale, self.softcap, dropout_threshold(self.dropout), 1.0 / (1.0 - self.dropout)
+
+    def flags(self, documents: Tensor | None) -> dict[str, Any]:
+        """Compile-time arguments of every kernel."""
+        return dict(
+            CAUSAL=self.causal, WINDOWED=self.window >= 0, DOCUMENTS=documents is not None,
+            SOFTCAPPED=self.softcap > 0, DROPOUT=self.dropout > 0,
+        )  # fmt: skip
+
+
+def document_bounds(cu_seqlens: Tensor | None, S: int) -> Tensor | None:
+    """(2, S) int32: for each position, where its document starts and where it ends."""
+    if cu_seqlens is None:
+        return None
+    position = torch.arange(S, device=cu_seqlens.device)
+    document = torch.bucketize(position, cu_seqlens[1:], right=True)
+    edges = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens[1:], cu_seqlens.new_full((1,), S)]).clamp(0, S)
+    return torch.stack([edges[document], edges[document + 1]]).to(torch.int32)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with unit last stride: itself wherever that holds, so that a slice of a fused projection is not copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def padded(D: int) -> int:
+    """The width of a tile that holds head vectors of D: a power of two that a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def takes_descriptor(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address x (B, T, H, D): 16-byte aligned rows of a 16-bit dtype."""
+    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    start = x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()
+    return x.element_size() == 2 and x.stride(-1) == 1 and aligned and start % 16 == 0 and min(x.stride()[:3]) > 0
+
+
+def descriptor(x: Tensor, block: int) -> Any:
+    """A tensor descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    view = x.transpose(1, 2)
+    return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, block, padded(x.shape[3])])
+
+
+# ---- inside kernels
+
+
+@jit
+def place(program, blocks, heads, length, D: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(head, block) of a program. Heads go in waves whose keys and values stay in the L2 cache, the heavy blocks first.
+
+    A wave holds 4 M elements of keys, with the values 16 MB in 16 bits: a third of an A100's or H100's L2. Not tuned.
+    """
+    wave = tl.maximum(1, 4194304 // D // length)
+    first = program // (wave * blocks) * wave
+    size = tl.minimum(wave, heads - first)
+    rest = program - first * blocks
+    block = rest // size
+    return first + rest % size, blocks - 1 - block if LAST_FIRST else block
+
+
+@jit
+def keys_seen(
+    p, S, window, document_ptr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr
+):  # fmt: skip
+    """The first key that the query at position p sees, and one past the last."""
+    first, end = p * 0, p * 0 + S
+    if CAUSAL:
+        end = tl.minimum(end, tl.maximum(p + 1, 0))
+    if WINDOWED:
+        first = tl.maximum(first, p - window)
+        if not CAUSAL:
+            end = tl.minimum(end, tl.maximum(p + window + 1, 0))
+    if DOCUMENTS:
+        first = tl.maximum(first, tl.load(document_ptr + p, p < S, other=0))
+        end = tl.minimum(end, tl.load(document_ptr + S + p, p < S, other=0))
+    return first, end
+
+
+@jit
+def queries_seeing(
+    u, T, S, window, document_ptr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr
+):  # fmt: skip
+    """The position of the first query that sees key u, and one past the last; queries stand at S - T to S - 1."""
+    first, end = u * 0 + (S - T), u * 0 + S
+    if CAUSAL:
+        first = tl.maximum(first, u)
+    if WINDOWED:
+        end = tl.minimum(end, u + window + 1)
+        if not CAUSAL:
+            first = tl.maximum(first, u - window)
+    if DOCUMENTS:
+        first = tl.maximum(first, tl.load(document_ptr + u, u < S, other=0))
+        end = tl.minimum(end, tl.load(document_ptr + S + u, u < S, other=0))
+    return first, end
+
+
+@jit
+def segments(first_of_first, end_of_first, first_of_last, end_of_last, BLOCK: tl.constexpr):
+    """Where tiles begin, where they are full, where they are full no more, and the end.
+
+    Given the intervals that a tile's first and last row see. All but the end are multiples of BLOCK.
+    """
+    start = first_of_first // BLOCK * BLOCK
+    full = tl.minimum(tl.maximum(tl.cdiv(first_of_last, BLOCK) * BLOCK, start), tl.cdiv(end_of_last, BLOCK) * BLOCK)
+    ragged = tl.maximum(full, end_of_first // BLOCK * BLOCK)
+    return start, full, ragged, end_of_last
+
+
+@jit
+def head_of(x, b, head, stride_b, stride_h, DESCRIPTORS: tl.constexpr):
+    """What load_rows reads a head's rows from: a pointer to its first row, or the descriptor of the whole tensor."""
+    if DESCRIPTORS:
+        return x
+    else:
+        return x + b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+
+
+@jit
+def load_rows(
+    x, b, head, row, stride, length, CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, BLOCK_D): rows `row` onwards of a head. Columns past D are 0, and rows past length if CHECKED."""
+    if DESCRIPTORS:
+        return tl.reshape(x.load([b, head, row, 0]), (BLOCK, BLOCK_D))
+    else:
+        r, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+        tile_ptr = x + row.to(tl.int64) * stride + (r * stride + d)
+        if CHECKED:
+            return tl.load(tile_ptr, (row + r < length) & (d < D), other=0.0)
+        elif D != BLOCK_D:
+            return tl.load(tile_ptr, (r >= 0) & (d < D), other=0.0)
+        else:
+            return tl.load(tile_ptr)
+
+
+@jit
+def scores(products, scale, softcap, SOFTCAPPED: tl.constexpr):
+    """Scores in units of log 2, and the factor that is still to be multiplied in, where an FMA does it for nothing."""
+    if SOFTCAPPED:
+        return tanh(products * (scale / softcap)) * (softcap * 1.4426950408889634), 1.0
+    else:
+        return products, scale * 1.4426950408889634
+
+
+@jit
+def tanh(x):
+    """To fp32: a series where 1 - 2 / (exp(2x) + 1) would cancel. (libdevice's is not interpretable.)"""
+    square = x * x
+    series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.09, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
+
+
+@jit
+def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
+    """The gradient of the scores before the softcap: times 1 - tanh^2. `capped` is in units of log 2."""
+    if SOFTCAPPED:
+        ratio = capped * (0.6931471805599453 / softcap)
+        return ds * (1.0 - ratio * ratio)
+    else:
+        return ds
+
+
+@jit
+def kept(seed_ptr, key, query, head, threshold):
+    """True where dropout keeps the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
+    bits, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, head * 0, 7)
+    return (bits >> 1).to(tl.int32) >= threshold

@@ -53,10 +53,13 @@ class Norm(nn.Module):
             self.weight = nn.Parameter(torch.ones(config.n_embd))
             self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(h), h) with h = x + update: the residual sum and its norm in one pass over memory."""
+        ops = self.ops
         if self.layernorm:
-            return self.ops.layernorm(x, self.weight, self.bias, 1e-5)
-        return self.ops.rmsnorm(x)
+            parameters = self.weight, self.bias, 1e-5
+            return (ops.layernorm(x, *parameters), x) if update is None else ops.add_layernorm(update, x, *parameters)
+        return (ops.rmsnorm(x), x) if update is None else ops.add_rmsnorm(update, x)
 
 
 class Shift(nn.Module):
@@ -118,15 +121,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each before a norm. The stream x and its last update come in, and go out, not yet summed: the sum
+    belongs to the norm that follows."""
+
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.ln_1, self.attn = Norm(config, ops), Attention(config, ops)
         self.ln_2, self.mlp = Norm(config, ops), MLP(config)
         self.shift_1, self.shift_2 = (Shift(config, 1) if config.token_shift else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.attn(self.shift_1(self.ln_1(x)), rotation)
-        return x + self.mlp(self.shift_2(self.ln_2(x)))
+    def forward(
+        self, x: Tensor, update: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        y, x = self.ln_1(x, update)
+        y, x = self.ln_2(x, self.attn(self.shift_1(y), rotation))
+        return x, self.mlp(self.shift_2(y))
 
 
 class GPT(nn.Module):
@@ -202,9 +211,10 @@ class GPT(nn.Module):
         x = self.transformer["shift"](x.to(self.dtype))
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
+        update = None
         for block in self.transformer["h"]:
-            x = block(x, rotation)
-        return self.transformer["ln_f"](x)
+            x, update = block(x, update, rotation)
+        return self.transformer["ln_f"](x, update)[0]
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, a tied head counted once; `non_embedding` leaves out the position embedding, as nanoGPT does."""

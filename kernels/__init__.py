@@ -1,10 +1,10 @@
 """The maths: fused kernels for GPTs, each beside the PyTorch reference that defines it.
 
-Letters, everywhere: B batch, T query positions, S key positions, H query heads, G key/value heads, D head dim, C model dim,
-V vocabulary, M rows (B * T), N row length, K contracted axis. Attention tensors are (B, T, H, D).
+Letters, everywhere: B batch, T query positions, S key positions, H query heads, G key/value heads, D head dim, C model
+dim, V vocabulary, M rows (B * T), N row length, K contracted axis. Attention tensors are (B, T, H, D).
 
     ops = kernels.load("auto")                              # triton on CUDA, reference elsewhere
-    ops = kernels.load("interpret")                         # the same kernels on CPU tensors, interpreted: parity, not speed
+    ops = kernels.load("interpret")                         # the same kernels on CPU tensors: for parity, not speed
     ops = kernels.load("triton", layernorm="reference")     # ablation
     y = ops.layernorm(x, weight, bias); print(ops)
 """
@@ -34,7 +34,7 @@ __all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]
 
 
 class Ops:
-    """Which implementation of each op to use, as a value: `ops.layernorm(x, weight)` calls it, print(ops) says what and why."""
+    """Which implementation of each op runs, as a value: `ops.layernorm(x, weight)` calls it, print(ops) says why."""
 
     def __init__(self, chosen: Mapping[str, tuple[str, str, Callable[..., Any]]]) -> None:
         self.chosen = {name: (implementation, why) for name, (implementation, why, _) in chosen.items()}
@@ -52,9 +52,9 @@ class Ops:
 def load(implementation: str = "auto", **per_op: str) -> Ops:
     """Choose an implementation for every op, and another for those named by keyword.
 
-    'reference' is plain PyTorch, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto' triton where
-    it can run and the reference elsewhere. Raises ValueError for a name that does not exist, RuntimeError for an explicit
-    'triton' or 'interpret' that cannot run here: nothing falls back in silence.
+    'reference' is plain PyTorch, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto'
+    triton where it can run and the reference elsewhere. Raises ValueError for a name that does not exist, RuntimeError
+    for an explicit 'triton' or 'interpret' that cannot run here: nothing falls back in silence.
     """
     for name in per_op:
         _known("op", name, OPS)
@@ -65,20 +65,21 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
     _known("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "reference":
         return "reference", "asked for", op.reference
-    obstacle = "it has no kernel yet" if op.triton is None else _triton.MISSING or ""
+    kernel = op.triton
+    obstacle = "it has no kernel yet" if kernel is None else _triton.MISSING or ""
     if implementation == "interpret":
-        if obstacle:
+        if kernel is None or obstacle:
             raise RuntimeError(f"{op.name} cannot be interpreted: {obstacle}")
-        return "interpret", "asked for", _interpreted(op)
+        return "interpret", "asked for", _interpreted(kernel)
     obstacle = obstacle or _no_gpu()
-    if not obstacle:
-        return "triton", "asked for" if implementation == "triton" else "CUDA is available", op.triton
+    if kernel is not None and not obstacle:
+        return "triton", "asked for" if implementation == "triton" else "CUDA is available", kernel
     if implementation == "triton":
         raise RuntimeError(f"{op.name}: 'triton' cannot run: {obstacle}; use 'auto', 'reference' or 'interpret'")
     return "reference", obstacle, op.reference
 
 
-def _interpreted(op: Op) -> Callable[..., Any]:
+def _interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
     from .interpret import interpreting
@@ -87,9 +88,9 @@ def _interpreted(op: Op) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiled graph holds the custom op, whose CPU implementation interprets
-            return op.triton(*args, **kwargs)
+            return kernel(*args, **kwargs)
         with interpreting():
-            return op.triton(*args, **kwargs)
+            return kernel(*args, **kwargs)
 
     return run
 

@@ -91,7 +91,7 @@ else:
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
-    jit, tl, triton = _AbsentKernel, _AbsentLanguage(), _AbsentTriton()  # type: ignore[misc, assignment]
+    jit, tl, triton = _AbsentKernel, _AbsentLanguage(), _AbsentTriton()  # type: ignore[assignment]
 
 
 @functools.cache

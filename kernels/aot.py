@@ -96,6 +96,8 @@ def _specialization(value: Any) -> str:
 
 def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Every launch that forward and backward of an op make at these dims on that architecture, without running any."""
+    if op.triton is None:
+        return []
     found: list[Launch] = []
     record = Launcher(
         lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, CHIPS[arch].multiprocessors

@@ -30,7 +30,7 @@ class Op:
     domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # alternatives timed beside ours, same arguments
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # timed beside ours, same arguments
     summary: str = ""  # the formula in one line, for the table of ops
 
 
@@ -48,14 +48,16 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Join two functions that launch kernels into one differentiable function.
 
-    forward(*inputs) returns tensors, of which the first `outputs` are the op's results and the rest what backward needs.
-    save(inputs, everything forward returned) picks the arguments of backward, which follow the gradients of the results.
-    backward returns a gradient for each tensor input in order; an empty one stands for an optional input that is absent.
-    Where inputs share a gradient, backward returns it once and `spread` makes one for each of what backward returned.
-    Both are annotated with plain types, since torch reads the operator's schema from them; neither may return an input.
+    forward(*inputs) returns tensors, of which the first `outputs` are the op's results and the rest what backward
+    needs. save(inputs, everything forward returned) picks the arguments of backward, which follow the gradients of the
+    results. backward returns a gradient for each tensor input in order; an empty one stands for an optional input that
+    is absent. Where inputs share a gradient, backward returns it once and `spread` makes one for each of what backward
+    returned. Both are annotated with plain types, since torch reads the operator's schema from them; neither may return
+    an input.
 
-    In eager mode this is an autograd.Function (56 us for forward and backward against 80 us through a custom op, measured
-    on CPU with a trivial body); under torch.compile a custom op whose shape function is `forward` with its launches left out.
+    In eager mode this is an autograd.Function (56 us for forward and backward against 80 us through a custom op,
+    measured on CPU with a trivial body); under torch.compile a custom op whose shape function is `forward` with its
+    launches left out.
     """
     n = outputs
 
@@ -95,7 +97,9 @@ def differentiable(
 
     Function.__name__ = Function.__qualname__ = name
 
-    operator = torch.library.custom_op(f"gptfast::{name}", mutates_args=(), device_types="cuda", schema=schema_forward)(forward)
+    operator = torch.library.custom_op(f"gptfast::{name}", mutates_args=(), device_types="cuda", schema=schema_forward)(
+        forward
+    )
     reverse = torch.library.custom_op(
         f"gptfast::{name}_backward", mutates_args=(), device_types="cuda", schema=schema_backward
     )(backward)

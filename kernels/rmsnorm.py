@@ -4,11 +4,12 @@
 
     g = dy * weight        dx = rstd * (g - xhat * mean_n(g * xhat))        dweight = sum_m dy * xhat
 
-    add_rmsnorm:        h = x + residual, rounded to their dtype        y = rmsnorm(h)        dx = dresidual = dh + the dx above
+    add_rmsnorm:    h = x + residual, rounded to their dtype    y = rmsnorm(h)    dx = dresidual = dh + the dx above
 
 x, residual, h, y: (..., N), taken as (M, N)   weight: (N,) or absent, which is a weight of ones   rstd: (M,) fp32
 
-Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467. Without a weight: nanochat. The kernels follow layernorm's.
+Zhang, Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467. Without a weight: nanochat. The kernels
+follow layernorm's.
 """
 
 import dataclasses
@@ -168,8 +169,8 @@ def rmsnorm_bwd_kernel_weight(
     tl.store(dweight_ptr + p.to(tl.int64) * N + n, dweight, n < N)
 
 
-# From registers and spills of the compiled code (results/aot.json): forward at 512 columns to a warp spills 8 B on sm_80, where
-# ptxas aims for 32 registers. No row here has been timed on a GPU yet.
+# From registers and spills of the compiled code (results/aot.json): forward at 512 columns to a warp spills 8 B on
+# sm_80, where ptxas aims for 32 registers. No row here has been timed on a GPU yet.
 TILES = {
     "forward": RowTiles(whole=32768, per_warp=1024, long=RowTile(1, 8192, 32, long=True)),
     "backward": RowTiles(whole=8192, per_warp=256, long=RowTile(1, 4096, 8, long=True)),

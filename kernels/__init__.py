@@ -26,8 +26,8 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
-    )  # fmt: skip
-}
+    )
+}  # fmt: skip
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
 
 __all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]

@@ -1,7 +1,7 @@
 """Attention backward, in two kernels without atomics: dq by programs of queries, dk and dv by programs of keys.
 
-The weights are found again from the scores and the log-sum-exp. Each kernel multiplies the scores anew, seven products where
-one kernel with atomic sums would have five; in return it is deterministic and nothing waits for memory to be zeroed.
+The weights are found again from the scores and the log-sum-exp. Each kernel multiplies the scores anew, seven products
+where one kernel with atomic sums would have five; in return it is deterministic and no memory has to be zeroed first.
 """
 
 from typing import NamedTuple
@@ -58,11 +58,11 @@ def attention_bwd_kernel_dq(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_t, dout_stride_h,
     heads, T, S, H, G, window, scale, softcap, threshold, undropped,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head -> dq, and delta[t] = sum_d dout[t, d] * out[t, d] for the other kernel."""
+    """One program: BLOCK_M queries of one head -> dq, and delta[t] = sum_d dout[t, d] * out[t, d] for the other."""
     head, block = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), heads, S, D, CAUSAL)
     b, h = head // H, head % H
     g = h // (H // G)
@@ -96,15 +96,18 @@ def attention_bwd_kernel_dq(
     if WINDOWED or DOCUMENTS:
         dq = _gather_dq(
             dq, q_tile, dout_tile, lse, delta, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end,
-            head, seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
+            head, seed_ptr, scale, softcap, threshold, undropped,
+            True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dq = _gather_dq(
         dq, q_tile, dout_tile, lse, delta, k, v, b, g, k_stride_s, v_stride_s, full, ragged, S, position, first, end,
-        head, seed_ptr, scale, softcap, threshold, undropped, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
+        head, seed_ptr, scale, softcap, threshold, undropped,
+        False, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _gather_dq(
         dq, q_tile, dout_tile, lse, delta, k, v, b, g, k_stride_s, v_stride_s, ragged, stop, S, position, first, end,
-        head, seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
+        head, seed_ptr, scale, softcap, threshold, undropped,
+            True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     tl.store(dq_ptr + offset + tile, (dq * scale).to(dq_ptr.dtype.element_ty), (t < T) & (d < D))
 
@@ -113,13 +116,14 @@ def attention_bwd_kernel_dq(
 def _gather_dk_dv(
     dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
     dout_stride_b, dout_stride_t, dout_stride_h, start, stop, T, S, u, first, end,
-    seed_ptr, scale, softcap, threshold, undropped, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    seed_ptr, scale, softcap, threshold, undropped,
+    MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dv += p^T @ dout and dk += ds^T @ q over the tiles of queries from start to stop, of GROUP heads one after another.
+    """dv += p^T @ dout and dk += ds^T @ q over the tiles of queries from start to stop, of GROUP heads in turn.
 
-    Tiles are transposed: [keys, queries]. Rows past T need no mask: their log-sum-exp is read as +inf, their weights are 0.
-    One flat loop over heads and tiles: in a nest of two, ptxas serializes the matrix products (C7519) and spills.
+    Tiles are transposed: [keys, queries]. Rows past T need no mask: their log-sum-exp is read as +inf, their weights
+    are 0. Heads and tiles are one flat loop: a nest of two costs 40 to 80 registers, and then spills.
     """
     tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
     for i in tl.range(0, GROUP * tiles):
@@ -159,11 +163,11 @@ def attention_bwd_kernel_dk_dv(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_t, dout_stride_h,
     heads, T, S, H, G, window, scale, softcap, threshold, undropped,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one key head -> dk and dv, over the queries that see them, of every head that reads it."""
+    """One program: BLOCK_N keys of one key head -> dk and dv, over the queries of all its heads that see them."""
     head, block = place(tl.program_id(0), tl.cdiv(S, BLOCK_N), heads, T * GROUP, D, False)
     b, g = head // G, head % G
     k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
@@ -176,8 +180,8 @@ def attention_bwd_kernel_dk_dv(
     first_1, end_1 = queries_seeing(last, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
     back = S - T  # from positions to rows of q, of which there are T
     start, full, ragged, stop = segments(
-        tl.maximum(first_0 - back, 0), tl.maximum(end_0 - back, 0), tl.maximum(first_1 - back, 0), tl.maximum(end_1 - back, 0),
-        BLOCK_M,
+        tl.maximum(first_0 - back, 0), tl.maximum(end_0 - back, 0),
+        tl.maximum(first_1 - back, 0), tl.maximum(end_1 - back, 0), BLOCK_M,
     )  # fmt: skip
     # Rows past T are no trouble: where the last row of q is seen by all, the tile it ends in counts as full.
     ragged = tl.where(end_0 >= S, tl.maximum(full, tl.cdiv(T, BLOCK_M) * BLOCK_M), ragged)
@@ -190,18 +194,21 @@ def attention_bwd_kernel_dk_dv(
         dk, dv = _gather_dk_dv(
             dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
             dout_stride_b, dout_stride_t, dout_stride_h, start, full, T, S, u, first, end,
-            seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
+            seed_ptr, scale, softcap, threshold, undropped,
+            True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     dk, dv = _gather_dk_dv(
         dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
         dout_stride_b, dout_stride_t, dout_stride_h, full, ragged, T, S, u, first, end,
-        seed_ptr, scale, softcap, threshold, undropped, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
+        seed_ptr, scale, softcap, threshold, undropped,
+        False, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     if WINDOWED or DOCUMENTS:
         dk, dv = _gather_dk_dv(
             dk, dv, k_tile, v_tile, q, dout, lse_ptr, delta_ptr, b, g, H, q_stride_b, q_stride_t, q_stride_h,
             dout_stride_b, dout_stride_t, dout_stride_h, ragged, stop, T, S, u, first, end,
-            seed_ptr, scale, softcap, threshold, undropped, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
+            seed_ptr, scale, softcap, threshold, undropped,
+            True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     d = tl.arange(0, BLOCK_D)[None, :]
     offset = ((b.to(tl.int64) * S + row) * G + g) * D + tl.arange(0, BLOCK_N)[:, None] * (G * D) + d
@@ -219,7 +226,7 @@ class Tile(NamedTuple):
     descriptors: bool = False
 
 
-# By architecture, then by the padded head dim. Chosen from the compiled code (results/aot.json); not timed on a GPU yet.
+# By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
 CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     "dq": {
@@ -228,7 +235,7 @@ TILES = {
         100: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
     },
     "dk_dv": {
-        80: {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)},
+        80: {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
         90: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 64, 8, 2, True), 256: Tile(16, 64, 8, 2, True)},
         100: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 128, 8, 2, True), 256: Tile(32, 64, 8, 2, True)},
     },
@@ -244,7 +251,8 @@ def tile(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Tile:
 
 def launch_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float,
+    cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, contiguous, in the dtypes of q, k, v. dlse (B, H, T) is the gradient of the natural log-sum-exp."""
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)

@@ -1,5 +1,9 @@
-"""Attention forward: one pass over the keys with a running softmax (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
-arXiv:2205.14135), in base 2 with the scale folded into the exponent."""
+"""Attention forward: one pass over the keys with a running softmax, in base 2 with the scale folded into the exponent.
+
+Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135. On Hopper the product with the values is delayed
+by one tile, so that the tensor cores work at it while the exponentials of the next tile are computed: the overlap
+within a warpgroup of FlashAttention-3 (Shah et al., arXiv:2407.08608).
+"""
 
 from typing import NamedTuple
 
@@ -26,7 +30,7 @@ from .shared import (
 
 @jit
 def _softmax_step(s, factor, m, l, n, first, end, MASKED: tl.constexpr):
-    """Fold a tile of scores into the running maximum m and sum l: its weights, and what the sums so far are worth now."""
+    """Fold a tile of scores into the running maximum m and sum l: its weights, and the worth of the sums before."""
     if MASKED:
         s = tl.where((n >= first) & (n < end), s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * factor)
@@ -66,14 +70,14 @@ def attention_fwd_kernel(
     q, k, v, document_ptr, seed_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     heads, T, S, H, G, window, scale, softcap, threshold, undropped,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, DELAYED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, DELAYED: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over the keys they see -> out and the log-sum-exp in base 2.
 
-    q, k and v are pointers, or descriptors if DESCRIPTORS. lse is +inf for a query that sees no key, so that the backward
-    finds weights of 0 for it.
+    q, k and v are pointers, or descriptors if DESCRIPTORS. lse is +inf for a query that sees no key, so that the
+    backward finds weights of 0 for it.
     """
     head, block = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), heads, S, D, CAUSAL)
     b, h = head // H, head % H
@@ -99,7 +103,7 @@ def attention_fwd_kernel(
         n = start + tl.arange(0, BLOCK_N)[None, :]
         k_tile = load_rows(k, b, g, start, k_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
         s, factor = scores(tl.dot(q_tile, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
-        weights, alpha, m, l = _softmax_step(s, factor, m, l, n, first, end, True)
+        weights, _, m, l = _softmax_step(s, factor, m, l, n, first, end, True)
         if DROPOUT:
             weights = tl.where(kept(seed_ptr, n, position, head, threshold), weights, 0.0)
         p = weights.to(q_tile.dtype)
@@ -108,8 +112,8 @@ def attention_fwd_kernel(
         full, ragged = tl.maximum(full, start), tl.maximum(ragged, start)
     if WINDOWED or DOCUMENTS:
         acc, m, l, p = _attend(
-            acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end, head, seed_ptr,
-            scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+            acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end, head,
+            seed_ptr, scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, m, l, p = _attend(
         acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, full, ragged, S, position, first, end, head, seed_ptr,
@@ -139,7 +143,7 @@ def attention_fwd_kernel(
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a program's tile, its warps, the loads in flight. `descriptors`, `delayed`: see the kernel."""
+    """Queries and keys of a tile, warps of a program, loads in flight. `descriptors`, `delayed`: see the kernel."""
 
     block_m: int
     block_n: int
@@ -149,7 +153,7 @@ class Tile(NamedTuple):
     delayed: bool = False
 
 
-# By architecture, then by the padded head dim. Chosen from the compiled code (results/aot.json); not timed on a GPU yet.
+# By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
 CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     80: {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},

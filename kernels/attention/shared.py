@@ -1,8 +1,8 @@
 """What the forward and the backward kernels of attention have in common.
 
-Every query sees one interval of keys, and every key is seen by one interval of queries: causality, windows and documents only
-move its ends. `keys_seen` and `queries_seeing` are the two sides of that one fact. From the intervals of a tile's first and
-last row follow the tiles to visit, and those among them that every row sees in full, which need no mask.
+Every query sees one interval of keys, and every key is seen by one interval of queries: causality, windows and
+documents only move its ends. `keys_seen` and `queries_seeing` are the two sides of that one fact. From the intervals of
+a tile's first and last row follow the tiles to visit, and those that every row sees in full, which need no mask.
 """
 
 from typing import Any, NamedTuple

@@ -221,11 +221,13 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
         loss += z_loss * lse.square()
     if scale is not None:
         ds = log_p.exp_()
-        if lse is not None:
-            ds *= 1 + 2 * z_loss * lse
-        ds.scatter_add_(1, at, torch.full_like(at, e - 1, dtype=ds.dtype))
+        pull = None if lse is None else 2 * z_loss * lse * ds
+        ds.scatter_add_(1, at, torch.full_like(at, -1, dtype=ds.dtype))
         if e:
+            ds.scatter_add_(1, at, torch.full_like(at, e, dtype=ds.dtype))
             ds -= e / V
+        if pull is not None:
+            ds += pull
         if softcap is not None:
             ds *= 1 - (s / softcap).square()
         z[:, :V] = ds.mul_(scale[:, None]).masked_fill_(~kept[:, None], 0)

@@ -105,8 +105,8 @@ def check_criterion(
 ) -> None:
     """Refuse wrong arguments of a cross-entropy over M rows of N logits, which the caller knows as the argument `rows`.
 
-    On a CPU also if a target lies outside the vocabulary; on a GPU, where that would mean to wait for the device, the loss
-    of such a row is NaN.
+    On a CPU also if a target lies outside the vocabulary; on a GPU, for which the host would have to wait, the loss of
+    such a row is NaN.
     """
     V = criterion.vocab_size
     require(targets.shape == (M,), f"targets: expected shape {(M,)} for the rows of {rows}, got {tuple(targets.shape)}")
@@ -158,8 +158,9 @@ def logits_gradient(
 
     The log-sum-exp comes in its two parts: of their rounded sum, softmax would lose digits where the logits are large.
     """
-    p = tl.exp((s - maximum) - log_sum) * (1.0 + 2.0 * z_loss * (maximum + log_sum))
-    ds = scale * (p - tl.where(v == target, 1.0 - label_smoothing, 0.0) - label_smoothing / V)
+    p = tl.exp((s - maximum) - log_sum)
+    hit = tl.where(v == target, 1.0, 0.0)
+    ds = scale * ((p - hit) + label_smoothing * (hit - 1.0 / V) + 2.0 * z_loss * (maximum + log_sum) * p)
     if SOFTCAP:
         ds *= 1.0 - (s / softcap) * (s / softcap)
     return ds
@@ -167,7 +168,7 @@ def logits_gradient(
 
 @jit
 def _include(s, maximum, denominator):
-    """One more block in the running maximum (BLOCK_M, 1) and in the sum of exp(s - maximum), which stays apart by column."""
+    """One more block in the running maximum (BLOCK_M, 1) and in the sum of exp(s - maximum), still apart by column."""
     larger = tl.maximum(maximum, tl.max(s, axis=1)[:, None])
     shift = tl.where(larger == float("-inf"), 0.0, larger)  # so far only -inf: exp(-inf - -inf) would be NaN
     return larger, denominator * tl.exp(maximum - shift) + tl.exp(s - shift)
@@ -182,8 +183,8 @@ def cross_entropy_rows_kernel(
 ):  # fmt: skip
     """One program finds loss[m], maximum[m] and log_sum[m], which make up the log-sum-exp, of BLOCK_M rows.
 
-    With GRADIENT it also writes scale[m] * dloss[m] / dz[m, :] over the logits. WHOLE rows stay in registers meanwhile. Longer
-    ones are read by blocks and for the gradient again, from the end: what was read last is likeliest to be in L2 still.
+    With GRADIENT it also writes scale[m] * dloss[m] / dz[m, :] over the logits. WHOLE rows stay in registers for it.
+    Longer ones are read by blocks, and again from the end: what was read last is likeliest still in L2.
     The first V of N columns count, the others get gradient 0.
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]

@@ -121,8 +121,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each before a norm. The stream x and its last update come in, and go out, not yet summed: the sum
-    belongs to the norm that follows."""
+    """Attention and MLP, each after a norm.
+
+    The stream x and its last update come in, and go out, not yet summed: the sum belongs to the norm that follows.
+    """
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ try:
     import triton
     import triton.language as tl
     from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     MISSING: str | None = None
 except ImportError as error:
@@ -91,7 +92,7 @@ else:
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
-    jit, tl, triton = _AbsentKernel, _AbsentLanguage(), _AbsentTriton()  # type: ignore[assignment]
+    jit, tl, triton, TensorDescriptor = _AbsentKernel, _AbsentLanguage(), _AbsentTriton(), None  # type: ignore[assignment]
 
 
 @functools.cache

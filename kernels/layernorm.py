@@ -27,19 +27,18 @@ from .prims import RowTile, RowTiles, as_rows, check_residual, load_sum, require
 
 
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Normalize the last axis of x (..., N) to zero mean and unit variance, then scale by weight (N,) and shift by bias (N,).
+    """Normalize the last axis of x (..., N) to zero mean and unit variance; scale by weight (N,), shift by bias (N,).
 
     Computes in at least fp32 and returns x's dtype. torch's own layer_norm is the formula above in one pass and
     accumulates in fp32 (fp64 for fp64), so the definition and the CPU fallback can be the same call; on a CPU it also
     takes a 16-bit x beside fp32 parameters as they are, which saves writing x in fp32 and back.
     """
     _check(x, weight, bias)
-    parameters, shape = (weight, bias), x.shape[-1:]
-    mixed = x.dtype.itemsize == 2 and all(p is None or p.dtype == torch.float32 for p in parameters)
-    if mixed and x.device.type == "cpu":
-        return F.layer_norm(x, shape, *parameters, eps)
+    shape, given = x.shape[-1:], [p for p in (weight, bias) if p is not None]
+    if x.device.type == "cpu" and x.dtype.itemsize == 2 and all(p.dtype == torch.float32 for p in given):
+        return F.layer_norm(x, shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), shape, *(None if p is None else p.to(wide) for p in parameters), eps).to(x.dtype)
+    return F.layer_norm(x.to(wide), shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
 
 
 def add_layernorm_reference(
@@ -57,7 +56,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             require(
-                parameter.shape == x.shape[-1:], f"{name}: expected shape {(x.shape[-1],)}, got {tuple(parameter.shape)}"
+                parameter.shape == x.shape[-1:],
+                f"{name}: expected shape {(x.shape[-1],)}, got {tuple(parameter.shape)}",
             )
             require(parameter.device == x.device, f"{name}: on {parameter.device}, but x is on {x.device}")
             require(parameter.is_floating_point(), f"{name}: expected a floating dtype, got {parameter.dtype}")
@@ -65,7 +65,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 @jit
 def layernorm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, x_stride_m, residual_stride_m, M, N, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_stride_m, residual_stride_m, M, N, eps,
     ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes BLOCK_M whole rows, held in registers: x[m, :] -> y[m, :]; with ADD also h[m, :]."""
@@ -210,10 +211,10 @@ def layernorm_bwd_kernel_weight(
         tl.store(dbias_ptr + row + n, dbias, n < N)
 
 
-# Rows up to `whole` columns are held in registers, `per_warp` columns to a warp; longer ones are walked in blocks. From registers and
-# spills of the compiled code (results/aot.json): forward at 65536 columns spills 152 B, backward at 16384 232 B. The long forward
-# takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the second and third read. No row here
-# has been timed on a GPU yet.
+# Rows up to `whole` columns are held in registers, `per_warp` columns to a warp; longer ones are walked in blocks. From
+# registers and spills of the compiled code (results/aot.json): forward at 65536 columns spills 152 B, backward at 16384
+# 232 B. The long forward takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the
+# second and third read. No row here has been timed on a GPU yet.
 TILES = {
     "forward": RowTiles(whole=32768, per_warp=512, long=RowTile(1, 16384, 32, long=True)),
     "backward": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 4096, 8, long=True)),
@@ -367,8 +368,8 @@ LAYERNORM = Op(
     triton=layernorm_triton,
     inputs=inputs,
     parity=(
-        dict(M=1, N=1), dict(M=5, N=1), dict(M=1, N=768), dict(M=7, N=129, bias=False), dict(M=3, N=1023), dict(M=0, N=16),
-        dict(M=19, N=64, bias=False), dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
+        dict(M=1, N=1), dict(M=5, N=1), dict(M=1, N=768), dict(M=7, N=129, bias=False), dict(M=3, N=1023),
+        dict(M=0, N=16), dict(M=19, N=64, bias=False), dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
     ),
     domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025), bias=(True, False)),
     bench=(
@@ -387,8 +388,8 @@ ADD_LAYERNORM = dataclasses.replace(
     triton=add_layernorm_triton,
     inputs=add_inputs,
     parity=(
-        dict(M=1, N=1), dict(M=7, N=129, bias=False), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769), dict(M=3, N=8193),
-        dict(M=150, N=65),
+        dict(M=1, N=1), dict(M=7, N=129, bias=False), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769),
+        dict(M=3, N=8193), dict(M=150, N=65),
     ),
     cost=add_cost,
     peers={"torch": add_layernorm_torch},

@@ -1,4 +1,4 @@
-"""What two or more ops use unchanged: taking tensors as rows, blocks for ops that work row by row, the sum of partial rows."""
+"""What two or more ops use unchanged: tensors as rows, blocks for ops that work row by row, the sum of partial rows."""
 
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class RowTile(NamedTuple):
     long: bool = False
 
     def programs(self, M: int, multiprocessors: int) -> int:
-        """Of a persistent kernel over M rows: enough to keep 32 KiB of 16-bit x and dy in flight on each multiprocessor."""
+        """Of a persistent kernel over M rows: enough for 32 KiB of 16-bit x and dy in flight on each multiprocessor."""
         each = max(1, min(8, 8192 // (self.block_m * self.block_n)))
         return min(triton.cdiv(M, self.block_m), each * multiprocessors)
 
@@ -60,8 +60,10 @@ class RowTiles(NamedTuple):
 
 @jit
 def load_sum(x_ptr, residual_ptr, x_offset, residual_offset, h_ptr, mask, ADD: tl.constexpr):
-    """A block of x in fp32; with ADD of x + residual, rounded as h holds it. A later pass forms the sum anew: reading h back in
-    the program that stored it would need a barrier."""
+    """A block of x in fp32; with ADD of x + residual, rounded as h holds it.
+
+    A later pass forms the sum anew: reading h back in the program that stored it would need a barrier.
+    """
     x = tl.load(x_ptr + x_offset, mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(residual_ptr + residual_offset, mask, other=0.0).to(tl.float32)

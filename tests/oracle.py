@@ -40,8 +40,9 @@ def run(
         generator = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
     wanted = leaves(arguments)
-    gradients = torch.autograd.grad(outputs, wanted, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)],
-                                    allow_unused=True)  # fmt: skip
+    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    found, seeds = ([pair[i] for pair in pairs] for i in range(2))
+    gradients = torch.autograd.grad(found, wanted, seeds, allow_unused=True) if pairs else [None] * len(wanted)
     return [o.detach() for o in outputs] + [
         torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True)
     ]
@@ -59,7 +60,9 @@ def check_parity(op: Op, function: Callable[..., Any], arguments: Sequence[Any],
     truth = run(op.reference, doubled(arguments))
     usual: list[tuple[float, float]] = []
     for i, (f, s, t) in enumerate(zip(found, same, truth, strict=True)):
-        assert f.shape == s.shape and f.dtype == s.dtype, f"{op.name} {what} [{i}]: {f.dtype}{f.shape}, not {s.dtype}{s.shape}"
+        assert f.shape == s.shape and f.dtype == s.dtype, (
+            f"{op.name} {what} [{i}]: {f.dtype}{f.shape}, not {s.dtype}{s.shape}"
+        )
         finite = t.isfinite() & s.isfinite()  # where the truth, or the format, has no number, neither has the kernel
         assert torch.equal(f.isfinite(), finite), f"{op.name} {what} result {i}: NaN or Inf in other places"
         eps, f, s, t = torch.finfo(f.dtype).eps, f[finite], s[finite], t[finite]
@@ -73,10 +76,10 @@ def check_parity(op: Op, function: Callable[..., Any], arguments: Sequence[Any],
 
 
 def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 8) -> list[tuple[float, float]]:
-    """(mean norm, largest error of the same-dtype reference) of each result, for arguments and cotangents a little different.
+    """(mean norm, largest error of the same-dtype reference) of each result, for arguments a little different.
 
-    In a result of few elements the reference's error is a matter of luck, and a gradient may cancel to almost nothing; what the
-    rule compares with is the error that the reference makes on such arguments.
+    In a result of few elements the reference's error is a matter of luck, and a gradient may cancel to almost nothing;
+    what the rule compares with is the error that the reference makes on such arguments.
     """
     norms, errors = [], []
     for seed in range(draws):

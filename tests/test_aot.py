@@ -44,7 +44,8 @@ def test_recorded_launches_cover_forward_and_backward(name, arch):
 
 CLEAN = aot.Code(
     registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300,
-    matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0, bulk_copies=0,
+    matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0,
+    bulk_copies=0,
     ptxas_warnings=(), box_mismatch=False,
 )  # fmt: skip
 
@@ -55,7 +56,8 @@ def test_a_clean_kernel_breaks_no_gate():
 
 @pytest.mark.parametrize("change, complaint", [
     (dict(stack_bytes=48), "spills"), (dict(local_accesses=2), "spills"),
-    (dict(ptxas_warnings=("C7510",)), "serializes"), (dict(shared_bytes=232449), "shared memory"), (dict(box_mismatch=True), "box"),
+    (dict(ptxas_warnings=("C7510",)), "serializes"), (dict(shared_bytes=232449), "shared memory"),
+    (dict(box_mismatch=True), "box"),
     (dict(has_dot=True, matrix="HMMA 64"), "without HGMMA"),
     (dict(has_dot=True, matrix="HGMMA 8", programs_per_sm=1), "warps"),
     (dict(loads_128=0, loads_narrow=33), "narrow loads"),

@@ -1,4 +1,4 @@
-"""What tests/test_parity.py cannot know of layernorm: its formula spelled out, its errors, and rows far apart in memory."""
+"""What tests/test_parity.py cannot know of layernorm: its formula spelled out, its errors, rows far apart in memory."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_leading_axes_are_rows():
 
 
 def test_rows_beyond_two_to_the_31(tmp_path):
-    """Three rows a GiB of elements apart: the offset of the last does not fit 32 bits. The file is sparse and holds one page a row."""
+    """Three rows a Gi of elements apart: the offset of the last does not fit 32 bits. The file is sparse."""
     stride, N = 2**30 + 16, 64
     storage = torch.from_file(str(tmp_path / "rows"), shared=True, size=2 * stride + N, dtype=torch.float16)
     x = storage.as_strided((3, N), (stride, 1))
@@ -66,7 +66,7 @@ def test_rows_beyond_two_to_the_31(tmp_path):
 @pytest.mark.parametrize("x, weight, bias, message", [
     (torch.randn(3, 8), torch.ones(7), None, r"weight: expected shape \(8,\), got \(7,\)"),
     (torch.randn(3, 8), torch.ones(8), torch.ones(1), r"bias: expected shape \(8,\), got \(1,\)"),
-    (torch.ones(3, 8, dtype=torch.int64), torch.ones(8), None, "x: expected a floating dtype, got torch.int64"),
+    (torch.ones(3, 8, dtype=torch.int64), torch.ones(8), None, r"x: expected a floating dtype, got torch\.int64"),
     (torch.randn(3, 8), torch.ones(8, device="meta"), None, "weight: on meta, but x is on cpu"),
     (torch.randn(()), torch.ones(1), None, r"x: expected \(..., N\) with N >= 1"),
     (torch.randn(3, 0), torch.ones(0), None, r"x: expected \(..., N\) with N >= 1"),
@@ -77,7 +77,7 @@ def test_a_wrong_argument_is_named(function, x, weight, bias, message):
 
 
 def test_the_kernel_refuses_fp64():
-    with pytest.raises(ValueError, match="x: expected fp32, fp16 or bf16, got torch.float64"):
+    with pytest.raises(ValueError, match=r"x: expected fp32, fp16 or bf16, got torch\.float64"):
         layernorm_triton(torch.randn(2, 4, dtype=torch.float64), torch.ones(4))
 
 

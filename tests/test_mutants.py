@@ -17,25 +17,33 @@ MUTANTS = {
     "layernorm": {
         "mask of the row forgotten": ("centered = tl.where(mask, x - mean, 0.0)", "centered = x - mean"),
         "mask off by one": ("mask = (m < M) & (n < N)\n    x =", "mask = (m < M) & (n <= N)\n    x ="),
-        "rows taken as contiguous": ("load_sum(x_ptr, residual_ptr, m * x_stride_m + n", "load_sum(x_ptr, residual_ptr, m * N + n"),
+        "rows taken as contiguous": (
+            "load_sum(x_ptr, residual_ptr, m * x_stride_m + n", "load_sum(x_ptr, residual_ptr, m * N + n",
+        ),
         "statistics in the input's dtype": (
-            "x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)\n    if ADD",
+            "x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)\n"
+            "    if ADD",
             "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0)\n    if ADD",
         ),
         "eps outside the root": ("1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)",
                                  "1.0 / (tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N) + eps)"),
         "dweight of the last block only": ("dweight += tl.sum(dy * xhat, axis=0)[None, :]",
                                            "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
-        "partial rows of dweight shared": ("row = p.to(tl.int64) * N\n    tl.store(dweight_ptr + row + n, dweight, n < N)",
+        "partial rows of dweight shared": (
+            "row = p.to(tl.int64) * N\n    tl.store(dweight_ptr + row + n, dweight, n < N)",
                                            "row = 0\n    tl.store(dweight_ptr + row + n, dweight, n < N)"),
-        "partial rows not summed": ("sum_partial_rows(partial[0], dweight)", "sum_partial_rows(partial[0, :1], dweight)"),
+        "partial rows not summed": (
+            "sum_partial_rows(partial[0], dweight)", "sum_partial_rows(partial[0, :1], dweight)"),
         "mean of g dropped from dx": ("dx = rstd * (g - mean_g - xhat * mean_gx)", "dx = rstd * (g - xhat * mean_gx)"),
-        "bias not added": ("    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
+        "bias not added": (
+            "    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, mistake", [pytest.param(n, m, id=f"{n}-{m}") for n, table in MUTANTS.items() for m in table])
+@pytest.mark.parametrize(
+    "name, mistake", [pytest.param(n, m, id=f"{n}-{m}") for n, table in MUTANTS.items() for m in table]
+)
 def test_mutant_is_caught(name, mistake, tmp_path):
     old, new = MUTANTS[name][mistake]
     page = sys.modules[f"kernels.{name}"]
@@ -68,7 +76,7 @@ def test_the_page_as_it_is_passes_what_catches_mutants(name):
 
 
 def check(op, run):
-    """Parity at the op's small dims, with rows apart in memory and far enough from zero for 16-bit statistics to show."""
+    """Parity at the op's small dims, with rows apart in memory and far enough from zero for statistics to matter."""
     for dims in (op.parity[-1], *op.parity[:4]):
         for dtype in (torch.float32, torch.float16):
             first, *rest = op.inputs(**dims, dtype=dtype)

@@ -73,7 +73,7 @@ def _check(logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str
     shape = tuple(logits.shape)
     require(len(shape) == 2 and shape[1] > 0, f"logits: expected (M, N) with N >= 1, got {shape}")
     require(logits.is_floating_point(), f"logits: expected a floating dtype, got {logits.dtype}")
-    check_criterion(targets, *logits.shape, logits.device, criterion, reduction, "logits")
+    check_criterion(targets, logits.shape[0], logits.shape[1], logits.device, criterion, reduction, "logits")
 
 
 @jit
@@ -114,7 +114,9 @@ def _kept(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def _reduced(loss: Tensor, kept: Tensor, reduction: str) -> Tensor:
-    return {"none": lambda: loss, "sum": loss.sum, "mean": lambda: loss.sum() / kept}[reduction]()
+    if reduction == "none":
+        return loss
+    return loss.sum() / kept if reduction == "mean" else loss.sum()
 
 
 def _row_scale(dloss: Tensor, kept: Tensor, M: int, reduction: str) -> Tensor:

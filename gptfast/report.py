@@ -16,6 +16,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -149,24 +150,33 @@ def fenced(text: str) -> str:
 
 # ---- figures ----------------------------------------------------------------------------------------------------
 def new_figure(title: str, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with so many panels, one above the other on one x axis. No display is needed."""
+    """A figure with so many panels, one above the other on one x axis."""
+    figure, axes = new_grid(title, panels, 1)
+    return figure, [row[0] for row in axes]
+
+
+def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
+    """A figure with rows x columns panels; those of a column share the x axis. No display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2 + 1.9 * panels), layout="constrained")
+    figure = Figure(figsize=(8 if columns == 1 else 5.5 * columns, 3.2 + 1.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-    for axis in axes:
+    axes = figure.subplots(rows, columns, sharex="col", squeeze=False)
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12, x=0.02, ha="left")
-    return figure, axes
+    return figure, [list(row) for row in axes]
 
 
-def save(figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = ()) -> Path:
-    """Writes a PNG with the caption of its rows beneath; returns its path."""
-    figure.supxlabel(caption(rows, mfu_names), fontsize=7, color="#444444", x=0.02, ha="left")
+def save(
+    figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = (), notes: Iterable[str] = ()
+) -> Path:
+    """Writes a PNG with the caption of its rows beneath, then the notes; returns its path."""
+    text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 140) for note in notes)])
+    figure.supxlabel(text, fontsize=7, color="#444444", x=0.02, ha="left")
     figure.savefig(path, dpi=130)
     return path
 
@@ -178,7 +188,7 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
     if not steps and not evals:
         return None
     time = elapsed(rows)
-    figure, (axis,) = new_figure(f"{_run_name(rows)}: loss")
+    figure, (axis,) = new_figure(f"{run_name(rows)}: loss")
     if steps:
         seconds = [time(row["step"]) for row in steps]
         losses = [row["loss"] for row in steps]
@@ -199,7 +209,7 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
     if not steps:
         return None
     names = [name for name in ("mfu", "mfu_palm") if any(_finite(row.get(name)) for row in steps)]
-    figure, axes = new_figure(f"{_run_name(rows)}: throughput", panels=2 if names else 1)
+    figure, axes = new_figure(f"{run_name(rows)}: throughput", panels=2 if names else 1)
     rates = [row["tokens_per_s"] for row in steps]
     median = statistics.median(rates)
     axes[0].plot([row["step"] for row in steps], rates, color=BLUE, linewidth=1.0, label="tokens/s")
@@ -252,7 +262,8 @@ def _size_label(row: Row) -> str:
     return "\n".join(filter(None, [row.get("direction", ""), dims(row) or row["name"], row["dtype"]]))
 
 
-def _run_name(rows: Sequence[Row]) -> str:
+def run_name(rows: Sequence[Row]) -> str:
+    """What the `run` row calls the run, else its data set."""
     first = next((row for row in rows if row["what"] == "run"), {})
     return str(first.get("name") or first.get("config", {}).get("dataset") or "training")
 
@@ -288,7 +299,7 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
     if not rows:
         return []
     first = rows[0]
-    sections = [f"# {_run_name(rows)}", _verdict(rows), caption(rows[:1])]
+    sections = [f"# {run_name(rows)}", _verdict(rows), caption(rows[:1])]
     figures = (
         ("Loss against time", loss_figure(rows, out_dir / "loss.png")),
         ("Throughput", throughput_figure(rows, out_dir / "throughput.png")),

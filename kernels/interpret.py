@@ -119,15 +119,15 @@ class _Builder(stock.InterpreterBuilder):
 
     # ---- memory
 
-    def create_masked_load(self, ptrs: Handle, mask: Handle, *rest: Any) -> Handle:
+    def create_masked_load(self, ptrs: Handle, mask: Handle, *rest: Any, **named: Any) -> Handle:
         if self.guard:
             self.guard.touch("load", ptrs, mask, self.grid_idx)
-        return super().create_masked_load(ptrs, mask, *rest)
+        return super().create_masked_load(ptrs, mask, *rest, **named)
 
-    def create_masked_store(self, ptrs: Handle, value: Handle, mask: Handle, *rest: Any) -> None:
+    def create_masked_store(self, ptrs: Handle, value: Handle, mask: Handle, *rest: Any, **named: Any) -> None:
         if self.guard:
             self.guard.touch("store", ptrs, mask, self.grid_idx)
-        return super().create_masked_store(ptrs, value, mask, *rest)
+        return super().create_masked_store(ptrs, value, mask, *rest, **named)
 
     def create_atomic_rmw(self, op: Any, ptr: Handle, value: Handle, mask: Handle, *rest: Any) -> Handle:
         if self.guard:

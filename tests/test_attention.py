@@ -122,21 +122,20 @@ def pairwise(factors: dict[str, tuple]) -> list[dict]:
         for a, b in itertools.combinations(names, 2)
         for i, j in itertools.product(range(len(factors[a])), range(len(factors[b])))
     }
+
+    def news(case: dict[str, int], name: str, i: int) -> int:
+        """How many pairs not yet met a value would add to the case."""
+        found = [((name, i), other) for other in case.items()]
+        return sum(pair in wanted or pair[::-1] in wanted for pair in found)
+
     cases = []
     while wanted:
-        chosen = dict(min(wanted))
+        case = dict(min(wanted))
         for name in names:
-            if name not in chosen:
-
-                def met(i: int, name: str = name) -> int:
-                    pairs = (
-                        tuple(sorted(((name, i), other), key=lambda x: names.index(x[0]))) for other in chosen.items()
-                    )
-                    return sum(pair in wanted for pair in pairs)
-
-                chosen[name] = max(range(len(factors[name])), key=met)
-        wanted -= {((a, chosen[a]), (b, chosen[b])) for a, b in itertools.combinations(names, 2)}
-        cases.append({name: factors[name][chosen[name]] for name in names})
+            if name not in case:
+                case[name] = max(range(len(factors[name])), key=lambda i: news(case, name, i))
+        wanted -= {((a, case[a]), (b, case[b])) for a, b in itertools.combinations(names, 2)}
+        cases.append({name: factors[name][case[name]] for name in names})
     return cases
 
 
@@ -168,7 +167,8 @@ def test_every_pair_of_features(case):
 @pytest.mark.parametrize("T, S", [(1, 2), (1, 300), (2, 3), (13, 131), (31, 33), (127, 97), (173, 173), (299, 7)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_sizes(T, S, causal):
-    check(*qkv(T, S, H=1, G=1), causal=causal)
+    few = min(T, S) < 5  # then several heads: the error of a handful of rows is a matter of luck
+    check(*qkv(T, S, B=1 + few, H=1 + 7 * few, G=1 + 3 * few), causal=causal)
 
 
 @pytest.mark.parametrize("D", [1, 16, 48, 80, 96, 128, 160, 256])
@@ -253,7 +253,7 @@ def test_packed_documents_are_attended_one_by_one(causal):
 
 
 def test_keys_past_two_to_the_31_elements():
-    """The second sequence of the batch lies 2^31 elements behind the first; only the pages touched are ever allocated."""
+    """The second sequence of the batch lies 2^31 elements behind the first; only pages touched are allocated."""
     far = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
     q, k, v = qkv(5, 20, B=2, H=1, G=1, dtype=torch.bfloat16)
     k_far = far.as_strided(k.shape, (2**31, 16, 16, 1))

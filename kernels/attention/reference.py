@@ -165,10 +165,15 @@ def check(
     for name, x in (("k", k), ("v", v)):
         require(x.dtype == q.dtype, f"{name}: {x.dtype}, but q is {q.dtype}")
         require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
-    require(window is None or window >= 0, f"window: expected a number of positions or None, got {window}")
-    require(scale is None or scale > 0, f"scale: expected a positive number or None, got {scale}")
-    require(softcap is None or softcap > 0, f"softcap: expected a positive number or None, got {softcap}")
-    require(0 <= dropout < 1, f"dropout: expected a probability in [0, 1), got {dropout}")
+    # Written out, since torch.compile cannot put a number that varies into a message, used or not.
+    if window is not None and window < 0:
+        raise ValueError(f"window: expected a number of positions or None, got {window}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale: expected a positive number or None, got {scale}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if cu_seqlens is not None:
         _check_documents(cu_seqlens, T, k.shape[1], q.device)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import jit, tl, triton
+from .._triton import TensorDescriptor, jit, tl, triton
 from .reference import dropout_threshold
 
 
@@ -64,8 +64,6 @@ def takes_descriptor(x: Tensor) -> bool:
 
 def descriptor(x: Tensor, block: int) -> Any:
     """A tensor descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     view = x.transpose(1, 2)
     return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, block, padded(x.shape[3])])
 

@@ -50,7 +50,7 @@ CPU_BATCH = {"char-cpu": 12, "char-modern-cpu": 12, "char": 4}
 MOST_ROWS = 64  # of a micro-batch on a GPU; more gain nothing at T = 1024
 LAYERS_COMPILED_WHOLE = 12  # of deeper models the block is compiled: compile time grows with depth, speed hardly does
 SAMPLE_MS = 100.0  # a sample is as many steps in a row as fill this, so that the host can run ahead
-LEARNING = {"learning_rate": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+LEARNING: dict[str, Any] = {"learning_rate": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 FAILURES = (
     RuntimeError,
     ValueError,
@@ -86,10 +86,12 @@ class TransformersGPT(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = dict(n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head)
-        off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
-        same = {"vocab_size": config.vocab_size, "activation_function": "gelu", "use_cache": False}
+        sizes: dict[str, Any] = dict(
+            n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head
+        )
+        off: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
+        same: dict[str, Any] = {"vocab_size": config.vocab_size, "activation_function": "gelu", "use_cache": False}
         chosen = GPT2Config(**same, **sizes, **off, **ids)
         chosen._attn_implementation = "sdpa"
         self.model = GPT2LMHeadModel(chosen)
@@ -135,7 +137,7 @@ def used_ops(config: GPTConfig) -> list[str]:
         return run
 
     ops = Ops({name: ("reference", "", noting(name, op.reference)) for name, op in kernels.OPS.items()})
-    heads = {"n_head": 2, "n_kv_head": 2, "n_embd": 8}
+    heads: dict[str, Any] = {"n_head": 2, "n_kv_head": 2, "n_embd": 8}
     tiny = dataclasses.replace(config, n_layer=2, vocab_size=8, block_size=4, dropout=0.0, **heads)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with torch.random.fork_rng([]):
@@ -403,6 +405,7 @@ def figures(
     last, error, reason = variant.check(*batch, config.vocab_size)
     dtype = str(maker.dtype).removeprefix("torch.")
     rate = peak.flops(PEAK_NAMES[dtype]) if peak else None
+    known = peak if rate else None
     tokens_per_s = B * T / timing.ms_p50 * 1e3
     flops = mfu.flops_per_token(config, T)
     shares = mfu.utilization(tokens_per_s, config, T, peak=peak, dtype=PEAK_NAMES[dtype], flops=flops)
@@ -413,8 +416,8 @@ def figures(
         "name": plan.name, "impl": maker.label, "dtype": dtype, "dims": {"B": B, "T": T}, **timing.fields(),
         "tokens_per_s": tokens_per_s, **shares, "memory_bytes": variant.peak_bytes,
         "parameters": mfu.palm_params(config), "flops_per_token": dataclasses.asdict(flops),
-        "peak_flops": rate, "peak_kind": peak.kind if rate else None, "peak_source": peak.source if rate else None,
-        "peak_device": peak.device if rate else None,
+        "peak_flops": rate, "peak_kind": known and known.kind, "peak_source": known and known.source,
+        "peak_device": known and known.device,
         "compiled": maker.compiled, "compile_mode": maker.mode, "attention": maker.attention, "ops": dict(maker.ops),
         "rung": maker.rung, "ours": maker.ours, "side_by_side": side_by_side, "config": dataclasses.asdict(config),
         "first_loss": variant.first_loss, "loss": last, "error": error,
@@ -517,7 +520,7 @@ def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None
 def campaign(arguments: argparse.Namespace, device: torch.device, peak: mfu.Peak | None, log: Log, common: Row) -> bool:
     """Measure model after model while the budget lasts. Returns whether anything failed or is invalid."""
     on_gpu, failed, started, each_s = device.type == "cuda", False, time.monotonic(), 0.0
-    default = GPU_MODELS if on_gpu else CPU_MODELS
+    default: Sequence[str] = GPU_MODELS if on_gpu else CPU_MODELS
     default = default[:1] if arguments.quick else default
     names = [name for name in (arguments.models or "").split(",") if name] or list(default)
     if importlib.util.find_spec("transformers") is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gptfast.log import Row
 
 from . import results
 
+Value = Callable[[Row], float]
 DIRECTIONS = ("forward", "backward", "both")
 COMPUTE_BOUND = 16  # FLOPs per byte from which an op is shown in TFLOP/s: above those that stream, below products
 STYLES = {"triton": (report.BLUE, "o"), "reference": ("#888888", "s"), "compile": (report.ORANGE, "^")}
@@ -89,21 +90,21 @@ def op_figure(rows: Sequence[Row], path: Path) -> Path:
     """TFLOP/s or GB/s of one op against size: a panel for each direction and dtype, with the roofline."""
     name, flops = rows[0]["name"], in_flops(rows)
     field, unit = ("tflops", "TFLOP/s") if flops else ("gbs", "GB/s")
-    sizes = sorted(
-        {report.dims(row): row["flops" if flops else "bytes"] for row in rows}.items(), key=lambda item: item[1]
-    )
-    places = {label: i for i, (label, _) in enumerate(sizes)}
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     shown = [direction for direction in DIRECTIONS if any(row["direction"] == direction for row in rows)]
     figure, axes = report.new_grid(f"{name}: {unit} by size", len(shown), len(dtypes))
     look, used = styles(row["impl"] for row in rows), {}
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
     for (direction, dtype), mine in by(rows, "direction", "dtype").items():
         axis = axes[shown.index(direction)][dtypes.index(dtype)]
+        sizes = sorted((row["flops" if flops else "bytes"], report.dims(row)) for row in rows if row["dtype"] == dtype)
+        places = {label: i for i, label in enumerate(dict.fromkeys(label for _, label in sizes))}
         for (impl,), points in by(mine, "impl").items():
             points = sorted(points, key=lambda row: places[report.dims(row)])
+            beside = 0.06 * (impls.index(impl) - (len(impls) - 1) / 2)  # so that equal figures do not hide each other
+            x, y = [places[report.dims(row)] + beside for row in points], [row[field] for row in points]
             color, marker = look[impl]
-            x, y = [places[report.dims(row)] for row in points], [row[field] for row in points]
-            used[impl] = axis.plot(x, y, marker=marker, color=color, markersize=5, linewidth=1.2, label=impl)[0]
+            used[impl] = axis.plot(x, y, marker=marker, color=color, markersize=5, linewidth=1.0, label=impl)[0]
         roof = {places[report.dims(row)]: row[field] / row["roofline"] for row in mine if row.get("roofline")}
         for place, height in roof.items():
             bar = axis.plot([place - 0.35, place + 0.35], [height] * 2, color="black", linewidth=1.2, linestyle="--")
@@ -142,9 +143,10 @@ def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
     rows = [row for row in rows if row.get("mfu") is not None]
     if not rows:
         return None
-    figure, axis, bars = model_bars(rows, "MFU by model", lambda row: 100 * row["mfu"])
+    mfu, palm = lambda row: 100 * row["mfu"], lambda row: 100 * row["mfu_palm"]
+    figure, axis, bars = model_bars(rows, "MFU by model", mfu, lambda row: max(mfu(row), palm(row)))
     for place, width, row in bars:
-        axis.plot([place - width / 2, place + width / 2], [100 * row["mfu_palm"]] * 2, color="black", linewidth=1.0)
+        axis.plot([place - width / 2, place + width / 2], [palm(row)] * 2, color="black", linewidth=1.0)
     axis.set_ylabel("mfu, % (black line: mfu_palm)")
     peaks = dict.fromkeys(f"peak, {row['dtype']}: {peak_label(row)}" for row in rows)
     return report.save(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
@@ -152,13 +154,15 @@ def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
 
 def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
     """Tokens per second of every model and implementation."""
-    figure, axis, _ = model_bars(rows, "Training throughput", lambda row: row["tokens_per_s"])
+    figure, axis, _ = model_bars(rows, "Training throughput", *[lambda row: row["tokens_per_s"]] * 2)
     axis.set(ylabel="tokens/s, logarithmic", yscale="log")
     axis.yaxis.set_major_formatter("{x:,.0f}")
     return report.save(figure, path, rows, notes=[workload(rows)])
 
 
-def model_bars(rows: Sequence[Row], title: str, value: Any) -> tuple[Any, Any, list[tuple[float, float, Row]]]:
+def model_bars(
+    rows: Sequence[Row], title: str, value: Value, label_at: Value
+) -> tuple[Any, Any, list[tuple[float, float, Row]]]:
     """(figure, axis, (place, width, row) of each bar): a group for each model, in it a bar for each variant."""
     rows = sorted(rows, key=lambda row: row["parameters"])
     figure, (axis,) = report.new_figure(title)
@@ -169,8 +173,15 @@ def model_bars(rows: Sequence[Row], title: str, value: Any) -> tuple[Any, Any, l
         first = place
         for row in mine:
             name = row["impl"] + (f", {row['dtype']}" if mixed else "")
-            drawn = axis.bar(place, value(row), 0.9, color=look[name][0], label=None if name in labelled else name)
-            axis.bar_label(drawn, [report.number(value(row))], fontsize=7, padding=3)
+            axis.bar(place, value(row), 0.9, color=look[name][0], label=None if name in labelled else name)
+            axis.annotate(
+                report.number(value(row)),
+                (place, label_at(row)),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
             labelled.add(name)
             bars.append((place, 0.9, row))
             place += 1

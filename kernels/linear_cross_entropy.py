@@ -230,7 +230,7 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
             ds += pull
         if softcap is not None:
             ds *= 1 - (s / softcap).square()
-        z[:, :V] = ds.mul_(scale[:, None]).masked_fill_(~kept[:, None], 0)
+        z[:, :V] = ds.mul_(torch.where(kept, scale, 0)[:, None])
         z[:, V:] = 0
     return loss[:, 0].masked_fill_(~kept, 0)
 

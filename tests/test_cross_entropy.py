@@ -161,6 +161,11 @@ def test_inplace_refuses_what_it_would_ruin():
     needed = torch.exp(logits)  # exp keeps its result for its own backward
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kernel(needed, targets, inplace=True).backward()
+    needed = logits * 1
+    other = needed.square().sum()
+    kernel(needed, targets, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
     loss = kernel(logits * 1, targets, inplace=True)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -171,8 +171,8 @@ def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu(function, rows):
 
 
 def test_what_lies_beside_the_operands_does_not_count():
-    """Rows of x and weight apart in memory, NaN between them; V is no multiple of the chunk's pitch."""
-    x, weight, targets = a_case(torch.bfloat16, M=40)
+    """Rows of x and weight apart in memory, NaN between them, of a length that torch's bf16 product on AMX fills up."""
+    x, weight, targets = OP.inputs(M=40, V=65, C=19, dtype=torch.bfloat16)
     for function in (reference, kernel):
         plain = run(functools.partial(function, **chunked(32, torch.bfloat16)), (x, weight, targets))
         gaps = [torch.cat([a, torch.full_like(a[:, :3], float("nan"))], dim=1)[:, : a.shape[1]] for a in (x, weight)]
@@ -204,11 +204,12 @@ def test_autocast(function, rows):
 def test_compiled_model_with_ignored_targets(function, rows):
     """No graph break, chunked or whole, and the numbers of eager mode, also where every target is ignored."""
     embedding = torch.nn.Embedding(17, 8)
-    tokens, targets = torch.randint(17, (12,)), torch.randint(17, (12,))
+    tokens, targets = torch.randint(17, (12,)), torch.randint(16, (12,))
 
     def forward(targets):
         x = F.silu(embedding(tokens))
-        return function(x, embedding.weight, targets, ignore_index=-1, softcap=5.0, **chunked(rows, torch.float32, 17))
+        options = dict(ignore_index=-1, softcap=5.0, vocab_size=16, **chunked(rows, torch.float32, 17))
+        return function(x, embedding.weight, targets, **options)
 
     torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")

@@ -18,6 +18,7 @@ from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
 from .layernorm import ADD_LAYERNORM, LAYERNORM
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from .newton_schulz import NEWTON_SCHULZ
 from .op import Cost, Op, allow_interpretation
 from .rmsnorm import ADD_RMSNORM, RMSNORM
 from .rotary import ROTARY
@@ -26,6 +27,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
+        NEWTON_SCHULZ,
     )
 }  # fmt: skip
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")

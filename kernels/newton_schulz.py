@@ -10,20 +10,28 @@ An odd polynomial of X acts on its singular values only, so the iteration maps X
 the direction of steepest descent under the spectral norm, which is Muon's update. Tall matrices are iterated
 transposed, so that A is always (min(m, n), min(m, n)).
 
-    x, out: (B, m, n)   A, P: (B, min(m, n), min(m, n))
+    x, out: (B, M, N)   A, P: (B, K, K) with K = min(M, N)
+
+A and P are symmetric: the kernel finds the tiles of one triangle and writes each twice, for half the work of a product.
+There is no derivative: the iteration makes an update of gradients.
 
 Sources: Muon and its coefficients, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; one polynomial per
 step, each the best for the interval that the last one left, Polar Express, Amsel et al. 2025,
-https://arxiv.org/abs/2505.16932.
+https://arxiv.org/abs/2505.16932. Half of a symmetric product: flash-muon, https://github.com/nil0x9/flash-muon.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._triton import arch, jit, tl, triton
+from .op import Cost, Op, require, without_gradient
+from .prims import require_kernel_dtype
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -48,9 +56,9 @@ TINY = 1e-7  # norms below it are not blown up: a zero matrix stays zero
 class Products:
     """The three products that the iteration is made of."""
 
-    gram: Callable[[Tensor], Tensor]  # x (B, m, n) -> x xᵀ (B, m, m)
-    quadratic: Callable[[Tensor, float, float], Tensor]  # A (B, m, m), b, c -> b A + c A A
-    affine: Callable[[Tensor, Tensor, float], Tensor]  # P (B, m, m), x (B, m, n), a -> a x + P x
+    gram: Callable[[Tensor], Tensor]  # x (B, M, N) -> x xᵀ (B, M, M)
+    quadratic: Callable[[Tensor, float, float], Tensor]  # A (B, M, M), b, c -> b A + c A A, for a symmetric A
+    affine: Callable[[Tensor, Tensor, float], Tensor]  # P (B, M, M), x (B, M, N), a -> a x + P x, for a symmetric P
 
 
 REFERENCE_PRODUCTS = Products(
@@ -60,10 +68,11 @@ REFERENCE_PRODUCTS = Products(
 )
 
 
+@torch.no_grad()
 def newton_schulz_reference(x: Tensor, steps: int = 5, coefficients: Coefficients = POLAR_EXPRESS) -> Tensor:
     """The orthogonal factors of a stack of matrices, up to the band that the coefficients promise.
 
-    x: (B, m, n), any floating dtype -> (B, m, n) of that dtype. Every product is rounded to x's dtype, because that is
+    x: (B, M, N), any floating dtype -> (B, M, N) of that dtype. Every product is rounded to x's dtype, because that is
     the algorithm: Muon runs it in bf16 by design. Float64 in gives float64 truth. Matrices of a stack do not see each
     other: NaN in one stays there, and a zero matrix gives a zero.
     """
@@ -73,11 +82,11 @@ def newton_schulz_reference(x: Tensor, steps: int = 5, coefficients: Coefficient
 def iterate(x: Tensor, steps: int, coefficients: Coefficients, products: Products) -> Tensor:
     """The iteration at the head of this page, over whichever products."""
     _check(x, steps, coefficients)
-    m, n = x.shape[-2:]
-    if m > n:
+    M, N = x.shape[-2:]
+    if M > N:
         return iterate(x.mT, steps, coefficients, products).mT
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = x / (SAFETY * norm).clamp(min=TINY).to(x.dtype)
+    x = torch.div(x, (SAFETY * norm).clamp_(min=TINY), out=torch.empty_like(x))  # one pass, the norm not rounded
     for a, b, c in coefficients[:steps]:
         A = products.gram(x)
         x = products.affine(products.quadratic(A, b, c), x, a)
@@ -85,9 +94,188 @@ def iterate(x: Tensor, steps: int, coefficients: Coefficients, products: Product
 
 
 def _check(x: Tensor, steps: int, coefficients: Coefficients) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"x must be a stack of matrices (B, m, n), not {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, not {x.dtype}")
-    if not 0 <= steps <= len(coefficients):
-        raise ValueError(f"steps must be 0 to {len(coefficients)}, as many as there are coefficients, not {steps}")
+    require(x.ndim == 3, f"x must be a stack of matrices (B, M, N), not {tuple(x.shape)}")
+    require(x.is_floating_point(), f"x must be floating point, not {x.dtype}")
+    most = len(coefficients)
+    require(0 <= steps <= most, f"steps must be 0 to {most}, as many as there are coefficients")
+
+
+@jit
+def newton_schulz_fwd_kernel_symmetric(
+    x_ptr, out_ptr, x_stride_b, x_stride_m, x_stride_k, M, K, alpha, beta,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program finds one tile of the lower triangle of x xᵀ, and writes it there and, mirrored, above the diagonal.
+
+    With ADD it is alpha x xᵀ + beta x, for an x that is symmetric itself.
+    """
+    blocks = tl.cdiv(M, BLOCK_M)
+    tiles = blocks * (blocks + 1) // 2
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles  # row by row through the triangle: row (row + 1) / 2 tiles come before a row
+    row = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row += ((row + 1) * (row + 2) // 2 <= tile).to(tl.int32)  # a root in fp32 may fall to the other side
+    row -= (row * (row + 1) // 2 > tile).to(tl.int32)
+    column = tile - row * (row + 1) // 2
+
+    i, j = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_M  # where the tile's rows and columns begin
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    x_ptr += b * x_stride_b
+    rows = x_ptr + i * x_stride_m + (m[:, None] * x_stride_m + k * x_stride_k)
+    columns = x_ptr + j * x_stride_m + (m[:, None] * x_stride_m + k * x_stride_k)
+    is_row, is_column = m < M - i, m < M - j
+    acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        x_rows = tl.load(rows, is_row[:, None] & (k < K - start), other=0.0)
+        x_columns = tl.load(columns, is_column[:, None] & (k < K - start), other=0.0)
+        acc = tl.dot(x_rows, tl.trans(x_columns), acc, input_precision="ieee")
+        rows += BLOCK_K * x_stride_k
+        columns += BLOCK_K * x_stride_k
+    if ADD:
+        here = x_ptr + i * x_stride_m + j * x_stride_k + (m[:, None] * x_stride_m + m[None, :] * x_stride_k)
+        acc = alpha * acc + beta * tl.load(here, is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    out_ptr += b * M * M
+    tl.store(out_ptr + i * M + j + (m[:, None] * M + m[None, :]), out, is_row[:, None] & is_column[None, :])
+    if row != column:
+        mirrored = out_ptr + j * M + i + (m[:, None] * M + m[None, :])
+        tl.store(mirrored, tl.trans(out), is_column[:, None] & is_row[None, :])
+
+
+@jit
+def newton_schulz_fwd_kernel_affine(
+    p_ptr, x_ptr, out_ptr, x_stride_b, x_stride_m, x_stride_n, out_stride_b, out_stride_m, out_stride_n, M, N, a,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One program finds one tile of a x + p x. Tiles go by GROUP rows at a time, so that L2 holds what they share."""
+    rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_M)
+    b = (tl.program_id(0) // (rows * columns)).to(tl.int64)
+    tile = tl.program_id(0) % (rows * columns)
+    first = tile // (GROUP * columns) * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    i = (first + tile % (GROUP * columns) % height).to(tl.int64) * BLOCK_M
+    j = (tile % (GROUP * columns) // height).to(tl.int64) * BLOCK_M
+
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    is_row, is_column = m < M - i, m < N - j
+    p_ptr += b * M * M + i * M
+    x_ptr += b * x_stride_b + j * x_stride_n
+    p_tile = p_ptr + (m[:, None] * M + k[None, :])
+    x_tile = x_ptr + (k[:, None] * x_stride_m + m[None, :] * x_stride_n)
+    acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for start in tl.range(0, M, BLOCK_K):
+        p = tl.load(p_tile, is_row[:, None] & (k[None, :] < M - start), other=0.0)
+        x = tl.load(x_tile, (k[:, None] < M - start) & is_column[None, :], other=0.0)
+        acc = tl.dot(p, x, acc, input_precision="ieee")
+        p_tile += BLOCK_K
+        x_tile += BLOCK_K * x_stride_m
+    here = i * x_stride_m + (m[:, None] * x_stride_m + m[None, :] * x_stride_n)
+    mask = is_row[:, None] & is_column[None, :]
+    acc += a * tl.load(x_ptr + here, mask, other=0.0).to(tl.float32)
+    out_ptr += b * out_stride_b + i * out_stride_m + j * out_stride_n
+    out = out_ptr + (m[:, None] * out_stride_m + m[None, :] * out_stride_n)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask)
+
+
+class Tile(NamedTuple):
+    """A square tile of the result, the depth of its steps along the contracted axis, warps and stages of a program."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# From the compiled code (results/aot.json): the largest without a spill and with two warpgroups to a multiprocessor.
+# Not timed on a GPU yet. fp32 goes without tensor cores, and takes the conservative tile.
+TILES = {80: Tile(128, 32, 4, 4), 90: Tile(128, 64, 4, 3), 100: Tile(128, 64, 8, 3)}
+CONSERVATIVE = Tile(64, 32, 4, 2)
+
+
+def tile(x: Tensor) -> Tile:
+    """The tile for products of x's dtype on the GPU that it is on."""
+    return CONSERVATIVE if x.dtype == torch.float32 else TILES.get(arch(x), CONSERVATIVE)
+
+
+def _symmetric(x: Tensor, alpha: float, beta: float, add: bool) -> Tensor:
+    (B, M, K), block = x.shape, tile(x)
+    out = torch.empty((B, M, M), dtype=x.dtype, device=x.device)
+    blocks = triton.cdiv(M, block.block_m)
+    if out.numel():
+        newton_schulz_fwd_kernel_symmetric[(B * blocks * (blocks + 1) // 2,)](
+            x, out, *x.stride(), M, K, alpha, beta, ADD=add, BLOCK_M=block.block_m, BLOCK_K=block.block_k,
+            num_warps=block.num_warps, num_stages=block.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def _gram(x: Tensor) -> Tensor:
+    return _symmetric(x, 1.0, 0.0, add=False)
+
+
+def _quadratic(A: Tensor, b: float, c: float) -> Tensor:
+    return _symmetric(A, c, b, add=True)
+
+
+def _affine(P: Tensor, x: Tensor, a: float) -> Tensor:
+    (B, M, N), block = x.shape, tile(x)
+    out = torch.empty_like(x)
+    if out.numel():
+        newton_schulz_fwd_kernel_affine[(B * triton.cdiv(M, block.block_m) * triton.cdiv(N, block.block_m),)](
+            P, x, out, *x.stride(), *out.stride(), M, N, a, BLOCK_M=block.block_m, BLOCK_K=block.block_k, GROUP=8,
+            num_warps=block.num_warps, num_stages=block.num_stages,
+        )  # fmt: skip
+    return out
+
+
+KERNEL_PRODUCTS = Products(_gram, _quadratic, _affine)
+
+
+def _forward(x: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
+    """The iteration over the kernels, which want unit stride along either axis; coefficients come flat, a b c a b c."""
+    coalesced = x if 1 in x.stride()[1:] else x.contiguous()
+    return iterate(coalesced, steps, list(zip(*[iter(coefficients)] * 3, strict=True)), KERNEL_PRODUCTS)
+
+
+_newton_schulz = without_gradient("newton_schulz", _forward)
+
+
+def newton_schulz_triton(x: Tensor, steps: int = 5, coefficients: Coefficients = POLAR_EXPRESS) -> Tensor:
+    """newton_schulz_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
+    _check(x, steps, coefficients)
+    require_kernel_dtype("x", x)
+    return _newton_schulz(x, steps, [number for triple in coefficients for number in triple])
+
+
+def inputs(B: int, M: int, N: int, *, steps: int = 5, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """x (B, M, N), of independent normal numbers, and steps."""
+    return torch.randn(B, M, N, dtype=dtype, device=device), steps
+
+
+def cost(B: int, M: int, N: int, *, steps: int = 5, itemsize: int) -> tuple[Cost, Cost]:
+    """Symmetric products at half their FLOPs; x read once and written once."""
+    K, L = min(M, N), max(M, N)
+    return Cost(steps * B * (3 * K * K * L + K**3), 2 * B * M * N * itemsize), Cost(0, 0)
+
+
+NEWTON_SCHULZ = Op(
+    name="newton_schulz",
+    reference=newton_schulz_reference,
+    triton=newton_schulz_triton,
+    inputs=inputs,
+    parity=(
+        dict(B=1, M=1, N=1), dict(B=2, M=1, N=7), dict(B=1, M=70, N=65, steps=1), dict(B=1, M=5, N=130, steps=3),
+        dict(B=0, M=3, N=4), dict(B=2, M=33, N=1, steps=2), dict(B=1, M=200, N=64, steps=1),
+        dict(B=1, M=129, N=131, steps=1), dict(B=2, M=33, N=66, steps=2),
+    ),
+    domain=dict(M=(*range(1, 20), 31, 33, 63, 64, 65), N=(*range(1, 20), 32, 63, 65, 67), B=range(3), steps=(1,)),
+    bench=(
+        dict(B=12, M=768, N=3072), dict(B=48, M=768, N=768), dict(B=12, M=3072, N=768), dict(B=48, M=1600, N=6400),
+        dict(B=192, M=1600, N=1600), dict(B=48, M=6400, N=1600), dict(B=24, M=1024, N=4096), dict(B=36, M=5120, N=1280),
+        dict(B=8, M=4096, N=4096), dict(B=2, M=6400, N=6400),
+    ),
+    cost=cost,
+    summary="U p(S) V^T with p(S) near 1 for each x = U S V^T of a stack; x <- a x + (b x x^T + c (x x^T)^2) x",
+    differentiable=False,
+)  # fmt: skip

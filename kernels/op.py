@@ -32,6 +32,7 @@ class Op:
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # timed beside ours, same arguments
     summary: str = ""  # the formula in one line, for the table of ops
+    differentiable: bool = True  # False: neither the reference nor the kernels give gradients
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -60,10 +61,7 @@ def differentiable(
     launches left out.
     """
     n = outputs
-
-    schema_forward = torch.library.infer_schema(forward, mutates_args=())
-    schema_backward = torch.library.infer_schema(backward, mutates_args=())
-    takes_gradient = _tensor_slots(schema_forward)
+    takes_gradient = _tensor_slots(torch.library.infer_schema(forward, mutates_args=()))
 
     def gradients(given: tuple[bool, ...], found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         rest = iter(spread(*found))
@@ -97,58 +95,70 @@ def differentiable(
 
     Function.__name__ = Function.__qualname__ = name
 
-    operator = torch.library.custom_op(f"gptfast::{name}", mutates_args=(), device_types="cuda", schema=schema_forward)(
-        forward
-    )
-    reverse = torch.library.custom_op(
-        f"gptfast::{name}_backward", mutates_args=(), device_types="cuda", schema=schema_backward
-    )(backward)
-
-    def shapes_of(function: Forward) -> Forward:
-        def fake(*inputs: Any) -> tuple[Tensor, ...]:
-            with launching(skip):
-                return function(*inputs)
-
-        return fake
-
-    operator.register_fake(shapes_of(forward))
-    reverse.register_fake(shapes_of(backward))
+    operator = _operator(name, forward)
+    reverse = _operator(f"{name}_backward", backward)
     operator.register_autograd(
         lambda ctx, *grads: gradients(ctx.given, reverse(*grads[:n], *recall(ctx))), setup_context=remember
     )
-
-    def interpretable() -> None:
-        """Let the custom op take CPU tensors, interpreted. Registered only when somebody asks for the interpreter."""
-        from .interpret import interpreting
-
-        def interpreted(function: Forward) -> Forward:
-            def run(*inputs: Any) -> tuple[Tensor, ...]:
-                with interpreting():
-                    return function(*inputs)
-
-            return run
-
-        operator.register_kernel("cpu")(interpreted(forward))
-        reverse.register_kernel("cpu")(interpreted(backward))
-
-    _interpretable.append(interpretable)
 
     def apply(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             output = operator(*inputs)
         else:
-            tensors = [v for v in inputs if isinstance(v, Tensor)]
-            if tensors[0].device.type != "cuda" and launcher() is None:
-                raise ValueError(
-                    f"{name}: the Triton kernel needs CUDA tensors, the first argument is on {tensors[0].device}; "
-                    "use kernels.load('reference'), or load('interpret') to run the kernel on the CPU"
-                )
-            if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
+            _require_gpu(name, inputs)
+            if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs):
                 return Function.apply(*inputs)
             output = forward(*inputs)
         return output[0] if n == 1 else output[:n]
 
     return apply
+
+
+def without_gradient(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`differentiable` for an op that has no derivative: its one result takes no gradient, whatever its inputs do."""
+    operator = _operator(name, forward)
+
+    @torch.no_grad()
+    def apply(*inputs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return operator(*inputs)
+        _require_gpu(name, inputs)
+        return forward(*inputs)
+
+    return apply
+
+
+def _operator(name: str, function: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """A custom op whose shape function is the function itself with its launches left out."""
+    operator = torch.library.custom_op(f"gptfast::{name}", mutates_args=(), device_types="cuda")(function)
+
+    def shapes(*inputs: Any) -> Any:
+        with launching(skip):
+            return function(*inputs)
+
+    operator.register_fake(shapes)
+
+    def interpretable() -> None:
+        """Let the custom op take CPU tensors, interpreted. Registered only when somebody asks for the interpreter."""
+        from .interpret import interpreting
+
+        def run(*inputs: Any) -> Any:
+            with interpreting():
+                return function(*inputs)
+
+        operator.register_kernel("cpu")(run)
+
+    _interpretable.append(interpretable)
+    return operator
+
+
+def _require_gpu(name: str, inputs: Sequence[Any]) -> None:
+    device = next(v for v in inputs if isinstance(v, Tensor)).device
+    if device.type != "cuda" and launcher() is None:
+        raise ValueError(
+            f"{name}: the Triton kernel needs CUDA tensors, the first argument is on {device}; "
+            "use kernels.load('reference'), or load('interpret') to run the kernel on the CPU"
+        )
 
 
 def _tensor_slots(schema: str) -> frozenset[int]:

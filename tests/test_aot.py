@@ -39,7 +39,8 @@ def test_the_report_says_what_the_compiler_says(name):
 @pytest.mark.parametrize("name", WITH_KERNEL)
 def test_recorded_launches_cover_forward_and_backward(name, arch):
     names = [launch.kernel.__name__ for launch in aot.launches(OPS[name], dict(OPS[name].bench[0]), arch)]
-    assert any("fwd" in n for n in names) and any("bwd" in n for n in names)
+    assert any("fwd" in n for n in names)
+    assert any("bwd" in n for n in names) or not OPS[name].differentiable
 
 
 CLEAN = aot.Code(

@@ -4,6 +4,7 @@ A mutant is a page with one line changed, loaded beside the real one under anoth
 """
 
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -38,13 +39,22 @@ MUTANTS = {
         "bias not added": (
             "    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
     },
+    "newton_schulz": {
+        "mirror image not written": ("    if row != column:\n", "    if row == column:\n"),
+        "mirror image not transposed": ("tl.store(mirrored, tl.trans(out)", "tl.store(mirrored, out"),
+        "mask of the contracted axis forgotten": (
+            "x_rows = tl.load(rows, is_row[:, None] & (k < K - start)", "x_rows = tl.load(rows, is_row[:, None]"),
+        "b A forgotten": ("acc = alpha * acc + beta * tl.load", "acc = alpha * acc + 0.0 * tl.load"),
+        "a X of the first matrix for all": ("x_ptr += b * x_stride_b + j", "x_ptr += j"),
+        "column of the tile from the next row": ("tile - row * (row + 1) // 2", "tile - row * (row - 1) // 2"),
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name, mistake", [pytest.param(n, m, id=f"{n}-{m}") for n, table in MUTANTS.items() for m in table]
 )
-def test_mutant_is_caught(name, mistake, tmp_path):
+def test_mutant_is_caught(name, mistake, tmp_path, monkeypatch):
     old, new = MUTANTS[name][mistake]
     page = sys.modules[f"kernels.{name}"]
     with open(page.__file__) as file:
@@ -52,9 +62,11 @@ def test_mutant_is_caught(name, mistake, tmp_path):
     assert source.count(old) >= 1, "the page has changed: rewrite this mutant"
     path = tmp_path / "mutant.py"
     unique = "mutant" + "".join(c for c in mistake if c.isalpha())  # torch keeps one operator of a name
-    path.write_text(source.replace(old, new, 1).replace('differentiable(\n    "', f'differentiable(\n    "{unique}_'))
+    source = re.sub(r'((?:differentiable|without_gradient)\(\s*")', rf"\g<1>{unique}_", source)
+    path.write_text(source.replace(old, new, 1))
     spec = importlib.util.spec_from_file_location("kernels.mutant", path)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up the module that they are in
     spec.loader.exec_module(module)
     mutant = getattr(module, f"{name}_triton")
 

@@ -202,7 +202,7 @@ def cases(
                 dims = dict(op.bench[size])
                 if device.type == "cpu":
                     dims = fitted(op, dims, DTYPES[dtype].itemsize)
-                for direction in directions:
+                for direction in directions if op.differentiable else ("forward",):
                     case = Case(op, dims, dtype, direction, device)
                     found.setdefault(str(case), case)  # halving may make two sizes one
     return list(found.values())
@@ -334,9 +334,9 @@ def smoke(op: Op, dtypes: Sequence[str], device: torch.device, log: Log) -> bool
     right = True
     assert op.triton is not None
     for dtype in dtypes:
-        case = Case(op, op.parity[-1], dtype, "both", device)
+        case = Case(op, op.parity[-1], dtype, "both" if op.differentiable else "forward", device)
         with stopwatch(device) as watch:
-            wanted = case.differentiable(op.triton)
+            wanted = case.differentiable(op.triton) if op.differentiable else []
             works = {"triton": [case.work(op.triton, case.draw(0), wanted)]}
             verdict = watch.verify(works, case.truth(wanted), [secrets.randbits(31)])["triton"]
         if not verdict.valid:

@@ -110,7 +110,9 @@ def op_figure(rows: Sequence[Row], path: Path) -> Path:
             bar = axis.plot([place - 0.35, place + 0.35], [height] * 2, color="black", linewidth=1.2, linestyle="--")
             used["roofline"] = bar[0]
         axis.set(title=f"{direction}, {dtype}", xlim=(-0.5, len(places) - 0.5), ylim=(0, None))
-        axis.set_xticks(range(len(places)), [label.replace(" ", "\n") for label in places], fontsize=7)
+        crowded = len(places) > 5
+        labels = [label if crowded else two_a_line(label) for label in places]
+        axis.set_xticks(range(len(places)), labels, fontsize=7, rotation=90 if crowded else 0)
     for row_of_axes in axes:
         row_of_axes[0].set_ylabel(unit)
     figure.legend(used.values(), used, loc="outside upper right", ncols=min(5, len(used)), frameon=False, fontsize=8)
@@ -119,6 +121,11 @@ def op_figure(rows: Sequence[Row], path: Path) -> Path:
     return report.save(
         figure, path, rows, notes=[*notes, "both: forward and backward in one; GB/s of compulsory bytes"]
     )
+
+
+def two_a_line(label: str) -> str:
+    words = label.split(" ")
+    return "\n".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
 
 
 def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
@@ -147,7 +154,7 @@ def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
     figure, axis, bars = model_bars(rows, "MFU by model", mfu, lambda row: max(mfu(row), palm(row)))
     for place, width, row in bars:
         axis.plot([place - width / 2, place + width / 2], [palm(row)] * 2, color="black", linewidth=1.0)
-    axis.set_ylabel("mfu, % (black line: mfu_palm)")
+    axis.set_ylabel("mfu, % (bar and number; line above: mfu_palm)")
     peaks = dict.fromkeys(f"peak, {row['dtype']}: {peak_label(row)}" for row in rows)
     return report.save(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
 
@@ -157,6 +164,7 @@ def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
     figure, axis, _ = model_bars(rows, "Training throughput", *[lambda row: row["tokens_per_s"]] * 2)
     axis.set(ylabel="tokens/s, logarithmic", yscale="log")
     axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_minor_formatter("")
     return report.save(figure, path, rows, notes=[workload(rows)])
 
 
@@ -185,7 +193,8 @@ def model_bars(
             labelled.add(name)
             bars.append((place, 0.9, row))
             place += 1
-        ticks[(first + place - 1) / 2] = f"{model}\n{mine[0]['parameters'] / 1e6:.3g}M"
+        millions = mine[0]["parameters"] / 1e6
+        ticks[(first + place - 1) / 2] = f"{model}\n{millions:,.0f}M" if millions >= 10 else f"{model}\n{millions:.2g}M"
         place += 0.8
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.margins(y=0.15)
@@ -198,8 +207,17 @@ def peak_label(row: Row) -> str:
 
 
 def workload(rows: Sequence[Row]) -> str:
-    sizes = dict.fromkeys(f"{row['name']} {report.dims(row)}" for row in rows)
-    return "forward, backward and AdamW on random tokens; " + ", ".join(sizes)
+    sizes = (
+        f"{', '.join(dict.fromkeys(row['name'] for row in mine))} at {label}" for label, mine in by_size(rows).items()
+    )
+    return "forward, backward and AdamW on random tokens; " + "; ".join(sizes)
+
+
+def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(report.dims(row), []).append(row)
+    return found
 
 
 def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> list[Path]:

@@ -175,7 +175,7 @@ def save(
     figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = (), notes: Iterable[str] = ()
 ) -> Path:
     """Writes a PNG with the caption of its rows beneath, then the notes; returns its path."""
-    text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 140) for note in notes)])
+    text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 125) for note in notes)])
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.02, ha="left")
     figure.savefig(path, dpi=130)
     return path

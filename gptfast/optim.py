@@ -51,15 +51,20 @@ class Muon(torch.optim.Optimizer):
     A group with kind="muon" holds matrices. One step of a matrix W (m, n) with gradient G:
 
         M = lerp(M, G, 1 - momentum)                                       M: running mean of gradients
-        U = lerp(G, M, momentum) if nesterov else M
-        W = W (1 - lr weight_decay) - lr sqrt(max(1, m / n)) newton_schulz(U)
+        O = newton_schulz(lerp(G, M, momentum) if nesterov else M)
+        with normalize, NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491), for each row, or column if more
+            V = lerp(V, mean of O² over it, 1 - beta2)               V: running mean of squares, m or n numbers
+            O = O / sqrt(V), then scaled back to the norm that it had
+        D = W where O and W have one sign, else 0, with cautious (Chen et al. 2025, https://arxiv.org/abs/2510.12402)
+        W = W - lr weight_decay D - lr sqrt(max(1, m / n)) O               D is W without cautious
 
     Matrices of one shape, in whatever layers, are stacked and orthogonalized together, so that a step is a handful of
     batched products. A parameter that holds several matrices one above the other (queries, keys and values in c_attn)
     names their row counts in the group's `rows`, and each is orthogonalized alone.
 
     A group with kind="adamw" holds anything, and steps as torch.optim.AdamW does. A parameter without a gradient is
-    left alone. The state is plain tensors per parameter: "momentum", or "step", "exp_avg" and "exp_avg_sq".
+    left alone. The state is plain tensors per parameter: "momentum" and with normalize "square", or "step", "exp_avg"
+    and "exp_avg_sq".
 
     newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in.
     """
@@ -100,20 +105,28 @@ class Muon(torch.optim.Optimizer):
             return
         params = [p for p, _ in moved]
         grads = [p.grad for p in params]
-        means = [self._state(p, momentum=p)["momentum"] for p in params]
+        states = [self._state(p, **_matrix_state(p, rows, group["normalize"])) for p, rows in moved]
+        means = [state["momentum"] for state in states]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, means, group["momentum"]) if group["nesterov"] else means
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        decay = group["lr"] * group["weight_decay"]
+        if decay and not group["cautious"]:
+            torch._foreach_mul_(params, 1 - decay)
 
-        stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # shape -> (weights, update) of each matrix
-        for (p, rows), update in zip(moved, updates, strict=True):
-            for matrix, its_update in zip(p.split(rows), update.split(rows), strict=True):
-                stacks.setdefault(matrix.shape, []).append((matrix, its_update))
-        for (m, n), pairs in stacks.items():
-            matrices, to_orthogonalize = zip(*pairs, strict=True)
+        stacks: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}  # shape -> (weights, update, square) of each
+        for (p, rows), update, state in zip(moved, updates, states, strict=True):
+            squares = _lines(state["square"], rows, p.shape[1]) if group["normalize"] else p.split(rows)
+            for matrix, its_update, square in zip(p.split(rows), update.split(rows), squares, strict=True):
+                stacks.setdefault(matrix.shape, []).append((matrix, its_update, square))
+        for (m, n), triples in stacks.items():
+            matrices, to_orthogonalize, squares = zip(*triples, strict=True)
             stack = torch.stack(to_orthogonalize).to(self.dtype)  # (B, m, n)
             direction = self.newton_schulz(stack, group["steps"]).to(matrices[0].dtype)
+            if group["normalize"]:
+                direction = _even_out(direction, squares, group["beta2"])
+            if decay and group["cautious"]:
+                weights = torch.stack(matrices)
+                torch._foreach_sub_(matrices, (weights * (weights * direction > 0)).unbind(), alpha=decay)
             torch._foreach_add_(matrices, direction.unbind(), alpha=-group["lr"] * max(1.0, m / n) ** 0.5)
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
@@ -141,8 +154,40 @@ class Muon(torch.optim.Optimizer):
         return state
 
 
+def _matrix_state(p: Tensor, rows: list[int], normalize: bool) -> dict[str, Tensor]:
+    """Tensors like those that Muon keeps for a parameter; NorMuon's has a number for each line of each matrix in it."""
+    lines = sum(max(m, p.shape[1]) for m in rows)
+    return {"momentum": p} | ({"square": p.new_empty(lines)} if normalize else {})
+
+
+def _lines(square: Tensor, rows: list[int], n: int) -> list[Tensor]:
+    """The running squares of each matrix (m, n) in a parameter: (m, 1), or (1, n) where its columns are the more."""
+    parts = square.split([max(m, n) for m in rows])
+    return [part.unsqueeze(1 if m >= n else 0) for m, part in zip(rows, parts, strict=True)]
+
+
+def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float) -> Tensor:
+    """direction (B, m, n) with the lines divided by their running size, at its old norm; updates `squares` in place."""
+    axis = -1 if direction.shape[-2] >= direction.shape[-1] else -2
+    fresh = direction.square().mean(axis, keepdim=True)
+    torch._foreach_lerp_(squares, fresh.unbind(), 1 - beta2)
+    scaled = direction * torch.stack(squares).clamp(min=1e-10).rsqrt()
+    norm, new_norm = (torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True) for d in (direction, scaled))
+    return scaled * (norm / new_norm.clamp(min=1e-10))
+
+
 _MUON_DEFAULTS: dict[str, dict[str, Any]] = {
-    "muon": {"lr": 0.02, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0, "steps": 5, "rows": None},
+    "muon": {
+        "lr": 0.02,
+        "momentum": 0.95,
+        "nesterov": True,
+        "weight_decay": 0.0,
+        "cautious": False,  # decay a weight only where the update shrinks it too
+        "normalize": False,  # NorMuon
+        "beta2": 0.95,  # of NorMuon
+        "steps": 5,
+        "rows": None,
+    },
     "adamw": {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True},
 }
 
@@ -158,6 +203,8 @@ def muon(
     momentum: float = 0.95,
     betas: tuple[float, float] = (0.8, 0.95),
     weight_decay: float = 0.0,
+    cautious: bool = False,
+    normalize: bool = False,
     steps: int = 5,
     newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
 ) -> Muon:
@@ -181,7 +228,7 @@ def muon(
     adamw_settings = {"kind": "adamw", "betas": betas, "eps": 1e-10}
     groups = [
         {"name": "matrices", "kind": "muon", "params": matrices, "rows": rows, "lr": matrix_lr, "momentum": momentum,
-         "weight_decay": weight_decay, "steps": steps},
+         "weight_decay": weight_decay, "cautious": cautious, "normalize": normalize, "steps": steps},
         {"name": "embeddings", "params": embeddings, "lr": embedding_lr, **adamw_settings},
         {"name": "head", "params": head, "lr": head_lr, **adamw_settings},
         {"name": "scalars", "params": scalars, "lr": scalar_lr, **adamw_settings},

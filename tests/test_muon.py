@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -160,16 +161,57 @@ def test_matrices_within_one_parameter_step_alone():
     torch.testing.assert_close(together.detach(), torch.cat([p.detach() for p in apart]))
 
 
-def test_zero_gradient_moves_nothing_and_nan_moves_its_own_matrix_only():
+@pytest.mark.parametrize("options", [{}, {"normalize": True, "cautious": True, "weight_decay": 0.1}], ids=str)
+def test_zero_gradient_moves_nothing_and_nan_moves_its_own_matrix_only(options):
     params = parameters((4, 6), (4, 6), (4, 6))
     before = [p.detach().clone() for p in params]
     give_gradients(params, 0)
     params[0].grad.zero_()
     params[1].grad[0, 0] = torch.nan
-    Muon([{"kind": "muon", "params": params}]).step()
+    Muon([{"kind": "muon", "params": params, **options}]).step()
     assert torch.equal(params[0], before[0])
     assert params[1].isnan().all()
     assert params[2].isfinite().all() and not torch.equal(params[2], before[2])
+
+
+def in_numpy(w, grads, rows, lr, momentum, beta2, weight_decay, cautious, normalize):
+    """Muon's formulas, a matrix at a time, in float64 numpy."""
+    parts = []
+    for matrix, *its_grads in zip(*(np.split(a, np.cumsum(rows)[:-1]) for a in (w, *grads)), strict=True):
+        (m, n), mean, square = matrix.shape, 0.0, 0.0
+        for grad in its_grads:
+            mean = momentum * mean + (1 - momentum) * grad
+            lookahead = torch.from_numpy(momentum * mean + (1 - momentum) * grad)
+            o = newton_schulz_reference(lookahead[None])[0].numpy()
+            if normalize:
+                square = beta2 * square + (1 - beta2) * (o * o).mean(1 if m >= n else 0, keepdims=True)
+                scaled = o / np.sqrt(square)
+                o = scaled * np.linalg.norm(o) / np.linalg.norm(scaled)
+            decayed = np.where(matrix * o > 0, matrix, 0) if cautious else matrix
+            matrix = matrix - lr * weight_decay * decayed - lr * max(1, m / n) ** 0.5 * o
+        parts.append(matrix)
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("cautious", [False, True], ids=["plain decay", "cautious decay"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["muon", "normuon"])
+@pytest.mark.parametrize("rows, n", [([6], 4), ([4], 6), ([6, 3, 3], 5), ([5], 5)], ids=str)
+def test_steps_are_numpys(rows, n, normalize, cautious):
+    p = torch.nn.Parameter(torch.randn(sum(rows), n, dtype=torch.float64))
+    grads = [torch.randn(p.shape, dtype=torch.float64) for _ in range(3)]
+    settings = {
+        "lr": 0.1,
+        "momentum": 0.8,
+        "beta2": 0.9,
+        "weight_decay": 0.5,
+        "cautious": cautious,
+        "normalize": normalize,
+    }
+    expected = in_numpy(p.detach().numpy(), [g.numpy() for g in grads], rows, **settings)
+    optimizer = Muon([{"kind": "muon", "params": [p], "rows": [rows], **settings}], dtype=torch.float64)
+    for p.grad in grads:
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_a_parameter_without_gradient_is_left_alone():
@@ -186,7 +228,7 @@ def test_a_parameter_without_gradient_is_left_alone():
 def test_state_is_plain_tensors_and_resumes_bitwise():
     def fresh() -> tuple[list[torch.nn.Parameter], Muon]:
         params = parameters((6, 4), (4, 4), (5,))
-        matrices = {"kind": "muon", "params": params[:2], "rows": [[2, 4], [4]]}
+        matrices = {"kind": "muon", "params": params[:2], "rows": [[2, 4], [4]], "normalize": True}
         return params, Muon([matrices, {"kind": "adamw", "params": params[2:]}])
 
     straight, optimizer = fresh()

@@ -1,0 +1,195 @@
+"""Figures and tables of the bench: from valid rows of one machine, with what they must name, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import plots
+from bench.plots import main
+from gptfast import report
+
+GPU, OTHER = "NVIDIA Test 80GB", "Some CPU (6-1-2)"
+
+
+def row(what: str, machine: str = GPU, /, **fields: Any) -> dict[str, Any]:
+    facts = {
+        "hardware": {"kind": "cuda", "name": machine}, "software": {"torch": "2.11.0"}, "commit": "0123456789abcdef",
+        "dirty": False, "command": "python -m bench",
+    }  # fmt: skip
+    return {"schema": 1, "what": what, "date": "2026-11-21T01:02:03+00:00", **fields, **facts}
+
+
+def times(ms: float) -> dict[str, Any]:
+    return {"ms_p20": ms, "ms_p50": ms, "ms_p80": ms, "n": 40}
+
+
+def op(impl: str, M: int, gbs: float, direction: str = "both", machine: str = GPU, **fields: Any) -> dict[str, Any]:
+    size = 4 * M * 768
+    return row(
+        "op", machine, name="layernorm", impl=impl, direction=direction, dims={"M": M, "N": 768},
+        dtype="bfloat16", **times(size / gbs / 1e6), flops=8 * M * 768, bytes=size, gbs=gbs, tflops=gbs / 500,
+        roofline=gbs / 3350, roofline_source="datasheet of Test", **fields,
+    )  # fmt: skip
+
+
+def model(impl: str, tokens_per_s: float, rung: int | None = None, name: str = "gpt2", **fields: Any) -> dict[str, Any]:
+    known = {"mfu": tokens_per_s / 1e6, "mfu_palm": tokens_per_s / 0.9e6, "hfu": tokens_per_s / 0.95e6}
+    peak = {"peak_flops": 989e12, "peak_kind": "datasheet", "peak_device": "Test SXM", "memory_bytes": 3 << 30}
+    return row(
+        "model", name=name, impl=impl, dtype="bfloat16", dims={"B": 32, "T": 1024}, **times(32768 / tokens_per_s * 1e3),
+        tokens_per_s=tokens_per_s, parameters=124_000_000, rung=rung, **known | peak | fields,
+    )  # fmt: skip
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def pngs(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, Any]:
+    """The figures that a test saves, by file name, still open to questions."""
+    figures: dict[str, Any] = {}
+    save = report.save
+
+    def remember(figure: Any, path: Path, *rest: Any, **more: Any) -> Path:
+        figures[path.name] = figure
+        return save(figure, path, *rest, **more)
+
+    monkeypatch.setattr(report, "save", remember)
+    return figures
+
+
+def texts(figure: Any) -> str:
+    import matplotlib.text
+
+    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+RUNGS = [model("reference", 100e3, 0), model("+layernorm", 150e3, 1), model("triton", 200e3, 2)]
+
+
+def test_an_op_is_drawn_against_size_beside_its_peers_under_its_roofline(tmp_path, drawn):
+    rows = [op("triton", 4096, 2000.0), op("torch", 4096, 1000.0), op("triton", 64, 500.0)]
+    rows.append(op("torch", 64, 9e9, valid=False, invalid_reason="faster than light"))
+    assert main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"]) == 0
+    (axis,) = drawn["op-layernorm.png"].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert lines["triton"] == [500.0, 2000.0] and lines["torch"] == [1000.0]
+    assert [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "--"] == [
+        [pytest.approx(3350)] * 2
+    ] * 2
+    assert axis.get_ylabel() == "GB/s" and [t.get_text() for t in axis.get_xticklabels()] == [
+        "M=64 N=768",
+        "M=4096 N=768",
+    ]
+    for fact in (GPU, "2026-11-21", "commit 0123456789", "both, bfloat16", "datasheet of Test", "compulsory bytes"):
+        assert fact in texts(drawn["op-layernorm.png"])
+
+
+def test_products_are_shown_in_flops(tmp_path, drawn):
+    rows = [{**op("triton", 64, 10.0), "flops": 10**12}]
+    main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"])
+    assert drawn["op-layernorm.png"].axes[0].get_ylabel() == "TFLOP/s"
+
+
+def test_the_ladder_has_its_rungs_in_order_with_times_and_gains(tmp_path, drawn):
+    main([f"--out={write(tmp_path, 'model.jsonl', [RUNGS[2], RUNGS[0], RUNGS[1], model('torch.compile', 120e3)])}"])
+    (axis,) = drawn["ladder-gpt2.png"].axes
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["reference", "+layernorm", "triton"]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([10.0, 15.0, 20.0])
+    assert "2.00x" in texts(drawn["ladder-gpt2.png"]) and "989 TFLOP/s, datasheet: Test SXM" in axis.get_xlabel()
+    assert "causal attention counted once" in texts(drawn["ladder-gpt2.png"])
+
+
+def test_models_show_both_conventions_and_no_rung_between(tmp_path, drawn):
+    main([f"--out={write(tmp_path, 'model.jsonl', [*RUNGS, model('torch.compile', 120e3)])}"])
+    (axis,) = drawn["model-mfu.png"].axes
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([10.0, 20.0, 12.0])
+    assert [line.get_ydata()[0] for line in axis.lines] == pytest.approx([100 / 9, 200 / 9, 120 / 9])
+    assert "12·L·H·Q·T" in texts(drawn["model-mfu.png"]) and "datasheet: Test SXM" in texts(drawn["model-mfu.png"])
+    assert [bar.get_height() for bar in drawn["model-tokens.png"].axes[0].patches] == [100e3, 200e3, 120e3]
+
+
+def test_without_a_peak_there_is_no_mfu_figure_and_the_ladder_is_in_tokens(tmp_path, drawn):
+    unknown = {"mfu": None, "mfu_palm": None, "hfu": None, "peak_flops": None, "peak_kind": None}
+    rows = [model("reference", 100e3, 0, **unknown), model("triton", 200e3, 1, **unknown)]
+    main([f"--out={write(tmp_path, 'model.jsonl', rows)}"])
+    assert pngs(tmp_path) == ["ladder-gpt2.png", "model-tokens.png"]
+    assert drawn["ladder-gpt2.png"].axes[0].get_xlabel() == "tokens/s"
+
+
+def test_a_training_log_gives_loss_against_time(tmp_path, drawn):
+    log = [row("run", name="speedrun gpu", config={})]
+    log += [
+        {"schema": 1, "what": "step", "date": "2026-11-21T01:02:03+00:00", "step": i, "loss": 4.0 - i, "ms": 100.0}
+        for i in range(3)
+    ]
+    main([f"--out={write(tmp_path, 'train.jsonl', log)}"])
+    assert list(drawn["loss-speedrun-gpu.png"].axes[0].lines[0].get_xdata()) == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("b.jsonl", '{"schema": 1, "what": "op"', r"b.jsonl:1: not JSON"),
+        ("b.jsonl", json.dumps({**op("torch", 64, 1.0), "schema": 0}), r"b.jsonl:1: row has schema 0"),
+        ("b.jsonl", json.dumps(op("torch", 64, 1.0, machine=OTHER)), "rows of different machines"),
+        ("a.jsonl", json.dumps(op("torch", 64, 1.0, machine=OTHER)), "split the file"),
+    ],
+)
+def test_a_folder_with_a_bad_row_gives_an_error_and_no_figure_and_others_are_drawn(
+    tmp_path, capsys, name, bad, message
+):
+    broken = write(tmp_path / "broken", "a.jsonl", [op("triton", 64, 1.0)])
+    with (broken / name).open("a") as file:
+        file.write(bad + "\n")
+    whole = write(tmp_path / "whole", "a.jsonl", [op("triton", 64, 1.0)])
+    assert main([f"--root={tmp_path}"]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert pngs(broken) == [] and pngs(whole) == ["op-layernorm.png"]
+
+
+def test_the_readme_tables_come_from_the_newest_valid_rows(tmp_path, capsys):
+    old = {**model("triton", 1.0), "date": "2020-01-01T00:00:00+00:00"}
+    write(tmp_path / "gpu", "model.jsonl", [old, *RUNGS[:2], model("triton", 200e3), model("torch.compile", 120e3)])
+    write(tmp_path / "gpu", "ops.jsonl", [op("triton", 64, 1.0), op("triton", 4096, 2000.0), op("torch", 4096, 1000.0)])
+    bad = op("triton", 4096, 9e9, machine=OTHER, valid=False, invalid_reason="x")
+    write(tmp_path / "cpu", "ops.jsonl", [op("reference", 64, 10.0, machine=OTHER), bad])
+    assert main([f"--root={tmp_path}", "--readme=models"]) == 0
+    table = capsys.readouterr().out
+    assert (
+        table.count("\n") == 5
+        and "+layernorm" not in table
+        and all(line.startswith("|") for line in table.splitlines())
+    )
+    assert (
+        "| gpt2 | triton | bfloat16 | B=32 T=1024 | 163.8 | 200,000 | 20.0 % | 22.2 % | 21.1 % | datasheet | 3.0 |"
+        in table
+    )
+    assert main([f"--root={tmp_path}", "--readme=ops"]) == 0
+    table = capsys.readouterr().out
+    assert f"| {OTHER} | layernorm | M=64 N=768 | bfloat16 | reference | " in table and "| 10 GB/s |" in table
+    assert "| 2,000 GB/s | 60 % | torch, 2.00x our time |" in table
+    assert pngs(tmp_path / "gpu") == []
+
+
+def test_no_rows_is_no_error(tmp_path, capsys):
+    assert main([f"--root={tmp_path}"]) == 0 and "python -m bench writes them" in capsys.readouterr().out
+    write(tmp_path / "m", "note.jsonl", [{"schema": 1, "what": "note", "date": "2026", "text": "x"}])
+    assert main([f"--root={tmp_path}"]) == 0 and "no rows to draw from" in capsys.readouterr().out
+
+
+def test_the_rows_and_figures_of_this_repository_go_together():
+    for folder in plots.machines(plots.results.ROOT):
+        plots.read(folder)

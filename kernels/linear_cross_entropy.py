@@ -52,7 +52,8 @@ def linear_cross_entropy_reference(
     rows = _rows_per_chunk(x, weight, chunk_bytes)
     if x.shape[0] > rows:
         return _Chunked.apply(x, weight, targets, criterion, reduction, rows)
-    s = F.linear(x, weight)[:, : criterion.vocab_size].to(torch.promote_types(x.dtype, torch.float32))
+    z, V = F.linear(x, weight), criterion.vocab_size
+    s = (z if V == z.shape[1] else z[:, :V]).to(torch.promote_types(x.dtype, torch.float32))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     targets = targets.long()
@@ -338,6 +339,14 @@ def cost(M: int, V: int, C: int, *, itemsize: int) -> tuple[Cost, Cost]:
     return Cost(2 * M * V * C, operands), Cost(4 * M * V * C, 2 * operands)
 
 
+def _torch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+PEERS: dict[str, Callable[..., Tensor]] = {"torch": _torch}
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    PEERS["torch chunked"] = F.linear_cross_entropy
+
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     reference=linear_cross_entropy_reference,
@@ -345,7 +354,11 @@ LINEAR_CROSS_ENTROPY = Op(
     inputs=inputs,
     parity=(dict(M=1, V=1, C=1), dict(M=5, V=65, C=16), dict(M=0, V=9, C=4), dict(M=17, V=1023, C=40)),
     domain=dict(M=range(1, 20), C=range(1, 70), V=(*range(1, 70), 127, 128, 129, 400, 1023, 1025, 8193)),
-    bench=(dict(M=8192, V=50304, C=768), dict(M=8192, V=128256, C=4096)),
+    bench=(
+        dict(M=8192, V=50304, C=768), dict(M=65536, V=50304, C=768), dict(M=4096, V=128256, C=4096),
+        dict(M=8192, V=128256, C=4096), dict(M=8192, V=262144, C=2304),
+    ),
     cost=cost,
+    peers=PEERS,
     summary="cross_entropy(x @ weight^T, target) without all the logits",
-)
+)  # fmt: skip

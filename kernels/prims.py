@@ -118,7 +118,10 @@ def check_criterion(
     require(0 <= criterion.label_smoothing <= 1, "label_smoothing: expected 0 to 1")
     require(criterion.softcap is None or criterion.softcap > 0, "softcap: expected None or a number above 0")
     require(reduction in ("none", "mean", "sum"), f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu" and not torch.compiler.is_compiling() and M:
+        low, high = targets.aminmax()
+        if low.item() >= 0 and high.item() < V:
+            return  # the usual case, in one pass
         strange = ((targets < 0) | (targets >= V)) & (targets != criterion.ignore_index)
         if strange.any():
             found = int(targets[strange][0])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import kernels
+from gptfast import checkpoint, cli
+from gptfast.model import GPT
 from gptfast.optim import Muon
 from kernels.newton_schulz import (
     POLAR_EXPRESS,
@@ -19,6 +24,9 @@ from kernels.newton_schulz import (
     iterate,
     newton_schulz_reference,
 )
+from train import loop, pretrain
+from train.config import Pretrain
+from train.prepare import prepare
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (8, 8), (16, 48), (48, 16), (33, 20)]
 
@@ -270,6 +278,68 @@ def test_beats_adamw_on_a_quadratic_at_the_same_steps(seed):
     muon = min(final_loss(lambda w: Muon([{"kind": "muon", "params": [w]}]), rate) for rate in rates)
     adamw = min(final_loss(lambda w: torch.optim.AdamW([w], weight_decay=0.0), rate) for rate in rates)
     assert muon < 0.7 * adamw
+
+
+PRETRAIN = [
+    "--device=cpu", "--compile=False", "--dtype=float32", "--block_size=32", "--batch_size=8", "--n_layer=2",
+    "--gradient_accumulation_steps=1", "--n_head=2", "--n_embd=32", "--eval_iters=4", "--eval_interval=100",
+    "--warmup_iters=5", "--dataset=tiny", "--learning_rate=5e-3", "--min_lr=0", "--beta2=0.99",
+]  # fmt: skip
+
+
+@pytest.fixture
+def pretrain_with(tmp_path: Path, text: str) -> Callable[..., checkpoint.Checkpoint]:
+    """Train a tiny char model with these flags into out_dir; returns the last checkpoint."""
+    (tmp_path / "text.txt").write_text(text)
+    prepare("tiny", tmp_path / "data", tmp_path / "text.txt")
+
+    def run(out_dir: str, *flags: str, code: int = 0) -> checkpoint.Checkpoint:
+        places = [f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / out_dir}"]
+        assert cli.run(pretrain.main, [*PRETRAIN, *places, *flags]) == code
+        return checkpoint.load(tmp_path / out_dir)
+
+    return run
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beats_adamw_on_a_char_model_at_the_same_steps(pretrain_with, seed):
+    """50 steps of train.pretrain, each at rates that suit it: AdamW at the best of three."""
+    flags = ["--max_iters=50", "--lr_decay_iters=50", f"--seed={seed}", "--whole_val=False"]
+    adamw = min(
+        pretrain_with(f"adamw-{rate}", *flags, f"--learning_rate={rate}").meta["best_val_loss"]
+        for rate in ("5e-3", "1e-2", "2e-2")
+    )
+    muon = pretrain_with("muon", *flags, "--optimizer=muon", "--learning_rate=2e-2", "--matrix_lr=0.05")
+    assert muon.meta["best_val_loss"] < adamw - 0.05
+
+
+def test_pretrain_resumes_bitwise(pretrain_with):
+    flags = ["--optimizer=muon", "--lr_decay_iters=6", "--whole_val=False"]
+    whole = pretrain_with("whole", *flags, "--max_iters=6")
+    pretrain_with("parts", *flags, "--max_iters=3")
+    parts = pretrain_with("parts", *flags, "--max_iters=6", "--init_from=resume")
+    assert parts.step == whole.step == 6
+    assert all(torch.equal(parts.model[name], weight) for name, weight in whole.model.items())
+    for mine, other in zip(parts.optimizer["state"].values(), whole.optimizer["state"].values(), strict=True):
+        assert all(torch.equal(mine[key], value) for key, value in other.items())
+
+
+def test_pretrain_refuses_to_resume_with_another_optimizer(pretrain_with, capsys):
+    pretrain_with("out", "--max_iters=1", "--whole_val=False")
+    pretrain_with("out", "--max_iters=2", "--init_from=resume", "--optimizer=muon", code=2)
+    assert "was trained with --optimizer=adamw" in capsys.readouterr().err
+
+
+def test_pretrain_schedules_every_group_alike():
+    config = Pretrain(
+        optimizer="muon", matrix_lr=0.03, learning_rate=1e-3, n_layer=1, n_head=2, n_embd=16, block_size=8
+    )
+    model = GPT(pretrain.architecture_of(config, 11), kernels.load("reference"))
+    optimizer = pretrain.build_optimizer(config, model)
+    loop.set_learning_rate(optimizer, 0.5e-3)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"matrices": 0.015, "embeddings": 0.5e-3, "scalars": 0.5e-3})
+    assert optimizer.newton_schulz is newton_schulz_reference
 
 
 @pytest.mark.parametrize(

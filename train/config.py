@@ -53,6 +53,8 @@ class Pretrain:
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
+    matrix_lr: float = 0.02  # Muon's highest rate, which follows the schedule of learning_rate
     whole_val: bool = True  # end with the loss over the whole validation split, once through
     peak_tflops: float | None = None  # dense peak to reckon MFU by, where the device's own is not known
     n_kv_head: int | None = None  # key/value heads; default n_head
@@ -70,6 +72,10 @@ class Pretrain:
         for name in NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if self.optimizer == "muon":
+            for name in ("learning_rate", "matrix_lr"):
+                if not getattr(self, name) > 0:
+                    raise UserError(f"--{name}={getattr(self, name)}: must be above 0 with --optimizer=muon")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}: must be at least 0 and below 1")
         for name in ("beta1", "beta2"):

@@ -28,7 +28,7 @@ from gptfast.config import GPTConfig
 from gptfast.data import Batches, load_tokens, whole_split
 from gptfast.log import Log, facts
 from gptfast.model import GPT
-from gptfast.optim import adamw
+from gptfast.optim import adamw, groups_table, muon
 from gptfast.tokenizer import load_tokenizer, read_meta
 from train import loop
 from train.config import Pretrain
@@ -104,12 +104,7 @@ def start(config: Pretrain, device: str) -> Run:
         splits=splits,
         tokenizer=tokenizer,
         model=model,
-        optimizer=adamw(
-            model,
-            learning_rate=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        ),
+        optimizer=build_optimizer(config, model),
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
         batches=Batches(splits["train"], config.batch_size, block_size, seed=config.seed, device=device),
     )
@@ -157,6 +152,21 @@ def build_model(
     return model.to(device)
 
 
+def build_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
+    """nanoGPT's AdamW; or Muon for the matrices in the blocks at `matrix_lr`, and AdamW for the rest. Prints groups."""
+    rate, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
+    if config.optimizer == "adamw":
+        return adamw(model, learning_rate=rate, betas=betas, weight_decay=decay)
+    optimizer = muon(
+        model, model.config, matrix_lr=config.matrix_lr, embedding_lr=rate, head_lr=rate, scalar_lr=rate, betas=betas,
+        weight_decay=decay, newton_schulz=model.ops.newton_schulz,
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / rate  # the schedule is that of `learning_rate`
+    print(groups_table(optimizer))
+    return optimizer
+
+
 def architecture_of(config: Pretrain, vocab_size: int) -> GPTConfig:
     """The fields that the flags and GPTConfig have in common."""
     flags = dataclasses.asdict(config)
@@ -190,6 +200,11 @@ def save(run: Run) -> Path:
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
+    its_optimizer = saved.meta["config"].get("optimizer", "adamw")
+    if its_optimizer != run.config.optimizer:
+        raise UserError(
+            f"--optimizer={run.config.optimizer}: {saved.path} was trained with --optimizer={its_optimizer}"
+        )
     run.optimizer.load_state_dict(saved.optimizer)
     run.batches.load_state_dict(saved.meta["batches"])
     if run.scaler is not None and saved.meta["scaler"]:

@@ -195,6 +195,7 @@ def start(config: Speedrun, log: Log) -> Run:
     optimizer = muon(
         model, model.config, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr, head_lr=config.head_lr,
         scalar_lr=config.scalar_lr, momentum=config.momentum, steps=config.newton_schulz_steps,
+        newton_schulz=model.ops.newton_schulz,
     )  # fmt: skip
     parameters = count_parameters(model)
     tokens = config.accumulation * config.batch_size * config.block_size

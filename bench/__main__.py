@@ -37,10 +37,11 @@ class Stage:
 
 
 GPU = (
-    Stage("peaks", 45), Stage("ops", 210), Stage("model", 150), Stage("decode", 75), Stage("plots", 45),
+    Stage("peaks", 45), Stage("ops", 195), Stage("model", 190, flags=("--out={out}", "--budget_s=170")),
+    Stage("decode", 65), Stage("plots", 30),
 )  # fmt: skip
 CPU = (
-    Stage("peaks", 60), Stage("ops", 200), Stage("model", 45), Stage("decode", 45),
+    Stage("peaks", 60), Stage("ops", 200), Stage("model", 60), Stage("decode", 45),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
     Stage("aot", 45, module="kernels.aot", flags=(), quick=()), Stage("plots", 40),
 )  # fmt: skip

@@ -45,8 +45,8 @@ from .peaks import MEASURED_SLACK, from_rows
 from .timing import Timing, interleave, summarize
 
 GPU_MODELS = ("gpt2", "gpt2-xl", "modern", "gpt2-large", "gpt2-medium")  # in the order in which they are measured
-CPU_MODELS = ("char-cpu", "char-modern-cpu", "char")
-CPU_BATCH = {"char-cpu": 12, "char-modern-cpu": 12, "char": 4}
+CPU_MODELS = ("char-cpu", "char-modern-cpu")  # char, of 11M parameters, takes a minute more: --models=char
+CPU_BATCH = {"char-cpu": 12, "char-modern-cpu": 12, "char": 2}
 MOST_ROWS = 64  # of a micro-batch on a GPU; more gain nothing at T = 1024
 LAYERS_COMPILED_WHOLE = 12  # of deeper models the block is compiled: compile time grows with depth, speed hardly does
 SAMPLE_MS = 100.0  # a sample is as many steps in a row as fill this, so that the host can run ahead
@@ -381,7 +381,7 @@ def time_steps(plan: Plan, variants: Sequence[Variant], batch: tuple[Tensor, Ten
 
     counts = []
     for variant in variants:
-        sampler(variant, 2)()  # warm
+        sampler(variant, 1)()  # warm
         counts.append(max(1, min(20, math.ceil(SAMPLE_MS / sampler(variant, 2)()))))
     samplers = {str(i): sampler(v, n) for i, (v, n) in enumerate(zip(variants, counts, strict=True))}
     taken = interleave(samplers, plan.samples, plan.budget_s, 10 * plan.samples)

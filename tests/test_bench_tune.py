@@ -57,8 +57,8 @@ def test_only_what_changes_the_launches_is_tried():
 
 
 def test_a_candidate_that_spills_breaks_the_gates():
-    spilling = FORWARD.value._replace(per_warp=32768)  # one warp holds a row of 32768
-    tried = tune.trial(LAYERNORM, dict(M=8, N=32768), 80, torch.bfloat16, FORWARD, spilling)
+    spilling = FORWARD.value._replace(per_warp=8192)  # one warp holds a row of 8192
+    tried = tune.trial(LAYERNORM, dict(M=8, N=8192), 80, torch.bfloat16, FORWARD, spilling)
     assert any("layernorm_fwd_kernel: spills" in gate for gate in tried.broken)
     assert "spills" in tune.describe(tried)
 

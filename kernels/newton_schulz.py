@@ -86,7 +86,9 @@ def iterate(x: Tensor, steps: int, coefficients: Coefficients, products: Product
     if M > N:
         return iterate(x.mT, steps, coefficients, products).mT
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = torch.div(x, (SAFETY * norm).clamp_(min=TINY), out=torch.empty_like(x))  # one pass, the norm not rounded
+    norm = (SAFETY * norm).clamp_(min=TINY)
+    narrow = norm if x.dtype == torch.float16 else norm.to(x.dtype)  # in fp16 a norm may be infinite
+    x = (x / narrow).to(x.dtype)
     for a, b, c in coefficients[:steps]:
         A = products.gram(x)
         x = products.affine(products.quadratic(A, b, c), x, a)

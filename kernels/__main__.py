@@ -13,11 +13,14 @@ def rows() -> list[tuple[str, str, list[str]]]:
 
 
 def kernel_names(name: str) -> list[str]:
-    """Kernels on the page of an op: functions with `_kernel` in their name, those of the forward pass first."""
-    home = _home(name)
-    pages = [module for path, module in sys.modules.items() if f"{path}.".startswith(f"{home}.")]
-    found = [key for page in pages for key, value in vars(page).items() if isinstance(value, _triton.jit)]
-    return sorted((key for key in dict.fromkeys(found) if "_kernel" in key), key=lambda key: "_bwd_" in key)
+    """Kernels that an op launches at its bench sizes, forward first; none where Triton is missing."""
+    op = OPS[name]
+    if op.triton is None or _triton.MISSING:
+        return []
+    from .aot import launches
+
+    found = (launch.kernel.__name__ for dims in op.bench for launch in launches(op, dict(dims), 90))
+    return sorted(dict.fromkeys(found), key=lambda kernel: "_bwd_" in kernel)
 
 
 def markdown() -> str:

@@ -26,7 +26,7 @@ from . import results
 from .timing import Settings, Truth, Verdict, Work, cpu_cache_bytes, roofline, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEASURED_SLACK = 0.25  # a ceiling seen on one day may be beaten on another by so much before we call it a fault
+MEASURED_SLACK = 0.75  # how far a ceiling may be beaten before it is a fault: on a shared CPU one hour ran 1.7x another
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ GPU = (
     Stage("decode", 65), Stage("plots", 30),
 )  # fmt: skip
 CPU = (
-    Stage("peaks", 45), Stage("ops", 240, flags=("--out={out}", "--direction=forward,both")), Stage("model", 60),
+    Stage("peaks", 45), Stage("ops", 240, flags=("--out={out}", "--direction=both")), Stage("model", 60),
     Stage("decode", 45),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
     Stage("aot", 45, module="kernels.aot", flags=(), quick=()), Stage("plots", 40),

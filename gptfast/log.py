@@ -41,6 +41,8 @@ FACTS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 TIMES: dict[str, tuple[type, ...]] = {"ms_p20": NUMBER, "ms_p50": NUMBER, "ms_p80": NUMBER, "n": (int,)}
 
+CHECKOUT = f"{Path(__file__).resolve().parents[1]}/"
+
 # what a row of each kind must hold beside EVERY_ROW
 KINDS: dict[str, dict[str, tuple[type, ...]]] = {
     "run": FACTS,  # opens a training log; `config` and whatever else describes the run
@@ -152,10 +154,13 @@ class Log:
             print(text, flush=True)
 
     def row(self, what: str, **fields: Any) -> Row:
-        """Check and write one row, and return it. Raises ValueError that names a missing or wrong field."""
+        """Check and write one row, and return it. Raises ValueError that names a missing or wrong field.
+
+        In the file, paths inside this checkout are relative to it: its place on this machine is nobody's business.
+        """
         row = check_row({"schema": SCHEMA, "what": what, "date": now(), **plain(fields)})
         if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False).replace(CHECKOUT, "") + "\n")
             self._file.flush()
         return row
 

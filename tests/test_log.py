@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,10 @@ def test_gpu_facts_and_state():
     assert log.hardware("cuda")["name"] == torch.cuda.get_device_name()
     state = log.gpu_state()
     assert state is not None and state["sm_mhz"] > 0 and isinstance(state["throttle"], list)
+
+
+def test_the_file_does_not_say_where_the_checkout_lies(tmp_path):
+    root = Path(log.__file__).resolve().parents[1]
+    with Log(tmp_path, name="rows.jsonl", console=False) as file:
+        file.row("note", text=f"see {root}/results/cpu and {tmp_path}")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["text"] == f"see results/cpu and {tmp_path}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from torch import Tensor
 import kernels
 from gptfast.cli import UserError, nearest
 from gptfast.log import Log, Row, facts
+from gptfast.model import compute_dtype
 from kernels import Cost, Op
 
 from . import results
@@ -37,9 +39,7 @@ DIRECTIONS = ("forward", "backward", "both")
 OURS = ("triton", "reference")
 FAILURES = (RuntimeError, TypeError, ValueError, AssertionError)  # what a peer raises for a case it cannot do
 CPU_FLOPS, CPU_BYTES = 5e8, 16e6  # of a forward pass on a CPU
-INEXACT = (
-    0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), beyond it wrong
-)
+INEXACT = 0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), else wrong
 SHRINK = ((("B",), 1), (("M",), 256), (("H", "G"), 1), (("T", "S"), 128), (("V",), 2048), (("N",), 1024))
 
 
@@ -353,7 +353,9 @@ def main(argv: Sequence[str]) -> int:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--only", default=",".join(kernels.OPS), help="ops, comma-separated")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32,bfloat16")
+    parser.add_argument(
+        "--dtype", help="default: bfloat16 on a GPU; on a CPU float32, and bfloat16 if its units have it"
+    )
     parser.add_argument("--direction", default=",".join(DIRECTIONS))
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile as a peer"
@@ -361,12 +363,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--samples", type=int, help="at least so many (default: 40 on a GPU, 10 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
+    parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args(argv)
+    started = time.monotonic()
     names = _chosen("--only", arguments.only, kernels.OPS)
     directions = _chosen("--direction", arguments.direction, DIRECTIONS)
-    dtypes, device = chosen_dtypes(arguments.dtype), torch.device(arguments.device)
+    device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
+    dtypes = chosen_dtypes(arguments.dtype) if arguments.dtype else native_dtypes(device)
     if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
     samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
@@ -383,6 +388,9 @@ def main(argv: Sequence[str]) -> int:
             failed, names = fine != names, fine
         todo = cases(names, dtypes, directions, device, arguments.quick) if names else []
         for number, case in enumerate(todo, 1):
+            if time.monotonic() - started > arguments.budget_s:
+                say_left_out(todo[number - 1 :], arguments.budget_s, log)
+                break
             log.say(f"ops    [{number}/{len(todo)}] {case}")
             torch.compiler.reset()
             functions = variants(case.op, device, arguments.compile)
@@ -395,6 +403,21 @@ def main(argv: Sequence[str]) -> int:
                 log.say(f"ops    {case}: FAILED: {type(error).__name__}: {error}")
     results.compact(out / "ops.jsonl")
     return 1 if failed else 0
+
+
+def native_dtypes(device: torch.device) -> list[str]:
+    """The dtypes worth timing: those that the device's matrix units have. An emulated one says nothing of any code."""
+    if device.type == "cuda":
+        return ["bfloat16"]
+    fastest, _ = compute_dtype(str(device))
+    return [name for name, dtype in DTYPES.items() if dtype in (torch.float32, fastest)]
+
+
+def say_left_out(left: Sequence[Case], budget_s: float, log: Log) -> None:
+    """Say which cases there was no time for."""
+    text = f"{len(left)} cases not begun within {budget_s:.0f} s: {'; '.join(map(str, left))}"
+    log.row("note", text=text)
+    log.say(f"ops    {text}")
 
 
 def _chosen(flag: str, text: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:

@@ -213,3 +213,17 @@ def test_every_op_is_timed_and_checked_on_gpu(name, direction):
     assert all(row["valid"] for row in rows), [row["invalid_reason"] for row in rows]
     with stopwatch(device) as watch:
         assert watch.sets_needed(1 << 20) > 1
+
+
+def test_cases_beyond_the_budget_are_named_and_do_not_fail_the_page(tmp_path, capsys):
+    assert ops.main(["--only=layernorm,rmsnorm", "--quick", "--device=cpu", "--budget_s=0", f"--out={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "6 cases not begun within 0 s: layernorm forward float32" in said and "rmsnorm both float32" in said
+    notes = [json.loads(row)["text"] for row in (tmp_path / "ops.jsonl").read_text().splitlines()]
+    assert len(notes) == 1 and "6 cases not begun" in notes[0]
+
+
+@pytest.mark.parametrize("fastest, names", [(torch.float32, ["float32"]), (torch.bfloat16, ["float32", "bfloat16"])])
+def test_a_cpu_is_timed_in_the_dtypes_that_its_units_have(monkeypatch, fastest, names):
+    monkeypatch.setattr(ops, "compute_dtype", lambda device: (fastest, "for this test"))
+    assert ops.native_dtypes(CPU) == names

@@ -24,9 +24,13 @@ class GPTConfig:
     n_embd: int = 768  # C
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm has no weight
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_weight: bool = False  # rmsnorm multiplies by a weight; layernorm always does
+    norm_eps: float | None = None  # None means 1e-5 in layernorm, 1e-6 in rmsnorm
     position: Literal["learned", "rope"] = "learned"
-    activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"
+    rope_base: float = 10000.0  # the angles are position * rope_base^(-2i / D)
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
+    mlp_width: int | None = None  # between the MLP's two layers; None means 4 n_embd
     qk_norm: bool = False  # RMS-normalize each query and key
     token_shift: bool = False  # each position also sees the one before it (the embedding two), channel by channel
     tied: bool = True  # the head's weight is the token embedding
@@ -41,6 +45,17 @@ class GPTConfig:
     def head_dim(self) -> int:
         """D = C / H."""
         return self.n_embd // self.n_head
+
+    @property
+    def hidden_width(self) -> int:
+        """What the MLP is wide between its two layers."""
+        return 4 * self.n_embd if self.mlp_width is None else self.mlp_width
+
+    @property
+    def epsilon(self) -> float:
+        """What the norms add to the mean square, so that it is never 0."""
+        default = 1e-5 if self.norm == "layernorm" else 1e-6
+        return default if self.norm_eps is None else self.norm_eps
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -67,6 +82,10 @@ class GPTConfig:
             "n_embd",
             f"/ n_head is {self.head_dim}; rotary positions need an even head size",
         )
+        for name in ("norm_eps", "rope_base"):
+            value = getattr(self, name)
+            _require(value is None or value > 0.0, name, f"is {value}; it must be positive")
+        _require(self.hidden_width >= 1, "mlp_width", f"is {self.mlp_width}; it must be at least 1")
         _require(
             self.softcap is None or self.softcap > 0.0, "softcap", f"is {self.softcap}; it must be positive or None"
         )

@@ -469,9 +469,9 @@ def mean_keys(T: int, causal: bool = True, window: int | None = None) -> float:
 
 
 def block_params(config: GPTConfig) -> int:
-    """Weights of the blocks' linear layers: qkv, attention output, and the two of the MLP (4C wide)."""
-    C, kv_width = config.n_embd, config.kv_heads * config.head_dim
-    return config.n_layer * (C * (C + 2 * kv_width) + C * C + 8 * C * C)
+    """Weights of the blocks' linear layers: qkv, attention output, and the two of the MLP, or three with swiglu."""
+    C, kv_width, layers = config.n_embd, config.kv_heads * config.head_dim, 3 if config.activation == "swiglu" else 2
+    return config.n_layer * (C * (C + 2 * kv_width) + C * C + layers * C * config.hidden_width)
 
 
 def lm_head_params(config: GPTConfig) -> int:
@@ -481,11 +481,11 @@ def lm_head_params(config: GPTConfig) -> int:
 def palm_params(config: GPTConfig) -> int:
     """N of nanoGPT's 6N: every parameter but the position embedding, and of token embedding and lm_head one."""
     C, kv_width = config.n_embd, config.kv_heads * config.head_dim
-    vectors = 0
-    if config.norm == "layernorm":
-        vectors += (2 * config.n_layer + 1) * C * (1 + config.bias)
+    layernorm, hidden_layers = config.norm == "layernorm", 2 if config.activation == "swiglu" else 1
+    per_norm = (layernorm or config.norm_weight) + (layernorm and config.bias)
+    vectors = (2 * config.n_layer + 1) * C * per_norm
     if config.bias:
-        vectors += config.n_layer * ((C + 2 * kv_width) + C + 4 * C + C)
+        vectors += config.n_layer * ((C + 2 * kv_width) + C + hidden_layers * config.hidden_width + C)
     return block_params(config) + lm_head_params(config) + vectors
 
 

@@ -43,23 +43,24 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm with an optional bias, or RMSNorm without a weight."""
+    """LayerNorm with an optional bias, or RMSNorm with an optional weight."""
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.layernorm = config.norm == "layernorm"
-        if self.layernorm:
-            self.weight = nn.Parameter(torch.ones(config.n_embd))
-            self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None)
+        self.layernorm, self.epsilon = config.norm == "layernorm", config.epsilon
+        weight, bias = self.layernorm or config.norm_weight, self.layernorm and config.bias
+        self.register_parameter("weight", nn.Parameter(torch.ones(config.n_embd)) if weight else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if bias else None)
 
     def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = x + update: the residual sum and its norm in one pass over memory."""
         ops = self.ops
         if self.layernorm:
-            parameters = self.weight, self.bias, 1e-5
+            parameters = self.weight, self.bias, self.epsilon
             return (ops.layernorm(x, *parameters), x) if update is None else ops.add_layernorm(update, x, *parameters)
-        return (ops.rmsnorm(x), x) if update is None else ops.add_rmsnorm(update, x)
+        parameters = self.weight, self.epsilon
+        return (ops.rmsnorm(x, *parameters), x) if update is None else ops.add_rmsnorm(update, x, *parameters)
 
 
 class Shift(nn.Module):
@@ -106,17 +107,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide between them."""
+    """Two layers, wider between them; with swiglu a third one gates those (Shazeer, arXiv:2002.05202)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS.get(config.activation)
+        self.c_fc = Linear(config.n_embd, config.hidden_width, bias=config.bias)
+        if config.activation == "swiglu":
+            self.c_gate = Linear(config.n_embd, config.hidden_width, bias=config.bias)
+        self.c_proj = Linear(config.hidden_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.c_proj(self.activation(self.c_fc(x)))
+        wide = F.silu(self.c_gate(x)) * self.c_fc(x) if self.activation is None else self.activation(self.c_fc(x))
+        out = self.c_proj(wide)
         return F.dropout(out, self.dropout) if self.training and self.dropout else out
 
 
@@ -177,9 +181,9 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _set_rotation(self) -> None:
-        """cos and sin (T, D/2) of RoPE's angles, position * 10000^(-2i / D), fp32; empty with learned positions."""
+        """cos and sin (T, D/2) of RoPE's angles, position * base^(-2i / D), fp32; empty with learned positions."""
         rope, D = self.config.position == "rope", self.config.head_dim
-        frequency = 10000.0 ** (torch.arange(0, D, 2, dtype=torch.float64) / -D)
+        frequency = self.config.rope_base ** (torch.arange(0, D, 2, dtype=torch.float64) / -D)
         angle = torch.arange(self.config.block_size if rope else 0, dtype=torch.float64)[:, None] * frequency
         device = self.lm_head.weight.device
         self.register_buffer("cos", angle.cos().to(device, torch.float32), persistent=False)

@@ -248,8 +248,9 @@ def random_config(rng: random.Random) -> GPTConfig:
         block_size=rng.randint(1, 48), vocab_size=rng.randint(3, 300), n_layer=rng.randint(1, 4), n_head=n_head,
         n_kv_head=rng.choice([None, *(g for g in range(1, n_head + 1) if n_head % g == 0)]), n_embd=head_dim * n_head,
         bias=rng.random() < 0.5, norm=rng.choice(["layernorm", "rmsnorm"]), position=rng.choice(["learned", "rope"]),
-        activation=rng.choice(["gelu", "gelu_tanh", "relu2"]), qk_norm=rng.random() < 0.5, tied=rng.random() < 0.5,
-        softcap=rng.choice([None, 15.0]),
+        activation=rng.choice(["gelu", "gelu_tanh", "relu2", "swiglu"]), qk_norm=rng.random() < 0.5,
+        tied=rng.random() < 0.5, softcap=rng.choice([None, 15.0]), norm_weight=rng.random() < 0.5,
+        mlp_width=rng.choice([None, 24]),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from . import _triton
 from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
+from .decode_attention import DECODE_ATTENTION
 from .layernorm import ADD_LAYERNORM, LAYERNORM
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .newton_schulz import NEWTON_SCHULZ
@@ -27,7 +28,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
-        NEWTON_SCHULZ,
+        NEWTON_SCHULZ, DECODE_ATTENTION,
     )
 }  # fmt: skip
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")

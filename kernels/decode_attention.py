@@ -1,0 +1,312 @@
+"""Attention of the newest tokens of each sequence to a cache of keys and values: the decoding step.
+
+    position[t] = lengths[b] - T + t      query t sees keys u <= position[t]; u >= position[t] - window if windowed
+    s[t, u] = scale * sum_d q[t, d] * k[u, d]        s = softcap * tanh(s / softcap)  if softcap
+    p = softmax_u(s where query t sees key u, else -inf)        out[t] = sum_u p[t, u] * v[u]
+
+    q, out: (B, T, H, D)   k, v: (B, S, G, D)   lengths: (B,) int   k_scale, v_scale: (B, S, G) fp32
+    paged: k, v: (N, page_size, G, D)   pages: (B, P) int32   k_scale, v_scale: (N, page_size, G) fp32
+
+`lengths` counts the keys of each sequence, the T new ones among them; the rest of the cache is not looked at, whatever
+it holds. A query that sees no key (position below 0) gives 0. Query head h reads key head h // (H / G). In a paged
+cache position u of sequence b lies in page pages[b, u // page_size], row u % page_size. A cache of int8 or
+float8_e4m3fn numbers holds k / k_scale and v / v_scale. There is no derivative: nothing is learned from a cache.
+
+One scale per head and position, not one per head: a head's scale would have to be known before its keys are, and one
+outlier would cost every other position its digits. It adds 4 bytes to the D of a row, and multiplies scores and weights
+rather than keys and values, so it costs no more arithmetic than the coarser one.
+
+Split over the keys with a combination of the parts: Dao et al., "Flash-Decoding",
+https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; grouped heads: arXiv:2305.13245.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .op import Cost, Op, require
+
+QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+FUSED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of torch's fused operator on a CPU
+
+
+class Cache(NamedTuple):
+    """Keys and values, and the scales of quantized ones."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Cache:
+        """The function of every tensor."""
+        k_scale, v_scale = (x if x is None else function(x) for x in (self.k_scale, self.v_scale))
+        return Cache(function(self.k), function(self.v), k_scale, v_scale)
+
+    def widened(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values as numbers of this dtype."""
+        k, v = self.k.to(dtype), self.v.to(dtype)
+        if self.k_scale is None or self.v_scale is None:
+            return k, v
+        return k * self.k_scale[..., None], v * self.v_scale[..., None]
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    pages: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of q (B, T, H, D) to the cached k, v (B, S, G, D), lengths (B,) of them valid. Returns q's dtype.
+
+    k and v have q's dtype, or are int8 or float8_e4m3fn with scales; any strides. `scale` is D^-1/2 by default; a
+    window of 0 sees only its own position. Sums in at least fp32. Raises ValueError naming the argument, in eager mode
+    on a CPU also for lengths and pages out of range: there lengths are read, and a sequence costs what its own length
+    does. Elsewhere nothing waits for their values, and the whole cache is gone through.
+    """
+    _check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap)
+    (B, T), D = q.shape[:2], q.shape[3]
+    scale, cache = D**-0.5 if scale is None else scale, Cache(k, v, k_scale, v_scale)
+    if not _on_host(lengths):
+        if pages is not None:
+            known = pages.clamp(0, k.shape[0] - 1)  # entries past a sequence's length may be anything
+            cache = cache.each(lambda x: x[known].flatten(1, 2))
+        position = lengths[:, None] - T + torch.arange(T, device=q.device)
+        return _attend(q, cache, position, window, scale, softcap)
+
+    found, out = lengths.tolist(), torch.zeros(q.shape, dtype=q.dtype)
+    alike = pages is None and B > 0 and found.count(found[0]) == B
+    fused = softcap is None and k_scale is None and q.dtype in FUSED
+    for batch in [slice(0, B)] if alike else [slice(b, b + 1) for b in range(B)]:
+        length = found[batch.start]
+        if length == 0:
+            continue
+        first = 0 if window is None else max(0, length - T - window)
+        seen = cache.each(functools.partial(_cut, pages=pages, batch=batch, first=first, length=length))
+        seeing = slice(max(0, T - length), T)  # the queries before see nothing
+        position = torch.arange(length - T, length)[None, seeing] - first
+        if fused:
+            out[batch, seeing] = _attend_fused(q[batch, seeing], seen.k, seen.v, position, window, scale)
+        else:
+            out[batch, seeing] = _attend(q[batch, seeing], seen, position, window, scale, softcap)
+    return out
+
+
+def _on_host(lengths: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU that would wait for it, in a compiled graph they are not there."""
+    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _cut(x: Tensor, pages: Tensor | None, batch: slice, first: int, length: int) -> Tensor:
+    """Positions first to length of some sequences: x (B, S, ...) -> (batch, length - first, ...)."""
+    if pages is None:
+        return x[batch, first:length]
+    return x[pages[batch, : -(-length // x.shape[1])]].flatten(1, 2)[:, first:length]
+
+
+def _hidden(position: Tensor, S: int, window: int | None) -> Tensor:
+    """True (B, T, S) where the query at position (B, T) must not see the key."""
+    u, position = torch.arange(S, device=position.device), position[..., None]
+    hidden = u > position
+    return hidden if window is None else hidden | (u < position - window)
+
+
+def _attend(
+    q: Tensor, cache: Cache, position: Tensor, window: int | None, scale: float, softcap: float | None
+) -> Tensor:  # fmt: skip
+    """The definition: queries at position (B, T) over a contiguous cache (B, S, G, D)."""
+    (B, T, H, D), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
+    k, v = cache.widened(wide)
+    S, G = k.shape[1:3]
+    hidden = _hidden(position, S, window)
+    beyond = (torch.arange(S, device=q.device) > position[:, -1:])[..., None, None]  # (B, S, 1, 1)
+    v = v.masked_fill(beyond, 0.0)  # 0 times what lies there may be NaN
+    s = torch.einsum("btgrd,bsgd->bgrts", q.to(wide).reshape(B, T, G, H // G, D), k) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    hidden = hidden[:, None, None]
+    p = torch.softmax(s.masked_fill(hidden, -torch.inf), dim=-1).masked_fill(hidden, 0.0)
+    return torch.einsum("bgrts,bsgd->btgrd", p, v).reshape(B, T, H, D).to(q.dtype)
+
+
+def _attend_fused(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int | None, scale: float
+) -> Tensor:  # fmt: skip
+    """The same by torch's fused operator, for a CPU: the queries of a group of heads are rows of one product.
+
+    It reads 16-bit keys as they are: at 1024 keys, H = G = 12, D = 64 on two cores, fp16 takes 0.35 ms where converting
+    takes 3.1 and a pair of products 1.4; fp32 takes 0.30 either way.
+    """
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    rows, mask = q.view(B, T, G, H // G, D).transpose(1, 2).reshape(B, G, -1, D), None
+    if T > 1:  # the one query of T = 1 sees all that was cut out for it
+        mask = ~_hidden(position, S, window)[:, None].repeat_interleave(H // G, dim=2)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return out.view(B, G, T, H // G, D).transpose(1, 2).reshape(B, T, H, D)
+
+
+def quantize_kv(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Keys or values (..., D) as int8 or float8_e4m3fn numbers (..., D), and the scales (...) fp32 to multiply back.
+
+    Each row is divided by its largest magnitude, which becomes 127 (int8) or 448 (fp8). A row of zeros has scale 1.
+    """
+    require(dtype in QUANTIZED.values(), f"dtype: expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
+    require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = x.abs().amax(dim=-1).float() / largest
+    scale = torch.where(scale > 0, scale, 1.0)
+    y = x.float() / scale[..., None]
+    return (y.round() if dtype == torch.int8 else y).clamp(-largest, largest).to(dtype), scale
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
+    v_scale: Tensor | None, window: int | None, scale: float | None, softcap: float | None,
+) -> None:  # fmt: skip
+    """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
+    require(q.dim() == 4 and min(q.shape[2:]) > 0, f"q: expected (B, T, H, D), got {tuple(q.shape)}")
+    require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
+    B, _, H, D = q.shape
+    what = "(B, S, G, D) with q's B and D" if pages is None else "(N, page_size, G, D) with q's D"
+    fits = k.dim() == 4 and k.shape[3] == D and (pages is not None or k.shape[0] == B)
+    require(fits, f"k: expected {what}, got {tuple(k.shape)} for q {tuple(q.shape)}")
+    require(k.shape[2] > 0 and H % k.shape[2] == 0, f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
+    require(v.shape == k.shape, f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    require(v.dtype == k.dtype, f"v: {v.dtype}, but k is {k.dtype}")
+    quantized = k.dtype in QUANTIZED.values()
+    require(
+        quantized or k.dtype == q.dtype,
+        f"k: expected q's dtype {q.dtype}, int8 or float8_e4m3fn, got {k.dtype}",
+    )
+    require(lengths.shape == (B,), f"lengths: expected (B,) = {(B,)}, got {tuple(lengths.shape)}")
+    require(lengths.dtype in (torch.int32, torch.int64), f"lengths: expected int32 or int64, got {lengths.dtype}")
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is None:
+            require(not quantized, f"{name}: a cache of {k.dtype} needs its scales")
+        else:
+            require(quantized, f"{name}: only caches of int8 or float8_e4m3fn have scales, k is {k.dtype}")
+            require(x.shape == k.shape[:3], f"{name}: expected {tuple(k.shape[:3])} as k has it, got {tuple(x.shape)}")
+            require(x.is_floating_point(), f"{name}: expected float32, got {x.dtype}")
+    if pages is not None:
+        require(pages.dim() == 2 and pages.shape[0] == B, f"pages: expected (B, P), got {tuple(pages.shape)}")
+        require(pages.dtype == torch.int32, f"pages: expected int32, got {pages.dtype}")
+        require(k.shape[1] > 0, "k: pages of no rows")
+    tensors = {"k": k, "v": v, "lengths": lengths, "pages": pages, "k_scale": k_scale, "v_scale": v_scale}
+    for name, x in tensors.items():
+        require(x is None or x.device == q.device, f"{name}: not on {q.device}, where q is")
+    # Written out, since torch.compile cannot put a number that varies into a message, used or not.
+    if window is not None and window < 0:
+        raise ValueError(f"window: expected a number of positions or None, got {window}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale: expected a positive number or None, got {scale}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if _on_host(lengths):
+        _check_values(k, lengths, pages)
+
+
+def _check_values(k: Tensor, lengths: Tensor, pages: Tensor | None) -> None:
+    """Lengths within the cache, and pages within the pool as far as the lengths reach."""
+    capacity = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
+    for b, length in enumerate(lengths.tolist()):
+        require(0 <= length <= capacity, f"lengths: {length} of sequence {b} is outside 0 to {capacity}")
+        if pages is not None and length:
+            low, high = (x.item() for x in pages[b, : -(-length // k.shape[1])].aminmax())
+            require(0 <= low <= high < k.shape[0], f"pages: sequence {b} has {low} to {high}, the pool {k.shape[0]}")
+
+
+def inputs(
+    B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
+    dtype: torch.dtype, device: str = "cpu",
+) -> tuple:  # fmt: skip
+    """q (B, T, H, D), k and v (B, S, G, D), normal; lengths evenly from `shortest` to S, all S by default.
+
+    With a page_size the caches are pools of shuffled pages, and the table follows; with a `cache` of "int8" or "fp8"
+    they are quantized, and the scales follow.
+    """
+    q = torch.randn(B, T, H, D, dtype=dtype, device=device)
+    steps = torch.linspace(S if shortest is None else shortest, S, B, dtype=torch.float64, device=device)
+    lengths = steps.round().to(torch.int32)
+    pages, shape = None, (B, S, G, D)
+    if page_size:
+        P = -(-S // page_size)
+        pages = torch.randperm(B * P, device=device).to(torch.int32).view(B, P)
+        shape = (B * P, page_size, G, D)
+    k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in "kv")
+    if not cache:
+        return (q, k, v, lengths) if pages is None else (q, k, v, lengths, pages)
+    (k, k_scale), (v, v_scale) = (quantize_kv(x, QUANTIZED[cache]) for x in (k, v))
+    return q, k, v, lengths, pages, k_scale, v_scale
+
+
+def cost(
+    B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
+    itemsize: int,
+) -> tuple[Cost, Cost]:  # fmt: skip
+    """Two products over the keys seen; every valid key and value, with its scale, read once, q read and out written."""
+    keys = B * (S + (S if shortest is None else shortest)) // 2
+    row = D + 4 if cache else D * itemsize
+    seen = T * keys - B * T * (T - 1) // 2
+    return Cost(4 * H * D * max(0, seen), 2 * keys * G * row + 2 * B * T * H * D * itemsize), Cost(0, 0)
+
+
+def _sdpa(backend: str | None) -> Callable[..., Tensor]:
+    """torch's fused attention: of its own choice under a mask made from lengths, or by a backend that takes no mask."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        require(not any(x is not None for x in rest), "k: neither pages nor scales are known to torch's attention")
+        T, mask = q.shape[1], None
+        if backend is None:
+            position = lengths[:, None] - T + torch.arange(T, device=q.device)
+            mask = ~_hidden(position, k.shape[1], None)[:, None]
+        else:
+            require(T == 1, "q: without a mask only T = 1 and a full cache are right")
+        chosen = list(SDPBackend.__members__.values()) if backend is None else getattr(SDPBackend, backend)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(chosen):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    return run
+
+
+DECODE_ATTENTION = Op(
+    name="decode_attention",
+    reference=decode_attention_reference,
+    triton=None,
+    inputs=inputs,
+    parity=(
+        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0),
+        dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5), dict(B=0, T=1, S=5, H=2, G=1, D=16),
+        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65, page_size=16),
+        dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, cache="int8"),
+        dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
+    ),
+    domain=dict(B=range(1, 4), T=range(1, 5), S=range(1, 150), H=(2, 4), G=(1, 2), D=(16, 24), shortest=(0, 1, None)),
+    bench=(
+        dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=32, T=1, S=8192, H=32, G=8, D=128),
+        dict(B=1, T=1, S=32768, H=32, G=8, D=128), dict(B=8, T=1, S=1024, H=25, G=25, D=64),
+        dict(B=32, T=1, S=8192, H=32, G=8, D=128, cache="int8"), dict(B=32, T=1, S=8192, H=32, G=8, D=128, cache="fp8"),
+        dict(B=32, T=1, S=8192, H=32, G=8, D=128, page_size=64), dict(B=8, T=4, S=4096, H=16, G=2, D=128),
+        dict(B=8, T=8, S=4096, H=32, G=8, D=128),
+    ),
+    cost=cost,
+    peers={"sdpa": _sdpa(None), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "sdpa flash": _sdpa("FLASH_ATTENTION")},
+    summary="softmax(q k^T / sqrt(D)) v of the newest tokens against a cache of keys and values, its own length of it",
+    differentiable=False,
+)  # fmt: skip

@@ -4,24 +4,45 @@
     tokenizer.decode(tokenizer.encode("hello")) == "hello"
     from_json(tokenizer.to_json()) == tokenizer
 
+    tokenizer = BPETokenizer("gpt2")                                     # by tiktoken's name, or
+    tokenizer = load_bpe("tokenizer")                                    # a folder that train.tokenizer or HF wrote
+    tokenizer.save("tokenizer")                                          # transformers and tiktoken read it too
+
 A tokenizer is described by JSON alone, so that no file runs code.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gptfast.cli import UserError
 
-LARGEST_VOCAB = 2**16  # token files hold uint16
+if TYPE_CHECKING:
+    import tiktoken
+
+LARGEST_VOCAB = 2**16  # of ids that fit uint16
+
+# How text is cut before merging. GPT-2's (Radford et al., 2019), as tiktoken writes it, and GPT-4's with numbers cut
+# into at most 2 digits instead of 3, which spares a small vocabulary hundreds of ids (as in nanochat).
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
+    r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names under which a vocabulary may hold its BOS
+
+RANKS, HUGGING_FACE, ENCODING = "ranks.tiktoken", "tokenizer.json", "encoding.json"  # files of a saved tokenizer
 
 
 class Tokenizer(Protocol):
@@ -35,10 +56,24 @@ class Tokenizer(Protocol):
         """Raises UserError for text that has no tokens."""
 
     def encode_tensor(self, text: str) -> Tensor:
-        """The same ids as a tensor (len,) uint16, the form of a token file."""
+        """The same ids as a tensor (len,), as a token file holds them: uint16, or int32 if vocab_size is past 2^16."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Raises UserError for an id outside the vocabulary."""
+
+    @property
+    def bos(self) -> int | None:
+        """The special token that begins a document, or None."""
+
+    def token_bytes(self) -> Tensor:
+        """How many bytes of UTF-8 each token stands for, (vocab_size,) int64; 0 for a special token.
+
+        Bits per byte is a loss over these bytes, and so compares models of different tokenizers.
+        """
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 in hex that two tokenizers share only if they give the same ids to every text."""
 
     def to_json(self) -> dict[str, Any]:
         """A description of plain JSON values from which `from_json` makes an equal tokenizer."""
@@ -51,6 +86,10 @@ def from_json(description: Any) -> Tokenizer:
         return CharTokenizer(description["chars"])
     if kind == "tiktoken" and isinstance(description.get("name"), str):
         return BPETokenizer(description["name"])
+    if kind == "bpe" and all(
+        map(isinstance, map(description.get, ("pattern", "special_tokens", "tokens")), (str, dict, str))
+    ):
+        return _described_bpe(description)
     raise UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
 
 
@@ -63,8 +102,11 @@ def load_tokenizer(data_dir: str | Path) -> Tokenizer:
     data_dir = Path(data_dir)
     meta = read_meta(data_dir)
     if meta is not None:
-        return from_json(meta.get("tokenizer"))
-    if not (data_dir / "train.bin").exists() and not (data_dir / "val.bin").exists():
+        tokenizer = from_json(meta.get("tokenizer"))
+        if meta.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise UserError(f"{data_dir} was made with another tokenizer than its meta.json states; prepare it again")
+        return tokenizer
+    if not any(data_dir.glob("*.bin")):
         raise UserError(f"no data set in {data_dir}; make it: python -m train.prepare {data_dir.name}")
     if (data_dir / "meta.pkl").exists():
         raise UserError(
@@ -140,6 +182,17 @@ class CharTokenizer:
     def to_json(self) -> dict[str, Any]:
         return {"kind": "char", "chars": self.chars}
 
+    @property
+    def bos(self) -> None:
+        return None
+
+    def token_bytes(self) -> Tensor:
+        return torch.tensor([len(char.encode("utf-8", "surrogatepass")) for char in self.chars])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _sha256(["char", self.chars])
+
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {char: i for i, char in enumerate(self.chars)}
@@ -153,45 +206,288 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte pair encoding through tiktoken, by tiktoken's name of the encoding. `gpt2` has 50257 tokens.
+    """Byte pair encoding, run by tiktoken: by tiktoken's name of an encoding, such as gpt2, or of ranks of your own.
 
-    tiktoken fetches the ranks once from the network and caches them. Raises UserError where neither is possible.
+    tiktoken fetches the ranks of a named encoding once from the network and caches them. Raises UserError where neither
+    is possible.
     """
 
-    def __init__(self, name: str = "gpt2") -> None:
+    def __init__(self, name: str = "gpt2", *, encoding: tiktoken.Encoding | None = None) -> None:
         self.name = name
-        try:
-            import tiktoken
+        self.is_named = encoding is None  # and so can be described by its name alone
+        self._encoding = encoding or _named_encoding(name)
 
-            self._encoding = tiktoken.get_encoding(name)
-        except ImportError:
-            raise UserError(f"the {name} tokenizer needs tiktoken: pip install tiktoken") from None
-        except Exception as error:  # requests and tiktoken raise a dozen unrelated types for "no network"
+    @classmethod
+    def from_ranks(
+        cls, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], pattern: str = GPT4_PATTERN
+    ) -> BPETokenizer:
+        """`ranks`: the id of each token, in the order in which they are merged; all 256 single bytes are among them.
+
+        `special_tokens` have ids that no rank has. Raises UserError if a byte is missing or an id is given twice.
+        """
+        ids = [*ranks.values(), *special_tokens.values()]
+        if any(bytes([byte]) not in ranks for byte in range(256)) or len(set(ids)) < len(ids) or min(ids) < 0:
             raise UserError(
-                f"cannot get the {name} tokenizer's ranks ({type(error).__name__}: {_first_line(error)}); connect to "
-                "the network once, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached them"
-            ) from None
+                "not the ranks of a byte-level BPE: each of the 256 bytes needs an id, and each id one token"
+            )
+        tiktoken = _import_tiktoken("a BPE tokenizer")
+        try:
+            encoding = tiktoken.Encoding(
+                "gptfast", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=dict(special_tokens)
+            )
+        except ValueError as error:  # the regular expression does not compile
+            raise UserError(f"cannot split text by {pattern!r}: {_first_line(error)}") from None
+        return cls("bpe", encoding=encoding)
 
     @property
     def vocab_size(self) -> int:
         return self._encoding.n_vocab
 
+    @property
+    def pattern(self) -> str:
+        """The regular expression whose matches are merged, each by itself."""
+        return self._encoding._pat_str
+
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """The id of every ordinary token, in ascending order."""
+        return dict(sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]))
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._encoding._special_tokens)
+
+    @property
+    def bos(self) -> int | None:
+        return next((self.special_tokens[name] for name in BEGINNINGS if name in self.special_tokens), None)
+
     def encode(self, text: str) -> list[int]:
-        """Special tokens in `text` are encoded as ordinary text, so that a prompt cannot forge one."""
+        """Special tokens in `text` are encoded as ordinary text, so that a prompt cannot forge one.
+
+        Half of a surrogate pair is no character and becomes U+FFFD.
+        """
         return self._encoding.encode_ordinary(text)
 
     def encode_tensor(self, text: str) -> Tensor:
-        if self.vocab_size > LARGEST_VOCAB:
-            raise UserError(f"tokens of {self.name} do not fit uint16 token files; use gpt2")
-        return torch.tensor(self.encode(text), dtype=torch.int32).to(torch.uint16)
+        ids = torch.tensor(self.encode(text), dtype=torch.int32)
+        return ids if self.vocab_size > LARGEST_VOCAB else ids.to(torch.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         _check_ids(ids, self.vocab_size)
-        return self._encoding.decode(list(ids))
+        try:
+            return self._encoding.decode(list(ids))
+        except KeyError as error:  # the ids of some encodings have gaps
+            raise UserError(f"{self.name} has no token of this id ({_first_line(error)})") from None
+
+    def token_bytes(self) -> Tensor:
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
+        ranks = self._encoding._mergeable_ranks
+        lengths[torch.tensor(list(ranks.values()))] = torch.tensor(list(map(len, ranks)))
+        return lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _sha256([self.pattern, sorted(self.special_tokens.items()), self._tokens()])
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "tiktoken", "name": self.name}
+        if self.is_named:
+            return {"kind": "tiktoken", "name": self.name}
+        special_tokens = self.special_tokens
+        return {"kind": "bpe", "pattern": self.pattern, "special_tokens": special_tokens, "tokens": self._tokens()}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files to `folder`:
+
+        ranks.tiktoken: the rank file of tiktoken. tokenizer.json, tokenizer_config.json: for tokenizers and
+        transformers, which take special tokens in a text for what they say unless told `split_special_tokens`.
+        encoding.json: pattern, special tokens, and the fingerprint that load_bpe checks; written last.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
+        encoding = {
+            "pattern": self.pattern, "special_tokens": self.special_tokens,
+            "vocab_size": self.vocab_size, "fingerprint": self.fingerprint,
+        }  # fmt: skip
+        (folder / RANKS).write_text("".join(lines), "ascii")
+        (folder / HUGGING_FACE).write_text(self._hugging_face().to_str(pretty=True), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(self._hugging_face_config(), indent=1), "utf-8")
+        (folder / ENCODING).write_text(json.dumps(encoding, indent=1), "utf-8")
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair of tokens that each longer token is merged from, in order; ranks alone determine it."""
+        ranks = self.ranks
+        return [_halves(token, ranks) for token in ranks if len(token) > 1]
+
+    def _tokens(self) -> str:
+        """Every ordinary token in base64 at the place of its id, apart by spaces; nothing at the place of others."""
+        tokens = [""] * (1 + max(self._encoding._mergeable_ranks.values()))
+        for token, rank in self._encoding._mergeable_ranks.items():
+            tokens[rank] = base64.b64encode(token).decode()
+        return " ".join(tokens)
+
+    def _hugging_face(self) -> Any:
+        """The same as a tokenizers.Tokenizer. Raises UserError if its ids have gaps, which that cannot express."""
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        def written(token: bytes) -> str:
+            return "".join([BYTE_LETTERS[byte] for byte in token])
+
+        vocab = {written(token): rank for token, rank in self.ranks.items()}
+        made = Tokenizer(models.BPE(vocab, [(written(left), written(right)) for left, right in self.merges()]))
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(self.pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        made.decoder = decoders.ByteLevel()
+        special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
+        made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens])
+        if {name: made.token_to_id(name) for name in special_tokens} != special_tokens:
+            raise UserError(f"the ids of {self.name} have gaps, which {HUGGING_FACE} cannot hold; use gpt2 or your own")
+        return made
+
+    def _hugging_face_config(self) -> dict[str, Any]:
+        beginning = next((name for name in BEGINNINGS if name in self.special_tokens), None)
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": beginning, "eos_token": beginning,
+            "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+        }  # fmt: skip
+
+
+def load_bpe(folder: str | Path) -> BPETokenizer:
+    """The BPE tokenizer of a folder that `BPETokenizer.save` wrote, or that holds Hugging Face's tokenizer.json.
+
+    Raises UserError for files that are missing, damaged, or of a kind that byte-level BPE cannot express.
+    """
+    folder = Path(folder)
+    if (folder / ENCODING).exists():
+        encoding = _read_json(folder / ENCODING)
+        tokenizer = _described_bpe({**encoding, "tokens": _read_ranks(folder / RANKS)})
+        if tokenizer.fingerprint != encoding.get("fingerprint"):
+            raise UserError(f"{folder / RANKS} does not fit {ENCODING} beside it; copy or train the tokenizer again")
+        return tokenizer
+    if (folder / HUGGING_FACE).exists():
+        return _from_hugging_face(folder / HUGGING_FACE)
+    raise UserError(f"no tokenizer in {folder}: give a folder with {ENCODING} or {HUGGING_FACE}")
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in Hugging Face's files: itself if it prints, else one from 256 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge gives `token`: what is left when all merges of a lower rank are done."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        rank, place = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
+        if rank >= ranks[token]:
+            raise UserError(f"not the ranks of a BPE: token {token!r} does not come of a merge")
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts[0], parts[1]
+
+
+def _from_hugging_face(path: Path) -> BPETokenizer:
+    """The tokenizer of a tokenizer.json whose model is byte-level BPE, as those of GPT-2, Llama 3 and ours are."""
+    content = _read_json(path)
+    try:
+        return BPETokenizer.from_ranks(*_ranks_of(content, path), _pattern_of(content, path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); copy it again") from None
+
+
+def _pattern_of(content: dict[str, Any], path: Path) -> str:
+    steps = content["pre_tokenizer"] or {}
+    steps = {step["type"]: step for step in steps.get("pretokenizers", [steps]) if step}
+    byte_level = steps.get("ByteLevel", {})
+    is_plain = content["model"]["type"] == "BPE" and byte_level and not content["normalizer"]
+    if not is_plain or byte_level["add_prefix_space"]:
+        raise UserError(f"{path} is not a plain byte-level BPE; gptfast reads those of the GPT-2 and Llama 3 families")
+    if steps.keys() == {"ByteLevel"} and byte_level.get("use_regex", True):
+        return GPT2_PATTERN
+    if steps.keys() == {"ByteLevel", "Split"} and "Regex" in steps["Split"]["pattern"]:
+        return steps["Split"]["pattern"]["Regex"]
+    raise UserError(f"{path} splits text by {', '.join(steps)}; gptfast knows ByteLevel, and Split before it")
+
+
+def _ranks_of(content: dict[str, Any], path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Ranks and special tokens."""
+    vocab = content["model"]["vocab"]
+    special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
+    byte_of = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
+    merged = [vocab[left + right] for left, right in merges]
+    if merged != sorted(merged):
+        raise UserError(f"{path} merges in another order than that of its ids, which tiktoken cannot")
+    ordinary = {token: rank for token, rank in vocab.items() if token not in special_tokens}
+    return {bytes([byte_of[letter] for letter in token]): rank for token, rank in ordinary.items()}, special_tokens
+
+
+def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
+    """From what `to_json` gives: pattern, special tokens, and the tokens in base64 by id."""
+    try:
+        tokens = [base64.b64decode(token, validate=True) for token in description["tokens"].split(" ")]
+    except (binascii.Error, ValueError):
+        raise UserError("the tokens of a tokenizer are damaged: not base64; prepare the data again") from None
+    ranks = {token: rank for rank, token in enumerate(tokens) if token}
+    if not all(isinstance(rank, int) for rank in description["special_tokens"].values()):
+        raise UserError("the special tokens of a tokenizer are damaged: an id is no number; prepare the data again")
+    return BPETokenizer.from_ranks(ranks, description["special_tokens"], description["pattern"])
+
+
+def _read_ranks(path: Path) -> str:
+    """The tokens of a rank file, in the form of `to_json`."""
+    try:
+        rows = [line.split(" ") for line in path.read_text("ascii").splitlines()]
+        tokens = [""] * (1 + max(int(rank) for _, rank in rows))
+        for token, rank in rows:
+            tokens[int(rank)] = token
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the ranks {path} ({_first_line(error)}); copy or train the tokenizer again"
+        ) from None
+    return " ".join(tokens)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({_first_line(error)}); copy or train the tokenizer again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no tokenizer; copy or train the tokenizer again")
+    return content
+
+
+def _named_encoding(name: str) -> tiktoken.Encoding:
+    tiktoken = _import_tiktoken(f"the {name} tokenizer")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # requests and tiktoken raise a dozen unrelated types for "no network"
+        raise UserError(
+            f"cannot get the {name} tokenizer's ranks ({type(error).__name__}: {_first_line(error)}); connect to "
+            "the network once, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached them"
+        ) from None
+
+
+def _import_tiktoken(wanted_for: str) -> Any:
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError(f"{wanted_for} needs tiktoken: pip install tiktoken") from None
+    return tiktoken
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _code_points(text: str) -> Tensor:

@@ -6,8 +6,8 @@
                       manifest.json                              written last: size and sha256 of every other file
 
 A save is built in out/.tmp-*, flushed to the disk, and renamed into place; until that one rename the older checkpoints
-are all there is, and after it the new one is whole. Nothing is pickled: structure is JSON, numbers are safetensors, and
-every tensor comes back with its exact bits and dtype.
+are all there is, and after it the new one is whole; the last k and the best stay. Nothing is pickled: structure is
+JSON, numbers are safetensors, and every tensor comes back with its exact bits and dtype.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,11 @@ from torch import Tensor
 
 from gptfast.cli import UserError
 
-FORMAT = 1
+FORMAT = 2
+FIELDS = {  # of the manifest, by format
+    1: {"format", "serial", "step", "files", "sha256"},
+    2: {"format", "serial", "step", "score", "files", "sha256"},
+}
 MANIFEST = "manifest.json"
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FOLDER = re.compile(r"(?:\.replaced-)?ckpt-(\d{6,})")
@@ -57,9 +61,11 @@ def save(
     optimizer: dict[str, Any],
     meta: dict[str, Any],
     keep: int = 2,
+    score: float | None = None,
 ) -> Path:
-    """Writes out_dir/ckpt-<step:06d>/ and removes all but the `keep` last saved; returns its path.
+    """Writes out_dir/ckpt-<step:06d>/ and removes all but the `keep` last saved and the best; returns its path.
 
+    The best is the one of the lowest `score`, such as a validation loss; one without is never the best.
     `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else is a
     TypeError before a byte is written. Raises UserError where the disk is full or out_dir cannot be written, and the
     checkpoints that were there still are.
@@ -70,6 +76,8 @@ def save(
     target = out_dir / f"ckpt-{step:06d}"
     building = out_dir / f".tmp-{target.name}"
     trees = {name: _flatten(tree, name) for name, tree in (("optimizer", optimizer), ("meta", meta))}
+    if score is not None and not math.isfinite(score):
+        score = None
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out_dir)
@@ -81,7 +89,8 @@ def save(
             if tensors:
                 _write_tensors(building / f"{name}.safetensors", tensors)
         files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
-        _write_manifest(building / MANIFEST, {"format": FORMAT, "serial": serial, "step": step, "files": files})
+        manifest = {"format": FORMAT, "serial": serial, "step": step, "score": score, "files": files}
+        _write_manifest(building / MANIFEST, manifest)
         _flush(building)
         _move_into_place(building, target)
     except (OSError, SafetensorError) as error:
@@ -91,14 +100,80 @@ def save(
     return target
 
 
-def load(out_dir: str | Path, step: int | None = None) -> Checkpoint:
-    """The last saved checkpoint of `out_dir` that is whole, or the one of `step`.
+class Saver:
+    """`save`, with background=True on a thread of its own while training goes on.
+
+    The thread writes a copy on the CPU, made before `save` returns. There is never more than one: the next `save` waits
+    for the last, and raises the UserError that it failed with. Leaving the `with` block waits too.
+    """
+
+    def __init__(self, *, background: bool) -> None:
+        self.background = background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, out_dir: str | Path, **parts: Any) -> Path:
+        """`checkpoint.save`; returns the path of the checkpoint that is, or will be, written."""
+        self.wait()
+        if not self.background:
+            return save(out_dir, **parts)
+        self._thread = threading.Thread(target=self._write, args=(out_dir, _copy_to_cpu(parts, {})))
+        self._thread.start()
+        return Path(out_dir) / f"ckpt-{parts['step']:06d}"
+
+    def wait(self) -> None:
+        """Returns when the last save is on the disk. Raises what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError as error:
+            if kind is None:
+                raise
+            print(f"warning: {error}", file=sys.stderr)  # what ended the block is told first
+
+    def _write(self, out_dir: str | Path, parts: dict[str, Any]) -> None:
+        try:
+            save(out_dir, **parts)
+        except BaseException as error:
+            self._error = error
+
+
+def _copy_to_cpu(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
+    """The same tree with every tensor copied; tensors that were one (tied weights) still are."""
+    if isinstance(tree, Tensor):
+        place = _place(tree)
+        if place not in copies:
+            copies[place] = tree.detach().to("cpu", copy=True)
+        return copies[place]
+    if isinstance(tree, dict):
+        return {key: _copy_to_cpu(item, copies) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_copy_to_cpu(item, copies) for item in tree)
+    return tree
+
+
+def exists(out_dir: str | Path) -> bool:
+    """Whether there is a checkpoint in `out_dir`, whole or not."""
+    return Path(out_dir).is_dir() and bool(_folders(Path(out_dir)))
+
+
+def load(out_dir: str | Path, step: int | None = None, *, best: bool = False) -> Checkpoint:
+    """The last saved checkpoint of `out_dir` that is whole, the one of `step`, or the best: that of the lowest score.
 
     Newer ones that are truncated, altered or unreadable are named on stderr and in `skipped`. Raises UserError where
     there is none, none is whole, or the one of `step` is not.
     """
     out_dir = Path(out_dir)
-    folders = list(_folders(out_dir)) if out_dir.is_dir() else []
+    folders = _folders(out_dir) if out_dir.is_dir() else []
     if not folders:
         raise UserError(f"no checkpoint in {out_dir}; train one first, or point --out_dir to a run that has one")
     if step is not None:
@@ -106,6 +181,10 @@ def load(out_dir: str | Path, step: int | None = None) -> Checkpoint:
         if not folders:
             steps = sorted({_step(path) for path in _folders(out_dir)})
             raise UserError(f"{out_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    if best:
+        folders = sorted((path for path in folders if _score(path) < math.inf), key=_score)
+        if not folders:
+            raise UserError(f"no checkpoint in {out_dir} tells its validation loss; resume the latest")
     skipped: list[str] = []
     for folder in folders:
         try:
@@ -122,7 +201,7 @@ def load(out_dir: str | Path, step: int | None = None) -> Checkpoint:
 # ---- the folders of out_dir
 
 
-def _folders(out_dir: Path) -> Iterator[Path]:
+def _folders(out_dir: Path) -> list[Path]:
     """The checkpoints of `out_dir`, the last saved first.
 
     By order of saving, not by step: a run started anew in an old folder must find its own. Those without a readable
@@ -134,7 +213,7 @@ def _folders(out_dir: Path) -> Iterator[Path]:
         serial = _serial(path)
         return (math.inf if serial is None else serial, _step(path))
 
-    return iter(sorted(found, key=newness, reverse=True))
+    return sorted(found, key=newness, reverse=True)
 
 
 def _step(folder: Path) -> int:
@@ -149,6 +228,15 @@ def _serial(folder: Path) -> int | None:
         return _read_manifest(folder)["serial"]
     except (OSError, ValueError):
         return None
+
+
+def _score(folder: Path) -> float:
+    """What it was saved with; infinity if there is none or the manifest cannot be read."""
+    try:
+        score = _read_manifest(folder).get("score")
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if score is None else score
 
 
 def _move_into_place(building: Path, target: Path) -> None:
@@ -170,10 +258,12 @@ def _move_into_place(building: Path, target: Path) -> None:
 
 
 def _prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` last saved. What cannot be read is left alone: it may be of a newer gptfast."""
+    """Removes all but the `keep` last saved and the best. What cannot be read stays: it may be of a newer gptfast."""
     whole = [path for path in _folders(out_dir) if _serial(path) is not None]
+    best = min(whole, key=_score)  # the newest of equals
     for path in whole[keep:]:
-        _discard(path)
+        if path != best or _score(path) == math.inf:
+            _discard(path)
 
 
 def _discard(folder: Path) -> None:
@@ -250,11 +340,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(content)
     except ValueError:
         raise ValueError(f"{MANIFEST} is altered (not JSON)") from None
-    known = isinstance(manifest, dict) and set(manifest) == {"format", "serial", "step", "files", "sha256"}
+    known = isinstance(manifest, dict) and {"format", "sha256"} <= set(manifest)
     if not known or _canonical({key: manifest[key] for key in manifest if key != "sha256"}) != content:
         raise ValueError(f"{MANIFEST} is altered (sha256 differs)")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"written in format {manifest['format']}; this gptfast reads format {FORMAT}")
+    if manifest["format"] not in list(FIELDS) or set(manifest) != FIELDS[manifest["format"]]:
+        raise ValueError(f"written in format {manifest['format']}; this gptfast reads formats 1 to {FORMAT}")
     return manifest
 
 
@@ -286,7 +376,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach()
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        place = _place(tensor)
         if tensor.numel() and place in first_name:
             aliases[name] = first_name[place]
             continue
@@ -298,6 +388,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         storages.add(storage)
     safetensors.torch.save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it 0600; as readable as its folder is the custom
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are one and the same memory, read alike."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

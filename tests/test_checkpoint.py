@@ -10,6 +10,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptfast import checkpoint
-from gptfast.checkpoint import load, save
+from gptfast.checkpoint import Saver, load, save
 from gptfast.cli import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +199,72 @@ def test_the_last_k_are_kept(tmp_path: Path) -> None:
         save_step(tmp_path, 5, keep=0)
 
 
+def test_the_best_stays_whatever_its_age(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 2.0, 3: math.nan, 4: 2.5, 5: 2.0, 6: None, 7: 2.2, 8: 2.1}
+    for step, loss in losses.items():
+        save(tmp_path, step=step, model={}, optimizer={}, meta={}, score=loss)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt-000005", "ckpt-000007", "ckpt-000008"]
+    assert load(tmp_path, best=True).step == 5 and load(tmp_path).step == 8
+    (tmp_path / "ckpt-000005" / "model.safetensors").write_bytes(b"")
+    assert load(tmp_path, best=True).step == 8  # the next best, and it says what it skipped
+
+
+# ---- saving in the background
+
+
+def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go = threading.Event(), threading.Event()
+    written, save_now = [], checkpoint.save
+
+    def slow(*args: Any, **parts: Any) -> Path:
+        started.set()
+        assert go.wait(10)
+        written.append(parts["step"])
+        return save_now(*args, **parts)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    w = torch.ones(1000)
+    with Saver(background=True) as saver:
+        saver.save(tmp_path, step=1, model={"w": w, "tied": w}, optimizer={"m": [w, (w,)]}, meta={"step": 1})
+        assert started.wait(10) and not checkpoint.exists(tmp_path)
+        w.zero_()
+        go.set()
+        saver.save(tmp_path, step=2, model={"w": w}, optimizer={}, meta={"step": 2})  # waits for the first
+        assert written[0] == 1
+    first, second = load(tmp_path, step=1), load(tmp_path)
+    assert first.model["w"].eq(1).all() and first.model["tied"] is first.model["w"]
+    assert first.optimizer["m"][1][0].eq(1).all() and second.model["w"].eq(0).all()
+
+
+def test_a_background_save_holds_one_copy_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    save_now = checkpoint.save
+
+    def counted(out_dir: Path, **parts: Any) -> Path:
+        alive.append(weakref.ref(parts["model"]["w"]))
+        assert sum(copy() is not None for copy in alive) == 1
+        return save_now(out_dir, **parts)
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+    with Saver(background=True) as saver:
+        for step in range(5):
+            saver.save(tmp_path, step=step, model={"w": torch.ones(10)}, optimizer={}, meta={})
+    assert len(alive) == 5 and load(tmp_path).step == 4
+
+
+def test_a_background_save_that_fails_is_told_at_the_next_and_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    parts = dict(step=1, model={}, optimizer={}, meta={})
+    with pytest.raises(UserError, match="cannot save"), Saver(background=True) as saver:
+        saver.save(tmp_path / "file", **parts)
+    with Saver(background=True) as saver:
+        saver.save(tmp_path / "file", **parts)
+        with pytest.raises(UserError, match="cannot save"):
+            saver.save(tmp_path / "out", **parts)
+        saver.save(tmp_path / "out", **parts)
+    assert load(tmp_path / "out").step == 1
+
+
 def test_the_last_saved_counts_not_the_highest_step(tmp_path: Path) -> None:
     """A run begun anew in the folder of a longer one must keep and find its own checkpoints."""
     for step in (1000, 2000, 10):
@@ -282,12 +350,23 @@ def test_another_format_is_refused_and_never_pruned(tmp_path: Path) -> None:
     folder = save_step(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
-    (folder / "manifest.json").write_bytes(checkpoint._canonical({**manifest, "format": 2}))
-    with pytest.raises(UserError, match="written in format 2"):
+    (folder / "manifest.json").write_bytes(checkpoint._canonical({**manifest, "format": 99}))
+    with pytest.raises(UserError, match="written in format 99; this gptfast reads formats 1 to 2"):
         load(tmp_path)
     for step in (2, 3, 4):
         save_step(tmp_path, step)
     assert folder.exists() and load(tmp_path).step == 4
+
+
+def test_the_first_format_without_scores_is_still_read(tmp_path: Path) -> None:
+    folder = save_step(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"], manifest["score"]
+    (folder / "manifest.json").write_bytes(checkpoint._canonical({**manifest, "format": 1}))
+    assert_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    with pytest.raises(UserError, match="tells its validation loss"):
+        load(tmp_path, best=True)
 
 
 # ---- faults while saving

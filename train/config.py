@@ -9,9 +9,11 @@ from gptfast.cli import UserError
 
 POSITIVE = (
     "eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
-    "n_layer", "n_head", "n_embd", "lr_decay_iters",
+    "n_layer", "n_head", "n_embd", "lr_decay_iters", "keep",
 )  # fmt: skip
-NOT_NEGATIVE = ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+NOT_NEGATIVE = (
+    "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike", "max_skips",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class Pretrain:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
+    resume: str = ""  # go on from out_dir: latest (which starts anew where there is none), best, or a step's number
+    keep: int = 2  # last checkpoints to keep; the best is kept besides
+    async_save: bool = False  # train on while a checkpoint is written; holds one more copy of the state, on the CPU
+    nonfinite: Literal["stop", "skip"] = "stop"  # on a loss or gradient that is no number: stop, or skip the update
+    spike: float = 0.0  # skip updates whose loss is this many standard deviations above the last 128; 0: never
+    max_skips: int = 10  # updates skipped in a row before the run stops
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # service that evaluations are sent to
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
@@ -76,6 +85,8 @@ class Pretrain:
             for name in ("learning_rate", "matrix_lr"):
                 if not getattr(self, name) > 0:
                     raise UserError(f"--{name}={getattr(self, name)}: must be above 0 with --optimizer=muon")
+        if self.resume not in ("", "latest", "best") and not self.resume.isdecimal():
+            raise UserError(f"--resume={self.resume}: use latest, best, or the number of a step")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}: must be at least 0 and below 1")
         for name in ("beta1", "beta2"):

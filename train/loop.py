@@ -1,7 +1,7 @@
 """One step of training, and what goes around it; pretrain and speedrun share this page.
 
 A batch is a pair of int64 tensors, `tokens, targets: (B, T)`, with `targets[b, t] = tokens[b, t + 1]` in the stream.
-Nothing here reads a number back from the device: losses stay tensors until someone prints them.
+Only a guard reads numbers back from the device, once before each update; else losses stay tensors until someone prints.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gptfast.cli import UserError
 from gptfast.optim import clip_grad_norm
+from train.guard import Batch, Guard
 
-Batch = tuple[Tensor, Tensor]  # tokens, targets: (B, T) int64
 TRACE_GRAD = "trace_autograd_ops"  # torch 2.13's switch that lets a compiled graph hold its own backward
 
 
@@ -50,6 +51,20 @@ def learning_rate(iteration: int, schedule: Schedule) -> float:
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
 
 
+def check_compiler(device: str) -> None:
+    """Raises UserError where --compile=True cannot work on `device`: on a CPU, torch.compile needs a C++ compiler."""
+    if torch.device(device).type != "cpu":
+        return
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        raise UserError(
+            "--compile=True needs a C++ compiler on a CPU, and there is none; install g++, or give --compile=False"
+        ) from None
+
+
 def make_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -57,6 +72,7 @@ def make_step(
     accumulation: int = 1,
     clip: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
+    guard: Guard | None = None,
     compiled: bool = False,
 ) -> Callable[[Iterator[Batch]], Tensor]:
     """The function that makes one update from the next batches, as `step` does; compiled where asked for.
@@ -66,9 +82,9 @@ def make_step(
     """
     on_cpu = parameters(optimizer)[0].device.type == "cpu"
     if compiled and on_cpu and accumulation == 1 and scaler is None and hasattr(torch._dynamo.config, TRACE_GRAD):
-        return _one_graph(model, optimizer, clip)
+        return _one_graph(model, optimizer, clip, guard)
     forward = torch.compile(model) if compiled else model
-    return partial(step, forward, optimizer, accumulation=accumulation, clip=clip, scaler=scaler)
+    return partial(step, forward, optimizer, accumulation=accumulation, clip=clip, scaler=scaler, guard=guard)
 
 
 def step(
@@ -79,49 +95,54 @@ def step(
     accumulation: int = 1,
     clip: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
+    guard: Guard | None = None,
 ) -> Tensor:
     """One update from the next `accumulation` micro-batches; returns their mean loss, () fp32 on the device, detached.
 
     The gradient is that of the mean over micro-batches, so one batch of A·B rows and A batches of B rows give the same
-    update. `clip` bounds the norm of the whole gradient (0 leaves it alone). `scaler` is for fp16.
+    update. `clip` bounds the norm of the whole gradient (0 leaves it alone). `scaler` is for fp16; it passes over
+    gradients that overflow. `guard` may refuse the update, or stop the run by raising Refused.
     """
-    losses = []
+    losses, taken = [], []
     for tokens, targets in islice(batches, accumulation):
         loss = model(tokens, targets)
         losses.append(loss.detach())
+        taken.append((tokens, targets))
         share = loss / accumulation if accumulation > 1 else loss
         (share if scaler is None else scaler.scale(share)).backward()
-    if clip > 0:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        clip_grad_norm(parameters(optimizer), clip)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
+    mean = losses[0] if accumulation == 1 else torch.stack(losses).mean()
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = clip_grad_norm(parameters(optimizer), clip) if clip > 0 or guard is not None else mean.new_zeros(())
+    if guard is None or guard.allows(mean.item(), norm.item() if scaler is None else 0.0, taken):
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+    if scaler is not None:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return losses[0] if accumulation == 1 else torch.stack(losses).mean()
+    return mean
 
 
 def _one_graph(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float, guard: Guard | None
 ) -> Callable[[Iterator[Batch]], Tensor]:
     """`step` with one micro-batch, everything before the optimizer compiled as a single graph."""
     trained = parameters(optimizer)
     setattr(torch._dynamo.config, TRACE_GRAD, True)
 
     @torch.compile(fullgraph=True)
-    def differentiate(tokens: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def differentiate(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         loss = model(tokens, targets)
         gradients = list(torch.autograd.grad(loss, trained))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if clip > 0:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             gradients = list(torch._foreach_mul(gradients, (clip / (norm + 1e-6)).clamp(max=1.0)))
-        return loss.detach(), gradients
+        return loss.detach(), norm, gradients
 
     def compiled_step(batches: Iterator[Batch]) -> Tensor:
-        loss, gradients = differentiate(*next(batches))
+        batch = next(batches)
+        loss, norm, gradients = differentiate(*batch)
+        if guard is not None and not guard.allows(loss.item(), norm.item(), [batch]):
+            return loss
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()

@@ -4,34 +4,36 @@
         --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 \\
         --dropout=0.0
 
-`--init_from=resume` goes on where the last checkpoint of out_dir stands, bit for bit on a CPU.
+`--init_from=resume` goes on where the last checkpoint of out_dir stands, bit for bit on a CPU; `--resume=latest` does
+too, and starts anew where there is none, so that one command starts and restarts a job. Ctrl-C, SIGTERM and SIGUSR1
+save and leave; a second Ctrl-C leaves at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptfast import checkpoint, cli, hf, mfu
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
-from gptfast.data import Batches, load_tokens, whole_split
-from gptfast.log import Log, facts
+from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
+from gptfast.log import Log, Tracker, facts
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
 from gptfast.tokenizer import load_tokenizer, read_meta
 from train import loop
 from train.config import Pretrain
+from train.guard import Guard, Refused, Stopped, Stopper
 from train.presets import PRESETS
 
 DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64
@@ -45,14 +47,17 @@ class Run:
 
     config: Pretrain
     device: str
-    splits: dict[str, Tensor]  # the tokens of train and val
+    splits: dict[str, Tokens]  # the tokens of train and val
     tokenizer: dict[str, Any]  # described as JSON; goes into the checkpoint, so that sampling needs no data set
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None  # for fp16
+    guard: Guard
     batches: Batches
     iteration: int = 0  # the next one
     best_val_loss: float = math.inf
+    position: dict[str, Any] = field(default_factory=dict)  # of the random streams, where `iteration` begins
+    saved: int = -1  # the iteration that the last checkpoint stands at
 
 
 def main(argv: list[str]) -> None:
@@ -83,6 +88,8 @@ def start(config: Pretrain, device: str) -> Run:
     torch.manual_seed(config.seed)
     tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"tokens per iteration will be: {tokens_per_iteration:,}")
+    if config.compile:
+        loop.check_compiler(device)
     dtype, why = cli.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
     if device.startswith("cuda"):
@@ -91,7 +98,7 @@ def start(config: Pretrain, device: str) -> Run:
 
     folder = Path(config.data_dir) / config.dataset
     vocab_size, tokenizer = describe_data(folder)
-    saved = checkpoint.load(config.out_dir) if config.init_from == "resume" else None
+    saved = find_checkpoint(config)
     model = build_model(config, device, dtype, vocab_size, saved)
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     block_size = model.config.block_size
@@ -106,11 +113,24 @@ def start(config: Pretrain, device: str) -> Run:
         model=model,
         optimizer=build_optimizer(config, model),
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
+        guard=Guard(config.nonfinite, config.spike, config.max_skips),
         batches=Batches(splits["train"], config.batch_size, block_size, seed=config.seed, device=device),
     )
     if saved is not None:
         restore(run, saved)
     return run
+
+
+def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
+    """What `--resume` or `--init_from=resume` asks to go on from; None to start anew."""
+    if config.resume == "latest" and not checkpoint.exists(config.out_dir):
+        print(f"--resume=latest: no checkpoint in {config.out_dir} yet")
+        return None
+    if config.resume.isdecimal():
+        return checkpoint.load(config.out_dir, step=int(config.resume))
+    if config.resume or config.init_from == "resume":
+        return checkpoint.load(config.out_dir, best=config.resume == "best")
+    return None
 
 
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
@@ -142,7 +162,7 @@ def build_model(
         model = GPT(architecture_of(config, vocab_size or DEFAULT_VOCAB), ops, dtype)
     else:
         print(f"Initializing from pretrained weights: {config.init_from}")
-        pretrained = hf.load_gpt2(hf.find_gpt2(config.init_from), ops, dtype=dtype)
+        pretrained = hf.load(config.init_from, ops, dtype=dtype)
         model = GPT(dataclasses.replace(pretrained.config, dropout=config.dropout), ops, dtype)
         model.load_state_dict(pretrained.state_dict())
     if config.block_size < model.config.block_size:
@@ -177,25 +197,26 @@ def architecture_of(config: Pretrain, vocab_size: int) -> GPTConfig:
 # ---- what survives a stop
 
 
-def save(run: Run) -> Path:
-    """Writes the checkpoint out_dir/ckpt-<iteration>."""
+def state(run: Run) -> dict[str, Any]:
+    """All that a checkpoint holds: the run where `iteration` begins."""
     meta = {
         "config": dataclasses.asdict(run.config),
         "model": dataclasses.asdict(run.model.config),
         "tokenizer": run.tokenizer,
         "best_val_loss": run.best_val_loss,
-        "batches": run.batches.state_dict(),
-        "generators": loop.generator_state(),
         "scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "guard": run.guard.state_dict(),
+        **run.position,
     }
+    parts = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "meta": meta}
+    return {"step": run.iteration, **parts}
+
+
+def save(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
+    """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, where it was just evaluated."""
     print(f"saving checkpoint to {run.config.out_dir}")
-    return checkpoint.save(
-        run.config.out_dir,
-        step=run.iteration,
-        model=run.model.state_dict(),
-        optimizer=run.optimizer.state_dict(),
-        meta=meta,
-    )
+    saver.save(run.config.out_dir, **state(run), keep=run.config.keep, score=score)
+    run.saved = run.iteration
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -210,7 +231,9 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     if run.scaler is not None and saved.meta["scaler"]:
         run.scaler.load_state_dict(saved.meta["scaler"])
     loop.set_generator_state(saved.meta["generators"])
-    run.iteration = saved.step
+    if "guard" in saved.meta:  # version 0.1 had none
+        run.guard.load_state_dict(saved.meta["guard"])
+    run.iteration = run.saved = saved.step
     run.best_val_loss = saved.meta["best_val_loss"]
 
 
@@ -218,10 +241,33 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
 
 
 def train(run: Run, log: Log) -> None:
-    """Iterations `run.iteration ... max_iters`: one update each, and before it an evaluation where one is due."""
+    """Iterations `run.iteration ... max_iters`. A signal saves and raises; so does an update that may not happen."""
+    with (
+        Stopper() as stopper,
+        checkpoint.Saver(background=run.config.async_save) as saver,
+        tracker(run.config) as track,
+    ):
+        try:
+            iterate(run, log, stopper, saver, track)
+        except Stopped as stop:
+            if run.saved != run.iteration:
+                save(run, saver)
+            saver.wait()
+            log.say(f"{stop} at iteration {run.iteration}; go on with --resume=latest")
+            if stop.signum == signal.SIGINT:
+                raise
+            sys.exit(128 + stop.signum)
+        except Refused as refusal:
+            folder = Path(run.config.out_dir) / "post-mortem"
+            parts = state(run)
+            parts["meta"]["refused"] = {"reason": str(refusal), "batches": refusal.batches}
+            raise diverged(run, str(refusal), checkpoint.save(folder, **parts, keep=1)) from None
+
+
+def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track: Tracker) -> None:
+    """One update for each iteration, and before it an evaluation where one is due."""
     config = run.config
     first = run.iteration
-    track = tracker(config)
     meter = Meter(run)
     if config.compile:
         print("compiling the model... (takes a ~minute)")
@@ -231,29 +277,41 @@ def train(run: Run, log: Log) -> None:
         accumulation=config.gradient_accumulation_steps,
         clip=config.grad_clip,
         scaler=run.scaler,
+        guard=run.guard,
         compiled=config.compile,
     )
+    run.optimizer.register_step_pre_hook(stopper.hold)
     for run.iteration in range(first, config.max_iters + 1):
+        run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
+        stopper.release()
         rate = loop.learning_rate(run.iteration, config)
         loop.set_learning_rate(run.optimizer, rate)
         is_last = run.iteration == config.max_iters
         if run.iteration % config.eval_interval == 0 or is_last or config.eval_only:
             meter.pause()
             losses = evaluate(run, log)
-            track(run.iteration, losses, rate, meter.mfu_palm)
+            track.log(wandb_row(run.iteration, losses, rate, meter.mfu_palm))
             if config.eval_only:
                 return
             is_best = losses["val"] < run.best_val_loss
             run.best_val_loss = min(losses["val"], run.best_val_loss)
             if (is_best or config.always_save_checkpoint) and run.iteration > first:
-                save(run)
+                stopper.hold()
+                save(run, saver, score=losses["val"])
+                stopper.release()
             if is_last and config.whole_val:
                 evaluate_whole_split(run, log)
             meter.resume()
+        skipped = run.guard.skipped
         loss = step(run.batches)
         meter.iterations += 1
-        if run.iteration % config.log_interval == 0:
+        if run.guard.skipped > skipped:
+            text = f"iteration {run.iteration}: update skipped, {run.guard.last_reason}; {run.guard.skipped} so far"
+            log.say(text)
+            log.row("note", step=run.iteration, text=text)
+        elif run.iteration % config.log_interval == 0:
             meter.report(loss.item(), rate, log)
+    stopper.hold()
 
 
 def evaluate(run: Run, log: Log) -> dict[str, float]:
@@ -265,7 +323,7 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
     log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
     if not all(map(math.isfinite, losses.values())):
-        raise diverged(run)
+        raise diverged(run, "the loss is not a number")
     return losses
 
 
@@ -274,16 +332,17 @@ def evaluate_whole_split(run: Run, log: Log) -> float:
     tokens, block_size = run.splits["val"], run.model.config.block_size
     windows = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
     loss = loop.evaluate(run.model, windows).item()
-    count = (len(tokens) - 1) // block_size
+    count = count_windows(tokens, block_size)
     log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")
     log.row("eval", step=run.iteration, whole_val_loss=loss, windows=count)
     return loss
 
 
-def diverged(run: Run) -> UserError:
+def diverged(run: Run, reason: str, post_mortem: Path | None = None) -> UserError:
+    kept = "" if post_mortem is None else f"the batch and the weights before it are in {post_mortem}; "
     return UserError(
-        f"the loss is not a number at iteration {run.iteration}; lower --learning_rate, or lengthen --warmup_iters; "
-        f"checkpoints in {run.config.out_dir} are from before"
+        f"{reason} at iteration {run.iteration}; lower --learning_rate, or lengthen --warmup_iters; "
+        f"{kept}checkpoints in {run.config.out_dir} are from before"
     )
 
 
@@ -331,8 +390,6 @@ class Meter:
             "step", step=run.iteration, loss=loss, ms=1e3 * seconds, seconds=self.total_seconds, lr=rate,
             tokens_per_s=tokens_per_s, **used,
         )  # fmt: skip
-        if not math.isfinite(loss):
-            raise diverged(run)
 
 
 def log_line(iteration: int, loss: float, ms: float, mfu_palm: float | None) -> str:
@@ -340,24 +397,21 @@ def log_line(iteration: int, loss: float, ms: float, mfu_palm: float | None) -> 
     return f"iter {iteration}: loss {loss:.4f}, time {ms:.2f}ms, mfu {mfu.format_mfu(mfu_palm)}"
 
 
-def tracker(config: Pretrain) -> Callable[[int, dict[str, float], float, float | None], None]:
-    """The function that sends an evaluation to Weights & Biases, or does nothing without `wandb_log`."""
-    if not config.wandb_log or config.eval_only:
-        return lambda *_: None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "--wandb_log=True needs the package wandb: pip install wandb, or give --wandb_log=False"
-        ) from None
-    wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=dataclasses.asdict(config))
+def tracker(config: Pretrain) -> Tracker:
+    """The service that evaluations are sent to; nanoGPT's `wandb_log` names the same one."""
+    kind, flag = config.tracker, f"--tracker={config.tracker}"
+    if config.wandb_log and kind == "none":
+        kind, flag = "wandb", "--wandb_log=True"
+    if config.eval_only:
+        kind = "none"
+    project, name = config.wandb_project, config.wandb_run_name
+    return Tracker(kind, flag, config.out_dir, project, name, dataclasses.asdict(config))
 
-    def track(iteration: int, losses: dict[str, float], rate: float, mfu_palm: float | None) -> None:
-        percent = None if mfu_palm is None else 100 * mfu_palm
-        row = {"iter": iteration, "train/loss": losses["train"], "val/loss": losses["val"], "lr": rate, "mfu": percent}
-        wandb.log({key: value for key, value in row.items() if value is not None})
 
-    return track
+def wandb_row(iteration: int, losses: dict[str, float], rate: float, mfu_palm: float | None) -> dict[str, Any]:
+    """nanoGPT's five keys."""
+    percent = None if mfu_palm is None else 100 * mfu_palm
+    return {"iter": iteration, "train/loss": losses["train"], "val/loss": losses["val"], "lr": rate, "mfu": percent}
 
 
 if __name__ == "__main__":

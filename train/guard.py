@@ -1,0 +1,140 @@
+"""What stops a run, or an update: a signal, a loss or gradient that is no number, a loss far above its neighbours."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+from collections import deque
+from types import FrameType
+from typing import Any, Literal, Self
+
+from torch import Tensor
+
+from gptfast.cli import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers warn by SIGTERM or SIGUSR1, people by SIGINT
+WINDOW = 128  # accepted losses that a spike is measured against
+WARM_WINDOW = 16  # as few as these already tell a spike
+
+Batch = tuple[Tensor, Tensor]  # tokens, targets: (B, T) int64
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to save and leave. Not an Exception, so that no compiler or tracker swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Stopper:
+    """Turns a signal into `Stopped`, raised at once while nothing is being changed, or at `release` while held.
+
+        with Stopper() as stopper:
+            ...                    # a signal raises here
+            stopper.hold()         # weights change, a checkpoint is written: a signal waits
+            stopper.release()      # until here
+
+    The second SIGINT leaves at once, without saving. `deferred`: signals always wait for `release(asked)`, for ranks
+    that must leave together. Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self, *, deferred: bool = False) -> None:
+        self.signum: int | None = None
+        self.deferred = deferred
+        self._held = True
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def hold(self, *_: object) -> None:
+        """From now on a signal waits. Takes and ignores arguments, to be an optimizer's hook before its step."""
+        self._held = True
+
+    def release(self) -> None:
+        """From now on a signal raises at once; raises Stopped for one that came while held."""
+        self._held = self.deferred
+        if self.signum is not None:
+            self._held = True
+            raise Stopped(self.signum)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self.signum == signal.SIGINT == signum:
+            print("interrupted again: leaving without a save", file=sys.stderr, flush=True)
+            os._exit(128 + signum)
+        self.signum = signum
+        print(f"{signal.Signals(signum).name}: saving, then leaving", file=sys.stderr, flush=True)
+        if not self._held:
+            self._held = True  # what is done about this one is not to be interrupted by the next
+            raise Stopped(signum)
+
+
+class Refused(UserError):
+    """The update that would have spoilt the weights, which are as before it. `batches` holds what it was made from."""
+
+    def __init__(self, reason: str, batches: list[Batch]) -> None:
+        super().__init__(reason)
+        self.batches = batches
+
+
+class Guard:
+    """Decides before each update, from its loss and the norm of its gradient, whether it may happen.
+
+    One that is not finite stops the run, or with nonfinite="skip" is passed over and counted. With spike > 0 an update
+    is passed over whose loss lies more than `spike` standard deviations above the mean of the last WINDOW accepted
+    ones. Refused losses never enter that window, so neither a NaN nor a spike can move it. More than `max_skips`
+    updates passed over in a row stop the run.
+    """
+
+    def __init__(self, nonfinite: Literal["stop", "skip"] = "stop", spike: float = 0.0, max_skips: int = 10) -> None:
+        self.nonfinite, self.spike, self.max_skips = nonfinite, spike, max_skips
+        self.skipped = 0  # in the whole run
+        self.in_a_row = 0
+        self.last_reason = ""
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def allows(self, loss: float, norm: float, batches: list[Batch]) -> bool:
+        """Whether the update may happen. Raises Refused where the run must stop."""
+        reason = self._objection(loss, norm)
+        if reason is None:
+            self._losses.append(loss)
+            self.in_a_row = 0
+            return True
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite and self.nonfinite == "stop":
+            raise Refused(reason, batches)
+        self.skipped += 1
+        self.in_a_row += 1
+        self.last_reason = reason
+        if self.in_a_row > self.max_skips:
+            raise Refused(f"{reason}, as were {self.max_skips} before", batches)
+        return False
+
+    def _objection(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return "the loss is not a number"
+        if not math.isfinite(norm):
+            return "the gradient is not a number"
+        if self.spike > 0 and len(self._losses) >= WARM_WINDOW:
+            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            if loss > mean + self.spike * deviation:
+                return f"the loss {loss:.4f} is a spike over {mean:.4f} ± {deviation:.4f}"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self._losses = deque(state["losses"], maxlen=WINDOW)

@@ -1,7 +1,13 @@
 """Token files and the batches drawn from them.
 
-A token file is nanoGPT's: uint16 little-endian ids and nothing else. `meta.json` beside it, if there is one, tells its
-size and sha256 (see train/prepare.py), so that a damaged file is refused instead of trained on.
+A token file is one of three, told apart by its first bytes; all numbers are little-endian:
+
+    ours       64 bytes (magic, version, bytes per token, count, sha256 of the tokenizer), then uint16 or uint32 ids
+    llm.c's    256 int32 (magic 20240520, version, count), then uint16 ids; with magic 20240801 uint32 ids
+    nanoGPT's  uint16 ids and nothing else
+
+`meta.json` beside it, if there is one, tells its size and sha256 (see train/prepare.py), so that a damaged file is
+refused instead of trained on. A large split is several files, `train-00000.bin` and so on.
 
     tokens = load_tokens("data/shakespeare_char/train.bin", vocab_size=65, block_size=256)
     batches = Batches(tokens, batch_size=64, block_size=256, seed=1337, device="cuda")
@@ -11,54 +17,126 @@ size and sha256 (see train/prepare.py), so that a damaged file is refused instea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptfast.cli import UserError
-from gptfast.tokenizer import read_meta
+from gptfast.tokenizer import LARGEST_VOCAB, read_meta
 
-IN_MEMORY_BYTES = 64 * 2**20  # a file up to this size is held as int64, 4 times its size; a larger one is mapped
+IN_MEMORY_BYTES = 64 * 2**20  # a split up to this size is held as int64, 2 to 4 times its size; a larger one is mapped
 CHECKED_BLOCKS, CHECKED_BLOCK = 256, 16_384  # of a mapped file: blocks looked at, tokens in each (8 MiB in all)
 
+MAGIC, VERSION = b"gptokens", 1
+HEADER = struct.Struct("<8sIIQ32s8x")  # magic, version, bytes per token, count, sha256 of the tokenizer
+LLMC_HEADER = struct.Struct("<iii1012x")  # magic, version, count
+LLMC = {20240520: (1, 2), 20240801: (7, 4)}  # magic: version, bytes per token
 
-def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tensor:
-    """The tokens of a file, (len,): int64 in memory up to IN_MEMORY_BYTES, uint16 mapped from the disk beyond.
 
-    A file in memory is checked whole: size and sha256 against meta.json where it lists them, every id against
-    `vocab_size`, the length against `block_size`. A mapped one by size and by ids of evenly spaced blocks, so that a
-    large data set opens at once. Raises UserError that names the file and the fix.
-    """
+@dataclass(frozen=True)
+class Shards:
+    """The tokens of several files as one split, of len() tokens in all. No window crosses from one file to the next."""
+
+    parts: Sequence[Tensor]  # each (len,), all of one dtype
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
+Tokens = Tensor | Shards
+
+
+def parts_of(tokens: Tokens) -> Sequence[Tensor]:
+    """The tensors (len,) that the tokens are made of."""
+    return tokens.parts if isinstance(tokens, Shards) else [tokens]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What the beginning of a token file says of it."""
+
+    path: Path
+    offset_bytes: int  # of the first token
+    itemsize: int  # bytes per token, 2 or 4
+    count: int  # tokens
+    tokenizer: str | None  # fingerprint of the tokenizer, or None where the format states none
+
+    def map(self) -> Tensor:
+        """Its tokens, (count,) mapped from the disk: uint16, or int32 for uint32 ids, none of which is past 2^31."""
+        dtype = torch.uint16 if self.itemsize == 2 else torch.int32
+        skipped = self.offset_bytes // self.itemsize
+        return torch.from_file(str(self.path), shared=False, size=skipped + self.count, dtype=dtype)[skipped:]
+
+
+def header(count: int, vocab_size: int, fingerprint: str) -> bytes:
+    """The first bytes of a token file of ours, 64 of them, for `count` tokens of the tokenizer of this fingerprint."""
+    return HEADER.pack(MAGIC, VERSION, itemsize(vocab_size), count, bytes.fromhex(fingerprint))
+
+
+def itemsize(vocab_size: int) -> int:
+    """Bytes per token in a file: 2, or 4 where ids do not fit 16 bits."""
+    return 2 if vocab_size <= LARGEST_VOCAB else 4
+
+
+def inspect(path: str | Path) -> TokenFile:
+    """Reads what a token file says of itself, and holds it to the file's size. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no token file {path}; make it: {_prepare(path)}")
     size_bytes = path.stat().st_size
     if size_bytes == 0:
         raise _damaged(path, "it is empty")
-    if size_bytes % 2:
-        raise _damaged(path, f"its size of {size_bytes} bytes is odd, and a token has 2")
-    expected = _expected(path)
-    if expected.get("bytes", size_bytes) != size_bytes:
-        raise _damaged(path, f"it has {size_bytes} bytes, not the {expected['bytes']} of meta.json")
+    with path.open("rb") as file:
+        start = file.read(LLMC_HEADER.size)
+    found = _ours(path, start) or _llmc(path, start)
+    if found is None:
+        if size_bytes % 2:
+            raise _damaged(path, f"its size of {size_bytes} bytes is odd, and a token has 2")
+        return TokenFile(path, 0, 2, size_bytes // 2, None)
+    expected_bytes = found.offset_bytes + found.itemsize * found.count
+    if size_bytes != expected_bytes:
+        raise _damaged(path, f"it has {size_bytes} bytes, and its {found.count} tokens take {expected_bytes}")
+    if found.count == 0:
+        raise _damaged(path, "it has no tokens")
+    return found
 
-    if size_bytes <= IN_MEMORY_BYTES:
-        content = bytearray(path.read_bytes())
-        digest = hashlib.sha256(content).hexdigest()
-        if expected.get("sha256", digest) != digest:
-            raise _damaged(path, "its sha256 is not the one of meta.json")
-        tokens = torch.frombuffer(content, dtype=torch.uint16).to(torch.int64)
-        largest = int(tokens.max())
-    else:
-        tokens = torch.from_file(str(path), shared=False, size=size_bytes // 2, dtype=torch.uint16)
-        largest = _sampled_largest(tokens)
-    if vocab_size is not None and largest >= vocab_size:
+
+def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tokens:
+    """The tokens of a split, named by its file `train.bin`; where there is none, of the files `*train*.bin` in order.
+
+    (len,) int64 in memory up to IN_MEMORY_BYTES, mapped from the disk beyond (see TokenFile.map). A split in memory is
+    checked whole: size and sha256 against meta.json where it lists them, every id against `vocab_size`, the length
+    against `block_size`. A mapped one by size and by ids of evenly spaced blocks, so that a large data set opens at
+    once. Raises UserError that names the file and the fix.
+    """
+    path = Path(path)
+    meta = (read_meta(path.parent) if path.parent.is_dir() else None) or {}
+    paths = [path] if path.is_file() else _shard_paths(path, meta)
+    files = [inspect(each) for each in paths]
+    for file in files:
+        _check_manifest(file, meta)
+    if len({file.itemsize for file in files}) > 1:
         raise UserError(
-            f"{path} has token id {largest}, but vocab_size is {vocab_size}; "
-            f"set --vocab_size to more than {largest}, or prepare the data with this model's tokenizer"
+            f"the files {path.with_name(f'*{path.stem}*.bin')} differ in bytes per token; prepare them again"
         )
+    is_small = sum(file.count * file.itemsize for file in files) <= IN_MEMORY_BYTES
+    parts = [_read(file, meta) if is_small else file.map() for file in files]
+    if vocab_size is not None:
+        for file, part in zip(files, parts, strict=True):
+            largest = int(part.max()) if is_small else _sampled_largest(file)
+            if largest >= vocab_size:
+                raise UserError(
+                    f"{file.path} has token id {largest}, but vocab_size is {vocab_size}; "
+                    "prepare the data with this model's tokenizer, or train a model of a larger vocabulary"
+                )
+    tokens = parts[0] if len(parts) == 1 else Shards(parts)
     if block_size is not None:
         _check_length(tokens, block_size, str(path))
     return tokens
@@ -68,12 +146,13 @@ class Batches:
     """An endless iterator of random windows: `x, y = next(batches)`, both (batch_size, block_size) int64 on `device`.
 
     Windows start at `randint(len(tokens) - block_size, (batch_size,))`, as in nanoGPT, drawn from a generator of its
-    own: nothing else that draws random numbers changes the data, and `state_dict()` resumes at the exact next batch. On
-    CUDA the batch travels from pinned memory without blocking the host.
+    own: nothing else that draws random numbers changes the data, and `state_dict()` resumes at the exact next batch.
+    Of several files every window is drawn alike. On CUDA the batch travels from pinned memory without blocking the
+    host.
     """
 
     def __init__(
-        self, tokens: Tensor, batch_size: int, block_size: int, *, seed: int = 1337, device: str | torch.device = "cpu"
+        self, tokens: Tokens, batch_size: int, block_size: int, *, seed: int = 1337, device: str | torch.device = "cpu"
     ) -> None:
         _check_length(tokens, block_size, "the data")
         if batch_size < 1:
@@ -81,18 +160,20 @@ class Batches:
         self.batch_size = batch_size
         self.block_size = block_size
         self.device = torch.device(device)
-        self._windows = tokens.unfold(0, block_size, 1)  # (len - block_size + 1, block_size), a view: no copies
+        parts = [part for part in parts_of(tokens) if len(part) > block_size]
+        self._windows = [
+            part.unfold(0, block_size, 1) for part in parts
+        ]  # (len - block_size + 1, block_size): no copies
+        self._ends = torch.tensor([len(part) - block_size for part in parts]).cumsum(0)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        start = torch.randint(len(self._windows) - 1, (self.batch_size,), generator=self._generator)
-        # One gather of rows each: for two contiguous tensors this beats slicing one gather of block_size + 1.
-        x = self._windows.index_select(0, start)
-        y = self._windows.index_select(0, start + 1)
-        return self._to_device(x), self._to_device(y)
+        start = torch.randint(int(self._ends[-1]), (self.batch_size,), generator=self._generator)
+        x, y = self._gather(start)
+        return to_device(x, self.device), to_device(y, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream of batches, as a tensor (5056,) uint8; for `load_state_dict`."""
@@ -101,52 +182,143 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._generator.set_state(state["generator"])
 
-    def _to_device(self, window: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return window.to(self.device, torch.int64)
-        # Pinned pages come from torch's caching allocator, which reuses them only when the copy is over.
-        return window.to(torch.int64).pin_memory().to(self.device, non_blocking=True)
+    def _gather(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The windows from `start` (batch_size,), counted over all files, and those one token further."""
+        if len(self._windows) == 1:
+            # One gather of rows each: for two contiguous tensors this beats slicing one gather of block_size + 1.
+            return self._windows[0].index_select(0, start), self._windows[0].index_select(0, start + 1)
+        file = torch.bucketize(start, self._ends, right=True)
+        first = torch.cat([self._ends.new_zeros(1), self._ends])[file]
+        places = list(zip(file.tolist(), (start - first).tolist(), strict=True))
+        x = torch.stack([self._windows[i][place] for i, place in places])
+        return x, torch.stack([self._windows[i][place + 1] for i, place in places])
+
+
+def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Token rows as `dtype` on `device`; to CUDA from pinned memory, without blocking the host."""
+    if device.type != "cuda":
+        return rows.to(device, dtype)
+    # Pinned pages come from torch's caching allocator, which reuses them only when the copy is over.
+    return rows.to(dtype).pin_memory().to(device, non_blocking=True)
 
 
 def whole_split(
-    tokens: Tensor, block_size: int, *, batch_size: int = 1, device: str | torch.device = "cpu"
+    tokens: Tokens, block_size: int, *, batch_size: int = 1, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every window of a split once, in order and without overlap: x, y (b, block_size) int64.
 
     There are (len(tokens) - 1) // block_size windows, 1742 of 64 in tinyshakespeare's val. b is `batch_size` but for a
     smaller last batch, so a mean over the split must weigh each batch by `len(x)`. Tokens after the last whole window
-    are left out. Raises UserError if not one window fits.
+    of a file are left out. Raises UserError if not one window fits.
     """
     _check_length(tokens, block_size, "the data")
-    count = (len(tokens) - 1) // block_size
-    x = tokens[: count * block_size].view(count, block_size)
-    y = tokens[1 : count * block_size + 1].view(count, block_size)
+    windows = [_in_order(part, block_size) for part in parts_of(tokens)]
     return (
         (x[first : first + batch_size].to(device, torch.int64), y[first : first + batch_size].to(device, torch.int64))
-        for first in range(0, count, batch_size)
+        for x, y in windows
+        for first in range(0, len(x), batch_size)
     )
 
 
-def _expected(path: Path) -> dict[str, Any]:
-    """What meta.json says of this file: `bytes` and `sha256`, or nothing."""
-    files = (read_meta(path.parent) or {}).get("files", {})
+def count_windows(tokens: Tokens, block_size: int) -> int:
+    """How many windows `whole_split` gives in all."""
+    return sum(len(_in_order(part, block_size)[0]) for part in parts_of(tokens))
+
+
+def _in_order(tokens: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """The windows of one file: x, y (count, block_size), views."""
+    count = max(len(tokens) - 1, 0) // block_size
+    x = tokens[: count * block_size].view(count, block_size)
+    return x, tokens[1 : count * block_size + 1].view(count, block_size)
+
+
+def _ours(path: Path, start: bytes) -> TokenFile | None:
+    """The file if it begins as ours do."""
+    if not start.startswith(MAGIC):
+        return None
+    if len(start) < HEADER.size:
+        raise _damaged(path, f"it ends within its header, after {len(start)} bytes")
+    _, version, itemsize, count, tokenizer = HEADER.unpack(start[: HEADER.size])
+    if version != VERSION:
+        raise UserError(f"{path} is of version {version}, and this gptfast reads {VERSION}; prepare it again")
+    if itemsize not in (2, 4):
+        raise _damaged(path, f"its header states {itemsize} bytes per token, not 2 or 4")
+    return TokenFile(path, HEADER.size, itemsize, count, tokenizer.hex())
+
+
+def _llmc(path: Path, start: bytes) -> TokenFile | None:
+    """The file if it begins as those of llm.c do."""
+    if len(start) < LLMC_HEADER.size:
+        return None
+    magic, version, count = LLMC_HEADER.unpack(start)
+    if magic not in LLMC:
+        return None
+    known, itemsize = LLMC[magic]
+    if version != known:
+        raise UserError(f"{path} is of llm.c's version {version}, and gptfast reads {known}; fetch one of that version")
+    return TokenFile(path, LLMC_HEADER.size, itemsize, count, None)
+
+
+def _shard_paths(path: Path, meta: dict[str, Any]) -> list[Path]:
+    """The files of a split that has no file `path`; all those that meta.json lists must be there."""
+    pattern = f"*{path.stem}*.bin"
+    listed = [name for name in meta.get("files", {}) if fnmatch(name, pattern)]
+    paths = sorted(path.parent / name for name in listed) or sorted(path.parent.glob(pattern))
+    if not paths:
+        raise UserError(f"no token file {path}; make it: {_prepare(path)}")
+    return paths
+
+
+def _check_manifest(file: TokenFile, meta: dict[str, Any]) -> None:
+    """Holds a file to what meta.json says of it and of its tokenizer."""
+    if file.tokenizer is not None and not meta:
+        raise UserError(f"{file.path.parent} has no meta.json: it is not finished; go on: {_prepare(file.path)}")
+    if file.tokenizer not in (None, meta.get("fingerprint")):
+        raise UserError(
+            f"{file.path} is of another tokenizer than the one of meta.json; prepare it again: {_prepare(file.path)}"
+        )
+    expected, size_bytes = _expected(file.path, meta), file.path.stat().st_size
+    if expected.get("bytes", size_bytes) != size_bytes:
+        raise _damaged(file.path, f"it has {size_bytes} bytes, not the {expected['bytes']} of meta.json")
+    if expected.get("tokens", file.count) != file.count:
+        raise _damaged(file.path, f"it does not begin as a token file of {expected['tokens']} tokens does")
+
+
+def _read(file: TokenFile, meta: dict[str, Any]) -> Tensor:
+    """The tokens in memory, (count,) int64, held to the sha256 that meta.json lists."""
+    content = bytearray(file.path.read_bytes())
+    digest = hashlib.sha256(content).hexdigest()
+    if _expected(file.path, meta).get("sha256", digest) != digest:
+        raise _damaged(file.path, "its sha256 is not the one of meta.json")
+    dtype = torch.uint16 if file.itemsize == 2 else torch.int32
+    return torch.frombuffer(content, dtype=dtype, offset=file.offset_bytes).to(torch.int64)
+
+
+def _expected(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """What meta.json says of this file: `bytes`, `sha256` and maybe `tokens`, or nothing."""
+    files = meta.get("files", {})
     entry = files.get(path.name, {}) if isinstance(files, dict) else {}
     return entry if isinstance(entry, dict) else {}
 
 
-def _sampled_largest(tokens: Tensor) -> int:
-    """The largest id in evenly spaced blocks that include the file's both ends."""
-    starts = torch.linspace(0, len(tokens) - CHECKED_BLOCK, CHECKED_BLOCKS, dtype=torch.float64).long().tolist()
-    return max(int(tokens[start : start + CHECKED_BLOCK].to(torch.int32).max()) for start in starts)
+def _sampled_largest(file: TokenFile) -> int:
+    """The largest id in evenly spaced blocks that include the file's both ends; read, which is faster than mapped."""
+    dtype = f"<u{file.itemsize}"
+    places = np.linspace(0, max(file.count - CHECKED_BLOCK, 0), CHECKED_BLOCKS).astype(np.int64).tolist()
+    return max(
+        int(np.fromfile(file.path, dtype, CHECKED_BLOCK, offset=file.offset_bytes + place * file.itemsize).max())
+        for place in places
+    )
 
 
-def _check_length(tokens: Tensor, block_size: int, name: str) -> None:
+def _check_length(tokens: Tokens, block_size: int, name: str) -> None:
     if block_size < 1:
         raise UserError(f"block_size is {block_size}; set --block_size to 1 or more")
-    if len(tokens) <= block_size:
+    longest = max(map(len, parts_of(tokens)))
+    if longest <= block_size:
         raise UserError(
-            f"{name} has {len(tokens)} tokens, too few for block_size {block_size}; "
-            f"set --block_size to {max(len(tokens) - 1, 1)} or less, or prepare more text"
+            f"{name} has {longest} tokens, too few for block_size {block_size}; "
+            f"set --block_size to {max(longest - 1, 1)} or less, or prepare more text"
         )
 
 

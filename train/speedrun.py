@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from gptfast import checkpoint, cli, mfu, report
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
-from gptfast.data import Batches, load_tokens, whole_split
+from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.log import Log, facts
 from gptfast.model import GPT
 from gptfast.optim import Muon, groups_table, muon
@@ -122,7 +121,7 @@ class Run:
     config: Speedrun
     device: str
     facts: dict[str, Any]  # the machine, the software and the commit, for rows that stand alone
-    splits: dict[str, Tensor]
+    splits: dict[str, Tokens]
     tokenizer: dict[str, Any]
     model: GPT
     optimizer: Muon
@@ -327,7 +326,7 @@ def finish(run: Run, log: Log) -> None:
     """The last evaluation, the loss over the whole validation split, a checkpoint and samples."""
     config = run.config
     evaluate(run, log)
-    windows = (len(run.splits["val"]) - 1) // config.block_size
+    windows = count_windows(run.splits["val"], config.block_size)
     batch_size = max(config.batch_size, 4096 // config.block_size)
     whole = whole_split(run.splits["val"], config.block_size, batch_size=batch_size, device=run.device)
     loss = loop.evaluate(run.model, whole).item()

@@ -44,7 +44,7 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """Loss () of logits x (M, C) @ weight (V, C)^T, which have x's dtype, against targets (M,). It is at least fp32.
 
-    Logits that fit in chunk_bytes (default 64 MiB on a CPU, 1 GiB on a GPU) take the formula, differentiated by torch.
+    Logits that fit in chunk_bytes (default 128 MiB on a CPU, 1 GiB on a GPU) take the formula, differentiated by torch.
     Of others no more than that are held at a time.
     """
     criterion = _check(x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
@@ -104,7 +104,7 @@ def _check(
 def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
     """How many rows of logits fit in the budget: by 128 where that many fit, as GEMMs like it, and at least one."""
     if chunk_bytes is None:
-        chunk_bytes = 1 << 26 if x.device.type == "cpu" else 1 << 30
+        chunk_bytes = 1 << 27 if x.device.type == "cpu" else 1 << 30
     require(chunk_bytes > 0, "chunk_bytes: expected at least 1")
     rows = chunk_bytes // (weight.shape[0] * x.dtype.itemsize)
     return max(1, rows - rows % 128 if rows >= 128 else rows)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,22 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
+
+
+class Cache(Protocol):
+    """What the model asks of a cache: the keys, values and activations of the tokens that came before, row by row.
+
+    A forward pass begins with `place`. Then all rows go through the model as one sequence, (1, B * T, ...).
+    """
+
+    def place(self, T: int) -> Tensor:
+        """Where the next T tokens of every row go: their positions (B, T) int64."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keeps k and v (1, B * T, G, D); the causal attention of q (1, B * T, H, D) to all that is kept, like q."""
+
+    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+        """Keeps x (1, B * T, C), the input of the token shift numbered `place`; it 1 ... `taps` steps earlier."""
 
 
 class Linear(nn.Linear):
@@ -69,29 +86,41 @@ class Shift(nn.Module):
     The token shift of RWKV (Peng et al., arXiv:2305.13048), a causal depthwise convolution that starts as the identity.
     """
 
-    def __init__(self, config: GPTConfig, taps: int) -> None:
+    def __init__(self, config: GPTConfig, taps: int, place: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(taps, config.n_embd))
+        self.weight, self.place = nn.Parameter(torch.zeros(taps, config.n_embd)), place
 
-    def forward(self, x: Tensor) -> Tensor:
-        T, weight = x.shape[1], self.weight.to(x.dtype)
-        y = x
-        for i, w in enumerate(weight, start=1):
-            y = torch.addcmul(y, F.pad(x, (0, 0, i, 0))[:, :T], w)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        taps, y = len(self.weight), x
+        earlier = shifted(x, taps) if cache is None else cache.earlier(self.place, x, taps)
+        for before, w in zip(earlier, self.weight.to(x.dtype), strict=True):
+            y = torch.addcmul(y, before, w)
         return y
+
+
+def shifted(x: Tensor, taps: int) -> list[Tensor]:
+    """x (B, T, C) as it was 1 ... `taps` steps before, with zeros before the first."""
+    return [F.pad(x, (0, 0, i, 0))[:, : x.shape[1]] for i in range(1, taps + 1)]
+
+
+class NoShift(nn.Module):
+    """Every position keeps to itself."""
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        return x
 
 
 class Attention(nn.Module):
     """Causal self-attention over heads of a fused projection; q, k and v stay views of it unless they are rotated."""
 
-    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.layer = config, ops, layer
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.c_attn = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         config, ops = self.config, self.ops
         B, T, C = x.shape
         H, G = config.n_head, config.kv_heads
@@ -102,7 +131,11 @@ class Attention(nn.Module):
         elif config.qk_norm:
             q, k = ops.rmsnorm(q), ops.rmsnorm(k)
         dropout = config.dropout if self.training else 0.0
-        out = self.c_proj(ops.attention(q, k, v, causal=True, dropout=dropout).reshape(B, T, C))
+        if cache is None:
+            out = ops.attention(q, k, v, causal=True, dropout=dropout)
+        else:
+            out = cache.attend(self.layer, q, k, v)
+        out = self.c_proj(out.reshape(B, T, C))
         return F.dropout(out, dropout) if dropout else out
 
 
@@ -130,18 +163,23 @@ class Block(nn.Module):
     The stream x and its last update come in, and go out, not yet summed: the sum belongs to the norm that follows.
     """
 
-    def __init__(self, config: GPTConfig, ops: Ops) -> None:
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
-        self.ln_1, self.attn = Norm(config, ops), Attention(config, ops)
+        self.ln_1, self.attn = Norm(config, ops), Attention(config, ops, layer)
         self.ln_2, self.mlp = Norm(config, ops), MLP(config)
-        self.shift_1, self.shift_2 = (Shift(config, 1) if config.token_shift else nn.Identity() for _ in range(2))
+        places = 2 * layer + 1, 2 * layer + 2
+        self.shift_1, self.shift_2 = (Shift(config, 1, place) if config.token_shift else NoShift() for place in places)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
         y, x = self.ln_1(x, update)
-        y, x = self.ln_2(x, self.attn(self.shift_1(y), rotation))
-        return x, self.mlp(self.shift_2(y))
+        y, x = self.ln_2(x, self.attn(self.shift_1(y, cache), rotation, cache))
+        return x, self.mlp(self.shift_2(y, cache))
 
 
 class GPT(nn.Module):
@@ -156,8 +194,8 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["shift"] = Shift(config, 2) if config.token_shift else nn.Identity()
-        self.transformer["h"] = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.transformer["shift"] = Shift(config, 2, place=0) if config.token_shift else NoShift()
+        self.transformer["h"] = nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer))
         self.transformer["ln_f"] = Norm(config, ops)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
@@ -197,30 +235,36 @@ class GPT(nn.Module):
             x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap
         )
 
-    def logits(self, tokens: Tensor, last_only: bool = False) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64."""
-        x = self.hidden(tokens)
+    def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`."""
+        x = self.hidden(tokens, cache)
         z = self.lm_head(x[:, -1:] if last_only else x)
         softcap = self.config.softcap
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The normalized residual stream (B, T, C) that the head reads. Raises ValueError if T > block_size."""
-        T = tokens.shape[1]
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The normalized residual stream (B, T, C) that the head reads, for tokens (B, T) int64.
+
+        With a cache they continue what its rows hold; its owner advances it. Raises ValueError if T > block_size.
+        """
+        B, T = tokens.shape
         if T > self.config.block_size:
             raise ValueError(f"tokens: {T} positions, but block_size is {self.config.block_size}")
+        positions: slice | Tensor = slice(T)
+        if cache is not None:  # rows stand at different positions, so every token of the batch brings its own
+            tokens, positions = tokens.reshape(1, B * T), cache.place(T).flatten()
         x, rotation = self.transformer["wte"](tokens), None
         if self.config.position == "learned":
-            x = x + self.transformer["wpe"].weight[:T]
+            x = x + self.transformer["wpe"].weight[positions]
         else:
-            rotation = self.cos[:T], self.sin[:T]
-        x = self.transformer["shift"](x.to(self.dtype))
+            rotation = self.cos[positions], self.sin[positions]
+        x = self.transformer["shift"](x.to(self.dtype), cache)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         update = None
         for block in self.transformer["h"]:
-            x, update = block(x, update, rotation)
-        return self.transformer["ln_f"](x, update)[0]
+            x, update = block(x, update, rotation, cache)
+        return self.transformer["ln_f"](x, update)[0].view(B, T, self.config.n_embd)
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, a tied head counted once; `non_embedding` leaves out the position embedding, as nanoGPT does."""

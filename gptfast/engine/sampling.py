@@ -1,0 +1,74 @@
+"""How a request wants its tokens drawn, and the drawing.
+
+A token is found by inversion: candidates in a fixed order, and the first whose cumulative probability exceeds a uniform
+number of the request's own. So a request draws the same tokens whatever shares its batch, and whatever guessed at them.
+
+Top-p: Holtzman et al., arXiv:1904.09751; repetition penalty: Keskar et al., "CTRL", arXiv:1909.05858.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.op import require
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks for. Raises ValueError, naming the field, for what cannot be drawn."""
+
+    max_tokens: int = 256  # new tokens at most; 0 gives none
+    temperature: float = 1.0  # logits are divided by it; 0 always takes the likeliest token
+    top_k: int = 0  # draw from the likeliest top_k tokens; 0, or more than there are, from all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens whose probabilities sum to top_p; 1: from all
+    repetition_penalty: float = 1.0  # logits of tokens that occurred are divided by it, or multiplied if negative
+    seed: int | None = None  # of the draws; None takes one from the system
+    stop_tokens: tuple[int, ...] = ()  # any of them ends the text and is left out
+    stop: tuple[str, ...] = ()  # the first occurrence of any of them ends the text and is left out
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 0, f"max_tokens: must not be negative, got {self.max_tokens}")
+        require(0 <= self.temperature < float("inf"), f"temperature: must be 0 or more, got {self.temperature}")
+        require(self.top_k >= 0, f"top_k: must not be negative, got {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p: must be above 0 and at most 1, got {self.top_p}")
+        penalty = self.repetition_penalty
+        require(0 < penalty < float("inf"), f"repetition_penalty: must be above 0, got {penalty}")
+        require(not isinstance(self.stop, str), "stop: expected a tuple of strings, got one string")
+        require(all(self.stop), "stop: an empty string stops before the first token; leave it out")
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """A token (B,) int64 for each row of logits (B, V), with uniform (B,) fp64 in [0, 1).
+
+    -1 where the logits of a row are not numbers. No row depends on another.
+    """
+    if temperature == 0:
+        largest, token = logits.max(dim=-1)
+        return torch.where(largest.isfinite(), token, -1)
+    V, order = logits.shape[-1], None
+    if 0 < top_k < V:
+        logits, order = logits.topk(top_k, dim=-1)
+    elif top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True)
+    p = (logits.double() / temperature).softmax(dim=-1)
+    cumulative = p.cumsum(dim=-1)
+    if top_p < 1:
+        cumulative = torch.where(cumulative - p < top_p, p, 0.0).cumsum(dim=-1)  # the first is always kept
+    total = cumulative[:, -1:]
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    if order is not None:
+        token = order.gather(-1, token[:, None])[:, 0]
+    return torch.where(total[:, 0].isfinite(), token, -1)
+
+
+def penalize(logits: Tensor, occurred: Sequence[int], penalty: float) -> Tensor:
+    """logits (V,) with those of tokens that occurred made less likely (by a penalty below 1: more)."""
+    ids = torch.tensor(sorted(set(occurred)), device=logits.device)
+    ids = ids[ids < logits.shape[-1]]
+    found = logits[ids]
+    return logits.index_copy(0, ids, torch.where(found > 0, found / penalty, found * penalty))

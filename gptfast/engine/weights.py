@@ -1,0 +1,98 @@
+"""A model's matrices as decoding wants them: converted once, and in as few bytes as stay exact enough.
+
+A step reads every matrix once, and on a CPU little else takes time. FBGEMM reads fp16 and sums in fp32; int8 has one
+scale per row (absmax / 127). Relative errors of one product of 768 normal numbers: fp16 2e-4, int8 8e-3.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.model import GPT, Linear
+from kernels.op import require
+
+Weights = Literal["auto", "model", "float16", "int8"]
+STAYS_IN_CACHE_BYTES = 16 * 2**20  # smaller models are not short of bandwidth, but of time per call
+
+
+class Float16Linear(nn.Module):
+    """x @ weight^T + bias for x (..., K) fp32 on a CPU: the matrix in fp16, sums in fp32 (FBGEMM)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        largest = linear.weight.abs().max().item()
+        require(largest <= torch.finfo(torch.float16).max, f"weights: {largest} is beyond float16; use 'model'")
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Int8Linear(nn.Module):
+    """x @ weight^T + bias for x (..., K) on a CPU: the matrix in int8, one scale per row; x is rounded to bf16."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127).bfloat16()  # what the product multiplies by
+        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+def choose_weights(model: GPT) -> tuple[Weights, str]:
+    """How the matrices of `model` are best read on its device, and why, in one line. Not timed: the same every run."""
+    device = model.lm_head.weight.device
+    if device.type != "cpu":
+        return "model", f"{device.type} computes in it"
+    if matrix_bytes(model) < STAYS_IN_CACHE_BYTES:
+        return "model", "the matrices stay in the CPU's cache"
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return "model", "this CPU has no FBGEMM"
+    return "float16", "half the bytes, and this CPU sums them in float32 (FBGEMM)"
+
+
+def matrix_bytes(model: GPT) -> int:
+    """Bytes of the matrices of `model`, all of which a step reads, in the dtype of its activations."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear)) * model.dtype.itemsize
+
+
+def converted(model: GPT, weights: Weights) -> GPT:
+    """`model` for inference with its matrices in that form; it shares with `model` all that did not change.
+
+    "model": the dtype of the model's activations, what Linear would cast to at every call. Raises ValueError for a form
+    that cannot run on the model's device.
+    """
+    require(weights in ("model", "float16", "int8"), f"weights: expected model, float16 or int8, got {weights!r}")
+    on_cpu = model.lm_head.weight.device.type == "cpu"
+    require(weights == "model" or on_cpu, f"weights: {weights} matrices are for CPUs; use 'model'")
+    if weights == "float16":
+        engine = torch.backends.quantized.engine
+        require(engine in ("x86", "fbgemm"), f"weights: float16 needs FBGEMM, this torch has {engine}; use 'model'")
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers(), model.ops)}
+    twin = copy.deepcopy(model, shared).eval()
+    if weights != "model":
+        twin.dtype = torch.float32
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear):
+                setattr(parent, name, _convert(child, weights, twin.dtype))
+    return twin
+
+
+def _convert(linear: Linear, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    if weights != "model":
+        return {"float16": Float16Linear, "int8": Int8Linear}[weights](linear)
+    twin = Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    for name, p in linear.named_parameters():
+        setattr(twin, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+    return twin

@@ -259,6 +259,16 @@ def _softmax_overlap(listing: list[str]) -> int:
     return sum(op == "MUFU.EX2" for op in listing[matrix[0] : matrix[-1]])
 
 
+def bytes_in_flight(code: Code) -> int:
+    """Bytes asked for at once on a multiprocessor: every load of the listing once, by all programs that fit on it.
+
+    A narrow load counts as 4 bytes, bulk copies as the shared memory that they fill. To hide latency an H100 needs
+    25 KB a multiprocessor for each microsecond of it (Little's law: 3.35 TB/s over 132 multiprocessors).
+    """
+    by_a_thread = 16 * code.loads_128 + 4 * code.loads_narrow
+    return code.programs_per_sm * (code.shared_bytes if code.bulk_copies else 32 * code.warps * by_a_thread)
+
+
 # ---- gates
 
 
@@ -311,7 +321,8 @@ def compiled_row(key: tuple, launch: Launch) -> dict[str, Any]:
     code = read_code(compile_launch(launch, arch), arch)
     return {
         "op": op, "arch": arch, "kernel": kernel, "signature": signature, "digest": _digest(launch),
-        **asdict(code), "ptxas_warnings": list(code.ptxas_warnings), "broken": broken_gates(code, arch),
+        **asdict(code), "ptxas_warnings": list(code.ptxas_warnings), "bytes_in_flight": bytes_in_flight(code),
+        "broken": broken_gates(code, arch),
     }  # fmt: skip
 
 
@@ -369,7 +380,8 @@ def main(argv: list[str] | None = None) -> int:
         verdict = "; ".join(row["broken"]) or "clean"
         print(
             f"[{i}/{len(wanted)}] {_label(key):<100} {row['registers']:>3} regs {row['shared_bytes']:>6} B shared "
-            f"{row['programs_per_sm']:>2}/SM {row['matrix']:<10} {verdict}", flush=True,
+            f"{row['programs_per_sm']:>2}/SM {row['bytes_in_flight'] / 1024:6.1f} KiB in flight {row['matrix']:<10} "
+            f"{verdict}", flush=True,
         )  # fmt: skip
     broken = [row for row in rows.values() if row["broken"]]
     kept = {key: row for key, row in before.items() if key[0] not in ops or key[1] not in archs}

@@ -73,6 +73,13 @@ def test_a_gate_sees(change, complaint):
 
 
 @jit
+def _copy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """One program copies BLOCK elements."""
+    n = tl.arange(0, BLOCK)
+    tl.store(out_ptr + n, tl.load(x_ptr + n))
+
+
+@jit
 def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     """One warp holds far more than its registers."""
     n = tl.arange(0, BLOCK)
@@ -90,6 +97,16 @@ def test_a_real_spill_is_read_out_of_the_machine_code():
     )
     code = aot.read_code(aot.compile_launch(launch, 90), 90)
     assert code.stack_bytes > 0 and "spills" in aot.broken_gates(code, 90)[0]
+
+
+def test_bytes_in_flight_are_those_of_all_programs_of_a_multiprocessor():
+    """One program of four warps copies 2,048 fp32: four loads of 16 bytes by each of 128 threads."""
+    launch = aot.Launch(
+        _copy_kernel, (torch.empty(8, device="meta"), torch.empty(8, device="meta")), dict(BLOCK=2048, num_warps=4)
+    )
+    code = aot.read_code(aot.compile_launch(launch, 90), 90)
+    assert code.loads_128 == 4 and code.loads_narrow == 0
+    assert aot.bytes_in_flight(code) == code.programs_per_sm * 2048 * 4
 
 
 def test_occupancy_of_known_kernels():

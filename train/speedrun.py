@@ -29,10 +29,10 @@ from gptfast import checkpoint, cli, mfu, report
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
+from gptfast.engine import generate
 from gptfast.log import Log, facts
 from gptfast.model import GPT
 from gptfast.optim import Muon, groups_table, muon
-from gptfast.sample import generate
 from gptfast.tokenizer import load_tokenizer, read_meta
 from train import loop
 from train.prepare import prepare

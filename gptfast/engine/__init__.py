@@ -170,18 +170,18 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """Let waiting requests into free slots, then give every running request its next token, or several guessed.
+        """Let waiting requests into free slots, or else give every running request its next token, or several guessed.
 
-        Returns what was added to each request; nothing if none waits or runs.
+        A request that is let in gets its first token at once. Returns what was added to each request.
         """
         self._updates = {}
-        self._admit()
-        # A request that outgrows the window in this step's decoding gets its token there, and is reread from the next.
-        sliding = [request for request in self.running if self._slides(request)]
-        self._decode()
-        for request in sliding:
-            logits = self._main.reread(request.prompt + request.tokens)
-            self._take(request, self._draw(logits[None], [request]).tolist())
+        if not self._admit():
+            # A request that outgrows the window in this decoding gets its token there, and is reread from the next on.
+            sliding = [request for request in self.running if self._slides(request)]
+            self._decode()
+            for request in sliding:
+                logits = self._main.reread(request.prompt + request.tokens)
+                self._take(request, self._draw(logits[None], [request]).tolist())
         return list(self._updates.values())
 
     @property
@@ -200,7 +200,7 @@ class Engine:
         return self._main.cache
 
     # ---- the life of a request ---------------------------------------------------------------------------------------
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
         """Waiting requests, first come first served, into free slots. Equal prompts are read once and cloned."""
         read: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         admitted: list[tuple[Request, Tensor]] = []
@@ -208,16 +208,16 @@ class Engine:
             if not self._waiting:
                 break
             request = self._waiting[0]
-            if not self._slides(request):
-                key = tuple(request.prompt)
-                if not self._reserve(slot, self._room(request), read[key][0] if key in read else None):
-                    break  # those behind wait too, or a request for many pages might never be let in
-                if key not in read:
-                    read[key] = slot, self._read(slot, request.prompt)
-                admitted.append((request, read[key][1]))
+            key = tuple(request.prompt)
+            if not self._reserve(slot, self._room(request), read[key][0] if key in read else None):
+                break  # those behind wait too, or a request for many pages might never be let in
+            if key not in read:
+                read[key] = slot, self._read(slot, request)
             self._slots[slot] = self._waiting.popleft()
+            admitted.append((request, read[key][1]))
         for request, logits in admitted:  # after the cloning, since the first token may be the last
             self._take(request, self._draw(logits[None], [request]).tolist())
+        return bool(admitted)
 
     def _slides(self, request: Request) -> bool:
         """Whether the model sees only the end of it, so that no key or value can be kept."""
@@ -225,7 +225,7 @@ class Engine:
 
     def _room(self, request: Request) -> int:
         """Tokens of `request` that the cache must hold: all that are read in it, and guesses at what follows."""
-        if len(request.prompt) > self.config.block_size:
+        if self._slides(request):
             return 0
         read = len(request.prompt) + max(request.sampling.max_tokens - 1, 0)  # the last one drawn is not
         return min(read, self.config.block_size) + self._guesses
@@ -236,12 +236,14 @@ class Engine:
             return all(cache.reserve(slot, tokens) for cache in self._caches)
         return all(cache.clone(source, slot, tokens) for cache in self._caches)
 
-    def _read(self, slot: int, prompt: list[int]) -> Tensor:
-        """The logits (V,) of what follows `prompt`, which goes into the empty `slot`."""
+    def _read(self, slot: int, request: Request) -> Tensor:
+        """The logits (V,) of what follows the prompt, which goes into the empty `slot` unless it slides."""
         self.prompts_read += 1
+        if self._slides(request):
+            return self._main.reread(request.prompt)
         if self._draft is not None:
-            self._draft.read(slot, prompt)
-        return self._main.read(slot, prompt)
+            self._draft.read(slot, request.prompt)
+        return self._main.read(slot, request.prompt)
 
     def _decode(self) -> None:
         """One step of all slots: the next tokens of the requests within the window."""

@@ -16,7 +16,7 @@ from gptfast import checkpoint, cli, hf
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
-from gptfast.tokenizer import BPETokenizer, Tokenizer, from_json
+from gptfast.tokenizer import Tokenizer, from_json
 from kernels import Ops
 
 SEPARATOR = "---------------"
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """The model of the last checkpoint in `out_dir`, or a pretrained GPT-2, on the CPU; and its tokenizer."""
     if init_from != "resume":
-        return hf.load_gpt2(hf.find_gpt2(init_from), ops, dtype=dtype), BPETokenizer("gpt2")
+        return hf.load(init_from, ops, dtype=dtype), hf.load_tokenizer(init_from)
     saved = checkpoint.load(out_dir)
     model = GPT(GPTConfig(**saved.meta["model"]), ops, dtype)
     model.load_state_dict(saved.model)

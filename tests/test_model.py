@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 import kernels
 from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig
-from gptfast.hf import load_gpt2
 from gptfast.model import GPT, compute_dtype
 
 OPS = kernels.load("reference")
@@ -112,30 +110,6 @@ def test_the_first_loss_is_that_of_a_uniform_guess(config: GPTConfig) -> None:
 
 
 # ---- the function it computes ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-@pytest.mark.parametrize("through_a_folder", [False, True])
-def test_logits_are_hugging_faces(activation: str, through_a_folder: bool, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=4, n_embd=64, vocab_size=101, n_positions=48, activation_function=activation
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in theirs.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    if through_a_folder:
-        theirs.save_pretrained(tmp_path)
-        ours = load_gpt2(tmp_path, OPS)
-    else:
-        ours = load_gpt2(theirs.state_dict(), OPS, n_head=4, activation=activation)
-    tokens = torch.randint(101, (3, 48))
-    with torch.no_grad():
-        expected = theirs(tokens).logits
-        difference = (ours.eval().logits(tokens) - expected).abs().max().item()
-    assert expected.std() > 0.5  # of a size at which a mistake would show
-    assert difference < 1e-4
-
-
 @architecture
 def test_loss_is_the_cross_entropy_of_the_logits(config: GPTConfig) -> None:
     model, tokens, targets = make(config), tokens_of(config), tokens_of(config)

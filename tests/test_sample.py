@@ -1,17 +1,16 @@
-"""Sampling: from text to a trained model to text again, without the data set; and the arithmetic of a draw."""
+"""The command: from text to a trained model to text again, without the data set."""
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import kernels
 from gptfast import cli, sample
-from gptfast.config import GPTConfig
-from gptfast.model import GPT
 from train import pretrain
 from train.prepare import prepare
 
@@ -84,10 +83,13 @@ def test_a_prompt_from_a_file(out_dir: Path, tmp_path: Path, capsys: pytest.Capt
         ("--start=", "--start is empty"),
         ("--start=FILE:/nowhere/prompt", "--start=FILE:/nowhere/prompt: cannot read it"),
         ("--out_dir=/nowhere", "no checkpoint in /nowhere"),
-        ("--init_from=gpt5", "--init_from=gpt5: no such folder"),
+        ("--init_from=gpt5", "gpt5: no such folder"),
         ("--num_samples=0", "--num_samples=0: must be at least 1"),
         ("--temperature=-1", "--temperature=-1.0: must not be negative"),
-        ("--top_p=1", "unknown flag --top_p; did you mean --top_k?"),
+        ("--top_p=0", "--top_p=0.0: must be above 0"),
+        ("--repetition_penalty=0", "--repetition_penalty=0.0: must be above 0"),
+        ("--quantize=int3", "--quantize=int3: expected none or int8"),
+        ("--top_x=1", "unknown flag --top_x; did you mean --top_"),
     ],
 )
 def test_mistakes_are_one_line(out_dir: Path, flag: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,37 +106,32 @@ def test_defaults_are_nanogpts() -> None:
     assert (defaults.top_k, defaults.seed, defaults.device, defaults.compile) == (200, 1337, "cuda", False)
 
 
-# ---- one draw
+def test_a_sample_ends_before_the_stop_text(out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--start=the ", "--num_samples=1", "--max_new_tokens=40", "--temperature=0")
+    assert run(out_dir, *flags, "--stop=jumps over") == 0
+    assert texts(capsys.readouterr().out) == ["the quick brown fox "]
 
 
-def test_draws_follow_the_softmax_of_the_top_k() -> None:
-    logits = torch.tensor([[1.0, 2.0, 0.0, 4.0]]).expand(20_000, 4)
-    generator = torch.Generator().manual_seed(0)
-    for temperature, top_k in ((1.0, 0), (1.0, 9), (2.0, 2)):
-        tokens = sample.draw(logits, temperature, top_k, generator)
-        share = torch.bincount(tokens.flatten(), minlength=4) / 20_000
-        z = logits[0] / temperature
-        if top_k == 2:
-            z = z.masked_fill(torch.tensor([True, False, True, False]), float("-inf"))
-        torch.testing.assert_close(share, z.softmax(0), atol=0.015, rtol=0)  # 4 standard deviations of a share
-    assert sample.draw(logits, 0, 0, generator).unique().tolist() == [3]
-    assert sample.draw(logits, 1.0, 1, generator).unique().tolist() == [3]
+def test_eight_bits_say_the_same(out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--start=the ", "--num_samples=1", "--max_new_tokens=30", "--temperature=0", "--quantize=int8")
+    assert run(out_dir, *flags) == 0
+    printed = capsys.readouterr().out
+    assert "weights: int8, asked for" in printed
+    assert texts(printed) == [PANGRAM[:34]]
 
 
-def test_generate_continues_each_row_and_leaves_the_model_as_it_was() -> None:
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, dropout=0.5), kernels.load("reference")
-    )
-    start = torch.randint(11, (3, 5))
-    state = torch.get_rng_state()
-    tokens = sample.generate(model, start, 10, top_k=5, generator=torch.Generator().manual_seed(1))
-    assert tokens.shape == (3, 15)
-    assert torch.equal(tokens[:, :5], start)
-    assert model.training
-    assert torch.equal(state, torch.get_rng_state())  # no dropout, and every draw from the generator given
-    greedy = sample.generate(model, start, 10, temperature=0)
-    model.eval()
-    for t in range(5, 15):
-        expected = model.logits(greedy[:, max(0, t - 8) : t])[:, -1].argmax(-1)
-        assert torch.equal(greedy[:, t], expected)
+def test_the_last_line_is_the_speed(out_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(out_dir, "--start=the ", "--num_samples=2", "--max_new_tokens=5") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    found = re.fullmatch(r"time to first token: ([0-9.]+) ms, then ([0-9.]+) tokens/s", last)
+    assert found is not None and all(float(number) > 0 for number in found.groups())
+
+
+def test_the_command_streams_with_its_threads_bounded(out_dir: Path) -> None:
+    """As a process of its own: the flag that keeps threads from spinning is set before torch is loaded."""
+    command = [sys.executable, "-X", "importtime", "-m", "gptfast.sample", f"--out_dir={out_dir}", "--device=cpu"]
+    flags = ["--start=a ", "--num_samples=1", "--max_new_tokens=3", "--temperature=0", "--dtype=float32"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("tokens/s\n")
+    order = [line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line]
+    assert order.index("gptfast.parallel") < order.index("torch")

@@ -1,0 +1,202 @@
+"""Models from Hugging Face and to it: GPT-2, Llama, Qwen3 and nanochat in; GPT-2, Llama, Qwen3 and GGUF out.
+
+    model = hf.load("gpt2")                       a name on the hub, a folder in its layout, or one of our checkpoints
+    hf.save(model, "exported", tokenizer)         AutoModelForCausalLM.from_pretrained("exported") reads it
+    gguf.write(model, "model.gguf", tokenizer)    llama.cpp reads it
+
+    python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium
+    python -m gptfast.hf export out --to=exported --layout=llama
+
+Weights are safetensors, settings and tokenizer JSON; nothing is unpickled and no code of a model's author runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from gptfast import checkpoint
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from gptfast.hf import tokenizer_files
+from gptfast.hf.layouts import LAYOUTS, Settings, Weights, layout_for, layout_of
+from gptfast.model import GPT
+from gptfast.tokenizer import BPETokenizer, Tokenizer, from_json
+from kernels import Ops
+
+__all__ = ["LAYOUTS", "PUBLISHED", "find", "load", "load_tokenizer", "save"]
+
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # openai-community's on the hub, by their short names
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FETCHED = ("config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = torch.float32) -> GPT:
+    """The model of `source`, on the CPU, its parameters fp32 and its activations `dtype`.
+
+    `source`: a folder with a checkpoint of ours, a folder written by save_pretrained, or a name on the hub. `ops`:
+    kernels.load("auto") by default. Raises UserError for what is not there, damaged, or not expressible as a GPT.
+    """
+    folder = find(source)
+    if _is_ours(folder):
+        saved = checkpoint.load(folder)
+        config, weights = GPTConfig(**saved.meta["model"]), saved.model
+    else:
+        settings, theirs = read_settings(folder), _read_tensors(folder)
+        layout = layout_of(settings)
+        config = layout.config(settings)
+        try:
+            weights = layout.take(config, theirs)
+        except KeyError as error:
+            raise UserError(f"the weights in {folder} lack {error.args[0]}; config.json says {layout.name}") from None
+        if theirs:
+            raise UserError(f"{folder} has weights that a {layout.name} has not: {', '.join(sorted(theirs)[:5])}")
+    model = GPT(config, ops or kernels.load("auto"), dtype)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} do not fit its config.json: {_second_line(error)}") from None
+    return model
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of what `load` loads. Raises UserError where there is none."""
+    if str(source) in PUBLISHED:
+        return BPETokenizer("gpt2")
+    folder = find(source)
+    return from_json(checkpoint.load(folder).meta["tokenizer"]) if _is_ours(folder) else tokenizer_files.read(folder)
+
+
+def save(
+    model: GPT,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    layout: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Writes `model` as transformers keeps it: config.json, model.safetensors, generation_config.json, the tokenizer's.
+
+    `layout`: gpt2, llama or qwen3; auto takes the first that can express the model. `dtype` is that of the stored
+    weights. Returns the folder. Raises UserError, before a byte is written, for a model that the layout cannot express.
+    """
+    from safetensors.torch import save_file
+
+    settings, weights = exported(model, layout)
+    ids = tokenizer_files.special_ids(tokenizer)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", settings | ids | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_json(folder / "generation_config.json", ids)
+        if tokenizer is not None:
+            tokenizer_files.write(tokenizer, folder)
+        stored = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+        save_file(_unshared(stored), folder / SINGLE, metadata={"format": "pt"})
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror or error}); choose another folder") from None
+    return folder
+
+
+def exported(model: GPT, layout: str) -> tuple[dict[str, Any], Weights]:
+    """config.json and the tensors of `model` in `layout`. Raises UserError for what the layout cannot express."""
+    config, chosen = model.config, layout_for(model.config, layout)
+    assert chosen.settings is not None and chosen.give is not None
+    settings = {
+        "model_type": chosen.name, "architectures": [chosen.architecture], "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied, **chosen.settings(config),
+    }  # fmt: skip
+    return settings, chosen.give(config, model.state_dict())
+
+
+def find(source: str | Path) -> Path:
+    """The folder of `source`: itself if it is one, else the hub's files in Hugging Face's cache, fetched where needed.
+
+    Raises UserError for a name that is neither, and where it is not cached and the hub cannot be reached.
+    """
+    name = str(source)
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in PUBLISHED and name.count("/") != 1:
+        raise UserError(
+            f"{name}: no such folder; give one with a model, {', '.join(PUBLISHED)}, or OWNER/NAME of one on the hub"
+        )
+    elsewhere = "fetch it where there is a network and give its folder"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{name} comes from the Hugging Face hub: pip install huggingface_hub, or {elsewhere}"
+        ) from None
+    repository = f"openai-community/{name}" if name in PUBLISHED else name
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(FETCHED)))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx's types for "no network"
+        raise UserError(
+            f"cannot get {name}, which is no folder, from the Hugging Face hub ({type(error).__name__}); {elsewhere}"
+        ) from None
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _is_ours(folder: Path) -> bool:
+    return any(folder.glob("ckpt-*"))
+
+
+def read_settings(folder: Path) -> Settings:
+    """config.json. Raises UserError where there is none, or no JSON object in it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds neither a checkpoint of ours nor config.json; give a folder with a model")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); fetch it again") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is no JSON object; fetch it again")
+    return settings
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the parts that its index lists."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / INDEX
+    parts = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else [SINGLE]
+    tensors: dict[str, Tensor] = {}
+    for name in parts:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}; give a folder written by save_pretrained")
+        try:
+            tensors |= load_file(folder / name)
+        except SafetensorError as error:
+            raise UserError(f"{folder / name} is damaged ({error}); fetch it again") from None
+    return tensors
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _unshared(tensors: Weights) -> Weights:
+    """safetensors stores no two names for one memory: the second becomes a copy."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return result
+
+
+def _second_line(error: Exception) -> str:
+    """torch lists what does not fit below its first line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return (lines[1:2] or lines)[0][:200]

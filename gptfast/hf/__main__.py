@@ -1,0 +1,88 @@
+"""Models from Hugging Face and to it.
+
+    python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium      a checkpoint that gptfast.sample and
+                                                                           train.pretrain --init_from=DIR read
+    python -m gptfast.hf export out --to=exported --layout=llama           a folder that transformers reads
+    python -m gptfast.hf export out --to=model.gguf --dtype=bfloat16       a file that llama.cpp reads
+
+Each has --help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import kernels
+from gptfast import checkpoint, cli, hf
+from gptfast.cli import UserError
+from gptfast.hf import gguf
+from gptfast.model import GPT
+from gptfast.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Import:
+    source: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder in its layout
+    out_dir: str = ""  # where the checkpoint goes
+
+
+@dataclass(frozen=True)
+class Export:
+    source: str = "out"  # a folder with a checkpoint, or anything that import takes
+    to: str = ""  # a folder for transformers, or a file that ends in .gguf for llama.cpp
+    layout: Literal["auto", "gpt2", "llama", "qwen3"] = "auto"  # auto: the first of them that can express the model
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
+    tokenizer: bool = True  # write the tokenizer too
+    gelu_as_tanh: bool = False  # accept llama.cpp's approximate GELU for a model with the exact one
+
+
+def main(argv: list[str]) -> None:
+    commands = {"import": run_import, "export": run_export}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+    elif argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        raise UserError(f"unknown command {argv[0]}{cli.nearest(argv[0], commands)}")
+
+
+def run_import(argv: list[str]) -> None:
+    config = cli.parse(Import, argv, positional="source")
+    if not config.source or not config.out_dir:
+        raise UserError("say what to import and where to: python -m gptfast.hf import gpt2 --out_dir=out-gpt2")
+    model, tokenizer = load(config.source), hf.load_tokenizer(config.source)
+    meta = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.to_json(), "imported_from": config.source}
+    print(f"wrote {checkpoint.save(config.out_dir, step=0, model=model.state_dict(), optimizer={}, meta=meta)}")
+
+
+def run_export(argv: list[str]) -> None:
+    config = cli.parse(Export, argv, positional="source")
+    if not config.to:
+        raise UserError("say where to: --to=FOLDER for transformers, --to=FILE.gguf for llama.cpp")
+    model = load(config.source)
+    tokenizer: Tokenizer | None = hf.load_tokenizer(config.source) if config.tokenizer else None
+    dtype = getattr(torch, config.dtype)
+    if config.to.endswith(".gguf"):
+        path = gguf.write(
+            model, config.to, tokenizer, layout=config.layout, dtype=dtype, gelu_as_tanh=config.gelu_as_tanh,
+            name=Path(config.to).stem,
+        )  # fmt: skip
+    else:
+        path = hf.save(model, config.to, tokenizer, layout=config.layout, dtype=dtype)
+    print(f"wrote {path}")
+
+
+def load(source: str) -> GPT:
+    model = hf.load(source, kernels.load("reference"))  # the weights pass through: no kernel runs
+    print(f"{source}: {model.num_params(non_embedding=False):,} parameters, {model.config}")
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

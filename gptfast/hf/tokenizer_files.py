@@ -1,0 +1,54 @@
+"""A tokenizer in the files that transformers reads, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptfast.cli import UserError
+from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_bpe
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def write(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, from which transformers makes the same ids of any text."""
+    if isinstance(tokenizer, BPETokenizer):
+        tokenizer.save(folder)
+    elif isinstance(tokenizer, CharTokenizer):
+        (folder / FILE).write_text(_of_characters(tokenizer).to_str(pretty=True), "utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), "utf-8")
+    else:
+        raise UserError(f"a {type(tokenizer).__name__} has no form that transformers reads; export without a tokenizer")
+
+
+def read(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`: byte-level BPE, or characters as `write` puts them. Raises UserError for others."""
+    if (folder / FILE).is_file():
+        try:
+            model = json.loads((folder / FILE).read_text("utf-8"))["model"]
+            is_by_character = model["type"] == "WordLevel" and all(len(token) == 1 for token in model["vocab"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / FILE} is damaged; copy it again") from None
+        if is_by_character:
+            return CharTokenizer("".join(sorted(model["vocab"], key=model["vocab"].get)))
+    return load_bpe(folder)
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """bos_token_id and eos_token_id for config.json: the token that begins a document ends the one before."""
+    bos = None if tokenizer is None else tokenizer.bos
+    return {"bos_token_id": bos, "eos_token_id": bos}
+
+
+def _of_characters(tokenizer: CharTokenizer) -> Any:
+    """The same as a tokenizers.Tokenizer: every character is a word."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    ids = {char: i for i, char in enumerate(tokenizer.chars)}
+    made = Tokenizer(models.WordLevel(ids, unk_token=""))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    return made

@@ -86,11 +86,9 @@ def from_json(description: Any) -> Tokenizer:
         return CharTokenizer(description["chars"])
     if kind == "tiktoken" and isinstance(description.get("name"), str):
         return BPETokenizer(description["name"])
-    if kind == "bpe" and all(
-        map(isinstance, map(description.get, ("pattern", "special_tokens", "tokens")), (str, dict, str))
-    ):
+    if kind == "bpe":
         return _described_bpe(description)
-    raise UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
+    raise _unknown_description(description)
 
 
 def load_tokenizer(data_dir: str | Path) -> Tokenizer:
@@ -257,7 +255,7 @@ class BPETokenizer:
     def special_tokens(self) -> dict[str, int]:
         return dict(self._encoding._special_tokens)
 
-    @property
+    @cached_property
     def bos(self) -> int | None:
         return next((self.special_tokens[name] for name in BEGINNINGS if name in self.special_tokens), None)
 
@@ -267,6 +265,12 @@ class BPETokenizer:
         Half of a surrogate pair is no character and becomes U+FFFD.
         """
         return self._encoding.encode_ordinary(text)
+
+    def encode_document(self, text: str) -> list[int]:
+        """The ids of `text` with BOS in front. Raises UserError if the vocabulary has no BOS."""
+        if self.bos is None:
+            raise UserError(f"the {self.name} tokenizer has no token to begin a document; use gpt2, or train one")
+        return [self.bos, *self.encode(text)]
 
     def encode_tensor(self, text: str) -> Tensor:
         ids = torch.tensor(self.encode(text), dtype=torch.int32)
@@ -357,6 +361,16 @@ class BPETokenizer:
         }  # fmt: skip
 
 
+def find_bpe(name: str) -> BPETokenizer:
+    """The tokenizer of the folder `name`, or tiktoken's of that name. Raises UserError if it is neither."""
+    if Path(name).is_dir():
+        return load_bpe(name)
+    known = _import_tiktoken(f"the {name} tokenizer").list_encoding_names()
+    if name not in known:
+        raise UserError(f"no tokenizer {name}: no such folder, and tiktoken knows {', '.join(known)}")
+    return BPETokenizer(name)
+
+
 def load_bpe(folder: str | Path) -> BPETokenizer:
     """The BPE tokenizer of a folder that `BPETokenizer.save` wrote, or that holds Hugging Face's tokenizer.json.
 
@@ -433,14 +447,20 @@ def _ranks_of(content: dict[str, Any], path: Path) -> tuple[dict[bytes, int], di
 
 def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
     """From what `to_json` gives: pattern, special tokens, and the tokens in base64 by id."""
+    pattern, specials, tokens = map(description.get, ("pattern", "special_tokens", "tokens"))
+    if not (isinstance(pattern, str) and isinstance(specials, dict) and isinstance(tokens, str)):
+        raise _unknown_description(description)
+    if not all(isinstance(rank, int) for rank in specials.values()):
+        raise UserError("the special tokens of a tokenizer are damaged: an id is no number; prepare the data again")
     try:
-        tokens = [base64.b64decode(token, validate=True) for token in description["tokens"].split(" ")]
+        ordinary = [base64.b64decode(token, validate=True) for token in tokens.split(" ")]
     except (binascii.Error, ValueError):
         raise UserError("the tokens of a tokenizer are damaged: not base64; prepare the data again") from None
-    ranks = {token: rank for rank, token in enumerate(tokens) if token}
-    if not all(isinstance(rank, int) for rank in description["special_tokens"].values()):
-        raise UserError("the special tokens of a tokenizer are damaged: an id is no number; prepare the data again")
-    return BPETokenizer.from_ranks(ranks, description["special_tokens"], description["pattern"])
+    return BPETokenizer.from_ranks({token: rank for rank, token in enumerate(ordinary) if token}, specials, pattern)
+
+
+def _unknown_description(description: Any) -> UserError:
+    return UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
 
 
 def _read_ranks(path: Path) -> str:

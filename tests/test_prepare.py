@@ -18,8 +18,10 @@ from gptfast import cli
 from gptfast.cli import UserError
 from gptfast.data import load_tokens
 from gptfast.tokenizer import load_tokenizer
+from train import download as downloading
 from train import prepare as page
-from train.prepare import download, main, prepare
+from train.download import download
+from train.prepare import main, prepare
 
 TINYSHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare" / "input.txt"
 
@@ -145,7 +147,8 @@ def test_a_python_without_its_source_is_a_user_error(tmp_path: Path, monkeypatch
         (["shakespear_char"], "did you mean shakespeare_char"),
         (["../outside"], "cannot name a data set"),
         (["mine", "--source=missing.txt"], "cannot read missing.txt: No such file or directory"),
-        (["mine", "--source=."], "cannot read .: Is a directory"),
+        (["mine", "--source=missing"], "cannot read missing: No such file or directory"),
+        (["mine", "--source=missing.parquet"], "cannot read missing.parquet: No such file or directory"),
         (["pystdlib", "--source=missing.txt"], "pystdlib reads the running Python"),
         (["mine", "--sorce=x"], "did you mean --source"),
     ],
@@ -247,7 +250,8 @@ def site() -> Iterator[Site]:
 
 
 def fetch(site: Site, path: Path, attempts: int = 3) -> None:
-    download(site.url, path, hashlib.sha256(site.content).hexdigest(), attempts=attempts, wait_s=0)
+    sha256 = hashlib.sha256(site.content).hexdigest()
+    download(site.url, path, sha256, otherwise="use a file", attempts=attempts, wait_s=0)
 
 
 def test_a_download_arrives_whole_and_shows_progress(
@@ -292,14 +296,14 @@ def test_wrong_bytes_fail_by_checksum_and_are_removed(site: Site, tmp_path: Path
     if part:
         (tmp_path / "input.txt.part").write_bytes(part)
     expected = "0" * 64 if not part else hashlib.sha256(site.content).hexdigest()
-    with pytest.raises(UserError, match=r"sha256 .* run again, or use --source FILE"):
-        download(site.url, tmp_path / "input.txt", expected)
+    with pytest.raises(UserError, match=r"sha256 .* run again, or use a file"):
+        download(site.url, tmp_path / "input.txt", expected, otherwise="use a file")
     assert not list(tmp_path.iterdir())
 
 
 def test_offline_says_exactly_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
-    monkeypatch.setattr(page.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloading.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"cannot download http://127\.0\.0\.1:9/input\.txt") as error:
         prepare("shakespeare_char", tmp_path)
     assert "python -m train.prepare shakespeare_char --source FILE" in str(error.value)

@@ -1,19 +1,34 @@
-"""Tokenizers: exact round trips, JSON that makes an equal one, and errors that name the character."""
+"""Tokenizers: exact round trips, the same ids in every library, and errors that name the character or the file."""
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import pickle
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfast.cli import UserError
-from gptfast.tokenizer import BPETokenizer, CharTokenizer, from_json, load_tokenizer
+from gptfast.tokenizer import (
+    GPT2_PATTERN,
+    BPETokenizer,
+    CharTokenizer,
+    find_bpe,
+    from_json,
+    load_bpe,
+    load_tokenizer,
+)
+from train.tokenizer import train_bpe
 
 
 def test_ids_are_places_in_code_point_order() -> None:
@@ -156,3 +171,246 @@ def test_bpe_without_tiktoken_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
     with pytest.raises(UserError, match="pip install tiktoken"):
         BPETokenizer("gpt2")
+
+
+# ---- ranks of one's own
+
+BYTES = {bytes([i]): i for i in range(256)}
+SPECIAL = ("<|bos|>", "<|user_start|>", "<|output_end|>")
+
+
+@pytest.fixture(scope="session")
+def trained(text: str) -> BPETokenizer:
+    return train_bpe([text, "naïve 😀 déjà vu " * 50, "x = 1234567\r\n\t\ty = [0, 1]\n" * 50], 700)
+
+
+@pytest.fixture(scope="session")
+def saved(trained: BPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained.save(folder)
+    return folder
+
+
+def random_strings(count: int) -> list[str]:
+    """Strings of any characters but halves of surrogate pairs, of ASCII, of what splits words, of special tokens."""
+    draw = random.Random(7)
+    anything = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    alphabets: list[list[str]] = [
+        anything,
+        anything[:0x3000],
+        [chr(i) for i in (9, 10, 13, *range(32, 127))],
+        list("a b\n\r\t's\u017fSK\u212a1２Ⅷ½ß\u0301\u0085\x0b\u2028\u200b\u3000é😀가\0"),
+        [*SPECIAL, "<|endoftext|>", "<|", "|>", " ", "the", "\n"],
+    ]
+    return ["".join(draw.choices(draw.choice(alphabets), k=draw.randint(0, 30))) for _ in range(count)]
+
+
+def test_10000_random_strings_are_the_same_tokens_everywhere_and_come_back(trained: BPETokenizer, saved: Path) -> None:
+    """Ours, tiktoken from the rank file, tokenizers from tokenizer.json, transformers from the folder."""
+    from tiktoken.load import load_tiktoken_bpe
+    from transformers import AutoTokenizer
+
+    encoding = json.loads((saved / "encoding.json").read_text())
+    ranks = load_tiktoken_bpe(str(saved / "ranks.tiktoken"))
+    specials = encoding["special_tokens"]
+    by_tiktoken = tiktoken.Encoding(
+        "x", pat_str=encoding["pattern"], mergeable_ranks=ranks, special_tokens=specials, explicit_n_vocab=700
+    )
+    by_tokenizers = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    by_tokenizers.encode_special_tokens = True  # as plain text
+    by_transformers = AutoTokenizer.from_pretrained(saved)
+    assert by_transformers.bos_token_id == trained.bos == specials["<|bos|>"] and len(by_transformers) == 700
+    strings = random_strings(10_000)
+    expected = [trained.encode(string) for string in strings]
+    assert [trained.decode(ids) for ids in expected] == strings
+    assert max(map(max, filter(None, expected))) < 700 - 9  # the special tokens are the last, and come out of no text
+    assert by_tiktoken.encode_ordinary_batch(strings) == expected
+    assert [found.ids for found in by_tokenizers.encode_batch(strings)] == expected
+    assert by_tokenizers.decode_batch(expected[:1000], skip_special_tokens=False) == strings[:1000]
+    assert by_transformers(strings, split_special_tokens=True)["input_ids"] == expected
+
+
+def test_a_special_token_is_only_what_its_id_says(trained: BPETokenizer) -> None:
+    specials = trained.special_tokens
+    assert sorted(specials.values()) == list(range(691, 700)) and trained.vocab_size == 700
+    assert trained.decode([specials["<|user_start|>"], *trained.encode("hi")]) == "<|user_start|>hi"
+    assert trained.encode_document("hi") == [specials["<|bos|>"], *trained.encode("hi")]
+    with pytest.raises(UserError, match="no token to begin a document"):
+        BPETokenizer.from_ranks(BYTES, {}).encode_document("hi")
+
+
+def test_json_and_folder_make_an_equal_tokenizer(trained: BPETokenizer, saved: Path, text: str, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())  # as a folder of someone else's
+    described = from_json(json.loads(json.dumps(trained.to_json())))
+    for other in (described, load_bpe(saved), find_bpe(str(saved)), load_bpe(tmp_path)):
+        assert other.fingerprint == trained.fingerprint and other.vocab_size == 700
+        assert other.encode(text) == trained.encode(text)
+    assert trained.merges() == load_bpe(tmp_path).merges() and len(trained.merges()) == 700 - 9 - 256
+
+
+def test_fingerprints_tell_tokenizers_apart() -> None:
+    ranks = {**BYTES, b"ab": 256, b"bc": 257}
+    swapped = {**BYTES, b"ab": 257, b"bc": 256}
+    prints = [
+        BPETokenizer.from_ranks(ranks, {"<|bos|>": 258}).fingerprint,
+        BPETokenizer.from_ranks(swapped, {"<|bos|>": 258}).fingerprint,
+        BPETokenizer.from_ranks(ranks, {"<|end|>": 258}).fingerprint,
+        BPETokenizer.from_ranks(ranks, {"<|bos|>": 258}, GPT2_PATTERN).fingerprint,
+        CharTokenizer("ab").fingerprint,
+        CharTokenizer("ba").fingerprint,
+    ]
+    assert len(set(prints)) == len(prints) and all(len(bytes.fromhex(each)) == 32 for each in prints)
+
+
+def test_token_bytes_make_bits_per_byte(trained: BPETokenizer) -> None:
+    """A model that holds every byte for equally likely, on text tokenized by bytes, pays 8 bits for each."""
+    for string in ("naïve 😀 text", "the quick\n"):
+        assert int(trained.token_bytes()[trained.encode(string)].sum()) == len(string.encode())
+    assert trained.token_bytes()[-9:].tolist() == [0] * 9
+    assert CharTokenizer("aé😀").token_bytes().tolist() == [1, 2, 4]
+    by_bytes = BPETokenizer.from_ranks(BYTES, {"<|bos|>": 256})
+    ids = by_bytes.encode_document("naïve")
+    nats = torch.full((len(ids),), math.log(256))
+    size_bytes = by_bytes.token_bytes()[ids]
+    assert nats[size_bytes > 0].sum() / size_bytes.sum() / math.log(2) == pytest.approx(8)
+
+
+def test_ids_past_65535_survive_the_tensor() -> None:
+    wide = BPETokenizer.from_ranks({**BYTES, b"th": 70_000}, {"<|bos|>": 70_001})
+    assert wide.vocab_size == 70_002 and wide.encode_tensor("the").tolist() == [70_000, ord("e")]
+    assert wide.encode_tensor("the").dtype == torch.int32
+    with pytest.raises(UserError, match="no token of this id"):
+        wide.decode([60_000])
+
+
+def test_halves_of_surrogate_pairs_become_replacement_characters(trained: BPETokenizer) -> None:
+    assert trained.decode(trained.encode("a\ud83db")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(
+    "ranks, specials",
+    [({b"a": 0}, {}), (BYTES, {"<|bos|>": 255}), ({**BYTES, b"ab": 0}, {}), ({**BYTES, b"ab": -1}, {})],
+)
+def test_what_are_no_ranks_is_refused(ranks: dict[bytes, int], specials: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="not the ranks of a byte-level BPE"):
+        BPETokenizer.from_ranks(ranks, specials)
+
+
+def test_ranks_that_no_merge_makes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not come of a merge"):
+        BPETokenizer.from_ranks({**BYTES, b"abc": 256}, {}).save(tmp_path)
+    with pytest.raises(UserError, match="gaps"):
+        BPETokenizer.from_ranks(BYTES, {"<|bos|>": 300}).save(tmp_path)
+    with pytest.raises(UserError, match="cannot split text by"):
+        BPETokenizer.from_ranks(BYTES, {}, "(")
+
+
+@pytest.mark.parametrize("name", ["ranks.tiktoken", "encoding.json"])
+def test_every_damaged_line_of_a_saved_tokenizer_is_found(saved: Path, tmp_path: Path, name: str) -> None:
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    lines = (saved / name).read_text().splitlines()
+    for number in range(0, len(lines), 17):
+        kept = [*lines[:number], lines[number][1:], *lines[number + 1 :]]
+        (tmp_path / name).write_text("\n".join(kept))
+        try:
+            load_bpe(tmp_path)
+        except UserError:
+            continue
+        assert json.loads("\n".join(kept)) == json.loads("\n".join(lines))  # only white space was lost
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="cannot read the ranks|not a tokenizer"):
+        load_bpe(tmp_path)
+
+
+def test_damaged_json_of_a_tokenizer_is_refused(trained: BPETokenizer) -> None:
+    whole = trained.to_json()
+    for name, value in (("tokens", "a=b"), ("tokens", 5), ("special_tokens", {"<|bos|>": "1"}), ("pattern", None)):
+        with pytest.raises(UserError, match=r"damaged|not a tokenizer"):
+            from_json({**whole, name: value})
+
+
+def test_a_folder_whose_ranks_were_exchanged_is_refused(tmp_path: Path) -> None:
+    tokenizer = CharTokenizer("abc")
+    meta: dict[str, Any] = {"vocab_size": 3, "tokenizer": tokenizer.to_json(), "fingerprint": tokenizer.fingerprint}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert load_tokenizer(tmp_path) == tokenizer
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_name_is_a_folder_or_tiktokens(tmp_path: Path, small_bpe: tiktoken.Encoding) -> None:
+    assert find_bpe("gpt2").vocab_size == 258
+    with pytest.raises(UserError, match="no tokenizer gtp2: no such folder, and tiktoken knows gpt2"):
+        find_bpe("gtp2")
+    with pytest.raises(UserError, match="no tokenizer in"):
+        find_bpe(str(tmp_path))
+
+
+# ---- tokenizer.json of others
+
+
+@pytest.fixture
+def gpt2_like(text: str) -> tokenizers.Tokenizer:
+    """Laid out as GPT-2's: the ByteLevel step splits by itself, and the special token has the last id."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [text], tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    made.add_special_tokens([tokenizers.AddedToken("<|endoftext|>", special=True, normalized=False)])
+    return made
+
+
+def test_a_gpt2_folder_is_read(gpt2_like: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    gpt2_like.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_bpe(tmp_path)
+    assert tokenizer.vocab_size == 401 and tokenizer.bos == 400 and tokenizer.pattern == GPT2_PATTERN
+    strings = [string for string in random_strings(2000) if "<|endoftext|>" not in string]
+    assert [tokenizer.encode(string) for string in strings] == [found.ids for found in gpt2_like.encode_batch(strings)]
+
+
+def test_gpt2s_pattern_is_tiktokens() -> None:
+    from tiktoken_ext import openai_public
+
+    assert openai_public.r50k_pat_str == GPT2_PATTERN
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c["model"].update(type="WordPiece"), "not a plain byte-level BPE"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "not a plain byte-level BPE"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "not a plain byte-level BPE"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "not a plain byte-level BPE"),
+        (lambda c: c["pre_tokenizer"].update(use_regex=False), "splits text by ByteLevel"),
+        (lambda c: c["model"]["merges"].reverse(), "merges in another order"),
+        (lambda c: c["model"]["vocab"].update({"\u4e2d": 999}), "damaged"),
+        (lambda c: c["model"].pop("vocab"), "damaged"),
+        (lambda c: c.update(model=[]), "damaged"),
+        (lambda c: c.clear(), "damaged"),
+    ],
+)
+def test_a_tokenizer_json_that_is_another_kind_is_refused(
+    gpt2_like: tokenizers.Tokenizer, tmp_path: Path, change: Callable[[Any], object], said: str
+) -> None:
+    content = json.loads(gpt2_like.to_str())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said) as error:
+        load_bpe(tmp_path)
+    assert "tokenizer.json" in str(error.value)
+
+
+def test_a_tokenizer_json_that_is_cut_is_refused(gpt2_like: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(gpt2_like.to_str()[:5000])
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer\.json"):
+        load_bpe(tmp_path)
+
+
+def test_the_rank_file_is_base64_and_rank(saved: Path) -> None:
+    first, *_, last = (saved / "ranks.tiktoken").read_text().splitlines()
+    assert base64.b64decode(first.split()[0]) == b"!" and first.split()[1] == "0" and last.split()[1] == "690"

@@ -1,12 +1,24 @@
-"""Makes a data set of character tokens: train.bin, val.bin and meta.json in data/<name>/.
+"""Makes a data set in data/<name>/: token files for train and val, and meta.json.
 
-    python -m train.prepare shakespeare_char                       downloads the text, checks its sha256
-    python -m train.prepare shakespeare_char --source input.txt    the same from a file; needs no network
+    python -m train.prepare shakespeare_char                       characters of tinyshakespeare, downloaded and checked
+    python -m train.prepare shakespeare_char --source=input.txt    the same from a file; needs no network
     python -m train.prepare pystdlib                               source text of this Python's standard library
-    python -m train.prepare my_text --source my_text.txt           any UTF-8 text
+    python -m train.prepare shakespeare                            tinyshakespeare in GPT-2's tokens
+    python -m train.prepare openwebtext                            from the Hugging Face hub; also fineweb, fineweb_edu
+                                                                   (their samples of 10B tokens) and climbmix
+    python -m train.prepare fineweb10B --max_tokens=1000000000     token files that are ready on the hub; finewebedu10B
+    python -m train.prepare mine --source=my_text.txt              any UTF-8 text, by characters or --tokenizer=gpt2
+    python -m train.prepare mine --source=folder                   documents: .parquet, .jsonl (also .gz) or .txt files
+    python -m train.prepare mine --source=hf:user/name             any data set of the hub; --subset, --split, --column
+    python -m train.prepare mine --source=URL --tokenizer=folder   a file to download, in tokens of train.tokenizer
 
-The vocabulary is the distinct characters in code point order; the first 90% of the characters are train.bin, the rest
-val.bin, each uint16 little-endian. For tinyshakespeare the files are nanoGPT's, byte for byte.
+A text: the vocabulary of characters is the distinct ones in code point order; the first 90% of the characters are
+train.bin, the rest val.bin, each uint16 little-endian and nothing else. For tinyshakespeare the files are nanoGPT's,
+byte for byte.
+
+Documents: read as a stream, tokenized by all cores, each with a BOS in front, one of 2000 for val. The files,
+train-00000.bin and so on, begin with a header (gptfast/data.py). The same command goes on after a stop, and checks the
+sha256 of every file when all is done.
 
 pystdlib joins, with a newline between, the .py files of the standard library's importable modules, in the order of the
 sha256 of their paths (such as json/decoder.py): a fixed shuffle, so that val.bin is of the same kind as train.bin. Left
@@ -23,22 +35,36 @@ import os
 import re
 import sys
 import sysconfig
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gptfast import cli
 from gptfast.cli import UserError
-from gptfast.tokenizer import CharTokenizer
+from gptfast.data import header, inspect, itemsize
+from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
+from train.documents import Documents, Shape, builder_of, make_shards, replace
+from train.download import download, sha256_of
 
 TRAIN_FRACTION = 0.9
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-DATA_SETS = ("shakespeare_char", "pystdlib")
+TEXTS = ("shakespeare_char", "shakespeare", "pystdlib")
+ON_THE_HUB = {  # name: data set, subset
+    "openwebtext": ("Skylion007/openwebtext", ""),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "climbmix": ("karpathy/climbmix-400b-shuffle", ""),
+}
+READY = {  # name: data set, beginning of its files' names, number of those for train
+    "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
+    "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
+}
+READY_TOKENS = 100_000_000  # in each of those files
+DATA_SETS = (*TEXTS, *ON_THE_HUB, *READY)
+TEXT_BYTES = 2**30  # a text is read into memory, where it takes some times its size
 
 PYSTDLIB_CHARACTERS = 8_000_000
 PYSTDLIB_LEFT_OUT = {
@@ -49,61 +75,127 @@ NOT_PLAIN = re.compile(r"[^\n -~]")
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    name: str = ""  # shakespeare_char, pystdlib, or a name of your own with --source
-    source: str = ""  # a UTF-8 text file to read instead of downloading
+    name: str = ""  # one of the data sets above, or a name of your own with --source
+    source: str = ""  # a text file, a folder or file of documents, hf:user/name, or a URL to download from
+    tokenizer: str = ""  # char, gpt2, another of tiktoken's, or a folder; default: char for a text, else gpt2
     data_dir: str = "data"  # folder that gets the folder <name>
+    subset: str = ""  # of a data set on the hub
+    split: str = "train"  # of a data set on the hub
+    column: str = "text"  # that holds the documents
+    val_fraction: float = Shape.val_fraction  # share of the documents that becomes val
+    shard_tokens: int = Shape.shard_tokens  # tokens per file
+    max_tokens: int = Shape.max_tokens  # stop when train has so many; 0 takes all
+    processes: int = 0  # that tokenize; 0: one per core
 
 
 def main(argv: list[str]) -> None:
     config = cli.parse(PrepareConfig, argv, positional="name")
     if not config.name:
         raise UserError(f"name a data set: python -m train.prepare {DATA_SETS[0]}; known: {', '.join(DATA_SETS)}")
-    prepare(config.name, config.data_dir, config.source or None)
+    prepare_as(config)
 
 
 def prepare(name: str, data_root: str | Path, source: str | Path | None = None) -> Path:
-    """Makes the data set in data_root/<name>/ and returns that folder; prints what was read and written.
+    """Makes the data set in data_root/<name>/ with the default flags, and returns that folder."""
+    return prepare_as(PrepareConfig(name, str(source or ""), data_dir=str(data_root)))
 
-    `source` is a text file to read instead of downloading, for any name but pystdlib. Every file is replaced in one
-    rename, and meta.json, written last, carries the sha256 of both token files, so that a half-done job is never taken
-    for a whole one. Raises UserError for an unknown name, a source or download that cannot be had, or a folder that
-    cannot be written.
+
+def prepare_as(config: PrepareConfig) -> Path:
+    """Makes the data set in data_dir/<name>/ and returns that folder; prints what was read and written.
+
+    Every file is replaced in one rename, and meta.json, written last, carries the sha256 of all token files, so that a
+    half-done job is never taken for a whole one. Raises UserError for an unknown name, a source or download that cannot
+    be had, or a folder that cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"{name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
-    folder = Path(data_root) / name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise UserError(f"{config.name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
+    folder = Path(config.data_dir) / config.name
     try:
-        text, origin = _text(name, folder, source)
-        _write_data_set(folder, text, origin)
+        if config.name in READY and not config.source:
+            _fetch_ready(config.name, folder, config.max_tokens)
+        elif _is_text(config):
+            text, origin = _text(config.name, folder, config.source or None)
+            _write_text(folder, text, origin, config.tokenizer or ("gpt2" if config.name == "shakespeare" else "char"))
+        else:
+            _prepare_documents(folder, config)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {folder}: {reason}; free some space or choose another --data_dir") from None
     return folder
 
 
-def download(url: str, path: Path, sha256: str, *, attempts: int = 3, wait_s: float = 1.0) -> None:
-    """Fetches `url` to `path`, which appears only when whole and of this sha256.
+def _is_text(config: PrepareConfig) -> bool:
+    """Whether it is one text, split by characters, and not documents."""
+    if not config.source:
+        return config.name not in ON_THE_HUB
+    is_remote = config.source.startswith("hf:") or "://" in config.source
+    return not is_remote and not Path(config.source).is_dir() and builder_of(Path(config.source)) in ("text", None)
 
-    What has come so far stays in <path>.part, and the next attempt, or the next run, continues there. Raises UserError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    for attempt in range(attempts):
-        try:
-            _fetch(url, part)
-            break
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            if attempt == attempts - 1:
-                raise UserError(
-                    f"cannot download {url} ({getattr(error, 'reason', error)}); without a network, bring the text as "
-                    f"a file and run: python -m train.prepare {path.parent.name} --source FILE"
-                ) from None
-            time.sleep(wait_s * 2**attempt)
-    found = hashlib.sha256(part.read_bytes()).hexdigest()
-    if found != sha256:
-        part.unlink()
-        raise UserError(f"{url} gave a text of sha256 {found[:12]}, not {sha256[:12]}; run again, or use --source FILE")
-    os.replace(part, path)
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def _prepare_documents(folder: Path, config: PrepareConfig) -> None:
+    if config.tokenizer == "char":
+        raise UserError("characters are for a text, not for documents; use --tokenizer=gpt2 or one of train.tokenizer")
+    shape = Shape(config.val_fraction, config.shard_tokens, config.max_tokens)
+    if config.processes < 0:
+        raise UserError(f"--processes={config.processes}: must not be negative")
+    find = partial(Documents.find, subset=config.subset, split=config.split, column=config.column)
+    if not config.source:
+        repository, subset = ON_THE_HUB[config.name]
+        documents = find(f"hf:{repository}", subset=subset)
+    elif "://" not in config.source:
+        documents = find(config.source)
+    tokenizer = find_bpe(config.tokenizer or "gpt2")
+    if "://" in config.source:
+        path = folder / "source" / Path(urlsplit(config.source).path).name
+        if not path.exists():
+            download(config.source, path, None, otherwise="the same command goes on")
+        documents = find(str(path))
+    make_shards(folder, documents, tokenizer, shape, processes=config.processes or os.cpu_count() or 1)
+    print(f"wrote {folder}")
+
+
+def _fetch_ready(name: str, folder: Path, max_tokens: int) -> None:
+    """Downloads token files of llm.c's layout, as many as hold `max_tokens`, and lists them in meta.json."""
+    repository, stem, count = READY[name]
+    count = min(count, -(-max_tokens // READY_TOKENS)) if max_tokens else count
+    names = [f"{stem}_val_000000.bin", *(f"{stem}_train_{i:06d}.bin" for i in range(1, count + 1))]
+    files: dict[str, Any] = {}
+    for number, file_name in enumerate(names, 1):
+        path = folder / file_name
+        url, sha256 = hub_file(repository, file_name)
+        if not path.exists() or sha256_of(path) != sha256:
+            print(f"{file_name}, {number} of {len(names)}")
+            download(url, path, sha256, otherwise="the same command goes on")
+        files[file_name] = {"bytes": path.stat().st_size, "sha256": sha256, "tokens": inspect(path).count}
+    meta = {
+        "vocab_size": 50257,
+        "tokenizer": {"kind": "tiktoken", "name": "gpt2"},
+        "source": repository,
+        "files": files,
+    }
+    replace(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    print(f"{folder} is whole: {sum(entry['tokens'] for entry in files.values()):,} tokens")
+
+
+def hub_file(repository: str, name: str, endpoint: str | None = None) -> tuple[str, str]:
+    """URL and sha256 of a large file of a data set on the Hugging Face hub."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repository, name, repo_type="dataset", endpoint=endpoint)
+    try:
+        etag = get_hf_file_metadata(url, endpoint=endpoint).etag or ""
+    except Exception as error:  # whatever the hub's client raises when there is no network, or no such file
+        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+        raise UserError(f"cannot reach {url} ({type(error).__name__}: {reason}); run again when it can be") from None
+    if not re.fullmatch("[0-9a-f]{64}", etag):
+        raise UserError(f"{url} states no sha256, so a damaged download would not be seen; use another data set")
+    return url, etag
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
 
 
 def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str]:
@@ -114,18 +206,24 @@ def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str]
         return _pystdlib_text()
     if source is not None:
         return _read_text(Path(source)), str(source)
-    if name != "shakespeare_char":
+    if name not in ("shakespeare_char", "shakespeare"):
         raise UserError(f"unknown data set {name}{cli.nearest(name, DATA_SETS)}; for your own text add --source FILE")
     path = folder / "input.txt"
     if not path.exists():
-        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        otherwise = f"bring the text as a file: python -m train.prepare {name} --source FILE"
+        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, otherwise=otherwise)
+    elif sha256_of(path) != SHAKESPEARE_SHA256:
         raise UserError(f"{path} is not tinyshakespeare (sha256 differs); remove it, or use it with --source {path}")
     return _read_text(path), str(path)
 
 
 def _read_text(path: Path) -> str:
     try:
+        if path.stat().st_size > TEXT_BYTES:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, and a text is read whole; "
+                "put its documents into a .jsonl file, or into a folder of .txt files"
+            )
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
@@ -160,70 +258,33 @@ def _is_importable(path: Path) -> bool:
     return path.parts[0].removesuffix(".py") in sys.stdlib_module_names
 
 
-def _write_data_set(folder: Path, text: str, origin: str) -> None:
+def _write_text(folder: Path, text: str, origin: str, tokenizer_name: str) -> None:
     """Tokenizes, splits and writes; prints the counts that nanoGPT's prepare prints."""
     cut = int(len(text) * TRAIN_FRACTION)
     if cut < 1 or len(text) - cut < 2:
         raise UserError(f"{origin} has {len(text)} characters, too few to train on; give a longer text")
-    tokenizer = CharTokenizer.from_text(text)
-    tokens = tokenizer.encode_tensor(text)
+    tokenizer: Tokenizer = CharTokenizer.from_text(text) if tokenizer_name == "char" else find_bpe(tokenizer_name)
     print(f"read {origin}: sha256 {hashlib.sha256(text.encode()).hexdigest()}")
     print(f"length of dataset in characters: {len(text):,}")
-    print(f"all the unique characters: {tokenizer.chars!r}")
+    if isinstance(tokenizer, CharTokenizer):
+        print(f"all the unique characters: {tokenizer.chars!r}")
     print(f"vocab size: {tokenizer.vocab_size:,}")
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {}
-    for split, part in (("train", tokens[:cut]), ("val", tokens[cut:])):
-        content = part.numpy().astype("<u2").tobytes()
-        _replace(folder / f"{split}.bin", content)
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        tokens = tokenizer.encode_tensor(part)
+        content = tokens.numpy().astype(f"<u{itemsize(tokenizer.vocab_size)}").tobytes()
+        if tokenizer.vocab_size > LARGEST_VOCAB:  # nanoGPT's files have 2 bytes per token
+            content = header(len(tokens), tokenizer.vocab_size, tokenizer.fingerprint) + content
+        replace(folder / f"{split}.bin", content)
         files[f"{split}.bin"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        print(f"{split} has {len(part):,} tokens")
-    meta = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.to_json(), "source": origin, "files": files}
-    _replace(folder / "meta.json", json.dumps(meta, indent=1).encode())
+        print(f"{split} has {len(tokens):,} tokens")
+    meta = {
+        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.to_json(), "fingerprint": tokenizer.fingerprint,
+        "source": origin, "files": files,
+    }  # fmt: skip
+    replace(folder / "meta.json", json.dumps(meta, indent=1).encode())
     print(f"wrote train.bin, val.bin and meta.json to {folder}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it is, at every instant, wholly the old one or wholly the new one."""
-    building = path.with_name(f".tmp-{path.name}")
-    try:
-        with building.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
-    except OSError:
-        building.unlink(missing_ok=True)
-        raise
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Appends the rest of `url` to `part`, or all of it if the server cannot continue. Raises urllib's errors."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # there is no more than we have, and the sha256 will tell whether it is the file
-            return
-        raise
-    with response, part.open("ab" if response.status == 206 else "wb") as file:
-        rest = int(response.headers.get("Content-Length", 0))
-        total = file.tell() + rest
-        done = file.tell()
-        while chunk := response.read(2**16):
-            file.write(chunk)
-            done += len(chunk)
-            _progress(done, total)
-    if rest and done < total:
-        raise ConnectionError(f"connection closed after {done:,} of {total:,} bytes")
-
-
-def _progress(done: int, total: int) -> None:
-    end = "\n" if done >= total else "\r"
-    share = f"{done / total:4.0%} of {total / 1e6:.1f} MB" if total else f"{done / 1e6:.1f} MB"
-    if sys.stderr.isatty() or done >= total:
-        print(f"downloading: {share}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,456 @@
+"""Documents from files or the Hugging Face hub, as a stream that can stop and go on, and token shards made of them.
+
+    documents = Documents.find("texts/")          # .parquet, .jsonl or .txt files; hf:user/name for the hub
+    for texts, state in documents.read():         # some documents, and where the next ones begin
+        ...
+    make_shards(Path("data/mine"), documents, BPETokenizer("gpt2"), Shape())
+
+A folder is filled in the order of the documents: BOS and tokens of each are appended to `train-00000.part`, every so
+many-th document to `val-00000.part`. Now and then the parts are flushed and progress.json says how much of them counts
+and where reading goes on; so a run that was killed is continued by the same command, with the same bytes as a result.
+A part that is full becomes `train-00000.bin`. meta.json, with the sha256 of all files, is written last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptfast.cli import UserError
+from gptfast.data import HEADER, header, itemsize
+from gptfast.tokenizer import BPETokenizer, from_json, read_meta
+from train.download import sha256_of
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+BATCH = 64  # documents that are tokenized in one go; of the web 200 kB of text
+SAVED_EVERY_S = 30.0
+
+PROGRESS, MANIFEST = "progress.json", "meta.json"
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents come from: files on this disk, or a data set on the Hugging Face hub."""
+
+    name: str  # of the hub's data set, or of the folder or file
+    files: tuple[tuple[str, int], ...] = ()  # path and size in bytes; none: it is on the hub
+    builder: str = ""  # of the files: parquet, json or text
+    subset: str = ""
+    split: str = "train"
+    column: str = "text"
+
+    @classmethod
+    def find(cls, source: str, *, subset: str = "", split: str = "train", column: str = "text") -> Documents:
+        """`source`: hf:user/name, a file, or a folder with files of one kind. Raises UserError if it is none."""
+        if source.startswith("hf:"):
+            return cls(source.removeprefix("hf:"), (), "", subset, split, column)
+        path = Path(source)
+        if not path.exists():
+            raise UserError(f"cannot read {source}: No such file or directory; give a file, a folder, or hf:user/name")
+        files = sorted(file for file in path.rglob("*") if builder_of(file)) if path.is_dir() else [path]
+        kinds = {builder_of(file) for file in files}
+        if len(kinds) != 1 or None in kinds:
+            found = f"{len(kinds)} kinds of files" if len(kinds) > 1 else "none"
+            raise UserError(f"{source} must hold files of one kind of {', '.join(BUILDERS)}; found {found}")
+        builder = str(kinds.pop())
+        sized = tuple((str(file), file.stat().st_size) for file in files)
+        return cls(source, sized, builder, column="text" if builder == "text" else column)
+
+    def read(self, state: dict[str, Any] | None = None) -> Iterator[tuple[list[str], dict[str, Any]]]:
+        """Up to BATCH documents at a time, from where `state` says, each time with the state of what follows.
+
+        Raises UserError that says why it stopped.
+        """
+        with self._explained():
+            stream = self._open()
+            columns = stream.column_names or [self.column]
+            if self.column not in columns:
+                raise UserError(f"{self.name} has no column {self.column}; set --column to one of {', '.join(columns)}")
+            stream = stream.select_columns([self.column]).batch(BATCH)
+            if state is not None:
+                stream.load_state_dict(state)
+            for batch in stream:
+                yield batch[self.column], stream.state_dict()
+
+    def count(self) -> int | None:
+        """How many documents there are, or None where only reading them all would tell."""
+        paths = [path for path, _ in self.files]
+        with self._explained():
+            if not paths:
+                return getattr((self._open().info.splits or {}).get(self.split), "num_examples", None)
+            if self.builder == "text":
+                return len(paths)
+            if self.builder == "parquet":
+                from pyarrow import parquet
+
+                return sum(parquet.read_metadata(path).num_rows for path in paths)
+            return sum(map(_count_lines, paths)) if all(path.endswith(".jsonl") for path in paths) else None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Makes a UserError of whatever ends the reading."""
+        try:
+            yield
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(f"reading {self.name} needs {error.name}: pip install {error.name}") from None
+        except Exception as error:  # a stream can end in the errors of a dozen libraries
+            reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+            raise UserError(
+                f"reading {self.name} stopped ({type(error).__name__}: {reason}); the same command goes on from there"
+            ) from None
+
+    def _open(self) -> Any:
+        """A datasets.IterableDataset."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors arrive as exceptions
+        if not self.files:
+            return datasets.load_dataset(self.name, self.subset or None, split=self.split, streaming=True)
+        options = {"sample_by": "document"} if self.builder == "text" else {}
+        paths = [path for path, _ in self.files]
+        return datasets.load_dataset(self.builder, data_files=paths, split="train", streaming=True, **options)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the files of a data set look like."""
+
+    val_fraction: float = 0.0005  # share of documents for val: one of every round(1 / val_fraction), the first included
+    shard_tokens: int = 100_000_000  # a file ends with the document that reaches this
+    max_tokens: int = 0  # train ends with the batch that reaches this; 0: all documents
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction <= 0.5:
+            raise UserError(f"--val_fraction={self.val_fraction}: must be above 0 and at most 0.5")
+        for name, least in (("shard_tokens", 1), ("max_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
+
+
+# ---- tokens of many documents ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The tokens of some documents, and how many they are, by split."""
+
+    tokens: dict[str, bytes]
+    documents: int
+    text_bytes: int
+
+
+def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[str | None]) -> Tokenized:
+    """BOS and tokens of each document; those whose number, from `first` on, `every` divides are for val.
+
+    Empty documents are left out, as a BOS alone teaches nothing. Raises UserError for what is no text.
+    """
+    found: dict[str, list[int]] = {split: [] for split in SPLITS}
+    text_bytes = 0
+    for number, text in enumerate(texts, first):
+        if not text:
+            continue
+        if not isinstance(text, str):
+            raise UserError(f"document {number} is no text but {type(text).__name__}; choose another --column")
+        found["val" if number % every == 0 else "train"] += tokenizer.encode_document(text)
+        text_bytes += len(text.encode("utf-8", "surrogatepass"))
+    dtype = f"<u{itemsize(tokenizer.vocab_size)}"
+    return Tokenized({split: np.array(ids, dtype).tobytes() for split, ids in found.items()}, len(texts), text_bytes)
+
+
+Task = tuple[int, list[str], dict[str, Any]]  # number of the first document, documents, state after them
+
+
+def tokenize_all(
+    tasks: Iterable[Task], tokenizer: BPETokenizer, every: int, processes: int
+) -> Iterator[tuple[Tokenized, dict[str, Any]]]:
+    """The results of all tasks in order, each with its state; read ahead are at most two tasks per process."""
+    if processes == 1:
+        for first, texts, state in tasks:
+            yield tokenize(tokenizer, every, first, texts), state
+        return
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.to_json(), every)
+    )
+    waiting: deque[tuple[Future[Tokenized], dict[str, Any]]] = deque()
+    try:
+        for first, texts, state in tasks:
+            waiting.append((pool.submit(_work, first, texts), state))
+            if len(waiting) == 2 * processes:
+                future, after = waiting.popleft()
+                yield future.result(), after
+        while waiting:
+            future, after = waiting.popleft()
+            yield future.result(), after
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenizing process was killed, perhaps for want of memory; the same command goes on, and "
+            "--processes=1 needs the least"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(description: dict[str, Any], every: int) -> None:
+    global _worker
+    _worker = partial(tokenize, from_json(description), every)  # type: ignore[arg-type]
+
+
+def _work(first: int, texts: list[str]) -> Tokenized:
+    return _worker(first, texts)
+
+
+_worker: Callable[[int, Sequence[str | None]], Tokenized]
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """The file of a split that is being filled."""
+
+    folder: Path
+    split: str
+    number: int = 0
+    tokens: int = 0  # in it so far
+    finished: int = 0  # tokens in the files before it
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / f"{self.split}-{self.number:05d}.{suffix}"
+
+    def place(self) -> dict[str, int]:
+        return {"number": self.number, "tokens": self.tokens, "finished": self.finished}
+
+
+@dataclass
+class Job:
+    """A data set in the making: what is done, and how to go on."""
+
+    folder: Path
+    settings: dict[str, Any]  # what the bytes depend on
+    tokenizer: BPETokenizer
+    shard_tokens: int
+    parts: dict[str, Part]
+    state: dict[str, Any] | None = None  # where reading goes on
+    documents: int = 0
+    text_bytes: int = 0
+    files: dict[str, Any] = field(default_factory=dict)  # the finished ones, as meta.json lists them
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def itemsize(self) -> int:
+        return itemsize(self.tokenizer.vocab_size)
+
+    def tokens(self, split: str) -> int:
+        return self.parts[split].finished + self.parts[split].tokens
+
+    def add(self, found: Tokenized, state: dict[str, Any]) -> None:
+        """Appends tokens, ends a file that is full, and saves the progress if it is time."""
+        is_full = False
+        for split, content in found.tokens.items():
+            part = self.parts[split]
+            with part.path("part").open("ab") as file:
+                if file.tell() == 0:
+                    file.write(bytes(HEADER.size))  # the header proper when the count is known
+                file.write(content)
+            part.tokens += len(content) // self.itemsize
+            is_full |= part.tokens >= self.shard_tokens
+        self.documents += found.documents
+        self.text_bytes += found.text_bytes
+        self.state = state
+        if is_full or time.monotonic() - self.saved_at > SAVED_EVERY_S:
+            self.save()
+        for part in self.parts.values():
+            if part.tokens >= self.shard_tokens:
+                self.finish(part)
+
+    def save(self) -> None:
+        """Has the parts on the disk, and then the file that vouches for them."""
+        for part in self.parts.values():
+            if part.path("part").exists():
+                _flush(part.path("part"))
+        progress = {
+            "settings": self.settings, "state": self.state, "documents": self.documents, "text_bytes": self.text_bytes,
+            "files": self.files, "parts": {split: part.place() for split, part in self.parts.items()},
+        }  # fmt: skip
+        replace(self.folder / PROGRESS, json.dumps(progress).encode())
+        self.saved_at = time.monotonic()
+
+    def finish(self, part: Part) -> None:
+        """Makes a .bin of a part, and begins the next."""
+        path = part.path("bin")
+        with part.path("part").open("r+b") as file:
+            file.write(header(part.tokens, self.tokenizer.vocab_size, self.tokenizer.fingerprint))
+        _flush(part.path("part"))
+        os.replace(part.path("part"), path)
+        self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tokens": part.tokens}
+        part.number, part.tokens, part.finished = part.number + 1, 0, part.finished + part.tokens
+        self.save()
+
+    def rewind(self) -> None:
+        """Brings the files to what progress.json vouches for: a crash may have left them further."""
+        for part in self.parts.values():
+            path, size = part.path("part"), HEADER.size + part.tokens * self.itemsize
+            if part.path("bin").exists():
+                os.replace(part.path("bin"), path)
+            if not part.tokens:
+                path.unlink(missing_ok=True)
+            elif not path.exists() or path.stat().st_size < size:
+                raise UserError(f"{path} has less than {PROGRESS} says; remove {self.folder} and begin again")
+            else:
+                os.truncate(path, size)
+            if part.tokens >= self.shard_tokens:
+                self.finish(part)
+
+
+def make_shards(
+    folder: Path, documents: Documents, tokenizer: BPETokenizer, shape: Shape, *, processes: int = 1
+) -> dict[str, Any]:
+    """Fills `folder` with the tokens of all documents, and returns what its meta.json says; prints progress.
+
+    Goes on with what an earlier call of the same arguments left. A folder that is whole is checked by the sha256 of
+    every file and left as it is. Raises UserError for a folder of other arguments, a damaged file, a source that ends
+    early (after saving how far it came), and documents too few for two splits.
+    """
+    tokenizer.encode_document("")
+    settings = {"documents": asdict(documents), "tokenizer": tokenizer.fingerprint, **asdict(shape)}
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    meta = read_meta(folder) if folder.is_dir() else None
+    if meta is not None:
+        _check_same(folder, meta.get("settings"), settings)
+        return _check_files(folder, meta)
+    job = _begin(folder, settings, tokenizer, shape.shard_tokens)
+    try:
+        _run(job, documents, shape, processes)
+    except UserError:
+        job.save()
+        raise
+    for part in job.parts.values():
+        if part.tokens:
+            job.finish(part)
+        if not part.finished:
+            raise UserError(
+                f"{documents.name} has {job.documents} documents, too few for train and val; prepare more text"
+            )
+    meta = {
+        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.to_json(), "fingerprint": tokenizer.fingerprint,
+        "source": documents.name, "settings": settings, "documents": job.documents, "text_bytes": job.text_bytes,
+        "files": dict(sorted(job.files.items())),
+    }  # fmt: skip
+    replace(folder / MANIFEST, json.dumps(meta, indent=1).encode())
+    (folder / PROGRESS).unlink()
+    for split in SPLITS:
+        print(f"{split} has {job.tokens(split):,} tokens")
+    print(f"{job.text_bytes / max(job.tokens('train') + job.tokens('val'), 1):.2f} bytes per token")
+    return meta
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file so that it is, at every instant, wholly the old one or wholly the new one."""
+    building = path.with_name(f".tmp-{path.name}")
+    try:
+        with building.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
+    except OSError:
+        building.unlink(missing_ok=True)
+        raise
+
+
+def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shard_tokens: int) -> Job:
+    """A new job, or the one that progress.json tells of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PROGRESS
+    if not path.exists():
+        if any(folder.glob("*.bin")):
+            raise UserError(f"{folder} holds token files already; choose another name, or remove it")
+        return Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
+    progress = json.loads(path.read_text("utf-8"))
+    _check_same(folder, progress["settings"], settings)
+    parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
+    job = Job(
+        folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
+        progress["text_bytes"], progress["files"],
+    )  # fmt: skip
+    job.rewind()
+    print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
+    return job
+
+
+def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
+    """Tokenizes what is left."""
+    from tqdm import tqdm
+
+    total = shape.max_tokens or documents.count()
+    numbers = itertools.count(job.documents, BATCH)
+    tasks = ((first, texts, state) for first, (texts, state) in zip(numbers, documents.read(job.state), strict=False))
+    every = round(1 / shape.val_fraction)
+    done = job.tokens("train") if shape.max_tokens else job.documents
+    unit = " tokens" if shape.max_tokens else " documents"
+    with tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc=job.folder.name, mininterval=1) as bar:
+        if shape.max_tokens and done >= shape.max_tokens:
+            return
+        for found, state in tokenize_all(tasks, job.tokenizer, every, processes):
+            job.add(found, state)
+            now = job.tokens("train") if shape.max_tokens else job.documents
+            bar.update(now - done)
+            done = now
+            bar.set_postfix_str(f"{job.tokens('train') / 1e6:,.1f} M tokens", refresh=False)
+            if shape.max_tokens and done >= shape.max_tokens:
+                return
+
+
+def _check_same(folder: Path, there: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    differing = [name for name in wanted if (there or {}).get(name) != wanted[name]]
+    if differing:
+        raise UserError(
+            f"{folder} holds a data set of other {', '.join(differing)}; choose another name, or remove the folder"
+        )
+
+
+def _check_files(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """Compares every file with its sha256."""
+    from tqdm import tqdm
+
+    for name, entry in tqdm(meta["files"].items(), desc=f"checking {folder.name}", unit=" files"):
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+            raise UserError(f"{path} is missing or damaged (its sha256 differs); remove {folder} and prepare it again")
+    print(f"{folder} is whole: {sum(entry['tokens'] for entry in meta['files'].values()):,} tokens")
+    return meta
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def builder_of(path: Path) -> str | None:
+    """What reads the documents of a file of this name: parquet, json or text; None for others."""
+    return BUILDERS.get(path.with_suffix("").suffix if path.suffix in PACKED else path.suffix)
+
+
+def _count_lines(path: str) -> int:
+    with open(path, "rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))

@@ -1,0 +1,75 @@
+"""Files from the network that appear only when whole, and go on where they stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from gptfast.cli import UserError
+
+
+def download(
+    url: str, path: Path, sha256: str | None, *, otherwise: str, attempts: int = 3, wait_s: float = 1.0
+) -> None:
+    """Fetches `url` to `path`, which appears only when whole and, where one is given, of this sha256.
+
+    What has come so far stays in <path>.part, and the next attempt, or the next run, continues there. Raises UserError
+    that ends with `otherwise`, what the user can do.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(attempts):
+        try:
+            _fetch(url, part)
+            break
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            if attempt == attempts - 1:
+                reason = getattr(error, "reason", error)
+                raise UserError(f"cannot download {url} ({reason}); {otherwise}") from None
+            time.sleep(wait_s * 2**attempt)
+    found = sha256_of(part)
+    if sha256 is not None and found != sha256:
+        part.unlink()
+        raise UserError(f"{url} gave bytes of sha256 {found[:12]}, not {sha256[:12]}; run again, or {otherwise}")
+    os.replace(part, path)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file of any size, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Appends the rest of `url` to `part`, or all of it if the server cannot continue. Raises urllib's errors."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # there is no more than we have, and the sha256 will tell whether it is the file
+            return
+        raise
+    with response, part.open("ab" if response.status == 206 else "wb") as file:
+        rest = int(response.headers.get("Content-Length", 0))
+        total = file.tell() + rest
+        done = file.tell()
+        while chunk := response.read(2**16):
+            file.write(chunk)
+            done += len(chunk)
+            _progress(done, total)
+    if rest and done < total:
+        raise ConnectionError(f"connection closed after {done:,} of {total:,} bytes")
+
+
+def _progress(done: int, total: int) -> None:
+    end = "\n" if done >= total else "\r"
+    share = f"{done / total:4.0%} of {total / 1e6:.1f} MB" if total else f"{done / 1e6:.1f} MB"
+    if sys.stderr.isatty() or done >= total:
+        print(f"downloading: {share}", end=end, file=sys.stderr, flush=True)

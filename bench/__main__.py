@@ -37,12 +37,13 @@ class Stage:
 
 
 GPU = (
-    Stage("peaks", 45), Stage("ops", 195, flags=("--out={out}", "--budget_s=180")),
-    Stage("model", 190, flags=("--out={out}", "--budget_s=170")), Stage("decode", 65), Stage("plots", 30),
+    Stage("peaks", 45), Stage("ops", 175, flags=("--out={out}", "--budget_s=160")),
+    Stage("model", 180, flags=("--out={out}", "--budget_s=160")), Stage("optim", 40), Stage("decode", 65),
+    Stage("plots", 30),
 )  # fmt: skip
 CPU = (
     Stage("peaks", 45), Stage("ops", 150, flags=("--out={out}", "--direction=both", "--budget_s=120")),
-    Stage("model", 60), Stage("decode", 60),
+    Stage("model", 60), Stage("decode", 60), Stage("optim", 45, flags=("--out={out}", "--quick"), quick=()),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
     Stage("aot", 45, module="kernels.aot", flags=(), quick=()), Stage("plots", 40),
 )  # fmt: skip

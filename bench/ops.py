@@ -143,10 +143,10 @@ class Case:
         return Work(both, (*tensors, *gradients), redraw_both)
 
     def differentiable(self, function: Callable) -> list[int]:
-        """Positions of the arguments that the function gives a gradient for."""
+        """Positions of the arguments that training learns and the function gives a gradient for."""
         arguments = self.draw(0)
-        leaves = tuple(a.requires_grad_() if _is_float(a) else a for a in arguments)
-        places = [i for i, a in enumerate(leaves) if _is_float(a)]
+        places = [i for i, a in enumerate(arguments) if _is_float(a) and i not in self.op.constants]
+        leaves = tuple(a.requires_grad_() if i in places else a for i, a in enumerate(arguments))
         outputs = flatten(function(*leaves))
         found = torch.autograd.grad(
             outputs, [leaves[i] for i in places], self.cotangents(outputs, 0), allow_unused=True
@@ -162,11 +162,16 @@ def variants(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable
     """What can be timed here, by name: our kernels, the reference, torch.compile of it, and the op's peers."""
     found: dict[str, Callable] = {}
     if device.type == "cuda" and op.triton is not None:
-        found["triton"] = op.triton
+        found.update(triton=op.triton, **op.variants)
     found["reference"] = op.reference
     if compiled:
         found["compile"] = torch.compile(op.reference, dynamic=False)
     return {**found, **op.peers}
+
+
+def is_ours(name: str, op: Op) -> bool:
+    """Whether a name of `variants` is that of our own code, which must be exact, or a peer's."""
+    return name in OURS or name in op.variants
 
 
 def halved(dims: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -244,7 +249,7 @@ def verify(
 ) -> tuple[dict[str, Verdict], Mapping[str, Any]]:
     """Verdicts on what was timed, and the dims they were reached at: where fp64 truth does not fit, at smaller ones."""
     seeds = [secrets.randbits(31) for _ in range(2)]
-    peers = [name for name in works if name not in OURS]
+    peers = [name for name in works if not is_ours(name, case.op)]
     try:
         return watch.verify(works, case.truth(wanted), seeds, peers), case.dims
     except torch.OutOfMemoryError:
@@ -305,7 +310,7 @@ def figures(case: Case, name: str, timing: Timing, verdict: Verdict, roof: Ceili
     cost, ms = case.cost, timing.ms_p50
     fraction, beyond = roof.judge(ms, cost.flops, cost.bytes, case.dtype, timing.cold)
     reason, inexact = verdict.reason or beyond, None
-    if name not in OURS and beyond is None and verdict.error is not None and verdict.error <= INEXACT:
+    if not is_ours(name, case.op) and beyond is None and verdict.error is not None and verdict.error <= INEXACT:
         reason, inexact = None, verdict.reason and f"error {verdict.error:.2g}, ours may have {verdict.allowed:.2g}"
     return {
         "direction": case.direction, "dims": dict(case.dims), "dtype": case.dtype, **timing.fields(),

@@ -72,7 +72,7 @@ _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.rig
 class _Builder(stock.InterpreterBuilder):
     """The interpreter's builder with bf16 arithmetic and guarded memory; worn by the stock instance during a launch."""
 
-    guard: "_Guard | None" = None
+    guard: "Guard | None" = None
 
     def binary_op(self, lhs: Handle, rhs: Handle, op: Callable) -> Handle:
         if not _is_bf16(lhs.dtype) or op in _BITWISE:
@@ -140,7 +140,7 @@ class _Builder(stock.InterpreterBuilder):
         return super().create_atomic_cas(ptr, *rest)
 
 
-class _Guard:
+class Guard:
     """What one launch may touch, and who touched what."""
 
     def __init__(self, kernel: str, arguments: Any) -> None:
@@ -166,7 +166,11 @@ class _Guard:
             )
         if not self.programs or self.programs[-1] != program:
             self.programs.append(program)
-        self.seen[kind].append((np.unique(addresses), len(self.programs) - 1))
+        self.accessed(kind, np.unique(addresses), size, program)
+
+    def accessed(self, kind: str, addresses: np.ndarray, size: int, program: tuple[int, ...]) -> None:
+        """Take note of a program's access to elements of `size` bytes at these addresses."""
+        self.seen[kind].append((addresses, len(self.programs) - 1))
 
     def finish(self) -> None:
         """Compare what the programs of the finished launch stored and loaded."""
@@ -214,18 +218,23 @@ def _extents(arguments: Any) -> Iterator[tuple[int, int]]:
 # ---- launching
 
 
-def interpreting(guard: bool = True) -> contextlib.AbstractContextManager:
-    """Interpret every kernel that this thread launches inside the block. With guard=False memory is not checked."""
-    return launching(Launcher(partial(_launch, guard)))
+def interpreting(
+    guard: Callable[[str, Any], Guard] = Guard, arch: int = 0, multiprocessors: int = 1
+) -> contextlib.AbstractContextManager:
+    """Interpret every kernel that this thread launches inside the block, each launch under a guard of its own.
+
+    The pages choose their tiles for a GPU of compute capability arch / 10 with so many multiprocessors.
+    """
+    return launching(Launcher(partial(_launch, guard), arch, multiprocessors))
 
 
-def _launch(guarded: bool, kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:
+def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:
     signature = inspect.signature(kernel.fn)
     known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no num_warps and such
     bound = signature.bind(*args, **known)
     bound.apply_defaults()
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
-    guard = _Guard(kernel.__name__, bound.arguments.values()) if guarded else None
+    guard = make_guard(kernel.__name__, bound.arguments.values())
     with _language(guard) as builder:
         values = {k: v if k in constexprs else stock._implicit_cvt(v) for k, v in bound.arguments.items()}
         grid = tuple(grid(bound.arguments) if callable(grid) else grid)
@@ -235,8 +244,7 @@ def _launch(guarded: bool, kernel: JITFunction, grid: Any, *args: Any, **kwargs:
         for program in itertools.product(*map(range, grid)):
             builder.set_grid_idx(*program)
             function(**values)
-    if guard:
-        guard.finish()
+    guard.finish()
 
 
 _rewrites: dict[Callable, Callable] = {}  # by the plain function: hashing a JITFunction walks all its dependencies
@@ -263,7 +271,7 @@ class _NothingToRestore:
 
 
 @contextlib.contextmanager
-def _language(guard: _Guard | None) -> Iterator[_Builder]:
+def _language(guard: Guard) -> Iterator[_Builder]:
     """Triton's language bound to the interpreter until the block ends."""
     builder, call, patch, reduce_sum = (
         stock.interpreter_builder,

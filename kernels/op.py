@@ -31,8 +31,10 @@ class Op:
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # timed beside ours, same arguments
+    variants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # other kernels of ours, asked for by name
     summary: str = ""  # the formula in one line, for the table of ops
     differentiable: bool = True  # False: neither the reference nor the kernels give gradients
+    constants: frozenset[int] = frozenset()  # floating arguments that training takes no gradient of, by position
 
 
 Forward = Callable[..., tuple[Tensor, ...]]

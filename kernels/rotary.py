@@ -321,5 +321,6 @@ ROTARY = Op(
         dict(B=4, T=4096, H=32, G=8, D=128), dict(B=4, T=4096, H=8, G=4, D=256),
     ),
     cost=cost,
+    constants=frozenset((2, 3)),
     summary="(a, b) -> (a cos - b sin, b cos + a sin) of q and k, RMS-normalized first if asked",
 )  # fmt: skip

@@ -1,0 +1,195 @@
+"""The bytes that an op's kernels move through memory, beside those it must move: a roofline without a GPU.
+
+    python -m kernels.traffic             count, print the table, fail if it is not what results/traffic.json says
+    python -m kernels.traffic --update    the same, and write results/traffic.json
+
+Each op runs forward and backward at its bench sizes in the interpreter, on the code and the tiles of an H100, and every
+access is counted, by the 32-byte sectors that DRAM moves. To be quick, M or B is divided until it stands for a share of
+the GPU, and multiprocessors and L2 are divided alike, so that partial sums weigh as they would. Within a launch a
+sector is fetched once, except that where the rows of all running programs overflow L2 a program that reads its own
+again fetches again what did not stay. What torch's own kernels read and write between launches counts too. Ops bound by
+arithmetic are left out.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import OPS
+from .aot import CHIPS
+from .interpret import Guard, interpreting
+from .op import Op
+
+REPORT = Path(__file__).resolve().parents[1] / "results" / "traffic.json"
+ARCH = 90
+MULTIPROCESSORS = CHIPS[ARCH].multiprocessors
+L2_BYTES = 50 << 20  # of an H100 (NVIDIA H100 white paper, table 4)
+RIDGE = 989e12 / 3.35e12  # FLOP per byte above which an H100 SXM is bound by arithmetic (its data sheet)
+SECTOR = 32  # bytes
+
+
+@dataclass
+class _Counter:
+    """Bytes moved so far, in launches of kernels and between them."""
+
+    multiprocessors: int
+    l2_bytes: float
+    bytes: float = 0.0
+    in_launch: bool = False
+
+    def guard(self, kernel: str, arguments: Any) -> "_CountingGuard":
+        self.in_launch = True
+        return _CountingGuard(kernel, arguments, self)
+
+
+class _CountingGuard(Guard):
+    """A guard that counts, when the launch is over, what it moved."""
+
+    def __init__(self, kernel: str, arguments: Any, counter: _Counter) -> None:
+        super().__init__(kernel, arguments)
+        self.counter = counter
+        self.accesses: list[tuple[str, tuple[int, ...], np.ndarray]] = []  # kind, program, sectors
+
+    def accessed(self, kind: str, addresses: np.ndarray, size: int, program: tuple[int, ...]) -> None:
+        super().accessed(kind, addresses, size, program)
+        self.accesses.append((kind, program, np.unique(addresses // np.uint64(SECTOR))))
+
+    def finish(self) -> None:
+        super().finish()
+        self.counter.in_launch = False
+        own, again, programs = 0, 0, {program for _, program, _ in self.accesses}
+        for kind in ("load", "store", "atomic"):
+            touched = [sectors for k, _, sectors in self.accesses if k == kind]
+            if touched:
+                self.counter.bytes += np.unique(np.concatenate(touched)).size * SECTOR
+        for program in programs:
+            read = [sectors for kind, p, sectors in self.accesses if p == program and kind == "load"]
+            if read:
+                distinct = np.unique(np.concatenate(read)).size
+                own += distinct * SECTOR
+                again += (sum(map(len, read)) - distinct) * SECTOR
+        if again:
+            running = own / len(programs) * min(len(programs), self.counter.multiprocessors)
+            self.counter.bytes += again * max(0.0, 1 - self.counter.l2_bytes / running)
+
+
+class _TorchTraffic(TorchDispatchMode):
+    """Counts what torch's own kernels read and write: arguments once, results once, views and empty tensors not."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if not (self.counter.in_launch or views or "empty" in function._schema.name):
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.counter.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+        return out
+
+
+def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The dims with M or B divided, and the number of multiprocessors that are left.
+
+    Where keys come in as well as queries, one group of heads is as any other; where not, one position is.
+    """
+    if "M" in dims:
+        return {**dims, "M": max(1, dims["M"] // MULTIPROCESSORS)}, 1
+    less = {"H": dims["H"] // dims["G"], "G": 1} if "S" in dims else {"T": max(1, dims["T"] // 16)}
+    return {**dims, "B": 1, **less}, max(1, MULTIPROCESSORS // dims["B"])
+
+
+def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, float]:
+    """Bytes that each direction of an op moves in bf16 at these dims, on so much of the GPU."""
+    torch.manual_seed(0)
+    arguments = op.inputs(**small, dtype=torch.bfloat16)
+    leaves = [
+        a.requires_grad_(op.differentiable)
+        for i, a in enumerate(arguments)
+        if isinstance(a, Tensor) and a.is_floating_point() and i not in op.constants
+    ]
+    counter = _Counter(multiprocessors, L2_BYTES * multiprocessors / MULTIPROCESSORS)
+    assert op.triton is not None
+    with interpreting(counter.guard, ARCH, multiprocessors):
+        with _TorchTraffic(counter):
+            out = op.triton(*arguments)
+        found = {"forward": counter.bytes}
+        if op.differentiable:
+            outputs = out if isinstance(out, tuple) else (out,)
+            gradients = [torch.ones_like(o) for o in outputs]
+            counter.bytes = 0.0
+            with _TorchTraffic(counter):
+                torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+            found["backward"] = counter.bytes
+    return found
+
+
+def rows(op: Op, dims: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each direction that memory bounds: compulsory and moved bytes of the divided dims, and their ratio."""
+    costs = dict(zip(("forward", "backward"), op.cost(**dims, itemsize=2), strict=True))
+    bound = [name for name, cost in costs.items() if cost.bytes and cost.flops / cost.bytes < RIDGE]
+    if op.triton is None or not bound:
+        return []
+    small, multiprocessors = divided(dims)
+    compulsory = dict(zip(("forward", "backward"), op.cost(**small, itemsize=2), strict=True))
+    return [
+        {
+            "op": op.name, "direction": name, "dims": dims, "divided": small,
+            "compulsory_bytes": compulsory[name].bytes, "moved_bytes": round(found),
+            "ratio": round(found / compulsory[name].bytes, 3),
+        }
+        for name, found in moved(op, small, multiprocessors).items() if name in bound
+    ]  # fmt: skip
+
+
+def read_report() -> list[dict[str, Any]]:
+    """The checked-in rows, empty where there is no report yet."""
+    return json.loads(REPORT.read_text()) if REPORT.exists() else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when the report says what was counted, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.traffic", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
+    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
+    args = parser.parse_args(argv)
+    chosen = args.op or list(OPS)
+    stale = []
+    for name in chosen:
+        found = []
+        for dims in OPS[name].bench:
+            for row in rows(OPS[name], dict(dims)):
+                found.append(row)
+                sizes = " ".join(f"{letter}={size}" for letter, size in dims.items())
+                print(f"{name:20s} {row['direction']:8s} {row['ratio']:6.3f} of compulsory bytes  {sizes}", flush=True)
+        before = read_report()
+        if args.update:
+            write_report([row for row in before if row["op"] != name] + found)
+        elif [row for row in before if row["op"] == name] != found:
+            stale.append(name)
+    if stale:
+        print(
+            f"results/{REPORT.name} is stale ({', '.join(stale)}): run `python -m kernels.traffic --update`, commit it"
+        )
+    return 1 if stale else 0
+
+
+def write_report(found: list[dict[str, Any]]) -> None:
+    """One row a line, by op in their order."""
+    order = list(OPS)
+    lines = ",\n".join(json.dumps(row) for row in sorted(found, key=lambda row: order.index(row["op"])))
+    REPORT.write_text(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=FUZZ_EXAMPLES,
         help="random cases per op in the fuzz tests; another number than %(default)s also draws new cases at every run",
     )
+    parser.addoption("--chaos", action="store_true", help="the long form of the tests of kills, signals and damage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +49,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def fuzz_examples(pytestconfig: pytest.Config) -> int:
     """How many random cases a fuzz test draws for one op: `--fuzz-examples`."""
     return pytestconfig.getoption("--fuzz-examples")
+
+
+@pytest.fixture(scope="session")
+def chaos(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """chaos(short, long): how often a test of random faults tries; `long` with --chaos."""
+    return lambda short, long: long if pytestconfig.getoption("--chaos") else short
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import statistics
-import sys
 import threading
 from collections import deque
 from types import FrameType
@@ -71,10 +70,10 @@ class Stopper:
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if self.signum == signal.SIGINT == signum:
-            print("interrupted again: leaving without a save", file=sys.stderr, flush=True)
+            os.write(2, b"interrupted again: leaving without a save\n")  # print may be what this interrupts
             os._exit(128 + signum)
         self.signum = signum
-        print(f"{signal.Signals(signum).name}: saving, then leaving", file=sys.stderr, flush=True)
+        os.write(2, f"{signal.Signals(signum).name}: saving, then leaving\n".encode())
         if not self._held:
             self._held = True  # what is done about this one is not to be interrupted by the next
             raise Stopped(signum)

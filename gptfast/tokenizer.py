@@ -246,7 +246,7 @@ class BPETokenizer:
         """The regular expression whose matches are merged, each by itself."""
         return self._encoding._pat_str
 
-    @property
+    @cached_property
     def ranks(self) -> dict[bytes, int]:
         """The id of every ordinary token, in ascending order."""
         return dict(sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]))

@@ -320,7 +320,7 @@ def test_every_damaged_line_of_a_saved_tokenizer_is_found(saved: Path, tmp_path:
             continue
         assert json.loads("\n".join(kept)) == json.loads("\n".join(lines))  # only white space was lost
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="cannot read the ranks|not a tokenizer"):
+    with pytest.raises(UserError, match=r"cannot read the ranks|not a tokenizer"):
         load_bpe(tmp_path)
 
 

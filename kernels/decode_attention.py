@@ -16,6 +16,11 @@ One scale per head and position, not one per head: a head's scale would have to 
 outlier would cost every other position its digits. It adds 4 bytes to the D of a row, and multiplies scores and weights
 rather than keys and values, so it costs no more arithmetic than the coarser one.
 
+The keys of a sequence are split among programs, as many as fill the GPU, and a second kernel combines the parts. The
+last program of a sequence could do that in place, and save 1 to 2 us of launch; it would need counters that outlive the
+call, one set per stream, and its reads of what others wrote are what the interpreter's guard exists to refuse. Where
+heads and sequences fill the GPU there is one split, and no second launch.
+
 Split over the keys with a combination of the parts: Dao et al., "Flash-Decoding",
 https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; grouped heads: arXiv:2305.13245.
 """
@@ -23,6 +28,7 @@ https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import Cost, Op, require
+from ._triton import arch, jit, multiprocessors, tl, triton
+from .op import Cost, Op, require, without_gradient
+from .prims import require_kernel_dtype, softcapped
 
 QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 FUSED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of torch's fused operator on a CPU
@@ -57,6 +65,7 @@ class Cache(NamedTuple):
         return k * self.k_scale[..., None], v * self.v_scale[..., None]
 
 
+@torch.no_grad()
 def decode_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -228,6 +237,229 @@ def _check_values(k: Tensor, lengths: Tensor, pages: Tensor | None) -> None:
             require(0 <= low <= high < k.shape[0], f"pages: sequence {b} has {low} to {high}, the pool {k.shape[0]}")
 
 
+@jit
+def _place(pages_ptr, b, u, there, pages_stride_b, pages_stride_p, PAGE_SIZE: tl.constexpr):
+    """Where positions u of sequence b lie: index on the cache's first axis, and on its second."""
+    if PAGE_SIZE == 0:
+        return b, u.to(tl.int64)
+    else:
+        page = tl.load(pages_ptr + b * pages_stride_b + u // PAGE_SIZE * pages_stride_p, there, other=0)
+        return page.to(tl.int64), (u % PAGE_SIZE).to(tl.int64)
+
+
+@jit
+def _load_numbers(pointers, mask, dtype: tl.constexpr):
+    """A tile of the cache in the dtype of the products. Bytes are float8_e4m3fn to be converted by hand."""
+    x = tl.load(pointers, mask, other=0.0)
+    if x.dtype == tl.uint8:
+        bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+        number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0  # the biases of the exponents are 8 apart
+        return tl.where((x & 0x7F) == 0x7F, float("nan"), number).to(dtype)
+    elif x.dtype == dtype:
+        return x
+    else:
+        return x.to(tl.float32).to(dtype)
+
+
+@jit
+def decode_attention_fwd_kernel_split(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, pages_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_t, q_stride_h, q_stride_d, k_stride_n, k_stride_r, k_stride_g, k_stride_d,
+    v_stride_n, v_stride_r, v_stride_g, v_stride_d, k_scale_stride_n, k_scale_stride_r, k_scale_stride_g,
+    v_scale_stride_n, v_scale_stride_r, v_scale_stride_g, pages_stride_b, pages_stride_p,
+    T, S, H, G, splits, window, scale, softcap,
+    WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, QUANTIZED: tl.constexpr, WHOLE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M of the queries that share a key head, over one split of the keys they see -> out or a part.
+
+    A part is the split's own softmax(s) v in fp32, with its log-sum-exp in base 2; WHOLE: there is one split. Products
+    are transposed, keys first: a matrix instruction has at least 64 rows on Hopper and Blackwell, for which there are
+    too few queries, but as little as 8 columns.
+    """
+    group = H // G
+    blocks = tl.cdiv(T * group, BLOCK_M)
+    head, split = tl.program_id(0) // blocks, tl.program_id(1)
+    b, g = (head // G).to(tl.int64), (head % G).to(tl.int64)
+    m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    t, h = m // group, g * group + m % group
+    d = tl.arange(0, BLOCK_D)
+    stored = (m < T * group) & (d[:, None] < D)
+    q_rows = q_ptr + b * q_stride_b + t.to(tl.int64) * q_stride_t + h * q_stride_h
+    q = tl.load(q_rows + d[:, None] * q_stride_d, stored, other=0.0)
+
+    end = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)
+    position = end - T + t
+    first = end * 0
+    if WINDOWED:
+        first = tl.maximum(end - T - window, 0)
+    share = tl.cdiv(tl.cdiv(end - first, splits), BLOCK_N) * BLOCK_N
+    start = first + split * share
+    stop = tl.minimum(start + share, end)
+
+    maximum = tl.full((1, BLOCK_M), float("-inf"), tl.float32)
+    total = tl.zeros((1, BLOCK_M), tl.float32)
+    acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+    for row in tl.range(start, stop, BLOCK_N):
+        u = row + tl.arange(0, BLOCK_N)[:, None]
+        n, r = _place(pages_ptr, b, u, u < stop, pages_stride_b, pages_stride_p, PAGE_SIZE)
+        k_rows = k_ptr + n * k_stride_n + r * k_stride_r + g * k_stride_g
+        k = _load_numbers(k_rows + d[None, :] * k_stride_d, (u < stop) & (d[None, :] < D), q.dtype)
+        s = tl.dot(k, q, input_precision="ieee") * scale
+        if QUANTIZED:
+            k_scale_rows = k_scale_ptr + n * k_scale_stride_n + r * k_scale_stride_r + g * k_scale_stride_g
+            s *= tl.load(k_scale_rows, u < stop, other=0.0).to(tl.float32)
+        if SOFTCAPPED:
+            s = softcapped(s, softcap)
+        seen = (u < stop) & (u <= position)
+        if WINDOWED:
+            seen = seen & (u >= position - window)
+        s = tl.where(seen, s * 1.4426950408889634, float("-inf"))
+
+        larger = tl.maximum(maximum, tl.max(s, axis=0)[None, :])
+        origin = tl.where(larger == float("-inf"), 0.0, larger)  # no key seen yet: every weight is exp2(-inf - 0) = 0
+        p = tl.exp2(s - origin)
+        alpha = tl.exp2(maximum - origin)
+        maximum, total = larger, total * alpha + tl.sum(p, axis=0)[None, :]
+        if QUANTIZED:
+            v_scale_rows = v_scale_ptr + n * v_scale_stride_n + r * v_scale_stride_r + g * v_scale_stride_g
+            p *= tl.load(v_scale_rows, u < stop, other=0.0).to(tl.float32)
+        # Read as its transpose, not transposed after: so that tiles of all dtypes are copied ahead, past the registers.
+        u = row + tl.arange(0, BLOCK_N)[None, :]
+        n, r = _place(pages_ptr, b, u, u < stop, pages_stride_b, pages_stride_p, PAGE_SIZE)
+        v_rows = v_ptr + n * v_stride_n + r * v_stride_r + g * v_stride_g
+        v = _load_numbers(v_rows + d[:, None] * v_stride_d, (u < stop) & (d[:, None] < D), q.dtype)
+        acc = tl.dot(v, p.to(q.dtype), acc * alpha, input_precision="ieee")
+
+    sees = total != 0.0  # NaN, too, is something seen
+    out = tl.where(sees, acc / total, 0.0)
+    query = (b * T + t) * H + h
+    if WHOLE:
+        tl.store(out_ptr + query * D + d[:, None], out.to(out_ptr.dtype.element_ty), stored)
+    else:
+        part = query * splits + split
+        tl.store(lse_ptr + part, maximum + tl.log2(total), m < T * group)  # of no key -inf
+        tl.store(out_ptr + part * D + d[:, None], out, stored & sees)  # the others are not read either
+
+
+@jit
+def decode_attention_fwd_kernel_combine(
+    part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """One program: the parts of one query, each by the weight of its keys -> out[b, t, h, :], always in one order."""
+    query = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    maximum = tl.full((1, 1), float("-inf"), tl.float32)
+    total = tl.zeros((1, 1), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in tl.range(0, splits, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)[:, None]
+        lse = tl.load(lse_ptr + query * splits + n, n < splits, other=float("-inf"))
+        part = tl.load(part_ptr + (query * splits + n) * D + d, (lse != float("-inf")) & (d < D), other=0.0)
+        larger = tl.maximum(maximum, tl.max(lse, axis=0)[None, :])
+        origin = tl.where(larger == float("-inf"), 0.0, larger)
+        weight = tl.exp2(lse - origin)
+        alpha = tl.exp2(maximum - origin)
+        maximum, total = larger, total * alpha + tl.sum(weight, axis=0)[None, :]
+        acc = acc * alpha + weight * part
+    out = tl.where(total != 0.0, tl.sum(acc, axis=0)[None, :] / total, 0.0)
+    tl.store(out_ptr + query * D + d, out.to(out_ptr.dtype.element_ty), d < D)
+
+
+class Tile(NamedTuple):
+    """Keys of a tile, warps and stages of a program; `programs`: how many of a multiprocessor's the splits aim at."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+# By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
+CONSERVATIVE = Tile(32, 4, 2, 4)
+TILES = {
+    80: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
+    90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
+    100: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
+}
+MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
+COMBINED = 16  # parts that the combination takes at once
+
+
+def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
+    """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
+    if arch not in TILES or dtype == torch.float32:
+        return CONSERVATIVE
+    return TILES[arch][128 if D <= 128 else 256]
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
+    v_scale: Tensor | None, window: int, scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    (B, T, H, D), (S, G), page_size = q.shape, k.shape[1:3], 0
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    if pages is not None:
+        S, page_size = S * pages.shape[1], S
+    if out.numel() == 0 or S == 0:
+        return out.zero_()
+    if k.dtype == torch.float8_e4m3fn and arch(q) < 89:  # without an instruction to convert it, nor a Triton type
+        k, v = k.view(torch.uint8), v.view(torch.uint8)
+    block, block_d = tile(D, q.dtype, arch(q)), max(16, triton.next_power_of_2(D))
+    queries = T * (H // G)
+    block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(queries)))
+    places = B * G * triton.cdiv(queries, block_m)
+    splits = max(1, min(triton.cdiv(S, block.block_n), block.programs * multiprocessors(q) // places))
+    parts = out if splits == 1 else q.new_empty((B, T, H, splits, D), dtype=torch.float32)
+    lse = None if splits == 1 else q.new_empty((B, T, H, splits), dtype=torch.float32)
+    strides = [
+        (0,) * size if x is None else x.stride()
+        for x, size in ((q, 4), (k, 4), (v, 4), (k_scale, 3), (v_scale, 3), (pages, 2))
+    ]
+    decode_attention_fwd_kernel_split[(places, splits)](
+        q, k, v, lengths.contiguous(), pages, k_scale, v_scale, parts, lse, *itertools.chain(*strides),
+        T, S, H, G, splits, window, scale, softcap,
+        WINDOWED=window >= 0, SOFTCAPPED=softcap > 0, QUANTIZED=k_scale is not None, WHOLE=splits == 1,
+        PAGE_SIZE=page_size, D=D, BLOCK_M=block_m, BLOCK_N=block.block_n, BLOCK_D=block_d,
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        decode_attention_fwd_kernel_combine[(B * T * H,)](
+            parts, lse, out, splits, D=D, BLOCK_N=COMBINED, BLOCK_D=block_d,
+            num_warps=max(1, COMBINED * block_d // 512),
+        )  # fmt: skip
+    return out
+
+
+_decode_attention = without_gradient("decode_attention", _forward)
+
+
+def decode_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    pages: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """decode_attention_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
+
+    Caches are read where they lie, up to each sequence's length. Deterministic; nothing waits for the values of
+    lengths, and launches depend on shapes alone, so that a CUDA graph may replay them.
+    """
+    _check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap)
+    require_kernel_dtype("q", q)
+    require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    window = -1 if window is None else window
+    return _decode_attention(q, k, v, lengths, pages, k_scale, v_scale, window, scale, float(softcap or 0.0))
+
+
 def inputs(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
     dtype: torch.dtype, device: str = "cpu",
@@ -288,7 +520,7 @@ def _sdpa(backend: str | None) -> Callable[..., Tensor]:
 DECODE_ATTENTION = Op(
     name="decode_attention",
     reference=decode_attention_reference,
-    triton=None,
+    triton=decode_attention_triton,
     inputs=inputs,
     parity=(
         dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0),
@@ -297,13 +529,13 @@ DECODE_ATTENTION = Op(
         dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, cache="int8"),
         dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
     ),
-    domain=dict(B=range(1, 4), T=range(1, 5), S=range(1, 150), H=(2, 4), G=(1, 2), D=(16, 24), shortest=(0, 1, None)),
+    domain=dict(S=range(1, 66), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
     bench=(
         dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=32, T=1, S=8192, H=32, G=8, D=128),
         dict(B=1, T=1, S=32768, H=32, G=8, D=128), dict(B=8, T=1, S=1024, H=25, G=25, D=64),
         dict(B=32, T=1, S=8192, H=32, G=8, D=128, cache="int8"), dict(B=32, T=1, S=8192, H=32, G=8, D=128, cache="fp8"),
         dict(B=32, T=1, S=8192, H=32, G=8, D=128, page_size=64), dict(B=8, T=4, S=4096, H=16, G=2, D=128),
-        dict(B=8, T=8, S=4096, H=32, G=8, D=128),
+        dict(B=8, T=8, S=4096, H=32, G=8, D=128), dict(B=8, T=1, S=8192, H=8, G=4, D=256),
     ),
     cost=cost,
     peers={"sdpa": _sdpa(None), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "sdpa flash": _sdpa("FLASH_ATTENTION")},

@@ -29,11 +29,11 @@ from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer, Tokenizer, from_json
 from kernels import Ops
 
-__all__ = ["LAYOUTS", "PUBLISHED", "find", "load", "load_tokenizer", "save"]
+__all__ = ["LAYOUTS", "PUBLISHED", "find", "load", "load_tokenizer", "save", "why_not"]
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # openai-community's on the hub, by their short names
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FETCHED = ("config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+FETCHED = ("*config.json", "*.safetensors", INDEX, "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
 def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = torch.float32) -> GPT:
@@ -66,10 +66,24 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of what `load` loads. Raises UserError where there is none."""
-    if str(source) in PUBLISHED:
-        return BPETokenizer("gpt2")
     folder = find(source)
-    return from_json(checkpoint.load(folder).meta["tokenizer"]) if _is_ours(folder) else tokenizer_files.read(folder)
+    if _is_ours(folder):
+        return from_json(checkpoint.load(folder).meta["tokenizer"])
+    if str(source) in PUBLISHED and not (folder / tokenizer_files.FILE).is_file():
+        return BPETokenizer("gpt2")
+    return tokenizer_files.read(folder)
+
+
+def why_not(folder: Path) -> str:
+    """Why our model cannot take what config.json describes, in one line; empty if it can."""
+    if _is_ours(folder):
+        return ""
+    settings = read_settings(folder)
+    try:
+        layout_of(settings).config(settings)
+    except UserError as reason:
+        return str(reason)
+    return ""
 
 
 def save(

@@ -1,0 +1,375 @@
+"""How well models predict a text: loss, perplexity and bits per byte over all of it, ours and others' side by side.
+
+    python -m train.evaluate --models=out --text=book.txt
+    python -m train.evaluate --models=out-owt-30m,gpt2,gpt2-medium,gpt2-large,gpt2-xl --dataset=openwebtext
+    python -m train.evaluate eval_gpt2_all                     GPT-2 124M … 1558M on openwebtext's validation split
+
+Each model reads the text through its own tokenizer, so losses and perplexities compare only where that is the same one;
+bits per byte compare always. Every token of the text is predicted once, in windows of the model's own context.
+
+    loss = nats / tokens        perplexity = exp(loss)        bits per byte = nats / (ln 2 · bytes of UTF-8)
+
+± is the standard error: windows are taken for independent draws and nats / tokens for the ratio of two sums over them
+(Cochran, "Sampling Techniques", section 2.11).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast import cli, hf
+from gptfast.cli import UserError
+from gptfast.data import load_tokens, parts_of
+from gptfast.log import Log, facts
+from gptfast.model import GPT, IGNORED
+from gptfast.tokenizer import load_tokenizer
+from kernels import Ops
+
+NatsPerRow = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> (B,), summed over targets that count
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer, ours or another's."""
+
+    @property
+    def bos(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    models: str = "out"  # folders of checkpoints, folders in Hugging Face's layout, names on the hub; commas between
+    text: str = ""  # a text file; without one, the text is that of `dataset`
+    dataset: str = "openwebtext"  # name of a prepared data set
+    split: str = "val"  # its split
+    data_dir: str = "data"  # folder of the prepared data sets
+    context: int = 0  # tokens in a window; 0: as many as each model takes
+    stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
+    batch_size: int = 8  # windows at once
+    out_dir: str = ""  # where evaluation.md and evaluation.jsonl go; nowhere if empty
+    device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
+    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+
+    def __post_init__(self) -> None:
+        for name in ("context", "stride"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size={self.batch_size}: must be at least 1")
+
+
+def _on_openwebtext(models: str) -> Evaluate:
+    return Evaluate(models=models, dataset="openwebtext", split="val")
+
+
+PRESETS = {
+    "eval_gpt2": _on_openwebtext("gpt2"),
+    "eval_gpt2_medium": _on_openwebtext("gpt2-medium"),
+    "eval_gpt2_large": _on_openwebtext("gpt2-large"),
+    "eval_gpt2_xl": _on_openwebtext("gpt2-xl"),
+    "eval_gpt2_all": _on_openwebtext("gpt2,gpt2-medium,gpt2-large,gpt2-xl"),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be evaluated."""
+
+    name: str
+    parameters: int
+    context: int  # the longest sequence
+    tokenizer: Encoder
+    nats: NatsPerRow
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `measure` found; ± are standard errors, nan where one window is all there is."""
+
+    name: str
+    parameters: int
+    context: int
+    tokens: int  # predicted
+    bytes: int  # of UTF-8 that they stand for
+    loss: float  # nats per token
+    loss_error: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self._bits
+
+    @property
+    def bits_per_byte_error(self) -> float:
+        return self.loss_error * self._bits
+
+    @property
+    def _bits(self) -> float:
+        return self.tokens / (math.log(2) * self.bytes)
+
+
+def main(argv: list[str]) -> None:
+    config = cli.parse(Evaluate, argv, PRESETS)
+    device = cli.choose_device(config.device, typed="device" in cli.typed(argv, Evaluate))
+    dtype, why = cli.choose_dtype(config.dtype, device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
+    ops = cli.choose_ops(config.kernels, device)
+    documents = read_documents(config)
+    results = []
+    for name in filter(None, config.models.split(",")):
+        subject = open_subject(name.strip(), ops, dtype, device)
+        results.append(
+            measure(subject, documents, device, context=config.context, stride=config.stride, batch=config.batch_size)
+        )
+    if not results:
+        raise UserError("--models is empty; name a folder with a model, or gpt2")
+    print(table(results))
+    if config.out_dir:
+        write(results, config.out_dir, device)
+
+
+# ---- the text
+
+
+def read_documents(config: Evaluate) -> list[str]:
+    """The text file as one document; or the documents of a split, decoded."""
+    if config.text:
+        try:
+            documents = [Path(config.text).read_text("utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"--text={config.text}: cannot read it ({reason}); name a text file") from None
+    else:
+        folder = Path(config.data_dir) / config.dataset
+        tokenizer = load_tokenizer(folder)
+        tokens = load_tokens(folder / f"{config.split}.bin", tokenizer.vocab_size)
+        documents = [tokenizer.decode(ids) for part in parts_of(tokens) for ids in _between(part, tokenizer.bos)]
+    if not any(documents):
+        raise UserError("the text is empty; give another --text or --dataset")
+    return documents
+
+
+def _between(tokens: Tensor, bos: int | None) -> Iterator[list[int]]:
+    """The ids between tokens that begin a document."""
+    if bos is None:
+        yield tokens.tolist()
+        return
+    places = [-1, *(tokens == bos).nonzero().flatten().tolist(), len(tokens)]
+    for i, first in enumerate(places[:-1]):
+        if first + 1 < places[i + 1]:
+            yield tokens[first + 1 : places[i + 1]].tolist()
+
+
+def encode(tokenizer: Encoder, documents: Iterable[str]) -> tuple[Tensor, Tensor, int]:
+    """ids (N,), whether each is predicted (N,) bool, and the bytes of UTF-8 that the predicted ones stand for.
+
+    Each document comes after a token that says so, which is not predicted itself. A tokenizer that has none cannot
+    begin: the very first token is not predicted.
+    """
+    ids: list[int] = []
+    counted: list[bool] = []
+    size = 0
+    for document in documents:
+        found = tokenizer.encode(document)
+        if tokenizer.bos is not None:
+            ids.append(tokenizer.bos)
+            counted.append(False)
+        ids += found
+        counted += [True] * len(found)
+        size += len(document.encode())
+    if tokenizer.bos is None:
+        counted[0] = False
+        size -= len(tokenizer.decode(ids[:1]).encode())
+    return torch.tensor(ids), torch.tensor(counted), size
+
+
+# ---- the figures
+
+
+@torch.no_grad()
+def measure(
+    subject: Subject, documents: Sequence[str], device: str, *, context: int = 0, stride: int = 0, batch: int = 8
+) -> Result:
+    """The loss of `subject` over all of `documents`. Shows progress."""
+    from tqdm import tqdm
+
+    if context > subject.context:
+        raise UserError(f"--context={context}: {subject.name} takes {subject.context} tokens at most")
+    context = context or subject.context
+    stride = stride or context
+    if stride > context:
+        raise UserError(f"--stride={stride}: must not be longer than the {context} tokens of a window")
+    ids, counted, size = encode(subject.tokenizer, documents)
+    if not counted[1:].any():
+        raise UserError(f"the text has {len(ids)} token for {subject.name}; give a longer one")
+    count = count_windows(len(ids), context, stride)
+    nats, counts = [], []
+    with tqdm(total=count, desc=subject.name, unit="window", disable=None) as progress:
+        for first in range(0, count, batch):
+            x, y = windows(ids, counted, context, stride, range(first, min(first + batch, count)))
+            nats.append(subject.nats(x.to(device), y.to(device)).double().cpu())
+            counts.append((y != IGNORED).sum(1))
+            progress.update(len(x))
+    predicted = torch.cat(counts)
+    loss, error = ratio(torch.cat(nats), predicted)
+    return Result(subject.name, subject.parameters, context, int(predicted.sum()), size, loss, error)
+
+
+def count_windows(length: int, context: int, stride: int) -> int:
+    """How many windows predict all of `length` ids but the first."""
+    return 1 + max(0, math.ceil((length - 1 - context) / stride))
+
+
+def windows(ids: Tensor, counted: Tensor, context: int, stride: int, which: range) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (len(which), context) int64. Over all windows each counted id but the first is a target once.
+
+    Windows begin `stride` apart; of one that overlaps the one before only the new targets count, the others are
+    IGNORED. Inputs after the end repeat the last id, and nothing that counts sees them.
+    """
+    number = torch.tensor(which)[:, None]
+    offset = torch.arange(context)
+    place = (stride * number + offset).clamp(max=len(ids) - 1)  # of the input
+    following = (place + 1).clamp(max=len(ids) - 1)
+    is_new = (stride * number + offset + 1 < len(ids)) & ((number == 0) | (offset >= context - stride))
+    return ids[place], torch.where(is_new & counted[following], ids[following], IGNORED)
+
+
+def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """sum(sums) / sum(counts), and its standard error, of independent pairs."""
+    n, total = len(sums), counts.sum()
+    value = sums.sum() / total
+    residual = (sums - value * counts).square().sum()
+    error = (residual * n / (n - 1)).sqrt() / total if n > 1 else torch.tensor(math.nan)
+    return value.item(), error.item()
+
+
+# ---- the models
+
+
+def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str) -> Subject:
+    """The model and tokenizer of `source`: ours, or of a layout that ours takes; any other through transformers."""
+    folder = hf.find(source)
+    reason = hf.why_not(folder)
+    if reason:
+        print(f"{source} runs through transformers: {reason}")
+        return _through_transformers(source, folder, dtype, device)
+    model = hf.load(source, ops, dtype=dtype).to(device).eval()
+    return Subject(
+        source, model.num_params(non_embedding=False), model.config.block_size, _tokenizer(source, folder),
+        lambda x, y: nats_per_row(model, x, y),
+    )  # fmt: skip
+
+
+def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss (B,) fp32 of each row of targets (B, T)."""
+    h = model.hidden(tokens)
+    weight = model.lm_head.weight.to(h.dtype)
+    settings: dict[str, Any] = {"ignore_index": IGNORED, "softcap": model.config.softcap, "reduction": "sum"}
+    rows = zip(h, targets, strict=True)
+    return torch.stack([model.ops.linear_cross_entropy(row, weight, wanted, **settings) for row, wanted in rows])
+
+
+def _through_transformers(source: str, folder: Path, dtype: torch.dtype, device: str) -> Subject:
+    transformers = _import_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+    def nats(tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = model(tokens).logits
+        per_token = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
+        return per_token.sum(1)
+
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        raise UserError(f"{source} does not say how long its sequences may be; give --context")
+    return Subject(source, model.num_parameters(), context, _tokenizer(source, folder), nats)
+
+
+def _tokenizer(source: str, folder: Path) -> Encoder:
+    try:
+        return hf.load_tokenizer(source)
+    except UserError as error:
+        if not (folder / "tokenizer_config.json").is_file():
+            raise
+        print(f"{source}'s tokenizer runs through transformers: {error}")
+        return TheirTokenizer(folder)
+
+
+class TheirTokenizer:
+    """A tokenizer of transformers as an Encoder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = _import_transformers().AutoTokenizer.from_pretrained(folder)
+        first, last = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.bos: int | None = last if first is None else first
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this model needs transformers: pip install transformers") from None
+    return transformers
+
+
+# ---- the report
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table."""
+    head = ("model", "parameters", "context", "tokens", "loss", "perplexity", "bits per byte")
+    lines = [head, ("---", *["---:"] * 6)]
+    for r in results:
+        lines.append(
+            (
+                r.name, f"{r.parameters / 1e6:.1f}M", f"{r.context:,}", f"{r.tokens:,}",
+                f"{r.loss:.4f}{_plus_minus(r.loss_error, 4)}",
+                f"{r.perplexity:.2f}{_plus_minus(r.perplexity * r.loss_error, 2)}",
+                f"{r.bits_per_byte:.4f}{_plus_minus(r.bits_per_byte_error, 4)}",
+            )
+        )  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plus_minus(error: float, digits: int) -> str:
+    return " ± n/a" if math.isnan(error) else f" ± {error:.{digits}f}"
+
+
+def write(results: Sequence[Result], out_dir: str, device: str) -> None:
+    """evaluation.md, and a row for each model in evaluation.jsonl."""
+    try:
+        log = Log(out_dir, name="evaluation.jsonl")
+        (Path(out_dir) / "evaluation.md").write_text(table(results) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
+    with log:
+        for r in results:
+            log.row(
+                "summary", name=r.name, parameters=r.parameters, context=r.context, tokens=r.tokens, bytes=r.bytes,
+                loss=r.loss, loss_error=r.loss_error, perplexity=r.perplexity, bits_per_byte=r.bits_per_byte,
+                bits_per_byte_error=r.bits_per_byte_error, **facts(device),
+            )  # fmt: skip
+    print(f"wrote {Path(out_dir) / 'evaluation.md'} and {log.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

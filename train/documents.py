@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +187,7 @@ def tokenize_all(
         for first, texts, state in tasks:
             yield tokenize(tokenizer, every, first, texts), state
         return
-    pool = ProcessPoolExecutor(
-        processes, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.to_json(), every)
-    )
+    pool = ProcessPoolExecutor(processes, _context(), _start_worker, (tokenizer.to_json(), every))
     waiting: deque[tuple[Future[Tokenized], dict[str, Any]]] = deque()
     try:
         for first, texts, state in tasks:
@@ -207,6 +205,15 @@ def tokenize_all(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _context() -> Any:
+    """How processes are started: forked from a clean one that has imported torch once, where the system can."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train.documents"])
+    return context
 
 
 def _start_worker(description: dict[str, Any], every: int) -> None:
@@ -385,7 +392,9 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
     if not path.exists():
         if any(folder.glob("*.bin")):
             raise UserError(f"{folder} holds token files already; choose another name, or remove it")
-        return Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
+        job = Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
+        job.rewind()
+        return job
     progress = json.loads(path.read_text("utf-8"))
     _check_same(folder, progress["settings"], settings)
     parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}

@@ -56,14 +56,16 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int =
         logits, order = logits.sort(dim=-1, descending=True)
     p = (logits.double() / temperature).softmax(dim=-1)
     cumulative = p.cumsum(dim=-1)
+    sound = cumulative[:, -1].isfinite()
     if top_p < 1:
         cumulative = torch.where(cumulative - p < top_p, p, 0.0).cumsum(dim=-1)  # the first is always kept
     total = cumulative[:, -1:]
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    token = token.clamp(max=p.shape[-1] - 1)  # that of NaN is past the end
     if order is not None:
         token = order.gather(-1, token[:, None])[:, 0]
-    return torch.where(total[:, 0].isfinite(), token, -1)
+    return torch.where(sound, token, -1)
 
 
 def penalize(logits: Tensor, occurred: Sequence[int], penalty: float) -> Tensor:

@@ -5,21 +5,30 @@ The tokenizer comes out of the checkpoint, so neither the data set nor its folde
 
 from __future__ import annotations
 
+from gptfast.parallel import bound_spinning
+
+if __name__ == "__main__":
+    bound_spinning()
+
+import random
 import sys
+import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from gptfast import checkpoint, cli, hf
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.engine import Engine, Request, Sampling
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer, from_json
 from kernels import Ops
 
 SEPARATOR = "---------------"
+MOST_AT_ONCE = 16  # samples; the others wait for a free slot
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,14 @@ class Sample:
     max_new_tokens: int = 500  # tokens in each
     temperature: float = 0.8  # below 1 more likely text, above 1 more varied; 0 always takes the likeliest token
     top_k: int = 200  # draw from the likeliest top_k tokens only; 0 draws from all
+    top_p: float = 1.0  # draw from the likeliest tokens only that sum to this probability; 1 draws from all
+    repetition_penalty: float = 1.0  # above 1, tokens that occurred become less likely
+    stop: str = ""  # a sample ends where this text would begin; empty: nowhere
     seed: int = 1337  # of the draws
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
-    compile: bool = False  # compile the model with torch.compile
+    quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits, on a CPU
+    compile: bool = False  # compile the decoding step with torch.compile
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
@@ -44,70 +57,74 @@ class Sample:
         for name in ("temperature", "top_k"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-
-
-def generate(
-    model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continues each row of `tokens (B, T)` int64 by `max_new_tokens`; returns (B, T + max_new_tokens).
-
-    Each new token is drawn from softmax(logits / temperature) over the `top_k` likeliest tokens (0: all of them);
-    temperature 0 takes the likeliest. The model sees the last `block_size` tokens. `generator` lives on tokens' device.
-    """
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
-            context = tokens[:, -model.config.block_size :]
-            logits = model.logits(context, last_only=True)[:, -1, :].float()
-            tokens = torch.cat([tokens, draw(logits, temperature, top_k, generator)], dim=1)
-    model.train(was_training)
-    return tokens
-
-
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
-    """One token per row of `logits (B, V)`, as (B, 1) int64."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        kth_largest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_largest, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p={self.top_p}: must be above 0 and at most 1")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"--repetition_penalty={self.repetition_penalty}: must be above 0")
 
 
 def main(argv: list[str]) -> None:
     config = cli.parse(Sample, argv)
     device = cli.choose_device(config.device, typed="device" in cli.typed(argv, Sample))
+    if config.quantize == "int8" and device != "cpu":
+        raise UserError(f"--quantize=int8: only for CPUs so far, not {device}; use --device=cpu or --quantize=none")
     dtype, why = cli.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
     model, tokenizer = load_model(config.init_from, config.out_dir, cli.choose_ops(config.kernels, device), dtype)
-    prompt = tokenizer.encode(read_prompt(config.start))
-    if not prompt:
+    prompt = read_prompt(config.start)
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
         raise UserError("--start is empty; give at least one character")
+    engine = Engine(
+        model.to(device),
+        slots=min(config.num_samples, MOST_AT_ONCE),
+        tokenizer=tokenizer,
+        weights="int8" if config.quantize == "int8" else "auto" if config.dtype == "auto" else "model",
+        compile=config.compile,
+    )
+    print(f"weights: {engine.why}")
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
-    model.to(device)
-    if config.compile:
-        model.logits = torch.compile(model.logits, dynamic=True)  # type: ignore[method-assign]
-    generator = torch.Generator(device).manual_seed(config.seed)
-    start = torch.tensor([prompt], device=device)
-    for _ in range(config.num_samples):
-        tokens = generate(
-            model,
-            start,
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            generator=generator,
+    seeds = random.Random(config.seed)
+    requests = [
+        engine.submit(
+            tokens,
+            Sampling(
+                max_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                repetition_penalty=config.repetition_penalty,
+                seed=seeds.getrandbits(63),
+                stop=(config.stop,) if config.stop else (),
+            ),
         )
-        print(tokenizer.decode(tokens[0].tolist()))
-        print(SEPARATOR, flush=True)
+        for _ in range(config.num_samples)
+    ]
+    print(stream(engine, requests, tokenizer.decode(tokens)))
+
+
+def stream(engine: Engine, requests: list[Request], prompt: str) -> str:
+    """Prints the texts, one after another, the first as it comes; returns the line that says how fast that was."""
+    start = first = time.perf_counter()
+    shown = 0  # characters of the text that is being printed
+    queue = deque(requests)
+    print(prompt, end="")
+    while queue:
+        engine.step()
+        if first == start:
+            first, early = time.perf_counter(), sum(len(request.tokens) for request in requests)
+        while queue:
+            print(queue[0].text[shown:], end="", flush=True)
+            shown = len(queue[0].text)
+            if queue[0].finish_reason is None:
+                break
+            print(f"\n{SEPARATOR}", flush=True)
+            queue.popleft()
+            print(prompt if queue else "", end="")
+            shown = 0
+    seconds, count = time.perf_counter() - first, sum(len(request.tokens) for request in requests) - early
+    speed = f"{count / seconds:.1f}" if count else "n/a"
+    return f"time to first token: {1000 * (first - start):.1f} ms, then {speed} tokens/s"
 
 
 def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:

@@ -10,7 +10,8 @@
 `lengths` counts the keys of each sequence, the T new ones among them; the rest of the cache is not looked at, whatever
 it holds. A query that sees no key (position below 0) gives 0. Query head h reads key head h // (H / G). In a paged
 cache position u of sequence b lies in page pages[b, u // page_size], row u % page_size. A cache of int8 or
-float8_e4m3fn numbers holds k / k_scale and v / v_scale. There is no derivative: nothing is learned from a cache.
+float8_e4m3fn numbers holds k / k_scale and v / v_scale; one of q's dtype may, too. There is no derivative: nothing is
+learned from a cache.
 
 One scale per head and position, not one per head: a head's scale would have to be known before its keys are, and one
 outlier would cost every other position its digits. It adds 4 bytes to the D of a row, and multiplies scores and weights
@@ -202,11 +203,11 @@ def _check(
     )
     require(lengths.shape == (B,), f"lengths: expected (B,) = {(B,)}, got {tuple(lengths.shape)}")
     require(lengths.dtype in (torch.int32, torch.int64), f"lengths: expected int32 or int64, got {lengths.dtype}")
+    scaled = quantized or k_scale is not None or v_scale is not None
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if x is None:
-            require(not quantized, f"{name}: a cache of {k.dtype} needs its scales")
+            require(not scaled, f"{name}: a cache of int8 or float8_e4m3fn needs both scales, and none goes alone")
         else:
-            require(quantized, f"{name}: only caches of int8 or float8_e4m3fn have scales, k is {k.dtype}")
             require(x.shape == k.shape[:3], f"{name}: expected {tuple(k.shape[:3])} as k has it, got {tuple(x.shape)}")
             require(x.is_floating_point(), f"{name}: expected float32, got {x.dtype}")
     if pages is not None:
@@ -524,9 +525,9 @@ DECODE_ATTENTION = Op(
     inputs=inputs,
     parity=(
         dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0),
-        dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5), dict(B=0, T=1, S=5, H=2, G=1, D=16),
-        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65, page_size=16),
-        dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, cache="int8"),
+        dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5),
+        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65, page_size=16, cache="int8"),
+        dict(B=0, T=1, S=5, H=2, G=1, D=16), dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, page_size=48),
         dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
     ),
     domain=dict(S=range(1, 66), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),

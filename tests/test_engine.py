@@ -508,7 +508,10 @@ def test_the_choice_of_weights_comes_with_a_reason() -> None:
     kept, reason = choose_weights(large)
     assert kept == ("float16" if torch.backends.quantized.engine in ("x86", "fbgemm") else "model")
     assert "FBGEMM" in reason
-    assert Engine(make(GPT2)).why == "float32, the matrices stay in the CPU's cache"
+    engine = Engine(make(GPT2))
+    assert engine.why == "float32, the matrices stay in the CPU's cache"
+    assert engine.matrix_bytes == 4 * (2 * 12 * 16 * 16 + 61 * 16)
+    assert Engine(make(GPT2), weights="int8").matrix_bytes == engine.matrix_bytes // 4
 
 
 def test_a_step_takes_no_whole_prompt() -> None:

@@ -36,7 +36,7 @@ from gptfast.engine.cache import MAX_STEP, KVCache
 from gptfast.engine.decoder import Decoder
 from gptfast.engine.sampling import Sampling, draw, penalize
 from gptfast.engine.text import TextStream
-from gptfast.engine.weights import Weights, choose_weights, converted
+from gptfast.engine.weights import Weights, choose_weights, converted, matrix_bytes
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 from kernels.op import require
@@ -128,6 +128,7 @@ class Engine:
         self._main, self._draft = decoder(model, self.weights, 1 + self._guesses), None
         if draft is not None:
             self._draft = decoder(draft, choose_weights(draft)[0] if weights == "auto" else weights, 1)
+        self.matrix_bytes = matrix_bytes(model, self.weights)  # of what a step reads; the cache comes on top
         self._caches = [d.cache for d in (self._main, self._draft) if d is not None]
         self._slots: list[Request | None] = [None] * slots
         self._waiting: deque[Request] = deque()
@@ -296,18 +297,19 @@ class Engine:
         for row, request in enumerate(requests):
             sampling = request.sampling
             alike.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
-        drawn = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+        where = torch.device("cpu") if self._device.type == "mps" else self._device  # MPS has no fp64
+        drawn = torch.empty(len(requests), dtype=torch.int64, device=where)
         for settings, rows in alike.items():
-            candidates = logits[rows, : self._vocabulary].float()
+            candidates = logits[rows, : self._vocabulary].to(where, torch.float32)
             for i, request in enumerate(requests[row] for row in rows):
                 penalty = request.sampling.repetition_penalty
                 if penalty != 1:
                     guessed = [] if guesses is None else guesses[rows[i]].tolist()
                     candidates[i] = penalize(candidates[i], request.prompt + request.tokens + guessed, penalty)
             uniforms = [requests[row].uniform(len(requests[row].tokens) + ahead) for row in rows]
-            uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+            uniform = torch.tensor(uniforms, dtype=torch.float64, device=where)
             drawn[rows] = draw(candidates, uniform, *settings)
-        return drawn
+        return drawn.to(self._device)
 
     def _take(self, request: Request, tokens: list[int]) -> None:
         """Add the new tokens to `request`, up to the one that ends it."""

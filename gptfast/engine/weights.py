@@ -30,7 +30,7 @@ class Float16Linear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
 
 
 class Int8Linear(nn.Module):
@@ -54,16 +54,17 @@ def choose_weights(model: GPT) -> tuple[Weights, str]:
     device = model.lm_head.weight.device
     if device.type != "cpu":
         return "model", f"{device.type} computes in it"
-    if matrix_bytes(model) < STAYS_IN_CACHE_BYTES:
+    if matrix_bytes(model, "model") < STAYS_IN_CACHE_BYTES:
         return "model", "the matrices stay in the CPU's cache"
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         return "model", "this CPU has no FBGEMM"
     return "float16", "half the bytes, and this CPU sums them in float32 (FBGEMM)"
 
 
-def matrix_bytes(model: GPT) -> int:
-    """Bytes of the matrices of `model`, all of which a step reads, in the dtype of its activations."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear)) * model.dtype.itemsize
+def matrix_bytes(model: GPT, weights: Weights) -> int:
+    """Bytes of the matrices of `model` in that form, all of which a step reads."""
+    itemsize = {"model": model.dtype.itemsize, "float16": 2, "int8": 1}[weights]
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear)) * itemsize
 
 
 def converted(model: GPT, weights: Weights) -> GPT:

@@ -9,10 +9,11 @@ from gptfast.cli import UserError
 
 POSITIVE = (
     "eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
-    "n_layer", "n_head", "n_embd", "lr_decay_iters", "keep",
+    "n_layer", "n_head", "n_embd", "lr_decay_iters", "keep", "head_dim",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike", "max_skips",
+    "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike", "max_skips", "depth",
+    "target_flops", "total_batch_size",
 )  # fmt: skip
 
 
@@ -64,12 +65,28 @@ class Pretrain:
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
     matrix_lr: float = 0.02  # Muon's highest rate, which follows the schedule of learning_rate
+    head_lr: float | None = None  # AdamW's highest rate for an untied head beside Muon; default learning_rate
+    cautious: bool = False  # Muon decays a weight only where the update shrinks it too
+    normalize: bool = False  # Muon evens out the rows of its updates (NorMuon)
+    schedule: Literal["cosine", "trapezoid"] = "cosine"  # trapezoid: up, level, down; with Muon's momentum and decay
+    warmdown_ratio: float = 0.65  # the part of lr_decay_iters in which the trapezoid goes down to min_lr
+    depth: int = 0  # the one dial for size: shape, batch, horizon and rates follow from it (train/dial.py)
+    head_dim: int = 128  # size of a head, with depth
+    target_param_data_ratio: float = 12.0  # horizon with depth, unless max_iters is given: tokens per scaling weight
+    target_flops: float = 0.0  # horizon with depth, in FLOPs of the whole training
+    total_batch_size: int = 0  # tokens of an update with depth; 0: what the dial says
+    dry_run: bool = False  # print the plan (sizes, FLOPs, memory, time, cost) and train nothing
+    assumed_mfu: float = 0.4  # of the plan
+    prices: str = "H100 SXM=3"  # of the plan: dollars for an hour of a GPU, NAME=DOLLARS with commas between
     whole_val: bool = True  # end with the loss over the whole validation split, once through
     peak_tflops: float | None = None  # dense peak to reckon MFU by, where the device's own is not known
     n_kv_head: int | None = None  # key/value heads; default n_head
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
+    norm_weight: bool = False  # rmsnorm has a weight; layernorm always has
     position: Literal["learned", "rope"] = "learned"  # positions
-    activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"  # of the MLP
+    rope_base: float = 10000.0  # of rotary positions
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"  # of the MLP
+    mlp_width: int | None = None  # between the MLP's layers; default 4 n_embd
     qk_norm: bool = False  # normalize queries and keys
     tied: bool = True  # one matrix for embedding and output
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
@@ -87,6 +104,12 @@ class Pretrain:
                     raise UserError(f"--{name}={getattr(self, name)}: must be above 0 with --optimizer=muon")
         if self.resume not in ("", "latest", "best") and not self.resume.isdecimal():
             raise UserError(f"--resume={self.resume}: use latest, best, or the number of a step")
+        if not self.target_param_data_ratio > 0:
+            raise UserError(f"--target_param_data_ratio={self.target_param_data_ratio}: must be above 0")
+        if not 0 < self.assumed_mfu <= 1:
+            raise UserError(f"--assumed_mfu={self.assumed_mfu}: must be above 0 and at most 1")
+        if not 0 <= self.warmdown_ratio <= 1:
+            raise UserError(f"--warmdown_ratio={self.warmdown_ratio}: must be at least 0 and at most 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}: must be at least 0 and below 1")
         for name in ("beta1", "beta2"):

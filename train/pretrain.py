@@ -31,7 +31,7 @@ from gptfast.log import Log, Tracker, facts
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
 from gptfast.tokenizer import load_tokenizer, read_meta
-from train import loop
+from train import dial, loop, plan
 from train.config import Pretrain
 from train.guard import Guard, Refused, Stopped, Stopper
 from train.presets import PRESETS
@@ -65,6 +65,11 @@ def main(argv: list[str]) -> None:
     typed = cli.typed(argv, Pretrain)
     for key in typed:
         print(f"Overriding: {key} = {getattr(config, key)}")
+    if config.depth:
+        config = dial.turn(config, typed, vocab_size_of(config))
+    if config.dry_run:
+        print(plan.describe(config, architecture_of(config, vocab_size_of(config))))
+        return
     device = cli.choose_device(config.device, typed="device" in typed)
     with open_log(config.out_dir) as log:
         run = start(config, device)
@@ -144,6 +149,15 @@ def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     return None, {"kind": "tiktoken", "name": "gpt2"}
 
 
+def vocab_size_of(config: Pretrain) -> int:
+    """That of the data set if it is prepared; else the dial's, or GPT-2's."""
+    folder = Path(config.data_dir) / config.dataset
+    meta = read_meta(folder) if folder.is_dir() else None
+    if meta is not None:
+        return meta["vocab_size"]
+    return DEFAULT_VOCAB if folder.is_dir() or not config.depth else dial.VOCAB
+
+
 def build_model(
     config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, saved: checkpoint.Checkpoint | None
 ) -> GPT:
@@ -178,8 +192,9 @@ def build_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return adamw(model, learning_rate=rate, betas=betas, weight_decay=decay)
     optimizer = muon(
-        model, model.config, matrix_lr=config.matrix_lr, embedding_lr=rate, head_lr=rate, scalar_lr=rate, betas=betas,
-        weight_decay=decay, newton_schulz=model.ops.newton_schulz,
+        model, model.config, matrix_lr=config.matrix_lr, embedding_lr=rate, scalar_lr=rate, betas=betas,
+        head_lr=rate if config.head_lr is None else config.head_lr, weight_decay=decay, cautious=config.cautious,
+        normalize=config.normalize, newton_schulz=model.ops.newton_schulz,
     )  # fmt: skip
     for group in optimizer.param_groups:
         group["lr_scale"] = group["lr"] / rate  # the schedule is that of `learning_rate`
@@ -284,8 +299,7 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     for run.iteration in range(first, config.max_iters + 1):
         run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
         stopper.release()
-        rate = loop.learning_rate(run.iteration, config)
-        loop.set_learning_rate(run.optimizer, rate)
+        rate = dial.follow(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters
         if run.iteration % config.eval_interval == 0 or is_last or config.eval_only:
             meter.pause()

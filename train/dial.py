@@ -1,0 +1,240 @@
+"""One dial for size: the depth of a model, from which its shape and the whole of its training follow.
+
+    width = 64 · depth, rounded up to whole heads of 128            P = weights of the blocks and of the head
+    D = ratio · P                                                   tokens to train on; Dref: those of depth 12
+    B = 2^19 · (D / Dref)^0.383, rounded to a power of 2            tokens in an update
+    rates ∝ sqrt(B / 2^19); AdamW's also ∝ (width / 768)^-1/2       weight decay ∝ sqrt(B / 2^19) · Dref / D
+
+The derivations are nanochat's (github.com/karpathy/nanochat), and so are the schedules. B: the critical batch grows as
+a power of the data (Bergsma et al., "Power Lines", arXiv:2505.13738); rates: Malladi et al., arXiv:2205.10287. The
+model is ours: without nanochat's value embeddings and windows, whose sizes `nanochat_sizes` counts to compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from gptfast import mfu
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from train import loop
+from train.config import Pretrain
+
+ASPECT, HEAD_DIM, REFERENCE_DEPTH = 64, 128, 12
+VOCAB, CONTEXT, BATCH_SIZE = 32768, 2048, 32
+REFERENCE_BATCH, BATCH_EXPONENT, RATIO = 2**19, 0.383, 12.0
+WARMUP, WARMDOWN, FLOOR = 40, 0.65, 0.05
+EMBEDDING_LR, HEAD_LR, MATRIX_LR, WEIGHT_DECAY = 0.3, 0.008, 0.02, 0.28
+MOMENTUM = (0.85, 0.97, 0.90)  # at first, after MOMENTUM_WARMUP iterations, at the end
+MOMENTUM_WARMUP = 400
+
+
+# ---- sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    parameters: int
+    scaling: int  # weights of the blocks and of the head, by which data is measured
+    flops_per_token: float  # forward and backward
+
+
+def model_of(depth: int, vocab_size: int = VOCAB, context: int = CONTEXT, head_dim: int = HEAD_DIM) -> GPTConfig:
+    """Our model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head."""
+    if depth < 1:
+        raise UserError(f"--depth={depth}: must be at least 1")
+    width = _width(depth, head_dim)
+    return GPTConfig(
+        block_size=context, vocab_size=vocab_size, n_layer=depth, n_head=width // head_dim, n_embd=width, bias=False,
+        norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, softcap=15.0,
+    )  # fmt: skip
+
+
+def sizes(config: GPTConfig) -> Sizes:
+    """What any of our models counts."""
+    lookups = (config.position == "learned") * config.block_size + (not config.tied) * config.vocab_size
+    return Sizes(
+        parameters=mfu.palm_params(config) + lookups * config.n_embd,
+        scaling=mfu.block_params(config) + mfu.lm_head_params(config),
+        flops_per_token=mfu.flops_per_token(config, config.block_size).mfu,
+    )
+
+
+def nanochat_sizes(depth: int, vocab_size: int = VOCAB, context: int = CONTEXT) -> Sizes:
+    """What nanochat's own model of that depth counts: value embeddings in every other layer, three of four layers with
+    a window, gates and scalars."""
+    width = _width(depth, HEAD_DIM)
+    heads, value_layers, table = width // HEAD_DIM, (depth + 1) // 2, vocab_size * width
+    matrices = 12 * width**2 * depth + 12 * heads * value_layers
+    smear_gate, scalars = 24, 2 * depth + 2
+    short = -(-context // (4 * 128)) * 128
+    keys = sum(context if i == depth - 1 or i % 4 == 3 else min(short, context) for i in range(depth))
+    return Sizes(
+        parameters=(2 + value_layers) * table + matrices + smear_gate + scalars,
+        scaling=matrices + table,
+        flops_per_token=6 * (matrices + table + smear_gate) + 12 * width * keys,
+    )
+
+
+def _width(depth: int, head_dim: int) -> int:
+    return -(-depth * ASPECT // head_dim) * head_dim
+
+
+# ---- what follows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    tokens: int  # that the ratio asks for; batch and weight decay follow from it, whatever the horizon
+    batch_tokens: int
+    iterations: int
+    batch_scale: float  # of every rate
+    width_scale: float  # of AdamW's rates besides
+    weight_decay: float
+
+    @property
+    def embedding_lr(self) -> float:
+        return EMBEDDING_LR * self.batch_scale * self.width_scale
+
+    @property
+    def head_lr(self) -> float:
+        return HEAD_LR * self.batch_scale * self.width_scale
+
+    @property
+    def matrix_lr(self) -> float:
+        return MATRIX_LR * self.batch_scale
+
+
+def recipe(
+    model: Sizes, reference: Sizes, width: int, *, ratio: float = RATIO, iterations: int = 0, target_flops: float = 0.0,
+    batch_tokens: int = 0,
+) -> Recipe:  # fmt: skip
+    """How to train `model`, transferred from what suits `reference`, depth 12.
+
+    The horizon is `iterations`, or else `target_flops`, or else `ratio` tokens for each scaling weight; 0 is not given.
+    `batch_tokens` overrides the batch. Raises UserError if not one update fits the horizon.
+    """
+    tokens, reference_tokens = int(ratio * model.scaling), ratio * reference.scaling
+    best = REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
+    batch = batch_tokens or 2 ** round(math.log2(best))
+    if not iterations:
+        iterations = round(target_flops / (model.flops_per_token * batch)) if target_flops else tokens // batch
+    if iterations < 1:
+        raise UserError(f"the horizon is shorter than one update of {batch:,} tokens; raise it, or lower the batch")
+    batch_scale = math.sqrt(batch / REFERENCE_BATCH)
+    return Recipe(
+        tokens=tokens,
+        batch_tokens=batch,
+        iterations=iterations,
+        batch_scale=batch_scale,
+        width_scale=(width / 768) ** -0.5,
+        weight_decay=WEIGHT_DECAY * batch_scale * reference_tokens / tokens,
+    )
+
+
+def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
+    """`config` with what follows from its depth, in all that neither the command line (`typed`) nor a preset chose.
+
+    Raises UserError for a shape typed beside the depth, and for a batch that micro-batches do not divide.
+    """
+    chosen = set(typed) | {
+        f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(Pretrain(), f.name)
+    }
+    for name in ("n_layer", "n_head", "n_embd"):
+        if name in chosen:
+            raise UserError(f"--{name} follows from --depth={config.depth}; leave one of them out")
+    context = config.block_size if "block_size" in chosen else CONTEXT
+    micro_batch = config.batch_size if "batch_size" in chosen else BATCH_SIZE
+    model = model_of(config.depth, vocab_size, context, config.head_dim)
+    found = recipe(
+        sizes(model),
+        sizes(model_of(REFERENCE_DEPTH, vocab_size, context, config.head_dim)),
+        model.n_embd,
+        ratio=config.target_param_data_ratio,
+        iterations=config.max_iters if "max_iters" in chosen else 0,
+        target_flops=config.target_flops,
+        batch_tokens=config.total_batch_size,
+    )
+    if found.batch_tokens % (micro_batch * context):
+        raise UserError(
+            f"an update has {found.batch_tokens:,} tokens, which micro-batches of {micro_batch} · {context} do not "
+            "divide; change --batch_size, --block_size or --total_batch_size"
+        )
+    shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if hasattr(config, f.name)}
+    derived = shape | dict(
+        batch_size=micro_batch,
+        gradient_accumulation_steps=found.batch_tokens // (micro_batch * context),
+        max_iters=found.iterations,
+        lr_decay_iters=config.max_iters if "max_iters" in chosen else found.iterations,
+        optimizer="muon",
+        cautious=True,
+        normalize=True,
+        learning_rate=found.embedding_lr,
+        head_lr=found.head_lr,
+        matrix_lr=found.matrix_lr,
+        min_lr=FLOOR * (config.learning_rate if "learning_rate" in chosen else found.embedding_lr),
+        weight_decay=found.weight_decay,
+        beta1=0.8,
+        beta2=0.96,
+        grad_clip=0.0,
+        schedule="trapezoid",
+        warmup_iters=WARMUP,
+    )
+    return dataclasses.replace(config, **{name: value for name, value in derived.items() if name not in chosen})
+
+
+# ---- schedules
+
+
+def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
+    """Sets what changes from update to update; returns the learning rate.
+
+    The cosine changes the rates alone; the trapezoid also Muon's momentum and weight decay.
+    """
+    if config.schedule == "cosine" or not config.decay_lr:
+        rate = loop.learning_rate(iteration, config)
+    else:
+        end = config.lr_decay_iters
+        floor = config.min_lr / config.learning_rate
+        rate = config.learning_rate * trapezoid(iteration, end, config.warmup_iters, config.warmdown_ratio, floor)
+        for group in optimizer.param_groups:
+            if group.get("kind") == "muon":
+                group["momentum"] = momentum(iteration, end, config.warmdown_ratio)
+                group["weight_decay"] = config.weight_decay * half_cosine(iteration, end)
+    loop.set_learning_rate(optimizer, rate)
+    return rate
+
+
+def trapezoid(
+    iteration: int, end: int, warmup: int = WARMUP, warmdown: float = WARMDOWN, floor: float = FLOOR
+) -> float:
+    """Linearly up to 1 in `warmup` iterations; 1; linearly down to `floor` in the last `warmdown` of `end`."""
+    down = round(warmdown * end)
+    if iteration < warmup:
+        return (iteration + 1) / warmup
+    if iteration <= end - down:
+        return 1.0
+    left = max(0, end - iteration) / max(1, down)
+    return left + (1 - left) * floor
+
+
+def momentum(iteration: int, end: int, warmdown: float = WARMDOWN) -> float:
+    """Muon's: up over the first MOMENTUM_WARMUP iterations, down again as the rates fall."""
+    first, highest, last = MOMENTUM
+    down = round(warmdown * end)
+    if iteration < MOMENTUM_WARMUP:
+        return first + (highest - first) * iteration / MOMENTUM_WARMUP
+    if iteration < end - down:
+        return highest
+    fallen = min(1.0, (iteration - (end - down)) / max(1, down))
+    return highest * (1 - fallen) + last * fallen
+
+
+def half_cosine(iteration: int, end: int) -> float:
+    """From 1 to 0 at `end`."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, iteration / max(1, end))))

@@ -1,0 +1,285 @@
+"""What fits on a GPU, and how long and how dear its training is. Nothing runs: all is counted.
+
+    python -m train.plan                                    the models of the dial on the GPU here, or on an H100
+    python -m train.plan "RTX 4090" --n_gpu=2 --prices="RTX 4090=0.4"
+    python -m train.pretrain --depth=12 --dry_run           one run in full, on several GPUs
+
+Memory of one GPU, in bytes, with P weights of which Pm are Muon's, activations of a bytes, B sequences of T tokens:
+
+    weights 4P + gradients 4P + optimizer 8(P - Pm) + 4 Pm           AdamW keeps two numbers for a weight, Muon one
+    16-bit copies of the blocks' weights, a · Pblocks                kept for the backward pass; none in fp32
+    activations BT (a [L (6C + 2K + R + nW) + 2C] + 4 [s (2L + 1) + L H])
+    loss: a VC for the head's gradient, and min(a BTV, 1 GiB) of logits at a time
+
+of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 4 with swiglu, else 2;
+s = 2 statistics of a row in LayerNorm, 1 in RMSNorm. Dropout's masks and activation checkpointing are left out. It is
+what the Triton kernels keep from forward to backward, to the byte (tests/test_plan.py); 10% of the GPU's memory stay
+free for CUDA itself and fragmentation. Several GPUs each hold everything.
+
+Time = FLOPs / (GPUs · peak · MFU), exact FLOPs and dense bf16 peaks (gptfast/mfu.py) at an MFU that you assume.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gptfast import cli, mfu
+from gptfast.cli import UserError
+from gptfast.config import PRESETS, GPTConfig
+from train import dial
+from train.config import Pretrain
+from train.dial import Recipe, Sizes
+
+DEPTHS = (4, 6, 8, 12, 16, 20, 24, 26, 32)
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPUS = ("RTX 4090", "A100 SXM 40GB", "A100 SXM 80GB", "H100 SXM", "H200 SXM", "B200")
+USABLE = 0.9  # of a GPU's memory
+LOGITS_BYTES = 2**30  # linear_cross_entropy's largest piece on a GPU
+NOTE = "Memory and time are counted, not measured: see the head of train/plan.py."
+
+
+@dataclass(frozen=True)
+class Plan:
+    gpu: str = ""  # its name, as in the table of gptfast/mfu.py; the GPU here by default, or else an H100 SXM
+    n_gpu: int = 1  # how many of them train together
+    depth: int = 0  # of one model only; 0: several, and the GPT-2s
+    context: int = dial.CONTEXT  # tokens in a sequence; a GPT-2 takes 1024 at most
+    vocab_size: int = dial.VOCAB  # of the dial's models
+    ratio: float = dial.RATIO  # tokens to train on for each weight of the blocks and the head
+    assumed_mfu: float = 0.4  # the part of the peak that training reaches
+    prices: str = "H100 SXM=3"  # dollars for an hour of a GPU, NAME=DOLLARS with commas between; n/a for all others
+    architecture: Literal["gptfast", "nanochat"] = "gptfast"  # whose model of a depth to count; nanochat's: no memory
+
+    def __post_init__(self) -> None:
+        for name in ("n_gpu", "context", "vocab_size", "ratio"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must be above 0")
+        if not 0 < self.assumed_mfu <= 1:
+            raise UserError(f"--assumed_mfu={self.assumed_mfu}: must be above 0 and at most 1")
+        if self.depth < 0:
+            raise UserError(f"--depth={self.depth}: must not be negative")
+
+
+# ---- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.loss
+
+
+def memory(config: GPTConfig, batch: int, *, optimizer: str, itemsize: int = 2) -> Memory:
+    """What a training step of `batch` sequences holds at most, by the formula of this page."""
+    parameters, blocks = dial.sizes(config).parameters, mfu.block_params(config)
+    momenta = blocks if optimizer == "muon" else 0
+    tokens = batch * config.block_size
+    return Memory(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * (parameters - momenta) + 4 * momenta,
+        copies=itemsize * blocks if itemsize < 4 else 0,
+        activations=activation_bytes(config, tokens, itemsize),
+        loss=itemsize * mfu.lm_head_params(config) + min(itemsize * tokens * config.vocab_size, LOGITS_BYTES),
+    )
+
+
+def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
+    """What is kept for the backward pass, the gradient of the hidden state from the loss included."""
+    L, C, K = config.n_layer, config.n_embd, config.kv_heads * config.head_dim
+    rotated = C + K if config.position == "rope" else 0
+    wide = (4 if config.activation == "swiglu" else 2) * config.hidden_width
+    statistics = (2 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
+    return tokens * (itemsize * (L * (6 * C + 2 * K + rotated + wide) + 2 * C) + 4 * statistics)
+
+
+def largest_batch(config: GPTConfig, memory_bytes: float, *, optimizer: str) -> int:
+    """The most sequences of a micro-batch that fit; 0 where not one does."""
+    low, high = 0, 2**16
+    while low < high:
+        middle = (low + high + 1) // 2
+        if memory(config, middle, optimizer=optimizer).total <= USABLE * memory_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# ---- the models of the dial on one GPU
+
+
+def main(argv: list[str]) -> None:
+    config = cli.parse(Plan, argv, positional="gpu")
+    print(tabulate(config, gpu_named(config.gpu or _gpu_here())))
+
+
+def _gpu_here() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "H100 SXM"
+
+
+def gpu_named(name: str) -> mfu.Peak:
+    """The GPU of that name. Raises UserError for one whose peak is not known."""
+    found = mfu.peak(name)
+    if found is None or found.bf16 is None:
+        raise UserError(f"{name}: {mfu.why_unknown(name)}")
+    return found
+
+
+def prices_of(text: str) -> dict[str, float]:
+    """Dollars for an hour of a GPU, by the name of its row in mfu.DEVICES; of 'H100 SXM=3,RTX 4090=0.5'."""
+    prices = {}
+    for entry in filter(None, text.split(",")):
+        name, _, dollars = entry.partition("=")
+        try:
+            prices[gpu_named(name.strip()).device] = float(dollars)
+        except ValueError as error:
+            reason = error if isinstance(error, UserError) else f"{dollars!r} is no number"
+            raise UserError(f"--prices={entry}: {reason}; type NAME=DOLLARS, commas between") from None
+    return prices
+
+
+def tabulate(config: Plan, gpu: mfu.Peak) -> str:
+    """A line for each model: what it counts, the largest micro-batch that fits, and time and price of its training."""
+    price = prices_of(config.prices).get(gpu.device)
+    lines = [
+        f"{config.n_gpu} x {gpu.device}, {_or_na(gpu.memory_gb, 'g', ' GB')} and {_tera(gpu.bf16)} bf16 TFLOP/s each, "
+        f"at an assumed MFU of {config.assumed_mfu:.0%}; contexts of {config.context} tokens",
+        "",
+        f"{'model':<12}{'parameters':>15}{'FLOP/token':>12}{'tokens':>17}{'an update':>11}{'updates':>9}{'batch':>7}"
+        f"{'GB':>7}{'tokens/s':>12}{'hours':>10}{'dollars':>10}",
+    ]
+    for name, model, counted, found in _models(config):
+        tokens = found.batch_tokens * found.iterations
+        batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu) if model else None
+        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if model and batch else None
+        hours = None if batch == 0 else _hours(counted.flops_per_token * tokens, gpu, config)
+        lines.append(
+            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{found.batch_tokens:>11,}"
+            f"{found.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
+            f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
+            f"{_or_na(hours and price and hours * config.n_gpu * price, ',.0f'):>10}"
+        )
+    note = f"\n\nbatch: sequences of the largest micro-batch that fits and one update can use; 0: not one fits. {NOTE}"
+    return "\n".join(lines) + note
+
+
+def _models(config: Plan) -> list[tuple[str, GPTConfig | None, Sizes, Recipe]]:
+    """Name, model, what it counts and how to train it. nanochat's own models are counted only."""
+    rows: list[tuple[str, GPTConfig | None, Sizes, Recipe]] = []
+    for depth in (config.depth,) if config.depth else DEPTHS:
+        models = [dial.model_of(d, config.vocab_size, config.context) for d in (depth, dial.REFERENCE_DEPTH)]
+        if config.architecture == "nanochat":
+            counted, reference = (
+                dial.nanochat_sizes(d, config.vocab_size, config.context) for d in (depth, dial.REFERENCE_DEPTH)
+            )
+        else:
+            counted, reference = map(dial.sizes, models)
+        found = dial.recipe(counted, reference, models[0].n_embd, ratio=config.ratio)
+        rows.append((f"d{depth}", models[0] if config.architecture == "gptfast" else None, counted, found))
+    for name in PUBLISHED if config.architecture == "gptfast" and not config.depth else ():
+        counted, reference = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
+        rows.append(
+            (name, PRESETS[name], counted, dial.recipe(counted, reference, PRESETS[name].n_embd, ratio=config.ratio))
+        )
+    return rows
+
+
+def _optimizer(model: GPTConfig) -> str:
+    return "adamw" if model.position == "learned" else "muon"
+
+
+def _micro_batch(model: GPTConfig, gpu: mfu.Peak, tokens: int) -> int | None:
+    """The largest that fits, and no larger than `tokens` ask for; None where the memory is not known."""
+    if gpu.memory_gb is None:
+        return None
+    return min(largest_batch(model, gpu.memory_gb * 2**30, optimizer=_optimizer(model)), tokens // model.block_size)
+
+
+def _hours(flops: float, gpu: mfu.Peak, config: Plan | Pretrain, n_gpu: int = 1) -> float:
+    assert gpu.bf16 is not None
+    return flops / (getattr(config, "n_gpu", n_gpu) * gpu.bf16 * config.assumed_mfu) / 3600
+
+
+# ---- one run in full
+
+
+def describe(config: Pretrain, model: GPTConfig) -> str:
+    """The plan of `python -m train.pretrain ... --dry_run`."""
+    counted, flops = dial.sizes(model), mfu.flops_per_token(model, model.block_size)
+    held = memory(model, config.batch_size, optimizer=config.optimizer)
+    per_update = config.gradient_accumulation_steps * config.batch_size * model.block_size
+    tokens = per_update * config.max_iters
+    positions = model.block_size * model.n_embd * (model.position == "learned")
+    head_lr = config.learning_rate if config.head_lr is None else config.head_lr
+    muon = f"matrices {config.matrix_lr:.4g}, head {head_lr:.4g}, others " if config.optimizer == "muon" else ""
+    warmdown = f" over the last {config.warmdown_ratio:.0%}" if config.schedule == "trapezoid" else ""
+    rows = {
+        "model": f"{model.n_layer} layers, {model.n_head} heads of {model.head_dim}, width {model.n_embd}, "
+        f"context {model.block_size}, vocabulary {model.vocab_size:,}",
+        "parameters": f"{counted.parameters:,}; {counted.parameters - positions:,} without positions; blocks "
+        f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}",
+        "checkpoint": f"{(held.weights + held.optimizer) / 1e6:,.0f} MB",
+        "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; {flops.palm / flops.mfu:.4f} times as "
+        "many by PaLM's count",
+        "horizon": f"{config.max_iters:,} updates of {per_update:,} tokens = {tokens:,} tokens, "
+        f"{tokens / counted.scaling:.2f} for each weight of blocks and head",
+        "update": f"{config.gradient_accumulation_steps} micro-batches of {config.batch_size} sequences, over all GPUs",
+        "rates": f"{config.optimizer}: {muon}{config.learning_rate:.4g}; weight decay {config.weight_decay:.4g}",
+        "schedule": f"{config.schedule}, {config.warmup_iters:,} iterations up, down to {config.min_lr:.4g}{warmdown}",
+        "memory": f"{_gb(held.total)} on each GPU: weights {_gb(held.weights)}, gradients {_gb(held.gradients)}, "
+        f"optimizer {_gb(held.optimizer)}, copies {_gb(held.copies)}, activations {_gb(held.activations)}, "
+        f"loss {_gb(held.loss)}",
+    }
+    return "\n".join(
+        [*(f"{name:<12}{text}" for name, text in rows.items()), "", *_on_gpus(config, model, flops.mfu * tokens)]
+    )
+
+
+def _on_gpus(config: Pretrain, model: GPTConfig, flops: float) -> list[str]:
+    prices = prices_of(config.prices)
+    lines = [f"{'GPU':<22}{'GB':>6}{'largest micro-batch':>21}{'hours on one':>14}{'on eight':>10}{'dollars':>10}"]
+    for name in dict.fromkeys([*GPUS, *prices]):
+        gpu = gpu_named(name)
+        batch = (
+            None if gpu.memory_gb is None else largest_batch(model, gpu.memory_gb * 2**30, optimizer=config.optimizer)
+        )
+        hours = None if batch == 0 else _hours(flops, gpu, config)
+        lines.append(
+            f"{name:<22}{_or_na(gpu.memory_gb, 'g'):>6}{_or_na(batch, 'd'):>21}{_or_na(hours, ',.1f'):>14}"
+            f"{_or_na(hours and hours / 8, ',.1f'):>10}"
+            f"{_or_na(hours and prices.get(gpu.device) and hours * prices[gpu.device], ',.0f'):>10}"
+        )
+    return [*lines, "", f"At an assumed MFU of {config.assumed_mfu:.0%}. {NOTE}"]
+
+
+# ---- words
+
+
+def _or_na(value: float | None, form: str, unit: str = "") -> str:
+    return "n/a" if value is None else f"{value:{form}}{unit}"
+
+
+def _tera(flops: float | None) -> str:
+    return _or_na(flops and flops / 1e12, ".4g")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -59,8 +59,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int =
     sound = cumulative[:, -1].isfinite()
     if top_p < 1:
         cumulative = torch.where(cumulative - p < top_p, p, 0.0).cumsum(dim=-1)  # the first is always kept
-    total = cumulative[:, -1:]
-    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    threshold = uniform[:, None] * cumulative[:, -1:]  # below the total, even rounded
     token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     token = token.clamp(max=p.shape[-1] - 1)  # that of NaN is past the end
     if order is not None:

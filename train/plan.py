@@ -166,12 +166,13 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
         tokens = found.batch_tokens * found.iterations
         batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu) if model else None
         held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if model and batch else None
-        hours = None if batch == 0 else _hours(counted.flops_per_token * tokens, gpu, config)
+        spent = None if batch == 0 else _gpu_hours(counted.flops_per_token * tokens, gpu, config.assumed_mfu)
+        hours = spent and spent / config.n_gpu
         lines.append(
             f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{found.batch_tokens:>11,}"
             f"{found.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
-            f"{_or_na(hours and price and hours * config.n_gpu * price, ',.0f'):>10}"
+            f"{_or_na(spent and price and spent * price, ',.0f'):>10}"
         )
     note = f"\n\nbatch: sequences of the largest micro-batch that fits and one update can use; 0: not one fits. {NOTE}"
     return "\n".join(lines) + note
@@ -209,9 +210,9 @@ def _micro_batch(model: GPTConfig, gpu: mfu.Peak, tokens: int) -> int | None:
     return min(largest_batch(model, gpu.memory_gb * 2**30, optimizer=_optimizer(model)), tokens // model.block_size)
 
 
-def _hours(flops: float, gpu: mfu.Peak, config: Plan | Pretrain, n_gpu: int = 1) -> float:
+def _gpu_hours(flops: float, gpu: mfu.Peak, assumed_mfu: float) -> float:
     assert gpu.bf16 is not None
-    return flops / (getattr(config, "n_gpu", n_gpu) * gpu.bf16 * config.assumed_mfu) / 3600
+    return flops / (gpu.bf16 * assumed_mfu) / 3600
 
 
 # ---- one run in full
@@ -257,7 +258,7 @@ def _on_gpus(config: Pretrain, model: GPTConfig, flops: float) -> list[str]:
         batch = (
             None if gpu.memory_gb is None else largest_batch(model, gpu.memory_gb * 2**30, optimizer=config.optimizer)
         )
-        hours = None if batch == 0 else _hours(flops, gpu, config)
+        hours = None if batch == 0 else _gpu_hours(flops, gpu, config.assumed_mfu)
         lines.append(
             f"{name:<22}{_or_na(gpu.memory_gb, 'g'):>6}{_or_na(batch, 'd'):>21}{_or_na(hours, ',.1f'):>14}"
             f"{_or_na(hours and hours / 8, ',.1f'):>10}"

@@ -79,7 +79,7 @@ def assert_empty(engine: Engine) -> None:
 def test_two_hundred_tokens_past_the_window_for_five_seeds(name: str) -> None:
     found = set()
     for seed in range(5):
-        model, prompt = make(ARCHITECTURES[name], seed), [seed + 1, 7, 3]
+        model, prompt = make(dataclasses.replace(ARCHITECTURES[name], n_layer=1), seed), [seed + 1, 7, 3]
         expected = naive(model, prompt, 200)
         assert run(Engine(model), (prompt, Sampling(200, 0))) == [expected]
         found |= set(expected)
@@ -313,7 +313,7 @@ def test_a_thousand_cancelled_requests_leak_nothing() -> None:
                 engine.cancel(request)
         assert_empty(engine)
         gc.collect()
-        return sum(1 for thing in gc.get_objects() if isinstance(thing, Tensor | Request))
+        return sum(1 for thing in gc.get_objects() if issubclass(type(thing), Tensor | Request))
 
     assert cycle(20) == cycle(1000)
 

@@ -58,6 +58,20 @@ def test_key_value_heads_default_to_the_query_heads() -> None:
     assert dataclasses.replace(GPTConfig(n_head=12), n_head=6).kv_heads == 6
 
 
+def test_what_is_none_has_a_value_by_the_rest() -> None:
+    assert GPTConfig(n_embd=768).hidden_width == 3072 and GPTConfig(mlp_width=2048).hidden_width == 2048
+    assert [GPTConfig(norm=norm).epsilon for norm in ("layernorm", "rmsnorm")] == [1e-5, 1e-6]
+    assert GPTConfig(norm="rmsnorm", norm_eps=1e-3).epsilon == 1e-3
+
+
+def test_a_config_of_an_older_checkpoint_is_what_it_was() -> None:
+    """Fields that came later default to what the model did before them."""
+    later = {"norm_weight", "norm_eps", "rope_base", "mlp_width"}
+    older = {name: value for name, value in dataclasses.asdict(PRESETS["modern"]).items() if name not in later}
+    config = GPTConfig(**older)
+    assert config == PRESETS["modern"] and config.rope_base == 10000.0 and not config.norm_weight
+
+
 REFUSED = [
     ({"block_size": 0}, "block_size is 0"),
     ({"vocab_size": -1}, "vocab_size is -1"),
@@ -74,6 +88,9 @@ REFUSED = [
     ({"activation": "swish"}, "activation is 'swish'"),
     ({"position": "rope", "n_embd": 9, "n_head": 3}, "even head size"),
     ({"softcap": 0.0}, "softcap is 0.0"),
+    ({"mlp_width": 0}, "mlp_width is 0"),
+    ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be positive"),
+    ({"rope_base": -1.0}, "rope_base is -1.0"),
 ]
 
 

@@ -132,7 +132,7 @@ def test_the_command_bounds_its_threads_before_torch_loads(out_dir: Path) -> Non
     flags = [f"--out_dir={out_dir}", "--device=cpu", "--start=a ", "--num_samples=1", "--max_new_tokens=3"]
     program = (
         f"import os, runpy, sys; sys.argv = ['sample', *{flags}]\n"
-        "try: runpy.run_module('gptfast.sample', run_name='__main__')\n"
+        "try: runpy.run_module('gptfast.sample', run_name='__main__', alter_sys=True)\n"
         "finally: print(os.environ['GOMP_SPINCOUNT'])"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

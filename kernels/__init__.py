@@ -56,8 +56,9 @@ def load(implementation: str = "auto", **per_op: str) -> Ops:
     """Choose an implementation for every op, and another for those named by keyword.
 
     'reference' is plain PyTorch, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto'
-    triton where it can run and the reference elsewhere. Raises ValueError for a name that does not exist, RuntimeError
-    for an explicit 'triton' or 'interpret' that cannot run here: nothing falls back in silence.
+    triton where it can run and the reference elsewhere. An op may have variants beside these, as attention has 'gluon'.
+    Raises ValueError for a name that does not exist, RuntimeError for an explicit choice that cannot run here: nothing
+    falls back in silence.
     """
     for name in per_op:
         _known("op", name, OPS)
@@ -65,10 +66,10 @@ def load(implementation: str = "auto", **per_op: str) -> Ops:
 
 
 def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
-    _known("implementation", implementation, IMPLEMENTATIONS)
+    _known("implementation", implementation, (*IMPLEMENTATIONS, *op.variants))
     if implementation == "reference":
         return "reference", "asked for", op.reference
-    kernel = op.triton
+    kernel = op.variants.get(implementation, op.triton)
     obstacle = "it has no kernel yet" if kernel is None else _triton.MISSING or ""
     if implementation == "interpret":
         if kernel is None or obstacle:
@@ -76,9 +77,11 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
         return "interpret", "asked for", _interpreted(kernel)
     obstacle = obstacle or _no_gpu()
     if kernel is not None and not obstacle:
-        return "triton", "asked for" if implementation == "triton" else "CUDA is available", kernel
-    if implementation == "triton":
-        raise RuntimeError(f"{op.name}: 'triton' cannot run: {obstacle}; use 'auto', 'reference' or 'interpret'")
+        chosen = implementation != "auto"
+        return implementation if chosen else "triton", "asked for" if chosen else "CUDA is available", kernel
+    if implementation != "auto":
+        others = "'auto', 'reference' or 'interpret'"
+        raise RuntimeError(f"{op.name}: {implementation!r} cannot run: {obstacle}; use {others}")
     return "reference", obstacle, op.reference
 
 

@@ -25,6 +25,16 @@ try:
 except ImportError as error:
     MISSING = f"Triton is not installed ({error})"
 
+try:  # Gluon is experimental: it comes and goes with the version of Triton, and its pages name those they are fit for
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonJITFunction
+    from triton.experimental.gluon.language.nvidia import hopper as gl_hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    HAS_GLUON = True
+except ImportError:
+    HAS_GLUON = False
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -66,7 +76,7 @@ if MISSING is None:
                 return super().run(*args, grid=grid, warmup=warmup, **kwargs)
             return by.launch(self, grid, *args, **kwargs)
 
-    jit = Kernel
+    jit, VERSION = Kernel, triton.__version__
 
 else:
 
@@ -93,6 +103,18 @@ else:
             return -(-a // b)
 
     jit, tl, triton, TensorDescriptor = _AbsentKernel, _AbsentLanguage(), _AbsentTriton(), None  # type: ignore[assignment]
+    VERSION = "none"
+
+
+if HAS_GLUON:
+
+    class GluonKernel(Kernel, GluonJITFunction):
+        """A kernel written in Gluon, Triton's language of layouts, barriers and warps with roles of their own."""
+
+    gluon_jit = GluonKernel
+
+else:
+    gluon_jit, gl, gl_hopper, GluonDescriptor = jit, tl, None, None  # inert: no version without Gluon is fit for them
 
 
 @functools.cache

@@ -105,10 +105,16 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
     arguments = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
-        out = op.triton(*arguments)
-        out = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor) and o.requires_grad]
-        if out:
-            torch.autograd.grad(out, leaves, [torch.empty_like(o) for o in out], allow_unused=True)
+        for function in (op.triton, *op.variants.values()):
+            try:
+                out = function(*arguments)
+            except ValueError:  # a variant need not do every case, nor run everywhere
+                if function is op.triton:
+                    raise
+                continue
+            out = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor) and o.requires_grad]
+            if out:
+                torch.autograd.grad(out, leaves, [torch.empty_like(o) for o in out], allow_unused=True)
     return found
 
 
@@ -239,7 +245,7 @@ def read_code(compiled: Any, arch: int) -> Code:
         programs_per_sm=programs_per_sm(arch, used["REG"], warps, shared),
         instructions=len(listing),
         matrix=" ".join(f"{k} {family[k]}" for k in sorted(matrix)),
-        has_dot="tt.dot" in compiled.asm["ttir"],
+        has_dot="tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],  # no ttir: Gluon
         softmax_overlap=_softmax_overlap(listing),
         loads_128=sum(".128" in op for op in loads),
         loads_narrow=sum(".128" not in op for op in loads),

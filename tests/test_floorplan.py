@@ -29,7 +29,7 @@ TOP_LEVEL = {
     *MAY_IMPORT, "results", ".ci", ".gitignore", "Makefile", "pyproject.toml", "constraints.txt",
     "README.md", "LICENSE", "SECURITY.md", "CHANGELOG.md",
 }  # fmt: skip
-NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "interpret", "aot"}
+NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "interpret", "emulate", "aot"}
 OP_MAY_IMPORT = {"_triton", "op", "prims"}
 IMPORTS_TRITON = {"_triton", "interpret", "aot"}
 IMPORTED_AT_ONCE = {"torch", "triton", "numpy", "safetensors"}  # all others are heavy or rare, and wait for their use
@@ -165,16 +165,16 @@ def heavy_imports_wait(page: Page) -> Iterator[int]:
 
 
 def only_parallel_is_distributed(page: Page) -> Iterator[int]:
-    """torch.distributed is touched by gptfast/parallel.py alone."""
-    if page.path == "gptfast/parallel.py" or page.package == "tests":
+    """torch.distributed is touched by gptfast/parallel alone."""
+    if page.module.startswith("gptfast.parallel") or page.package == "tests":
         return
     yield from (found.line for found in imports(page) if f"{found.name}.".startswith("torch.distributed."))
     yield from (node.lineno for node in ast.walk(page.tree) if dotted(node) == "torch.distributed")
 
 
 def only_parallel_reads_the_environment(page: Page) -> Iterator[int]:
-    """Environment variables change a run without a trace; torchrun's, in parallel.py, are the exception."""
-    if page.path == "gptfast/parallel.py" or page.package == "tests":
+    """Environment variables change a run without a trace; torchrun's, in gptfast/parallel, are the exception."""
+    if page.module == "gptfast.parallel" or page.package == "tests":
         return
     names = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
     yield from (found.line for found in imports(page) if found.name in names)

@@ -33,16 +33,16 @@ from .reference import attention_reference, check
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float,
+    scale: float, softcap: float, dropout: float, gluon: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout)
+    return launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout, gluon)
 
 
 def _forward_lse(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float,
+    scale: float, softcap: float, dropout: float, gluon: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, lse = launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout)
+    out, lse = launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout, gluon)
     return out, torch.where(lse == torch.inf, -torch.inf, lse * 0.6931471805599453), lse
 
 
@@ -68,7 +68,7 @@ def _backward_lse(
 
 
 def _save(inputs: tuple, output: tuple) -> tuple:
-    return *inputs[:3], output[0], output[-1], *inputs[3:]
+    return *inputs[:3], output[0], output[-1], *inputs[3:-1]
 
 
 _attention = differentiable("attention", _forward, _backward, _save)
@@ -88,11 +88,13 @@ def attention_triton(
     seed: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
+    gluon: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention_reference by the kernels of this package, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
 
     Slices of a fused projection are read where they lie; results are contiguous. Memory is O(T). Deterministic, dropout
-    included: what it zeroes follows from the seed and the positions, and the backward finds it again.
+    included: what it zeroes follows from the seed and the positions, and the backward finds it again. `gluon` insists
+    on the forward of hopper.py, and raises ValueError where it cannot run.
     """
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
@@ -106,7 +108,10 @@ def attention_triton(
     function = _attention_lse if return_lse else _attention
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     window = -1 if window is None else window
-    return function(q, k, v, cu_seqlens, drawn, causal, window, scale, float(softcap or 0.0), float(dropout))
+    return function(q, k, v, cu_seqlens, drawn, causal, window, scale, float(softcap or 0.0), float(dropout), gluon)
+
+
+attention_gluon = functools.partial(attention_triton, gluon=True)
 
 
 def inputs(
@@ -183,5 +188,6 @@ ATTENTION = Op(
         "sdpa": _sdpa(None), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "sdpa flash": _sdpa("FLASH_ATTENTION"),
         "flex": _flex,
     },
+    variants={"gluon": attention_gluon},
     summary="softmax(q k^T / sqrt(D) where the key is seen) v",
 )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tl, triton
+from .hopper import chosen, launch_hopper
 from .shared import (
     Shape,
     descriptor,
@@ -175,9 +176,9 @@ def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
 
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float,
+    scale: float, softcap: float, dropout: float, gluon: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32."""
+    """out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32. `gluon` insists on the forward of hopper.py."""
     q, k, v = rows(q), rows(k), rows(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     shape = Shape(causal, window, scale, softcap, dropout)
@@ -185,6 +186,9 @@ def launch_forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(torch.inf)
+    if chosen(gluon, q, k, v, shape, cu_seqlens):
+        launch_hopper(q, k, v, scale, out, lse)
+        return out, lse
     block = tile(D, q.dtype, arch(q))
     by_descriptor = block.descriptors and all(map(takes_descriptor, (q, k, v)))
     operands = q, k, v

@@ -1,0 +1,235 @@
+"""Attention forward for Hopper's own instructions, in Gluon: causal, bf16, D = 64 or 128.
+
+A program has three roles that run at once: one warp copies tiles of keys and values into shared memory, and two groups
+of four warps each attend 64 queries to them. Within a group the product with the values lags one tile, so that it runs
+under the exponentials of the next; between the groups the tensor cores are passed to and fro, so that one computes its
+exponentials while the other multiplies. After FlashAttention-3 (Shah et al., arXiv:2407.08608).
+
+The roles speak through barriers in shared memory, each good for one rendezvous after another; its phase, 0 or 1, tells
+two in a row apart. kernels/emulate.py runs the protocol on a CPU and finds what it lacks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import VERSION, GluonDescriptor, arch, gl, gl_hopper, gluon_jit, launcher, skip, triton
+from ..op import require
+from .shared import Shape, place, takes_descriptor
+
+
+@gluon_jit
+def _fetch(source, b, head, row, full, target):
+    """Start the copy of a tile of rows of one head; `full` is arrived at when it has landed."""
+    gl_hopper.mbarrier.expect(full, source.block_type.nbytes)
+    gl_hopper.tma.async_copy_global_to_shared(source, [b, head, row, 0], full, target)
+
+
+@gluon_jit
+def _supply(
+    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g, row, tiles,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of the one warp: bring what the others consume, in the order in which they do, the last keys first."""
+    for group in gl.static_range(2):
+        _fetch(q, b, h, row + group * (BLOCK_M // 2), q_full.index(group), q_tiles.index(group))
+    for i in range(tiles + 1):  # keys are needed one tile before their values
+        if i < tiles:
+            stage = i % STAGES
+            gl_hopper.mbarrier.wait(k_free.index(stage), (i // STAGES + 1) & 1)
+            _fetch(k, b, g, (tiles - 1 - i) * BLOCK_N, k_full.index(stage), k_tiles.index(stage))
+        if i > 0:
+            stage = (i - 1) % STAGES
+            gl_hopper.mbarrier.wait(v_free.index(stage), ((i - 1) // STAGES + 1) & 1)
+            _fetch(v, b, g, (tiles - i) * BLOCK_N, v_full.index(stage), v_tiles.index(stage))
+
+
+@gluon_jit
+def _softmax_step(s, m, l, first, n, scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
+    """Fold the scores of the keys from n on into the running maximum m and sum l. The first query stands at `first`."""
+    if n + BLOCK_N > first + 1:
+        position = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        keys = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+        s = gl.where(position[:, None] >= keys[None, :], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # no key seen yet: every weight is exp2(-inf - 0) = 0
+    p = gl.exp2(s * scale - origin[:, None])
+    alpha = gl.exp2(m - origin)
+    return p.to(gl.bfloat16), alpha, m_new, l * alpha + gl.sum(p, 1)
+
+
+@gluon_jit
+def _attend(
+    out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h, row, tiles, T, back,
+    scale, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of a group of four warps: ROWS queries from `row` on -> out and the log-sum-exp in base 2."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    first = row + back
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros([ROWS, D], gl.float32, OUT)
+    blank = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+    q_tile = q_tiles.index(GROUP)
+    q = q_tile.reshape([ROWS, D])
+
+    gl_hopper.mbarrier.wait(q_full.index(GROUP), 0)
+    gl_hopper.mbarrier.wait(k_full.index(0), 0)
+    keys = k_tiles.index(0).reshape([BLOCK_N, D]).permute([1, 0])
+    s = gl_hopper.warpgroup_mma(q, keys, blank, use_acc=False, is_async=True)
+    s = gl_hopper.warpgroup_mma_wait(0, [s])
+    gl_hopper.mbarrier.arrive(k_free.index(0))
+    p, alpha, m, l = _softmax_step(s, m, l, first, (tiles - 1) * BLOCK_N, scale, ROWS, BLOCK_N, SCORES)
+    weights = gl.convert_layout(p, WEIGHTS)
+    if tiles > 1:
+        gl_hopper.mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1)
+    for i in range(1, tiles):
+        k_stage, v_stage = i % STAGES, (i - 1) % STAGES
+        gl_hopper.mbarrier.wait(turn.index(GROUP), (i - 1) & 1)
+        keys = k_tiles.index(k_stage).reshape([BLOCK_N, D]).permute([1, 0])
+        s = gl_hopper.warpgroup_mma(q, keys, blank, use_acc=False, is_async=True)
+        gl_hopper.mbarrier.wait(v_full.index(v_stage), ((i - 1) // STAGES) & 1)
+        values = v_tiles.index(v_stage).reshape([BLOCK_N, D])
+        acc = gl_hopper.warpgroup_mma(weights, values, acc, is_async=True)
+        gl_hopper.mbarrier.arrive(turn.index(1 - GROUP))
+        s = gl_hopper.warpgroup_mma_wait(1, [s])
+        gl_hopper.mbarrier.arrive(k_free.index(k_stage))
+        p, alpha, m, l = _softmax_step(s, m, l, first, (tiles - 1 - i) * BLOCK_N, scale, ROWS, BLOCK_N, SCORES)
+        # Waiting for the next keys here, and not at the top, keeps ptxas from moving the exponentials below the wait
+        # for the values' product: they would then no longer run under it.
+        if i + 1 < tiles:
+            gl_hopper.mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        acc, weights = gl_hopper.warpgroup_mma_wait(0, [acc, weights])
+        gl_hopper.mbarrier.arrive(v_free.index(v_stage))
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+        weights = gl.convert_layout(p, WEIGHTS)
+    last = (tiles - 1) % STAGES
+    gl_hopper.mbarrier.wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)
+    acc = gl_hopper.warpgroup_mma(weights, v_tiles.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+    acc, weights = gl_hopper.warpgroup_mma_wait(0, [acc, weights])
+
+    t = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    gl.store(lse_ptr + t, m + gl.log2(l), t < T)
+    acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, OUT))[:, None]
+    q.store(acc.to(gl.bfloat16))  # where the queries lay, which are needed no more
+    gl_hopper.fence_async_shared()
+    gl_hopper.tma.async_copy_shared_to_global(out, [b, h, row, 0], q_tile)
+    gl_hopper.tma.store_wait(0)
+
+
+@gluon_jit
+def attention_fwd_kernel_hopper(
+    q, k, v, out, lse_ptr, heads, T, S, H, G, scale,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, over the keys up to their own -> out and the log-sum-exp in base 2.
+
+    q, k, v and out are descriptors of (B, heads, rows, D). `scale` is to base 2. T <= S: every query sees a key.
+    """
+    ROWS: gl.constexpr = BLOCK_M // 2
+    head, block = place(gl.program_id(0), gl.cdiv(T, BLOCK_M), heads, S, D, True)
+    b, h = head // H, head % H
+    g = h // (H // G)
+    row = block * BLOCK_M
+    tiles = gl.cdiv(gl.minimum(row + BLOCK_M, T) + (S - T), BLOCK_N)  # up to the last key that a query sees
+    lse_ptr += head.to(gl.int64) * T
+
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, ROWS, D], q.layout)
+    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, BLOCK_N, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, BLOCK_N, D], v.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], gl_hopper.mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], gl_hopper.mbarrier.MBarrierLayout())
+    for group in gl.static_range(2):
+        gl_hopper.mbarrier.init(q_full.index(group), count=1)
+        gl_hopper.mbarrier.init(turn.index(group), count=1)
+    for stage in gl.static_range(STAGES):
+        gl_hopper.mbarrier.init(k_full.index(stage), count=1)
+        gl_hopper.mbarrier.init(v_full.index(stage), count=1)
+        gl_hopper.mbarrier.init(k_free.index(stage), count=2)  # both groups are done with the tile
+        gl_hopper.mbarrier.init(v_free.index(stage), count=2)
+    gl_hopper.mbarrier.arrive(turn.index(0))  # the first turn is group 0's
+
+    gl.warp_specialize(
+        [
+            (_attend, (out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h,
+                       row, tiles, T, S - T, scale, 0, ROWS, BLOCK_N, D, STAGES)),
+            (_attend, (out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h,
+                       row + ROWS, tiles, T, S - T, scale, 1, ROWS, BLOCK_N, D, STAGES)),
+            (_supply, (q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g,
+                       row, tiles, BLOCK_M, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Queries of a program, keys of a tile, tiles of keys in flight, registers of a thread that attends."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    registers: int
+
+
+# By head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
+TILES = {64: Tile(128, 128, 2, 240), 128: Tile(128, 128, 2, 240)}
+
+
+def _descriptor(x: Tensor, block: int) -> Any:
+    """A descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head, swizzled as matrix products read."""
+    view, shape = x.transpose(1, 2), [1, 1, block, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
+    return GluonDescriptor(view, list(view.shape), list(view.stride()), shape, layout)
+
+
+# The versions of Triton whose Gluon this page is written in; it changes with most.
+WRITTEN_FOR = ("3.6.0", "3.7.1")
+# Where a GPU has shown this forward to be right and faster, as (architecture, version of Triton): there `attention`
+# takes it unasked. No GPU has run it yet. To add one: tests/test_attention_hopper.py and bench/ops.py on it.
+PROVEN: frozenset[tuple[int, str]] = frozenset()
+
+
+def chosen(insisted: bool, q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
+    """Whether this forward is to run: where it is proven and can. Raises ValueError if insisted on where it cannot."""
+    if launcher() is skip or not (insisted or (arch(q), VERSION) in PROVEN):
+        return False
+    obstacle = _obstacle(q, k, v, shape, cu_seqlens)
+    require(not (insisted and obstacle), f"attention by Gluon: {obstacle}; leave the choice to attention_triton")
+    return not obstacle
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> str:
+    """What keeps this forward from running, in words that name the argument; '' if nothing does."""
+    (_, T, _, D), S, found = q.shape, k.shape[1], arch(q)
+    needs = {
+        f"Triton {' or '.join(WRITTEN_FOR)}, this is {VERSION}": VERSION in WRITTEN_FOR,
+        f"q: the kernel is for sm_90, this is sm_{found}": found == 90,
+        f"q: needs bf16 and a head dim of 64 or 128, got {q.dtype} and {D}": q.dtype == torch.bfloat16 and D in TILES,
+        f"k: needs at least as many keys as queries, got {S} and {T}": S >= T,
+        "causal: needs True": shape.causal,
+        "window: needs None": shape.window < 0,
+        "softcap: needs None": not shape.softcap,
+        "dropout: needs 0": not shape.dropout,
+        "cu_seqlens: needs None": cu_seqlens is None,
+        "q, k, v: need rows that begin at multiples of 16 bytes": all(map(takes_descriptor, (q, k, v))),
+    }
+    return next((need for need, met in needs.items() if not met), "")
+
+
+def launch_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Fill out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32, both contiguous."""
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    block = TILES[D]
+    attention_fwd_kernel_hopper[(triton.cdiv(T, block.block_m) * B * H,)](
+        _descriptor(q, block.block_m // 2), _descriptor(k, block.block_n), _descriptor(v, block.block_n),
+        _descriptor(out, block.block_m // 2), lse, B * H, T, S, H, G, scale * 1.4426950408889634,
+        D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, STAGES=block.stages, REGISTERS=block.registers, num_warps=4,
+    )  # fmt: skip

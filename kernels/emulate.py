@@ -1,0 +1,499 @@
+"""Run Gluon kernels for Hopper on CPU tensors, to find what their barriers miss.
+
+The roles of a program are threads of which one runs at a time. Wherever a role does what others may notice, a seeded
+scheduler decides who goes on, or which copy lands; products of matrices are computed when they are waited for, the last
+moment that the hardware allows. So runs differ by their seed, and one seed always gives the same run.
+
+Races are found whatever the schedule: every role, copy and product carries a vector clock (Mattern, "Virtual time and
+global states of distributed systems", 1989) that barriers hand on, and an access to shared memory that no barrier has
+put after the last is an error. So are a deadlock, a barrier that is arrived at too often or whose phase goes by unseen,
+and a store that copies cannot see for want of a fence.
+
+Programs run one after another, registers hold torch tensors, and layouts mean nothing: what is emulated is order and
+values. Of the language there is what the kernels use.
+"""
+
+import contextlib
+import inspect
+import itertools
+import random
+import threading
+import types
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ._triton import GluonDescriptor, GluonKernel, Launcher, gl, gl_hopper, launching, tl
+from .interpret import OutOfBounds, interpreting
+
+
+class ProtocolError(RuntimeError):
+    """The roles of a program do not agree on who may touch shared memory when."""
+
+
+class _Stopped(BaseException):
+    """Ends the roles of a program in which another has failed."""
+
+
+Clock = dict[int, int]  # what has certainly happened: the time of each role, copy and product
+
+
+def _join(clock: Clock, other: Clock) -> None:
+    for agent, time in other.items():
+        clock[agent] = max(clock.get(agent, 0), time)
+
+
+class _Role:
+    """One of the threads of a program."""
+
+    def __init__(self, number: int, clock: Clock) -> None:
+        self.number, self.clock = number, {**clock, number: 1}
+        self.may_run = threading.Semaphore(0)
+        self.until: Callable[[], bool] | None = None  # what it waits for
+        self.awaits: tuple[_Barrier, int] | None = None  # and if that is a barrier, which, and the parity
+        self.products: list[_Product] = []  # not waited for yet
+        self.stores: list[Clock] = []  # copies out of shared memory begun, with their clocks once they have landed
+
+    def tick(self) -> Clock:
+        """A copy of the clock as of now; what the role does next is later."""
+        now = dict(self.clock)
+        self.clock[self.number] += 1
+        return now
+
+
+class _Program:
+    """What the roles of one program share, and the scheduler that decides which of them runs."""
+
+    def __init__(self, index: Sequence[int], seed: str) -> None:
+        self.index, self.random = index, random.Random(seed)
+        self.products: list[int] = []  # which role began each product of matrices, in order
+        self.haste = self.random.choice((0.05, 0.3, 0.9))  # how likely a copy lands before the roles go on
+        self.agents = itertools.count()
+        self.running = _Role(next(self.agents), {})
+        self.roles = [self.running]
+        self.weights = {self.running: 1.0}
+        self.copies: list[Callable[[], None]] = []  # begun and not landed
+        self.buffers: list[_Buffer] = []
+        self.error: BaseException | None = None
+
+    def step(self, until: Callable[[], bool] | None = None) -> None:
+        """Let others go first, perhaps. Returns when the role that calls is chosen again, and `until` holds."""
+        me = self.running
+        me.until = until
+        self._choose()
+        me.may_run.acquire()
+        if self.error:
+            raise _Stopped
+        me.until = me.awaits = None
+
+    def _choose(self) -> None:
+        while not self.error:
+            ready = [role for role in self.roles if role.until is None or role.until()]
+            if self.copies and (not ready or self.random.random() < self.haste):
+                self.copies.pop(self.random.randrange(len(self.copies)))()
+            elif ready:
+                (self.running,) = self.random.choices(ready, [self.weights[role] for role in ready])
+                return self.running.may_run.release()
+            elif self.roles:
+                self.error = ProtocolError("deadlock: every role waits, and no copy is under way")
+            else:
+                return None
+        for role in self.roles:
+            role.may_run.release()
+
+    def fork(self, functions: Sequence[Callable[[], None]]) -> None:
+        """Run the functions as roles of their own, and go on when all have ended."""
+        parent, children = self.running, []
+        for function in functions:
+            role = _Role(next(self.agents), parent.clock)
+            self.weights[role] = 0.02 + self.random.random() ** 3  # some are slow
+            children.append((role, threading.Thread(target=self._play, args=(role, function), daemon=True)))
+        self.roles = [role for role, _ in children]
+        for _, thread in children:
+            thread.start()
+        self._choose()
+        for _, thread in children:
+            thread.join()
+        if self.error:
+            raise self.error
+        while self.copies:
+            self.copies.pop()()
+        for role, _ in children:
+            _join(parent.clock, role.clock)
+        self.running, self.roles = parent, [parent]
+
+    @torch.no_grad()  # which is of the thread
+    def _play(self, role: _Role, function: Callable[[], None]) -> None:
+        role.may_run.acquire()
+        try:
+            if not self.error:
+                function()
+                if role.products or role.stores:
+                    raise ProtocolError("a role ended with products or copies of its own under way")
+        except _Stopped:
+            pass
+        except BaseException as error:  # of whatever kind: the thread that launched the kernel raises it
+            self.error = self.error or error
+        self.roles.remove(role)
+        self._choose()
+
+
+class _Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes that were announced have landed."""
+
+    def __init__(self) -> None:
+        self.count, self.pending, self.bytes, self.phases = 0, 0, 0, 0
+        self.arrived: Clock = {}
+        self.handed_on: Clock = {}
+
+    def passes(self, parity: int) -> bool:
+        return self.phases & 1 != parity
+
+    def arrive(self, program: _Program, clock: Clock, count: int) -> None:
+        if count > self.pending:
+            raise ProtocolError("a barrier is arrived at more often than its count" if self.count else "no barrier yet")
+        self.pending -= count
+        _join(self.arrived, clock)
+        self.settle(program)
+
+    def settle(self, program: _Program) -> None:
+        if self.pending or self.bytes:
+            return
+        if any(role.awaits and role.awaits[0] is self and self.passes(role.awaits[1]) for role in program.roles):
+            raise ProtocolError("a phase of a barrier went by before one that waited for it had seen it")
+        self.phases += 1
+        self.pending = self.count
+        _join(self.handed_on, self.arrived)
+
+
+class _Buffer:
+    """A tile of shared memory, and who touched it last."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.tensor = torch.full(tuple(shape), torch.nan, dtype=dtype)
+        self.written: Clock = {}
+        self.read: Clock = {}
+        self.fenced = True  # whether copies see what was stored from registers
+
+    def reading(self, clock: Clock, agent: int) -> None:
+        self._after(self.written, clock, "read before what is written there is certain to be")
+        self.read[agent] = clock.get(agent, 1)
+
+    def writing(self, clock: Clock, agent: int) -> None:
+        self._after(self.written, clock, "written while another write may be under way")
+        self._after(self.read, clock, "written while it may still be read")
+        self.written, self.read = {agent: clock.get(agent, 1)}, {}
+
+    @staticmethod
+    def _after(earlier: Clock, clock: Clock, fault: str) -> None:
+        if any(clock.get(agent, 0) < time for agent, time in earlier.items()):
+            raise ProtocolError(f"race: shared memory is {fault}")
+
+
+class _View:
+    """A tile of shared memory as some shape."""
+
+    def __init__(self, program: _Program, buffer: _Buffer, tensor: Tensor) -> None:
+        self.program, self.buffer, self.tensor = program, buffer, tensor
+
+    def reshape(self, shape: Sequence[int]) -> "_View":
+        return _View(self.program, self.buffer, self.tensor.view(tuple(shape)))
+
+    def permute(self, order: Sequence[int]) -> "_View":
+        return _View(self.program, self.buffer, self.tensor.permute(tuple(order)))
+
+    def store(self, value: Tensor) -> None:
+        if (value.shape, value.dtype) != (self.tensor.shape, self.tensor.dtype):
+            raise ProtocolError(f"a store of {value.dtype}{list(value.shape)} to {list(self.tensor.shape)}")
+        self.program.step()
+        role = self.program.running
+        self.buffer.writing(role.tick(), role.number)
+        self.buffer.fenced = False
+        self.tensor.copy_(value)
+
+
+class _Array:
+    """What allocate_shared_memory returns: tiles, or barriers."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def index(self, i: Any) -> Any:
+        return self.items[int(i)]
+
+
+class _Product:
+    """A product of matrices that is under way."""
+
+    def __init__(self, agent: int, a: Any, b: _View, acc: Tensor | None) -> None:
+        self.agent, self.a, self.b, self.acc = agent, a, b, acc
+        self.value: Tensor | None = None
+
+    def compute(self) -> None:
+        a, b = (x.tensor if isinstance(x, _View) else x for x in (self.a, self.b))
+        self.value = a.float() @ b.float()
+        if self.acc is not None:
+            self.value += self.acc
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ProtocolError("a product of matrices is used before it has been waited for")
+
+    __add__ = __mul__ = __getitem__ = __getattr__ = _refuse
+
+
+class _Descriptor:
+    """A tensor descriptor as the kernel sees it."""
+
+    def __init__(self, given: Any) -> None:
+        self.tensor, self.layout = given.base, given.layout
+        nbytes = given.base.element_size() * torch.Size(given.block_shape).numel()
+        self.block_type = types.SimpleNamespace(shape=list(given.block_shape), nbytes=nbytes)
+
+    def overlap(self, corner: Sequence[Any], tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tensor at the corner and of the tile, the parts that meet; what lies past the tensor is left out."""
+        source = self.tensor
+        for axis, (start, size) in enumerate(zip(map(int, corner), self.block_type.shape, strict=True)):
+            length = max(0, min(size, source.shape[axis] - start))
+            source, tile = source.narrow(axis, min(start, source.shape[axis]), length), tile.narrow(axis, 0, length)
+        return source, tile
+
+
+class _Pointer:
+    """A pointer into a tensor, or a block of them."""
+
+    def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
+        self.tensor, self.offset = tensor, offset
+
+    def __add__(self, offset: Any) -> "_Pointer":
+        return _Pointer(self.tensor, self.offset + offset)
+
+
+class _Barriers:
+    """gl_hopper.mbarrier"""
+
+    def __init__(self, program: _Program) -> None:
+        self.program = program
+
+    MBarrierLayout = staticmethod(lambda: _Barriers)
+
+    def init(self, barrier: _Barrier, count: int) -> None:
+        barrier.count = barrier.pending = count
+
+    def expect(self, barrier: _Barrier, nbytes: int) -> None:
+        self.program.step()
+        barrier.bytes += nbytes
+        barrier.arrive(self.program, self.program.running.tick(), 1)
+
+    def arrive(self, barrier: _Barrier, *, count: int = 1) -> None:
+        self.program.step()
+        barrier.arrive(self.program, self.program.running.tick(), count)
+
+    def wait(self, barrier: _Barrier, parity: int) -> None:
+        role = self.program.running
+        role.awaits = barrier, int(parity)
+        self.program.step(lambda: barrier.passes(int(parity)))
+        _join(role.clock, barrier.handed_on)
+
+
+class _Copies:
+    """gl_hopper.tma"""
+
+    def __init__(self, program: _Program) -> None:
+        self.program = program
+
+    def async_copy_global_to_shared(
+        self, source: _Descriptor, corner: Sequence, barrier: _Barrier, target: _View
+    ) -> None:
+        _same_shape(source, target)
+        self.program.step()
+        agent, clock = next(self.program.agents), self.program.running.tick()
+        target.buffer.writing(clock, agent)
+        target.tensor.fill_(torch.nan)  # until it lands
+
+        def land() -> None:
+            target.tensor.zero_()
+            there, here = source.overlap(corner, target.tensor)
+            here.copy_(there)
+            barrier.bytes -= source.block_type.nbytes
+            _join(barrier.arrived, {**clock, agent: 1})
+            barrier.settle(self.program)
+
+        self.program.copies.append(land)
+
+    def async_copy_shared_to_global(self, target: _Descriptor, corner: Sequence, source: _View) -> None:
+        _same_shape(target, source)
+        self.program.step()
+        role, agent = self.program.running, next(self.program.agents)
+        source.buffer.reading(role.tick(), agent)
+        if not source.buffer.fenced:
+            raise ProtocolError("a copy out of shared memory may not see what was stored there: no fence between them")
+        landed: Clock = {}
+        role.stores.append(landed)
+
+        def land() -> None:
+            there, here = target.overlap(corner, source.tensor)
+            there.copy_(here)
+            landed[agent] = 1
+
+        self.program.copies.append(land)
+
+    def store_wait(self, pendings: int) -> None:
+        role = self.program.running
+        self.program.step(lambda: sum(not landed for landed in role.stores) <= pendings)
+        for landed in role.stores:
+            _join(role.clock, landed)
+        role.stores = [landed for landed in role.stores if not landed]
+
+
+def _same_shape(descriptor: _Descriptor, view: _View) -> None:
+    if descriptor.block_type.shape != list(view.tensor.shape):
+        raise ProtocolError(f"a copy of a box {descriptor.block_type.shape} and a tile {list(view.tensor.shape)}")
+
+
+class _Hopper:
+    """triton.experimental.gluon.language.nvidia.hopper"""
+
+    def __init__(self, program: _Program) -> None:
+        self.program, self.mbarrier, self.tma = program, _Barriers(program), _Copies(program)
+
+    def fence_async_shared(self) -> None:
+        """Let copies see what this role has stored."""
+        for buffer in self.program.buffers:
+            if self.program.running.number in buffer.written:
+                buffer.fenced = True
+
+    def warpgroup_mma(
+        self, a: Any, b: _View, acc: Tensor, *, use_acc: bool = True, is_async: bool = False
+    ) -> _Product | Tensor:
+        self.program.step()
+        role, agent = self.program.running, next(self.program.agents)
+        for operand in (a, b):
+            if isinstance(operand, _View):
+                operand.buffer.reading(role.clock, agent)
+        product = _Product(agent, a, b, acc if use_acc else None)
+        role.products.append(product)
+        self.program.products.append(role.number)
+        return product if is_async else self.warpgroup_mma_wait(0, [product, a])[0]
+
+    def warpgroup_mma_wait(self, outstanding: int, deps: Sequence[Any]) -> Any:
+        """Values in place of the products that are done; operands in registers have to be among deps until then."""
+        self.program.step()
+        role = self.program.running
+        while len(role.products) > outstanding:
+            product = role.products.pop(0)
+            if isinstance(product.a, Tensor) and not any(product.a is dep for dep in deps):
+                raise ProtocolError("registers that a product of matrices reads are given up before it is waited for")
+            product.compute()
+            role.clock[product.agent] = 1
+        found = tuple(d.value if isinstance(d, _Product) and d.value is not None else d for d in deps)
+        return found[0] if len(found) == 1 else found
+
+
+def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
+    """triton.experimental.gluon.language, in tensors of torch. Scalars are Python's, or tensors without axes."""
+
+    def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> _Array:
+        if layout is _Barriers:
+            return _Array([_Barrier() for _ in range(shape[0])])
+        buffers = [_Buffer(shape[1:], dtype) for _ in range(shape[0])]
+        program.buffers.extend(buffers)
+        return _Array([_View(program, buffer, buffer.tensor) for buffer in buffers])
+
+    def store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
+        places = pointer.offset[mask]
+        if places.numel() and not 0 <= places.min() <= places.max() < pointer.tensor.numel():
+            raise OutOfBounds(f"store out of bounds in program {program.index}")
+        pointer.tensor.view(-1)[places] = value[mask].to(pointer.tensor.dtype)
+
+    def warp_specialize(
+        roles: Sequence[tuple[Callable, tuple]], warps: Sequence[int], registers: Sequence[int]
+    ) -> None:
+        program.fork([partial(function, *arguments) for function, arguments in roles])
+
+    def layout(*parameters: Any) -> tuple:
+        return parameters
+
+    def pairwise(function: Callable) -> Callable:
+        return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
+
+    return types.SimpleNamespace(
+        float32=torch.float32, bfloat16=torch.bfloat16, int64=torch.int64,
+        NVMMADistributedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+        program_id=lambda axis: torch.tensor(program.index[axis], dtype=torch.int32),
+        num_programs=lambda axis: grid[axis],
+        static_range=range, cdiv=lambda a, b: -(-a // b),
+        minimum=pairwise(torch.minimum), maximum=pairwise(torch.maximum), where=torch.where,
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        arange=lambda start, stop, layout: torch.arange(start, stop, dtype=torch.int32),
+        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+        exp2=torch.exp2, log2=torch.log2, convert_layout=lambda x, layout: x,
+        allocate_shared_memory=allocate_shared_memory, store=store, warp_specialize=warp_specialize,
+    )  # fmt: skip
+
+
+# ---- launching
+
+
+def emulating(
+    seed: int = 0, arch: int = 90, watch: Callable[[list[int]], None] = lambda products: None
+) -> contextlib.AbstractContextManager:
+    """Emulate every Gluon kernel that this thread launches inside the block, and interpret every other.
+
+    The pages choose their tiles for a GPU of compute capability arch / 10. `watch` is called after each program with
+    the roles that began its products of matrices, in order: roles are numbered from 1 as warp_specialize lists them.
+    Raises ProtocolError, interpret.OutOfBounds.
+    """
+    return launching(Launcher(partial(_launch, seed, watch), arch))
+
+
+@torch.no_grad()
+def _launch(seed: int, watch: Callable, kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
+    if not isinstance(kernel, GluonKernel):
+        with interpreting():
+            return kernel[grid](*args, **kwargs)
+    signature = inspect.signature(kernel.fn)
+    known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no num_warps and such
+    bound = signature.bind(*map(_argument, args), **known)
+    bound.apply_defaults()
+    grid = tuple(grid(bound.arguments) if callable(grid) else grid)
+    for index in itertools.product(*map(range, grid)):
+        program = _Program(index, f"{seed} {index}")
+        language = _language(program, grid)
+        _emulated(kernel, {gl: language, tl: language, gl_hopper: _Hopper(program)})(**bound.arguments)
+        watch(program.products)
+    return None
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, GluonDescriptor):
+        return _Descriptor(value)
+    return _Pointer(value) if isinstance(value, Tensor) else value
+
+
+def _emulated(kernel: Any, language: dict[types.ModuleType, Any]) -> Callable:
+    """The function under a kernel, with the emulated language for its globals, and so for the functions it calls."""
+    done: dict[Callable, Callable] = {}
+
+    def emulated(kernel: Any) -> Callable:
+        fn = kernel.fn
+        if fn not in done:
+            scope: dict[str, Any] = {}
+            done[fn] = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__)
+            scope.update({name: replaced(fn.__globals__[name]) for name in _names(fn.__code__) & set(fn.__globals__)})
+        return done[fn]
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, types.ModuleType):
+            return language.get(value, value)
+        return emulated(value) if hasattr(value, "fn") else value
+
+    return emulated(kernel)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))

@@ -1,0 +1,323 @@
+"""The Gluon forward of attention: its values and its barriers in the emulator, its machine code, and when it is taken.
+
+A mutant is the page with one mistake in its protocol. Each must be caught, whatever luck the schedule brings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from oracle import relative_error
+from torch import Tensor
+
+import kernels
+from kernels import aot
+from kernels._triton import VERSION, Launcher, launching
+from kernels.attention import ATTENTION, attention_gluon, attention_triton, hopper
+from kernels.attention.reference import attention_reference
+from kernels.emulate import ProtocolError, emulating
+from kernels.interpret import interpreting
+
+pytestmark = pytest.mark.triton
+KERNEL = "attention_fwd_kernel_hopper"
+
+
+def qkv(B: int, T: int, S: int, H: int, G: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(B, T, H, D).bfloat16()
+    return q, *torch.randn(2, B, S, G, D).bfloat16().unbind()
+
+
+def forward(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """out and the log-sum-exp in base 2, by the kernel of a page, into memory that holds NaN."""
+    out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)
+    with emulating(seed, watch=check_turns):
+        page.launch_hopper(q, k, v, q.shape[3] ** -0.5, out, lse)
+    return out, lse
+
+
+def check_turns(products: list[int]) -> None:
+    """The groups multiply in turns, two products each. Nobody orders the first product of a group, nor its last."""
+    first = {group: products.index(group) for group in (1, 2)}
+    last = {group: len(products) - 1 - products[::-1].index(group) for group in (1, 2)}
+    in_turns = [group for i, group in enumerate(products) if i not in (first[group], last[group])]
+    assert in_turns == [1, 1, 2, 2] * (len(in_turns) // 4), f"not in turns: {products}"
+
+
+def check(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int) -> None:
+    """The error rule of tests/oracle.py."""
+    found, lse = forward(page, q, k, v, seed)
+    truth, truth_lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True)
+    same = attention_reference(q, k, v)
+    assert found.isfinite().all() and lse.isfinite().all()
+    assert relative_error(found, truth) <= 2 * relative_error(same, truth) + torch.finfo(q.dtype).eps, "values"
+    torch.testing.assert_close(lse.double() * torch.tensor(2.0).log(), truth_lse, rtol=1e-5, atol=1e-5)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "dims",
+    [
+        dict(B=2, T=1, S=1, H=2, G=2, D=64), dict(B=1, T=257, S=257, H=2, G=1, D=64),
+        dict(B=1, T=131, S=640, H=2, G=2, D=64), dict(B=1, T=3, S=300, H=4, G=2, D=128),
+        dict(B=2, T=130, S=389, H=2, G=1, D=128),
+    ],
+    ids=lambda dims: " ".join(f"{letter}={size}" for letter, size in dims.items()),
+)  # fmt: skip
+def test_values(dims, seed):
+    check(hopper, *qkv(**dims), seed)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_any_number_of_stages_and_tiles_half_as_wide(stages, block_n, monkeypatch):
+    monkeypatch.setitem(hopper.TILES, 64, hopper.TILES[64]._replace(stages=stages, block_n=block_n))
+    for seed in range(3):
+        check(hopper, *qkv(1, 500, 500, 1, 1, 64), seed)
+
+
+def test_gradients_follow_from_what_it_returns():
+    """The backward kernels after this forward, on slices of a fused projection; the log-sum-exp has a gradient too."""
+    T, H, G, D = 140, 2, 1, 64
+    whole = torch.randn(1, T, H + 2 * G, D).bfloat16()
+
+    def results(function, dtype: torch.dtype) -> list[Tensor]:
+        fused = whole.to(dtype).requires_grad_()
+        q, k, v = fused.split((H, G, G), dim=2)
+        out, lse = function(q, k, v, return_lse=True)
+        generator = torch.Generator().manual_seed(1)
+        seeds = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+        gradient = torch.autograd.grad((out, lse), fused, seeds)[0]
+        return [out.detach(), lse.detach(), *gradient.split((H, G, G), dim=2)]
+
+    with emulating():
+        found = results(attention_gluon, torch.bfloat16)
+    with interpreting(arch=90):
+        plain = results(attention_triton, torch.bfloat16)
+    same, truth = (results(attention_reference, dtype) for dtype in (torch.bfloat16, torch.float64))
+    for f, p, s, t in zip(found, plain, same, truth, strict=True):
+        bound = 2 * relative_error(s, t) + torch.finfo(f.dtype).eps
+        assert relative_error(f, t) <= bound
+        assert relative_error(f, p.double()) <= bound  # the delayed product of the plain forward, and this one
+
+
+def test_nan_reaches_the_queries_that_see_it_and_no_program_that_does_not():
+    q, k, v = qkv(1, 200, 200, 1, 1, 64)
+    v[0, 150, 0, 3] = torch.nan
+    out, _ = forward(hopper, q, k, v, 0)
+    assert out[0, 150:, 0, 3].isnan().all()
+    assert not out[0, :128].isnan().any() and not out[..., :3].isnan().any()
+
+
+def test_one_seed_is_one_schedule():
+    """The emulator repeats itself, and another seed is another run of the same values."""
+    q, k, v = qkv(1, 257, 257, 1, 1, 64)
+    outputs = [forward(hopper, q, k, v, seed)[0] for seed in (5, 5, 6)]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+# ---- mutants of the protocol
+
+
+GONE = "MBarrierLayout()"  # in place of a call of gl_hopper.mbarrier: does nothing
+RACE, DEADLOCK, EARLY, VALUES, TURNS = "race", "deadlock", "before it has been waited for", "values", "not in turns"
+WAIT_FOR_SCORES = "s = gl_hopper.warpgroup_mma_wait(1, [s])"
+FREE_KEYS = "gl_hopper.mbarrier.arrive(k_free.index(k_stage))"
+WAIT_FOR_SUMS = "acc, weights = gl_hopper.warpgroup_mma_wait(0, [acc, weights])"
+FREE_VALUES = "gl_hopper.mbarrier.arrive(v_free.index(v_stage))"
+
+# What is changed into what, and of which faults one must be found.
+MUTANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "keys overwritten": ("wait(k_free.index(stage), (i // STAGES + 1) & 1)", GONE, (RACE, "more often")),
+    "values overwritten": ("wait(v_free.index(stage), ((i - 1) // STAGES + 1) & 1)", GONE, (RACE, "more often")),
+    "phase of free keys": ("(i // STAGES + 1) & 1", "(i // STAGES) & 1", (DEADLOCK,)),
+    "phase of free values": ("((i - 1) // STAGES + 1) & 1", "((i - 1) // STAGES) & 1", (DEADLOCK,)),
+    "phase of free values, off by one": ("((i - 1) // STAGES + 1) & 1", "(i // STAGES + 1) & 1", (DEADLOCK, RACE)),
+    "phase of keys": ("((i + 1) // STAGES) & 1", "(i // STAGES) & 1", (DEADLOCK, RACE, "went by")),
+    "phase of keys, as if of one stage": ("((i + 1) // STAGES) & 1", "(i + 1) & 1", (DEADLOCK, RACE, "went by")),
+    "phase of values": ("v_stage), ((i - 1) // STAGES) & 1", "v_stage), (i // STAGES) & 1", (DEADLOCK, RACE)),
+    "queries not awaited": ("wait(q_full.index(GROUP), 0)", GONE, (RACE,)),
+    "first keys not awaited": ("wait(k_full.index(0), 0)", GONE, (RACE,)),
+    "second keys not awaited": ("wait(k_full.index(1 % STAGES), (1 // STAGES) & 1)", GONE, (RACE,)),
+    "keys not awaited": ("wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)", GONE, (RACE,)),
+    "values not awaited": ("wait(v_full.index(v_stage), ((i - 1) // STAGES) & 1)", GONE, (RACE,)),
+    "last values not awaited": ("wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)", GONE, (RACE,)),
+    "first keys not given back": ("arrive(k_free.index(0))", GONE, (DEADLOCK,)),
+    "keys not given back": ("arrive(k_free.index(k_stage))", GONE, (DEADLOCK,)),
+    "values not given back": ("arrive(v_free.index(v_stage))", GONE, (DEADLOCK,)),
+    "keys given back while read": (
+        f"{WAIT_FOR_SCORES}\n        {FREE_KEYS}", f"{FREE_KEYS}\n        {WAIT_FOR_SCORES}", (RACE,)),
+    "values given back while read": (
+        f"{WAIT_FOR_SUMS}\n        {FREE_VALUES}", f"{FREE_VALUES}\n        {WAIT_FOR_SUMS}", (RACE,)),
+    "one group frees the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=1", (RACE, DEADLOCK)),
+    "one group frees the values": ("v_free.index(stage), count=2", "v_free.index(stage), count=1", (RACE, DEADLOCK)),
+    "three groups free the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=3", (DEADLOCK,)),
+    "turn not awaited": ("wait(turn.index(GROUP), (i - 1) & 1)", GONE, (TURNS,)),
+    "turn not passed on": ("arrive(turn.index(1 - GROUP))", GONE, (DEADLOCK,)),
+    "turn passed to oneself": ("arrive(turn.index(1 - GROUP))", "arrive(turn.index(GROUP))", (DEADLOCK,)),
+    "turn passed on too early": (
+        "gl_hopper.mbarrier.wait(v_full.index(v_stage)",
+        "gl_hopper.mbarrier.arrive(turn.index(1 - GROUP))\n        gl_hopper.mbarrier.wait(v_full.index(v_stage)",
+        (TURNS, DEADLOCK)),
+    "no first turn": ("arrive(turn.index(0))", GONE, (DEADLOCK,)),
+    "phase of the turn": ("turn.index(GROUP), (i - 1) & 1", "turn.index(GROUP), i & 1", (TURNS, DEADLOCK)),
+    "barrier never made": ("init(v_full.index(stage), count=1)", GONE, ("no barrier yet",)),
+    "half the bytes announced": ("source.block_type.nbytes)", "source.block_type.nbytes // 2)", (DEADLOCK, RACE)),
+    "too few stages": ("gl.bfloat16, [STAGES, 1", "gl.bfloat16, [STAGES - 1, 1", ("index out of range",)),
+    "all keys to one stage": ("k_tiles.index(stage))", "k_tiles.index(0))", (RACE,)),
+    "values before their keys": ("for i in range(tiles + 1):", "for i in range(tiles, -1, -1):", (DEADLOCK,)),
+    "scores used too early": (WAIT_FOR_SCORES, WAIT_FOR_SCORES.replace("1,", "2,"), (EARLY,)),
+    "sums used too early": (WAIT_FOR_SUMS, WAIT_FOR_SUMS.replace("0,", "1,"), (EARLY,)),
+    "weights given up": (WAIT_FOR_SUMS, "acc = gl_hopper.warpgroup_mma_wait(0, [acc])", ("are given up",)),
+    "result not fenced": ("    gl_hopper.fence_async_shared()\n", "", ("no fence",)),
+    "result not awaited": ("    gl_hopper.tma.store_wait(0)\n", "", ("under way",)),
+    "both groups the same queries": ("row + ROWS, tiles", "row, tiles", ("",)),
+    "diagonal not masked": ("if n + BLOCK_N > first + 1:", "if n > first + 1:", (VALUES,)),
+    "keys in another order than values": ("_fetch(k, b, g, (tiles - 1 - i)", "_fetch(k, b, g, i", (VALUES,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
+    old, new, faults = MUTANTS[mistake]
+    source = Path(hopper.__file__).read_text()
+    assert old in source, "the page has changed: rewrite this mutant"
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new, 1))
+    spec = importlib.util.spec_from_file_location("kernels.attention.mutant", path)
+    page = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, page)
+    spec.loader.exec_module(page)
+    arguments, found = qkv(1, 640, 640, 1, 1, 64), []
+    for seed in range(4):
+        try:
+            check(page, *arguments, seed)
+        except (ProtocolError, AssertionError, IndexError) as error:
+            found.append(str(error))
+    assert found, "not caught"
+    assert all(any(fault in error for fault in faults) for error in found), found
+
+
+# ---- when it is taken
+
+
+def launched(function, *arguments, arch: int = 90, **features) -> list[str]:
+    """The kernels that a call would launch on a GPU of that architecture."""
+    found: list[str] = []
+    with launching(Launcher(lambda kernel, *_, **__: found.append(kernel.__name__), arch)):
+        function(*arguments, **features)
+    return found
+
+
+def test_nobody_gets_it_unasked_before_a_gpu_has_proven_it():
+    if (90, VERSION) not in hopper.PROVEN:
+        assert launched(attention_triton, *qkv(1, 5, 5, 1, 1, 64)) == ["attention_fwd_kernel"]
+
+
+FEATURES = (
+    dict(), dict(causal=False), dict(window=3), dict(softcap=2.0), dict(dropout=0.1),
+    dict(cu_seqlens=torch.tensor([0, 5])),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda features: next(iter(features), "plain"))
+def test_where_it_is_proven_it_is_taken_for_what_it_can_do(features, monkeypatch):
+    monkeypatch.setattr(hopper, "PROVEN", frozenset({(90, VERSION)}))
+    arguments = qkv(1, 5, 5, 1, 1, 64)
+    plain, gluon = ["attention_fwd_kernel"], [KERNEL]
+    assert launched(attention_triton, *arguments, **features) == (plain if features else gluon)
+    assert launched(attention_triton, *arguments, arch=100, **features) == plain
+    monkeypatch.setattr(hopper, "PROVEN", frozenset({(90, "3.5.0")}))
+    assert launched(attention_triton, *arguments, **features) == plain
+
+
+SMALL, WRONG = qkv(1, 5, 5, 1, 1, 64), "q: needs bf16 and a head dim of 64 or 128, got torch"
+REFUSED = {
+    "causal": (SMALL, dict(causal=False)), "window": (SMALL, dict(window=3)), "softcap": (SMALL, dict(softcap=2.0)),
+    "dropout": (SMALL, dict(dropout=0.1)), "cu_seqlens": (SMALL, dict(cu_seqlens=torch.tensor([0, 5]))),
+    "k: needs at least": (qkv(1, 6, 5, 1, 1, 64), {}),
+    f"{WRONG}.bfloat16 and 96": (qkv(1, 5, 5, 1, 1, 96), {}),
+    f"{WRONG}.float16 and 64": (tuple(x.half() for x in SMALL), {}),
+    "q, k, v: need rows": ((torch.zeros(1, 5, 1, 65).bfloat16()[..., 1:],) * 3, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_asked_for_by_name_it_refuses_what_it_cannot_do(message):
+    arguments, features = REFUSED[message]
+    with pytest.raises(ValueError, match=f"attention by Gluon: {message}.*attention_triton"):
+        launched(attention_gluon, *arguments, **features)
+
+
+def test_asked_for_by_name_it_refuses_other_chips_versions_and_processors(monkeypatch):
+    arguments = qkv(1, 5, 5, 1, 1, 64)
+    for arch in (80, 100):
+        with pytest.raises(ValueError, match=f"for sm_90, this is sm_{arch}"):
+            launched(attention_gluon, *arguments, arch=arch)
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        attention_gluon(*arguments)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="attention: 'gluon' cannot run: no CUDA device"):
+            kernels.load("auto", attention="gluon")
+    with pytest.raises(ValueError, match="no implementation named 'gluon'"):
+        kernels.load("auto", layernorm="gluon")
+    monkeypatch.setattr(hopper, "VERSION", "3.9.0")
+    with pytest.raises(ValueError, match=r"Triton 3.6.0 or 3.7.1, this is 3.9.0"):
+        launched(attention_gluon, *arguments)
+
+
+def test_compiled_as_one_operator_of_the_same_shape():
+    q, k, v = (x.to("meta") for x in qkv(1, 5, 5, 2, 1, 64))
+    torch._dynamo.reset()
+    out, lse = torch.compile(attention_gluon, fullgraph=True, backend="eager")(q, k, v, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (1, 2, 5)
+
+
+# ---- machine code
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_report_holds_its_machine_code_to_the_gates(D):
+    rows = [row for row in aot.read_report() if row["kernel"] == KERNEL and f" D={D} " in row["signature"]]
+    assert rows and {row["arch"] for row in rows} == {90}
+    for row in rows:
+        assert row["broken"] == [] and row["stack_bytes"] == 0 and row["ptxas_warnings"] == []
+        steps = D // 16 + 128 // 16  # of 16 along the axis contracted, in the two products of a tile
+        assert row["matrix"] == f"HGMMA {2 * 2 * steps}"  # in the loop and around it, for both groups
+        assert row["warps"] == 12 and row["bulk_copies"] > 0
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_order_of_its_instructions(D, tmp_path):
+    """In the loop: both products, the wait for the scores, their exponentials, and only then the wait for the sums."""
+    found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90)
+    compiled = aot.compile_launch(next(launch for launch in found if launch.kernel.__name__ == KERNEL), 90)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    sass = aot._run(aot._tool("nvdisasm", 90), "-c", str(cubin))
+    letters = {"HGMMA": "P", "WARPGROUP.DEPBAR": "w", "MUFU.EX2": "e"}
+    listing = (m.group(1) for m in aot._INSTRUCTION.finditer(sass))
+    order = "".join(letter for op in listing for name, letter in letters.items() if op.startswith(name))
+    loops = re.findall(rf"P{{{D // 16 + 8}}}we{{64,}}w", order)
+    assert len(loops) == 2, order  # one of each group
+    # The registers of all roles must fit those that the program starts with, or the last to ask would wait forever.
+    assert ".maxnreg 168" in compiled.asm["ptx"]
+    assert 2 * hopper.TILES[D].registers + 24 <= 3 * 168
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_on_a_gpu(D):
+    for T in (1, 63, 128, 1031, 4096):
+        q, k, v = (x.cuda() for x in qkv(2, T, T + 3, 4, 2, D))
+        truth = attention_reference(q.double(), k.double(), v.double())
+        bound = 2 * relative_error(attention_reference(q, k, v), truth) + torch.finfo(q.dtype).eps
+        assert relative_error(attention_gluon(q, k, v), truth) <= bound

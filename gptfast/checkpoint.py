@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -37,6 +38,7 @@ FIELDS = {  # of the manifest, by format
     2: {"format", "serial", "step", "score", "files", "sha256"},
 }
 MANIFEST = "manifest.json"
+PARTS = "parts.json"  # in a checkpoint whose tensors stand in one file per rank
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FOLDER = re.compile(r"(?:\.replaced-)?ckpt-(\d{6,})")
 
@@ -62,9 +64,11 @@ def save(
     meta: dict[str, Any],
     keep: int = 2,
     score: float | None = None,
+    write_parts: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes out_dir/ckpt-<step:06d>/ and removes all but the `keep` last saved and the best; returns its path.
 
+    `write_parts` puts tensors of a parallel run into the folder, in place of `model` (see gptfast/parallel/saving.py).
     The best is the one of the lowest `score`, such as a validation loss; one without is never the best.
     `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else is a
     TypeError before a byte is written. Raises UserError where the disk is full or out_dir cannot be written, and the
@@ -74,7 +78,7 @@ def save(
         raise UserError(f"cannot keep {keep} checkpoints; keep 1 or more")
     out_dir = Path(out_dir)
     target = out_dir / f"ckpt-{step:06d}"
-    building = out_dir / f".tmp-{target.name}"
+    building = building_of(out_dir, step)
     trees = {name: _flatten(tree, name) for name, tree in (("optimizer", optimizer), ("meta", meta))}
     if score is not None and not math.isfinite(score):
         score = None
@@ -83,7 +87,10 @@ def save(
         _remove_leftovers(out_dir)
         serial = 1 + max((_serial(path) or 0 for path in _folders(out_dir)), default=0)
         building.mkdir()
-        _write_tensors(building / "model.safetensors", model)
+        if write_parts is None:
+            _write_tensors(building / "model.safetensors", model)
+        else:
+            write_parts(building)
         for name, (structure, tensors) in trees.items():
             (building / f"{name}.json").write_text(json.dumps(structure, indent=1, allow_nan=False), "utf-8")
             if tensors:
@@ -159,6 +166,11 @@ def _copy_to_cpu(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_copy_to_cpu(item, copies) for item in tree)
     return tree
+
+
+def building_of(out_dir: str | Path, step: int) -> Path:
+    """The folder in which the checkpoint of a step is made."""
+    return Path(out_dir) / f".tmp-ckpt-{step:06d}"
 
 
 def exists(out_dir: str | Path) -> bool:
@@ -315,10 +327,17 @@ def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
         if _sha256(path) != expected["sha256"]:
             raise ValueError(f"{name} is altered (sha256 differs)")
+    optimizer = _read_tree(folder, "optimizer")
+    if PARTS in manifest["files"]:
+        from gptfast.parallel.saving import read_parts
+
+        model = read_parts(folder, optimizer)
+    else:
+        model = _read_tensors(folder / "model.safetensors")
     return Checkpoint(
         step=manifest["step"],
-        model=_read_tensors(folder / "model.safetensors"),
-        optimizer=_read_tree(folder, "optimizer"),
+        model=model,
+        optimizer=optimizer,
         meta=_read_tree(folder, "meta"),
         path=folder,
         skipped=skipped,

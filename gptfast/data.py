@@ -148,18 +148,21 @@ class Batches:
     Windows start at `randint(len(tokens) - block_size, (batch_size,))`, as in nanoGPT, drawn from a generator of its
     own: nothing else that draws random numbers changes the data, and `state_dict()` resumes at the exact next batch.
     Of several files every window is drawn alike. On CUDA the batch travels from pinned memory without blocking the
-    host.
+    host. Of `ranks` iterators with one seed, each takes every ranks-th batch of the stream that one alone would give;
+    they all have the same state, with which any number of them can go on.
     """
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, block_size: int, *, seed: int = 1337, device: str | torch.device = "cpu"
-    ) -> None:
+        self, tokens: Tokens, batch_size: int, block_size: int, *, seed: int = 1337, device: str | torch.device = "cpu",
+        rank: int = 0, ranks: int = 1,
+    ) -> None:  # fmt: skip
         _check_length(tokens, block_size, "the data")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; set --batch_size to 1 or more")
         self.batch_size = batch_size
         self.block_size = block_size
         self.device = torch.device(device)
+        self.rank, self.ranks = rank, ranks
         parts = [part for part in parts_of(tokens) if len(part) > block_size]
         self._windows = [
             part.unfold(0, block_size, 1) for part in parts
@@ -171,8 +174,8 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        start = torch.randint(int(self._ends[-1]), (self.batch_size,), generator=self._generator)
-        x, y = self._gather(start)
+        starts = torch.randint(int(self._ends[-1]), (self.ranks, self.batch_size), generator=self._generator)
+        x, y = self._gather(starts[self.rank])
         return to_device(x, self.device), to_device(y, self.device)
 
     def state_dict(self) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         config, ops = self.config, self.ops
-        B, T, C = x.shape
+        B, T = x.shape[:2]
         H, G = config.n_head, config.kv_heads
         qkv = self.c_attn(x).view(B, T, H + 2 * G, config.head_dim)
         q, k, v = qkv.split((H, G, G), dim=2)
@@ -135,7 +135,7 @@ class Attention(nn.Module):
             out = ops.attention(q, k, v, causal=True, dropout=dropout)
         else:
             out = cache.attend(self.layer, q, k, v)
-        out = self.c_proj(out.reshape(B, T, C))
+        out = self.c_proj(out.flatten(2))
         return F.dropout(out, dropout) if dropout else out
 
 

@@ -195,8 +195,9 @@ def test_a_signal_waits_while_held_and_raises_at_once_otherwise() -> None:
         stopper.release()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopper.signum == signal.SIGTERM
-        with pytest.raises(Stopped):
-            stopper.release()
+        stopper.release()
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stopper.release(agreed=signal.SIGTERM)
 
 
 SERVER = """

@@ -10,10 +10,11 @@ from gptfast.cli import UserError
 POSITIVE = (
     "eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
     "n_layer", "n_head", "n_embd", "lr_decay_iters", "keep", "head_dim",
+    "tensor_parallel",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike", "max_skips", "depth",
-    "target_flops", "total_batch_size",
+    "target_flops", "total_batch_size", "shard_size",
 )  # fmt: skip
 
 
@@ -53,6 +54,9 @@ class Pretrain:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
+    shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
+    tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
     resume: str = ""  # go on from out_dir: latest (which starts anew where there is none), best, or a step's number
     keep: int = 2  # last checkpoints to keep; the best is kept besides
     async_save: bool = False  # train on while a checkpoint is written; holds one more copy of the state, on the CPU

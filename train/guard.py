@@ -38,8 +38,8 @@ class Stopper:
             stopper.hold()         # weights change, a checkpoint is written: a signal waits
             stopper.release()      # until here
 
-    The second SIGINT leaves at once, without saving. `deferred`: signals always wait for `release(asked)`, for ranks
-    that must leave together. Outside the main thread, where Python delivers no signals, it does nothing.
+    The second SIGINT leaves at once, without saving. `deferred`: signals are only noted in `signum`, for
+    ranks that must agree to leave together. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self, *, deferred: bool = False) -> None:
@@ -61,12 +61,13 @@ class Stopper:
         """From now on a signal waits. Takes and ignores arguments, to be an optimizer's hook before its step."""
         self._held = True
 
-    def release(self) -> None:
-        """From now on a signal raises at once; raises Stopped for one that came while held."""
+    def release(self, agreed: int = 0) -> None:
+        """From now on a signal raises at once; raises Stopped for one that came while held, or, deferred, `agreed`."""
         self._held = self.deferred
-        if self.signum is not None:
+        signum = agreed if self.deferred else self.signum
+        if signum:
             self._held = True
-            raise Stopped(self.signum)
+            raise Stopped(signum)
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if self.signum == signal.SIGINT == signum:

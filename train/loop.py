@@ -10,14 +10,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gptfast.cli import UserError
 from gptfast.optim import clip_grad_norm
+from gptfast.parallel.team import ALONE, Team
 from train.guard import Batch, Guard
+
+if TYPE_CHECKING:
+    from gptfast.parallel.optimizer import ShardedOptimizer
 
 TRACE_GRAD = "trace_autograd_ops"  # torch 2.13's switch that lets a compiled graph hold its own backward
 
@@ -122,6 +126,25 @@ def step(
     return mean
 
 
+def parallel_step(
+    optimizer: ShardedOptimizer, batches: Iterator[Batch], *, accumulation: int, clip: float, guard: Guard
+) -> Tensor:
+    """`step` on every rank of a team, each with `accumulation` micro-batches of its own; returns the mean over all."""
+    losses, taken = [], []
+    for i, (tokens, targets) in enumerate(islice(batches, accumulation), 1):
+        optimizer.sync_gradients(i == accumulation)
+        loss = optimizer.called(tokens, targets)
+        losses.append(loss.detach())
+        taken.append((tokens, targets))
+        (loss / accumulation).backward()
+    mean = optimizer.team.mean(torch.stack(losses).mean())
+    norm = optimizer.clip_grad_norm(clip)
+    if guard.allows(mean.item(), norm.item(), taken):
+        optimizer.step()
+    optimizer.zero_grad()
+    return mean
+
+
 def _one_graph(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float, guard: Guard | None
 ) -> Callable[[Iterator[Batch]], Tensor]:
@@ -168,18 +191,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Mean loss per token over `batches`, () fp32, in eval mode; draws nothing from torch's global generator."""
+def evaluate(model: torch.nn.Module, batches: Iterable[Batch], team: Team = ALONE) -> Tensor:
+    """Mean loss per token over `batches`, () fp32, in eval mode; draws nothing from torch's global generator.
+
+    Every rank of a team is given all batches and evaluates its share of them, each equally many.
+    """
     was_training = model.training
     model.eval()
     losses, counts = [], []
-    for tokens, targets in batches:
+    stream = iter(batches)
+    while turn := list(islice(stream, team.data_size)):
+        tokens, targets = turn[min(team.data_rank, len(turn) - 1)]
         losses.append(model(tokens, targets).float())
-        counts.append(targets.numel())
+        counts.append(targets.numel() if team.data_rank < len(turn) else 0)  # the last turn may be short
     model.train(was_training)
     per_batch = torch.stack(losses)
     weights = torch.tensor(counts, dtype=torch.float32, device=per_batch.device)
-    return (per_batch * weights).sum() / weights.sum()
+    return team.mean((per_batch * weights).sum()) / team.mean(weights.sum())
 
 
 def generator_state() -> dict[str, Tensor]:

@@ -11,12 +11,16 @@ save and leave; a second Ctrl-C leaves at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_spli
 from gptfast.log import Log, Tracker, facts
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
+from gptfast.parallel import launch
+from gptfast.parallel.team import Team, join
 from gptfast.tokenizer import load_tokenizer, read_meta
 from train import dial, loop, plan
 from train.config import Pretrain
@@ -46,11 +52,13 @@ class Run:
     """A training run: what it works with and, from `model` on, what must survive a stop."""
 
     config: Pretrain
+    team: Team
     device: str
     splits: dict[str, Tokens]  # the tokens of train and val
     tokenizer: dict[str, Any]  # described as JSON; goes into the checkpoint, so that sampling needs no data set
     model: GPT
-    optimizer: torch.optim.Optimizer
+    called: torch.nn.Module  # the model, or what gptfast.parallel wraps it in
+    optimizer: Any  # torch.optim.Optimizer, or ShardedOptimizer
     scaler: torch.amp.GradScaler | None  # for fp16
     guard: Guard
     batches: Batches
@@ -71,14 +79,29 @@ def main(argv: list[str]) -> None:
         print(plan.describe(config, architecture_of(config, vocab_size_of(config))))
         return
     device = cli.choose_device(config.device, typed="device" in typed)
-    with open_log(config.out_dir) as log:
-        run = start(config, device)
-        log.row("run", **facts(device), config=dataclasses.asdict(config), model=dataclasses.asdict(run.model.config))
+    mode, degrees = config.parallel, dict(tensor=config.tensor_parallel, shard_size=config.shard_size)
+    with (
+        silence() if launch().rank else contextlib.nullcontext(),  # the first rank speaks for all
+        join(mode, backend=config.backend, device=device, **degrees) as team,
+        open_log(config.out_dir, team) as log,
+    ):
+        run = start(config, team)
+        model = dataclasses.asdict(run.model.config)
+        log.row("run", **facts(run.device), config=dataclasses.asdict(config), model=model, ranks=team.size)
         train(run, log)
 
 
-def open_log(out_dir: str) -> Log:
-    """out_dir/metrics.jsonl. Raises UserError where it cannot be written, before anything is computed."""
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Whatever is printed goes nowhere, save for errors."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def open_log(out_dir: str, team: Team) -> Log:
+    """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
+    if not team.is_main:
+        return Log(None, console=False)
     try:
         return Log(out_dir, name="metrics.jsonl")
     except OSError as error:
@@ -88,9 +111,12 @@ def open_log(out_dir: str) -> Log:
 # ---- before the first step
 
 
-def start(config: Pretrain, device: str) -> Run:
+def start(config: Pretrain, team: Team) -> Run:
     """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
     torch.manual_seed(config.seed)
+    device = team.device
+    print(f"running on {team}")
+    team.share(config.gradient_accumulation_steps)
     tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"tokens per iteration will be: {tokens_per_iteration:,}")
     if config.compile:
@@ -110,19 +136,29 @@ def start(config: Pretrain, device: str) -> Run:
     splits = {
         split: load_tokens(folder / f"{split}.bin", model.config.vocab_size, block_size) for split in ("train", "val")
     }
+    if team.size > 1 and (dtype == torch.float16 or config.async_save):
+        raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
+    called, optimizer = build_optimizer(config, model, team)
     run = Run(
         config=config,
+        team=team,
         device=device,
         splits=splits,
         tokenizer=tokenizer,
         model=model,
-        optimizer=build_optimizer(config, model),
+        called=called,
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
-        batches=Batches(splits["train"], config.batch_size, block_size, seed=config.seed, device=device),
-    )
+        batches=Batches(
+            splits["train"], config.batch_size, block_size, seed=config.seed, device=device,
+            rank=team.data_rank, ranks=team.data_size,
+        ),
+    )  # fmt: skip
     if saved is not None:
         restore(run, saved)
+    if team.size > 1:  # each draws dropout of its own, tensor ranks the same
+        torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
     return run
 
 
@@ -186,7 +222,19 @@ def build_model(
     return model.to(device)
 
 
-def build_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
+def build_optimizer(config: Pretrain, model: GPT, team: Team) -> tuple[torch.nn.Module, Any]:
+    """What to call, and the optimizer; both are the team's, if there is one."""
+    if team.size == 1:
+        return model, make_optimizer(config, model)
+    from gptfast.parallel.optimizer import ShardedOptimizer
+    from gptfast.parallel.split import parallelize, whole_shapes
+
+    shapes = whole_shapes(model)
+    called = parallelize(model, team, compiled=config.compile)
+    return called, ShardedOptimizer(make_optimizer(config, model), model, called, shapes, model.config, team)
+
+
+def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
     """nanoGPT's AdamW; or Muon for the matrices in the blocks at `matrix_lr`, and AdamW for the rest. Prints groups."""
     rate, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
     if config.optimizer == "adamw":
@@ -212,9 +260,9 @@ def architecture_of(config: Pretrain, vocab_size: int) -> GPTConfig:
 # ---- what survives a stop
 
 
-def state(run: Run) -> dict[str, Any]:
-    """All that a checkpoint holds: the run where `iteration` begins."""
-    meta = {
+def described(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds beside the tensors of model and optimizer: the run where `iteration` begins."""
+    return {
         "config": dataclasses.asdict(run.config),
         "model": dataclasses.asdict(run.model.config),
         "tokenizer": run.tokenizer,
@@ -223,15 +271,24 @@ def state(run: Run) -> dict[str, Any]:
         "guard": run.guard.state_dict(),
         **run.position,
     }
-    parts = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "meta": meta}
-    return {"step": run.iteration, **parts}
 
 
 def save(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
     """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, where it was just evaluated."""
     print(f"saving checkpoint to {run.config.out_dir}")
-    saver.save(run.config.out_dir, **state(run), keep=run.config.keep, score=score)
+    write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score)
     run.saved = run.iteration
+
+
+def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str, Any], **settings: Any) -> None:
+    """Writes folder/ckpt-<iteration>; every rank calls this."""
+    if run.team.size == 1:
+        model, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+        saver.save(folder, step=run.iteration, model=model, optimizer=optimizer, meta=meta, **settings)
+        return
+    from gptfast.parallel import saving
+
+    saving.save(folder, run.optimizer, step=run.iteration, meta=meta, **settings)
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -241,7 +298,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         raise UserError(
             f"--optimizer={run.config.optimizer}: {saved.path} was trained with --optimizer={its_optimizer}"
         )
-    run.optimizer.load_state_dict(saved.optimizer)
+    run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
     run.batches.load_state_dict(saved.meta["batches"])
     if run.scaler is not None and saved.meta["scaler"]:
         run.scaler.load_state_dict(saved.meta["scaler"])
@@ -258,7 +315,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
 def train(run: Run, log: Log) -> None:
     """Iterations `run.iteration ... max_iters`. A signal saves and raises; so does an update that may not happen."""
     with (
-        Stopper() as stopper,
+        Stopper(deferred=run.team.size > 1) as stopper,
         checkpoint.Saver(background=run.config.async_save) as saver,
         tracker(run.config) as track,
     ):
@@ -274,9 +331,10 @@ def train(run: Run, log: Log) -> None:
             sys.exit(128 + stop.signum)
         except Refused as refusal:
             folder = Path(run.config.out_dir) / "post-mortem"
-            parts = state(run)
-            parts["meta"]["refused"] = {"reason": str(refusal), "batches": refusal.batches}
-            raise diverged(run, str(refusal), checkpoint.save(folder, **parts, keep=1)) from None
+            refused = {"reason": str(refusal), "batches": refusal.batches}
+            write(run, saver, folder, {**described(run), "refused": refused}, keep=1)
+            saver.wait()
+            raise diverged(run, str(refusal), folder / f"ckpt-{run.iteration:06d}") from None
 
 
 def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track: Tracker) -> None:
@@ -286,19 +344,17 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     meter = Meter(run)
     if config.compile:
         print("compiling the model... (takes a ~minute)")
-    step = loop.make_step(
-        run.model,
-        run.optimizer,
-        accumulation=config.gradient_accumulation_steps,
-        clip=config.grad_clip,
-        scaler=run.scaler,
-        guard=run.guard,
-        compiled=config.compile,
+    settings: dict[str, Any] = dict(
+        accumulation=run.team.share(config.gradient_accumulation_steps), clip=config.grad_clip, guard=run.guard
     )
-    run.optimizer.register_step_pre_hook(stopper.hold)
+    if run.team.size > 1:
+        step = partial(loop.parallel_step, run.optimizer, **settings)
+    else:
+        step = loop.make_step(run.model, run.optimizer, scaler=run.scaler, compiled=config.compile, **settings)
+        run.optimizer.register_step_pre_hook(stopper.hold)
     for run.iteration in range(first, config.max_iters + 1):
         run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
-        stopper.release()
+        stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
         rate = dial.follow(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters
         if run.iteration % config.eval_interval == 0 or is_last or config.eval_only:
@@ -333,7 +389,7 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
     losses = {}
     for split, tokens in run.splits.items():
         batches = Batches(tokens, run.config.batch_size, run.model.config.block_size, seed=EVAL_SEED, device=run.device)
-        losses[split] = loop.evaluate(run.model, islice(batches, run.config.eval_iters)).item()
+        losses[split] = loop.evaluate(run.called, islice(batches, run.config.eval_iters), run.team).item()
     log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
     if not all(map(math.isfinite, losses.values())):
@@ -345,7 +401,7 @@ def evaluate_whole_split(run: Run, log: Log) -> float:
     """The loss over every window of the validation split, of the weights that the last checkpoint holds."""
     tokens, block_size = run.splits["val"], run.model.config.block_size
     windows = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
-    loss = loop.evaluate(run.model, windows).item()
+    loss = loop.evaluate(run.called, windows, run.team).item()
     count = count_windows(tokens, block_size)
     log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")
     log.row("eval", step=run.iteration, whole_val_loss=loss, windows=count)
@@ -395,7 +451,8 @@ class Meter:
         run, config = self.run, self.run.config
         block_size = run.model.config.block_size
         tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
-        used = mfu.utilization(tokens_per_s, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        per_rank = tokens_per_s / run.team.size
+        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
         if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
             fresh, average = used["mfu_palm"], self.mfu_palm
             self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh
@@ -416,7 +473,7 @@ def tracker(config: Pretrain) -> Tracker:
     kind, flag = config.tracker, f"--tracker={config.tracker}"
     if config.wandb_log and kind == "none":
         kind, flag = "wandb", "--wandb_log=True"
-    if config.eval_only:
+    if config.eval_only or launch().rank:
         kind = "none"
     project, name = config.wandb_project, config.wandb_run_name
     return Tracker(kind, flag, config.out_dir, project, name, dataclasses.asdict(config))

@@ -1,0 +1,159 @@
+"""Who holds which rectangle of which matrix, and the model wrapped in one visible order.
+
+Matrices keep their place in the whole model: a rank's part is a rectangle of the whole matrix. The sharded optimizer
+and checkpoints work with these, so that neither depends on the number of ranks. A parameter that stacks queries, keys
+and values (c_attn) counts as three matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+
+from .team import Team
+
+BY_COLUMN = ("c_attn.weight", "c_attn.bias", "c_fc.weight", "c_fc.bias", "c_gate.weight", "c_gate.bias")  # outputs
+BY_ROW = ("c_proj.weight",)  # inputs
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A rank's part of one matrix (m, n), or vector (m,)."""
+
+    matrix: int  # which of those stacked in the parameter
+    shape: tuple[int, ...]  # of the whole matrix
+    offset: tuple[int, ...]  # of the part in it
+    size: tuple[int, ...]
+    start: int  # its first row in what the rank holds of the parameter
+
+    def of_local(self, local: Tensor) -> Tensor:
+        """Its view of what the rank holds of the parameter."""
+        return local[self.start : self.start + self.size[0]]
+
+    def of_whole(self, matrix: Tensor) -> Tensor:
+        """Its view of the whole matrix."""
+        return matrix[tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))]
+
+
+def stacked_rows(name: str, shape: torch.Size, config: GPTConfig) -> list[int]:
+    """The row counts of the matrices that a parameter holds one above the other."""
+    if ".c_attn." in name:
+        return [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+    return [shape[0]]
+
+
+def rectangles(name: str, shape: torch.Size, config: GPTConfig, team: Team, rank: int) -> list[Rectangle]:
+    """What `rank` holds of the parameter `name` of this whole shape, in the order in which it holds it."""
+    t, s = rank % team.tensor, rank // team.tensor % team.shards
+    ways, index = team.shards, s
+    if not name.startswith("transformer.h."):  # the root's are split over tensor ranks too, which need them only whole
+        ways, index = team.shards * team.tensor, s * team.tensor + t
+    by_column = team.tensor > 1 and name.endswith(BY_COLUMN)
+    by_row = team.tensor > 1 and name.endswith(BY_ROW)
+    parts: list[tuple[int, int, int]] = []  # (matrix, first row, rows) after the split over tensor ranks
+    for matrix, rows in enumerate(stacked_rows(name, shape, config)):
+        here = rows // team.tensor if by_column else rows
+        parts.append((matrix, t * here if by_column else 0, here))
+    low, high = chunk(sum(rows for *_, rows in parts), ways, index)
+    columns = tuple(n // team.tensor if by_row else n for n in shape[1:])
+    first_column = tuple(t * n if by_row else 0 for n in columns)
+
+    found, row = [], 0
+    for (matrix, first, rows), whole in zip(parts, stacked_rows(name, shape, config), strict=True):
+        a, b = max(low, row), min(high, row + rows)
+        if a < b:
+            offset = (first + a - row, *first_column)
+            found.append(Rectangle(matrix, (whole, *shape[1:]), offset, (b - a, *columns), a - low))
+        row += rows
+    return found
+
+
+def chunk(rows: int, ways: int, index: int) -> tuple[int, int]:
+    """The rows [low, high) of part `index`, cut as torch.chunk and FSDP do: the first parts are ceil(rows / ways)."""
+    each = -(-rows // ways)
+    return min(rows, index * each), min(rows, (index + 1) * each)
+
+
+def local(p: Tensor) -> Tensor:
+    """What this rank holds of a parameter or gradient; shares its memory."""
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def whole_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter before anything is split; a tied head comes once, as the embedding."""
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
+    """`model` over the ranks of `team`, in this order: tensor ranks, compilation, shards or replicas.
+
+    Returns what to call; `model` keeps its names and is changed in place. Weights must be the same on every rank.
+    Raises UserError where heads or widths cannot be split.
+    """
+    if team.size == 1:
+        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+    assert team.mesh is not None
+    if team.tensor > 1:
+        split_matrices(model, team)
+    blocks = model.transformer["h"]
+    if compiled:
+        for block in blocks:
+            block.compile()
+    if team.mode == "ddp":
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Weights travel in the dtype that they are used in; gradients are summed in fp32. Rotations stay fp32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.dtype if model.dtype != torch.float32 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    over_shards = team.mesh["shard"] if team.mode == "fsdp" else team.mesh["replica", "shard"]
+    over_all = team.mesh["shard", "tensor"]._flatten("shard_tensor") if team.tensor > 1 else over_shards
+    for block in blocks:
+        fully_shard(block, mesh=over_shards, mp_policy=policy)
+    fully_shard(model, mesh=over_all, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+
+def split_matrices(model: GPT, team: Team) -> None:
+    """Megatron's split (Shoeybi et al., arXiv:1909.08053): each tensor rank has some heads and some of the MLP.
+
+    The model must be whole and equal on every rank.
+    """
+    assert team.mesh is not None
+    config, ways = model.config, team.tensor
+    for what, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("MLP width", config.hidden_width)):
+        if number % ways:
+            raise UserError(f"--tensor_parallel={ways} does not divide the {what}, {number}")
+    plan = {
+        "attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(),
+        "mlp.c_fc": ColwiseParallel(), "mlp.c_proj": RowwiseParallel(),
+    }  # fmt: skip
+    if hasattr(model.transformer["h"][0].mlp, "c_gate"):
+        plan["mlp.c_gate"] = ColwiseParallel()
+    heads = dataclasses.replace(
+        config, n_head=config.n_head // ways, n_kv_head=config.kv_heads // ways, n_embd=config.n_embd // ways
+    )
+    for block in model.transformer["h"]:
+        for p in block.attn.c_attn.parameters():
+            p.data = by_rank(p.data, stacked_rows("x.c_attn.x", p.shape, config), ways)
+        parallelize_module(block, team.mesh["tensor"], plan)
+        block.attn.config = heads
+
+
+def by_rank(stack: Tensor, rows: list[int], ways: int) -> Tensor:
+    """q, k, v one above the other -> (q, k, v of the first rank's heads), (q, k, v of the second's), ..."""
+    chunks = [matrix.chunk(ways) for matrix in stack.split(rows)]
+    return torch.cat([matrix[rank] for rank in range(ways) for matrix in chunks])

@@ -105,7 +105,7 @@ def calls(products: Products) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Each product as a function of x (B, n, k) and of a symmetric S (B, n, n)."""
     return {
         "gram": lambda x, S: products.gram(x),
-        "quadratic": lambda x, S: products.quadratic(S, B, C),
+        "quadratic": lambda x, S: products.commuting(S, S, C, B, 0.0),
         "affine": lambda x, S: products.affine(S, x, A),
     }
 

@@ -45,6 +45,8 @@ MUTANTS = {
         "mask of the contracted axis forgotten": (
             "x_rows = tl.load(rows, is_row[:, None] & (k < K - start)", "x_rows = tl.load(rows, is_row[:, None]"),
         "b A forgotten": ("acc = alpha * acc + beta * tl.load", "acc = alpha * acc + 0.0 * tl.load"),
+        "a I in every tile": ("(row == column) & (m[:, None]", "(m[:, None]"),
+        "second factor is the first": ("columns = y_ptr + j", "columns = x_ptr + j"),
         "a X of the first matrix for all": ("x_ptr += b * x_stride_b + j", "x_ptr += j"),
         "column of the tile from the next row": ("tile - row * (row + 1) // 2", "tile - row * (row - 1) // 2"),
     },

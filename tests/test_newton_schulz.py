@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from oracle import DTYPES, relative_error
 from torch import Tensor
 
 import kernels
+import kernels.newton_schulz as newton_schulz_page
 from kernels._triton import Launcher, launching
 from kernels.interpret import interpreting
 from kernels.newton_schulz import (
@@ -18,8 +21,10 @@ from kernels.newton_schulz import (
     REFERENCE_PRODUCTS,
     SAFETY,
     Coefficients,
+    cost,
     newton_schulz_reference,
     newton_schulz_triton,
+    steps_per_gram,
 )
 
 IMPLEMENTATIONS = {
@@ -38,9 +43,15 @@ def symmetric(B: int, M: int) -> Tensor:
     return (x + x.mT) / 2
 
 
+def commuting(B: int, M: int) -> tuple[Tensor, Tensor]:
+    """Two polynomials of one symmetric matrix of unit size or so."""
+    A = symmetric(B, M) / M**0.5
+    return A + 2 * A @ A, A @ A - 0.5 * A
+
+
 ARGUMENTS = {
     "gram": lambda M, N: (normal(2, M, N),),
-    "quadratic": lambda M, N: (symmetric(2, M), -2.5, 1.5),
+    "commuting": lambda M, N: (*commuting(2, M), 1.5, -2.5, 3.0),
     "affine": lambda M, N: (symmetric(2, M), normal(2, M, N), 3.5),
 }
 
@@ -79,16 +90,20 @@ def test_symmetric_products_are_symmetric_bit_for_bit() -> None:
     x = normal(1, 130, 20).bfloat16()
     with interpreting():
         A = KERNEL_PRODUCTS.gram(x)
-        P = KERNEL_PRODUCTS.quadratic(A, -2.5, 1.5)
+        P = KERNEL_PRODUCTS.commuting(A, A, -2.5, 1.5, 0.5)
     assert torch.equal(A, A.mT) and torch.equal(P, P.mT)
 
 
-def launches(M: int, N: int, arch: int) -> list[tuple[str, int, int]]:
-    """(kernel, programs, rows of a tile) of each launch for one matrix and one step."""
+def launches(M: int, N: int, arch: int, steps: int = 1) -> list[tuple[str, int, int]]:
+    """(product, programs, rows of a tile) of each launch for one matrix; gram, commuting or affine."""
     found = []
-    record = Launcher(lambda kernel, grid, *_, **k: found.append((kernel.__name__, grid[0], k["BLOCK_M"])), arch)
-    with launching(record):
-        newton_schulz_triton(torch.empty(1, M, N, dtype=torch.bfloat16, device="meta"), 1)
+
+    def record(kernel, grid, *_, **constants) -> None:
+        product = {None: "affine", False: "gram", True: "commuting"}[constants.get("ADD")]
+        found.append((product, grid[0], constants["BLOCK_M"]))
+
+    with launching(Launcher(record, arch)):
+        newton_schulz_triton(torch.empty(1, M, N, dtype=torch.bfloat16, device="meta"), steps)
     return found
 
 
@@ -98,10 +113,26 @@ def launches(M: int, N: int, arch: int) -> list[tuple[str, int, int]]:
 def test_symmetric_products_launch_little_more_than_half_of_the_tiles(n: int, aspect: int, arch: int) -> None:
     for M, N in ((n, aspect * n), (aspect * n, n)):
         products = launches(M, N, arch)
-        assert [name.rpartition("_")[2] for name, _, _ in products] == ["symmetric", "symmetric", "affine"]
+        assert [name for name, _, _ in products] == ["gram", "commuting", "affine"]
         for _, programs, block in products[:2]:
             blocks = -(-n // block)
             assert programs <= 0.5625 * blocks**2  # 0.56 but for n = 1024, where a tile is an eighth of it
+
+
+@pytest.mark.parametrize("M, N, steps", [(512, 512, 5), (512, 2048, 5), (4096, 1024, 4), (512, 1024, 3), (640, 768, 4)])
+def test_cost_is_that_of_the_launches(M: int, N: int, steps: int) -> None:
+    """A symmetric product counts half of its FLOPs; the kernels also find the other half of tiles on the diagonal."""
+    K, L = min(M, N), max(M, N)
+    flops, grams, launched = 0.0, 0, launches(M, N, 0, steps)
+    for kernel, programs, block in launched:
+        contracted = L if kernel == "gram" else K
+        half = 0.5 * (K / block) ** 2 / programs if kernel != "affine" else 1.0
+        flops += 2 * half * programs * block * block * contracted
+        grams += kernel == "gram"
+    assert flops == pytest.approx(cost(B=1, M=M, N=N, steps=steps, itemsize=2)[0].flops)
+    assert grams == len(steps_per_gram(M, N, steps)) and sum(steps_per_gram(M, N, steps)) == steps
+    plain = steps * (3 * K * K * L + K**3)
+    assert flops < 0.73 * plain if steps >= 4 and L == 4 * K else flops == pytest.approx(plain)
 
 
 def in_numpy(x: np.ndarray, steps: int, coefficients: Coefficients) -> np.ndarray:
@@ -131,6 +162,10 @@ def with_singular_values(s: Tensor, M: int, N: int) -> Tensor:
     return u * s @ v
 
 
+GRAM_MATRICES = {
+    "condition 1e6": with_singular_values(torch.logspace(0, -6, 64, dtype=torch.float64), 64, 256),
+    "a spike": normal(1, 64, 256) + 20 * normal(1, 64, 1, seed=3) @ normal(1, 1, 256, seed=4),
+}
 MATRICES = {
     "random": normal(1, 24, 70),
     "tall": normal(1, 70, 24),
@@ -138,6 +173,23 @@ MATRICES = {
     "rank 3 of 16": normal(1, 16, 3) @ normal(1, 3, 48, seed=2),
     "condition 50": with_singular_values(torch.logspace(0, -1.7, 16, dtype=torch.float64), 16, 48),
 }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*MATRICES, "condition 1e6", "a spike"])
+def test_gram_and_plain_agree_by_the_parity_rule(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that share a Gram matrix err at most twice as much as steps that each find their own."""
+    x = (MATRICES | GRAM_MATRICES)[kind].to(dtype)
+    found = {steps: newton_schulz_reference(x, steps) for steps in (4, 5)}
+    monkeypatch.setattr(newton_schulz_page, "LONG", math.inf)
+    for steps, gram in found.items():
+        plain, truth = newton_schulz_reference(x, steps), newton_schulz_reference(x.double(), steps)
+        assert not torch.equal(gram, plain)
+        assert relative_error(gram, truth) <= 2 * relative_error(plain, truth) + torch.finfo(dtype).eps
+
+
 LARGEST = {QUINTIC: (0.65, 1.21), POLAR_EXPRESS: (0.85, 1.15)}  # of singular values that start above 1/100
 
 

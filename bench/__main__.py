@@ -43,7 +43,8 @@ GPU = (
 )  # fmt: skip
 CPU = (
     Stage("peaks", 45), Stage("ops", 150, flags=("--out={out}", "--direction=both", "--budget_s=120")),
-    Stage("model", 60), Stage("decode", 60), Stage("optim", 45, flags=("--out={out}", "--quick"), quick=()),
+    Stage("model", 60), Stage("decode", 60, flags=("--out={out}", "--new=64", "--budget_s=40")),
+    Stage("optim", 45, flags=("--out={out}", "--quick"), quick=()),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
     Stage("aot", 45, module="kernels.aot", flags=(), quick=()), Stage("plots", 40),
 )  # fmt: skip

@@ -530,7 +530,7 @@ DECODE_ATTENTION = Op(
         dict(B=0, T=1, S=5, H=2, G=1, D=16), dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, page_size=48),
         dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
     ),
-    domain=dict(S=range(1, 66), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
+    domain=dict(S=range(1, 50), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
     bench=(
         dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=32, T=1, S=8192, H=32, G=8, D=128),
         dict(B=1, T=1, S=32768, H=32, G=8, D=128), dict(B=8, T=1, S=1024, H=25, G=25, D=64),

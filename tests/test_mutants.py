@@ -50,6 +50,15 @@ MUTANTS = {
         "a X of the first matrix for all": ("x_ptr += b * x_stride_b + j", "x_ptr += j"),
         "column of the tile from the next row": ("tile - row * (row + 1) // 2", "tile - row * (row - 1) // 2"),
     },
+    "decode_attention": {
+        "later tokens seen": ("seen = (u < stop) & (u <= position)", "seen = u < stop"),
+        "length taken from the cache": ("tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)", "S + T * 0"),
+        "parts weigh the same": (
+            "weight = tl.exp2(lse - origin)\n        alpha", "weight = tl.exp2(lse - lse)\n        alpha"),
+        "heads of another group": ("h = m // group, g * group + m % group", "h = m // group, m % group"),
+        "values not scaled": ("p *= tl.load(v_scale_rows", "p += 0.0 * tl.load(v_scale_rows"),
+        "empty queries not zero": ("out = tl.where(sees, acc / total, 0.0)", "out = acc / total"),
+    },
 }  # fmt: skip
 
 

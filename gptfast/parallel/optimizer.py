@@ -306,7 +306,7 @@ class ShardedOptimizer:
         """Takes the owners' copies of the matrices from the weights; needed when these were set from outside."""
         if self.replicated:
             for matrix in self.owned:
-                matrix.tensor = local(matrix.p)[slice(*matrix.rows)]
+                matrix.tensor = local(matrix.p)[slice(*matrix.rows)] if matrix.tensor is None else matrix.tensor
         else:
             for matrix, whole in zip(self.owned, self._gather_matrices(lambda m: local(m.p))(), strict=True):
                 matrix.tensor = whole if matrix.tensor is None else matrix.tensor.copy_(whole)

@@ -1,0 +1,278 @@
+"""Several processes are one: the same weights after the same batches, 1/world of the state, checkpoints for any number.
+
+Processes take seconds to start, so each launch of torchrun (gloo, on the CPU) checks many things: this file is also the
+program that the ranks run, `torchrun tests/test_parallel.py MODE TENSOR SHARD_SIZE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from gptfast import checkpoint
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from gptfast.data import Batches
+from gptfast.model import GPT
+from gptfast.optim import adamw, muon
+from gptfast.parallel import Launch, split
+from gptfast.parallel.team import Team
+from train import loop
+from train.guard import Guard
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, bias=False)
+
+
+def build() -> GPT:
+    """Weights five times as large as usual, so that no gradient is so small that AdamW amplifies its rounding."""
+    torch.manual_seed(0)
+    model = GPT(CONFIG, kernels.load("reference"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5 if p.ndim == 2 else 1)
+    return model
+
+
+def make_optimizer(kind: str, model: GPT) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        if kind == "adamw":
+            return adamw(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    rates = dict(matrix_lr=1e-3, embedding_lr=1e-3, head_lr=1e-3, scalar_lr=1e-3)
+    optimizer = muon(model, CONFIG, weight_decay=0.1, normalize=True, **rates)
+    optimizer.dtype = torch.float32  # in bf16 a rounding that differs shows as 1e-3
+    return optimizer
+
+
+def batches(rank: int = 0, ranks: int = 1) -> Batches:
+    tokens = torch.randint(50, (3000,), generator=torch.Generator().manual_seed(3))
+    return Batches(tokens, 4, 16, seed=1, rank=rank, ranks=ranks)
+
+
+def train_alone(kind: str, accumulation: int, steps: int = STEPS, saved: checkpoint.Checkpoint | None = None) -> Any:
+    model = build()
+    optimizer, stream = make_optimizer(kind, model), batches()
+    if saved is not None:
+        model.load_state_dict(saved.model)
+        optimizer.load_state_dict(saved.optimizer)
+        stream.load_state_dict(saved.meta["batches"])
+    for _ in range(steps):
+        loop.step(model, optimizer, stream, accumulation=accumulation, clip=1.0, guard=Guard())
+    return model, optimizer, stream
+
+
+def main(mode: str, tensor: str, shard_size: str, folder: str) -> None:
+    """What each rank does. Rank 0 prints one JSON line for each optimizer and accumulation."""
+    from gptfast.parallel import saving
+    from gptfast.parallel.optimizer import ShardedOptimizer
+    from gptfast.parallel.team import join
+
+    torch.set_num_threads(1)
+    with join(mode, backend="gloo", device="cpu", tensor=int(tensor), shard_size=int(shard_size)) as team:
+        largest = lambda number: max(each(team, number))
+        for kind, per_rank in itertools.product(("adamw", "muon"), (1, 4)):
+            accumulation = per_rank * team.data_size
+            alone, its_optimizer, _ = train_alone(kind, accumulation)
+            model = build()
+            shapes = split.whole_shapes(model)
+            called = split.parallelize(model, team)
+            optimizer = ShardedOptimizer(make_optimizer(kind, model), model, called, shapes, CONFIG, team)
+            stream = batches(team.data_rank, team.data_size)
+            syncs = []
+            optimizer.sync_gradients = counted(optimizer.sync_gradients, syncs)
+            for step in range(STEPS):
+                if step == STEPS // 2:
+                    out, meta = Path(folder) / f"{kind}{per_rank}", {"batches": stream.state_dict()}
+                    saving.save(out, optimizer, step=step, meta=meta)
+                    optimizer.load_state_dict(checkpoint.load(out).optimizer)  # takes its part and goes on the same
+                share = team.share(accumulation)
+                loop.parallel_step(optimizer, stream, accumulation=share, clip=1.0, guard=Guard())
+            whole = dict(alone.named_parameters())
+            error = 0.0
+            for name, p in zip(optimizer.names, optimizer.parameters, strict=True):
+                matrices = whole[name].detach().split(split.stacked_rows(name, shapes[name], CONFIG))
+                for part in optimizer.rectangles(name, team.rank):
+                    here = part.of_local(split.local(p)) - part.of_whole(matrices[part.matrix])
+                    error = max(error, here.abs().max().item())
+            held = bytes_of(optimizer.optimizer)
+            evaluated = loop.evaluate(called, itertools.islice(batches(), 5), team).item()
+            expected = loop.evaluate(alone, itertools.islice(batches(), 5)).item()
+            facts = {
+                "optimizer": kind, "accumulation": per_rank, "error": largest(error),
+                "state_share": largest(held) / bytes_of(its_optimizer), "evaluation_error": abs(evaluated - expected),
+                "syncs_per_step": sum(syncs) / STEPS, "backwards_per_step": len(syncs) / STEPS,
+            }  # fmt: skip
+            if team.is_main:
+                print(json.dumps(facts), flush=True)
+
+
+def counted(function: Any, calls: list[bool]) -> Any:
+    def call(needed: bool) -> None:
+        calls.append(needed)
+        function(needed)
+
+    return call
+
+
+def each(team: Team, number: float) -> list[float]:
+    """The number that every rank gives."""
+    found: list[Any] = [None] * team.size
+    torch.distributed.all_gather_object(found, number)
+    return found
+
+
+def bytes_of(optimizer: Any) -> int:
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+
+
+def torchrun(ranks: int, *arguments: str, timeout_s: float = 170) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout_s, env=environment
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo and torchrun")
+@pytest.mark.parametrize(
+    ("ranks", "mode", "tensor", "shard_size"),
+    [(2, "ddp", 1, 0), (2, "fsdp", 1, 0), (2, "fsdp", 2, 0), (4, "hsdp", 1, 2)],
+)
+def test_ranks_together_are_one_process(tmp_path: Path, ranks: int, mode: str, tensor: int, shard_size: int) -> None:
+    """Weights within 1e-6 after 20 steps of the same global batch, saved and loaded half way; state shared out."""
+    done = torchrun(ranks, str(Path(__file__)), mode, str(tensor), str(shard_size), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(row["optimizer"], row["accumulation"]) for row in found] == [
+        ("adamw", 1), ("adamw", 4), ("muon", 1), ("muon", 4),
+    ]  # fmt: skip
+    sharers = shard_size or ranks
+    for row in found:
+        assert row["error"] < 1e-6 and row["evaluation_error"] < 1e-5, row
+        assert 1 / sharers <= row["state_share"] < 1.15 / sharers, row
+        assert (row["syncs_per_step"], row["backwards_per_step"]) == (1, row["accumulation"]), row
+
+    for kind, per_rank in (("adamw", 4), ("muon", 1)):  # and one process goes on where they were half way
+        accumulation = per_rank * ranks // tensor
+        saved = checkpoint.load(tmp_path / f"{kind}{per_rank}")
+        resumed, _, _ = train_alone(kind, accumulation, STEPS // 2, saved)
+        whole, _, _ = train_alone(kind, accumulation)
+        for p, q in zip(resumed.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+# ---- without processes
+
+
+def teams(mode: str, size: int, shards: int, tensor: int = 1) -> list[Team]:
+    replicas = size // shards // tensor
+    return [Team(mode, Launch(rank, size, by_torchrun=True), replicas, shards, tensor) for rank in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("size", "shards", "tensor"), [(3, 3, 1), (4, 2, 2), (8, 8, 1), (6, 3, 2), (2, 1, 2), (64, 64, 1)]
+)
+def test_rectangles_cover_every_matrix_once(size: int, shards: int, tensor: int) -> None:
+    """Among the ranks of one replica each element has one holder, or, in the tensor groups, as many as there are."""
+    for name, p in build().named_parameters():
+        matrices = p.detach().split(split.stacked_rows(name, p.shape, CONFIG))
+        seen = [torch.zeros_like(matrix) for matrix in matrices]
+        for team in teams("fsdp", size, shards, tensor):
+            for part in split.rectangles(name, p.shape, CONFIG, team, team.rank):
+                part.of_whole(seen[part.matrix]).add_(1)
+        counts = torch.cat([matrix.flatten() for matrix in seen]).unique().tolist()
+        replicated = name.startswith("transformer.h.") and not name.endswith((*split.BY_COLUMN, *split.BY_ROW))
+        assert counts == [tensor if replicated else 1], (name, counts)
+
+
+def test_the_stream_of_batches_does_not_depend_on_the_number_of_ranks() -> None:
+    """Stopped at random points, gone on by 1, 2, 4 and 1 ranks: the micro-batches are those of one alone, in order."""
+
+    def key(batch: tuple[Tensor, Tensor]) -> bytes:
+        return batch[0].numpy().tobytes() + batch[1].numpy().tobytes()
+
+    alone = batches()
+    expected = [key(next(alone)) for _ in range(4 * 400)]
+    draw, position, state = random.Random(0), 0, batches().state_dict()
+    for stop in range(1000):
+        ranks = (1, 2, 4)[stop % 3]
+        streams = [batches(rank, ranks) for rank in range(ranks)]
+        turns = draw.randint(0, 2)
+        if position + turns * ranks > len(expected):
+            break
+        for stream in streams:
+            stream.load_state_dict(state)
+        for _ in range(turns):
+            for stream in streams:
+                assert key(next(stream)) == expected[position]
+                position += 1
+        states = [stream.state_dict()["generator"] for stream in streams]
+        assert all(torch.equal(states[0], other) for other in states)
+        state = streams[0].state_dict()
+    assert position > 1000
+
+
+def test_shares_that_do_not_fit_are_refused() -> None:
+    team = teams("fsdp", 8, 8)[0]
+    assert team.share(40) == 5
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps=12: 8 ranks .* such as 16"):
+        team.share(12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo and torchrun")
+def test_a_dead_rank_ends_the_job_and_a_restart_resumes_it(tmp_path: Path, text: str) -> None:
+    """Rank 1 dies without a word after a checkpoint; torchrun starts both again, and --resume=latest goes on."""
+    from train.prepare import prepare
+
+    (tmp_path / "text.txt").write_text(text[:4000])
+    prepare("tiny", tmp_path / "data", tmp_path / "text.txt")
+    program = tmp_path / "dies_once.py"
+    program.write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom gptfast import cli\nfrom train import loop, pretrain\n"
+        "once, steps, step = Path(sys.argv[1]), [], loop.parallel_step\n"
+        "def fatal(*args, **settings):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) == 8 and os.environ['RANK'] == '1' and not once.exists():\n"
+        "        once.touch(); os.kill(os.getpid(), 9)\n"
+        "    return step(*args, **settings)\n"
+        "loop.parallel_step = fatal\n"
+        "sys.exit(cli.run(pretrain.main, sys.argv[2:]))\n"
+    )
+    flags = [
+        "--device=cpu", "--compile=False", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2",
+        "--n_layer=1", "--n_head=2", "--n_embd=16", "--eval_iters=2", "--eval_interval=5", "--warmup_iters=2",
+        "--lr_decay_iters=10", "--max_iters=10", "--dataset=tiny", "--resume=latest", "--dtype=float32",
+        f"--data_dir={tmp_path / 'data'}",
+    ]  # fmt: skip
+    out = f"--out_dir={tmp_path / 'out'}"
+    done = torchrun(2, "--max-restarts=1", str(program), str(tmp_path / "once"), *flags, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "once").exists() and "Resuming training from" in done.stdout
+    found = checkpoint.load(tmp_path / "out")
+    assert found.step == 10 and found.meta["guard"]["skipped"] == 0
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "train.pretrain", *flags, f"--out_dir={tmp_path / 'alone'}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    for name, tensor in checkpoint.load(tmp_path / "alone").model.items():
+        torch.testing.assert_close(found.model[name], tensor, rtol=0, atol=1e-6)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_
 
 from gptfast.config import GPTConfig
+from gptfast.model import compute_dtype
 from kernels.newton_schulz import newton_schulz_reference
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -66,14 +67,15 @@ class Muon(torch.optim.Optimizer):
     left alone. The state is plain tensors per parameter: "momentum" and with normalize "square", or "step", "exp_avg"
     and "exp_avg_sq".
 
-    newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in.
+    newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in; None is
+    bfloat16 where the device has units for it, else what `gptfast.model.compute_dtype` says.
     """
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
         newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         for group in groups:
             kind = group.get("kind")
@@ -120,7 +122,8 @@ class Muon(torch.optim.Optimizer):
                 stacks.setdefault(matrix.shape, []).append((matrix, its_update, square))
         for (m, n), triples in stacks.items():
             matrices, to_orthogonalize, squares = zip(*triples, strict=True)
-            stack = torch.stack(to_orthogonalize).to(self.dtype)  # (B, m, n)
+            stack = torch.stack(to_orthogonalize)  # (B, m, n)
+            stack = stack.to(self.dtype or compute_dtype(stack.device.type)[0])
             direction = self.newton_schulz(stack, group["steps"]).to(matrices[0].dtype)
             if group["normalize"]:
                 direction = _even_out(direction, squares, group["beta2"])
@@ -206,9 +209,12 @@ def muon(
     cautious: bool = False,
     normalize: bool = False,
     steps: int = 5,
+    matrix_kind: str = "muon",
     newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
 ) -> Muon:
     """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases and token shifts.
+
+    With matrix_kind="adamw" it is AdamW for the matrices too, at `matrix_lr`, to see what Muon buys.
 
     A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows what went where.
     Every group's own rate is its `lr_scale`, so that a schedule multiplies them all by one factor.
@@ -226,9 +232,19 @@ def muon(
             matrices.append(p)
             rows.append(qkv_rows if name.endswith("c_attn.weight") else [p.shape[0]])
     adamw_settings = {"kind": "adamw", "betas": betas, "eps": 1e-10}
+    rule = adamw_settings | {"kind": matrix_kind, "weight_decay": weight_decay}
+    if matrix_kind == "muon":
+        rule = {
+            "kind": "muon",
+            "rows": rows,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "cautious": cautious,
+            "normalize": normalize,
+            "steps": steps,
+        }
     groups = [
-        {"name": "matrices", "kind": "muon", "params": matrices, "rows": rows, "lr": matrix_lr, "momentum": momentum,
-         "weight_decay": weight_decay, "cautious": cautious, "normalize": normalize, "steps": steps},
+        {"name": "matrices", "params": matrices, "lr": matrix_lr} | rule,
         {"name": "embeddings", "params": embeddings, "lr": embedding_lr, **adamw_settings},
         {"name": "head", "params": head, "lr": head_lr, **adamw_settings},
         {"name": "scalars", "params": scalars, "lr": scalar_lr, **adamw_settings},

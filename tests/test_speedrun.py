@@ -157,6 +157,34 @@ def test_schedule_ramps_momentum_and_falls_linearly_to_zero(data_dir, tmp_path):
     assert at(99) == pytest.approx([0.001, 0.0004, 0.9])
 
 
+def test_schedule_warms_up_and_lets_weight_decay_fall(data_dir, tmp_path):
+    made, _ = build(data_dir, tmp_path)
+    config = dataclasses.replace(made.config, iters=100, warmup=0.1, decay=0.4, weight_decay=0.2)
+    factors = [speedrun.rate_factor(i, config) for i in (0, 4, 9, 59, 60, 80, 99)]
+    assert factors == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.025])
+    for iteration, decay in ((0, 0.2), (50, 0.1), (99, 0.002)):
+        speedrun.schedule(made.optimizer, iteration, config)
+        groups = {g["name"]: g["weight_decay"] for g in made.optimizer.param_groups}
+        assert groups == pytest.approx({"matrices": decay, "embeddings": 0, "head": 0, "scalars": 0})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer=adamw", "--matrix_lr=0.01"], ["--position=learned", "--embedding_lr=0.01"], ["--qk_norm=False"],
+        ["--activation=gelu"], ["--tied=True", "--embedding_lr=0.02"], ["--token_shift=False"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_recipe_trains_without_each_of_its_ingredients(data_dir, tmp_path, flags):
+    made, log = build(data_dir, tmp_path, "--iters=12", "--eval_interval=0", *flags)
+    usual, _ = build(data_dir, tmp_path, "--iters=12")
+    assert made.model.config != usual.model.config or made.optimizer.param_groups[0]["kind"] == "adamw"
+    speedrun.train(made, log)
+    losses = [row["loss"] for row in rows_of(tmp_path, "step")]
+    assert losses[-1] < losses[0] - 0.2
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_muon_beats_adamw_at_the_same_steps(data_dir, tmp_path, seed):
     """The same model, batches and schedule, 50 steps; AdamW at the best of three rates."""
@@ -249,6 +277,10 @@ def test_presets_are_no_larger_than_they_say():
         (["--iters=0"], ["--iters=0", "above 0"]),
         (["--decay=1.5"], ["--decay=1.5"]),
         (["--momentum=1"], ["--momentum=1"]),
+        (["--warmup=2"], ["--warmup=2"]),
+        (["--weight_decay=-1"], ["--weight_decay=-1"]),
+        (["--newton_schulz_steps=6"], ["--newton_schulz_steps=6", "1 to 5"]),
+        (["--optimizer=adam"], ["adam", "muon"]),
         (["--matrix_rl=0.1"], ["--matrix_rl", "--matrix_lr"]),
         (["--dataset=nowhere"], ["nowhere", "--source"]),
         (["--block_size=4000"], ["block_size", "4000"]),

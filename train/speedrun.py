@@ -9,7 +9,8 @@ Prepares the data where it is missing, trains, and leaves in out_dir: metrics.js
 what is there.
 
 The recipe: rotary positions, normalized queries and keys, RMSNorm, ReLU², no biases, an untied head that starts at
-zero, token shift; Muon for the matrices, Adam for the rest, rates that fall linearly to zero.
+zero, token shift; Muon for the matrices, Adam for the rest, rates that fall linearly to zero. Every ingredient has a
+flag that leaves it out; `python -m bench speedrun` tells what each is worth.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from gptfast.log import Log, facts
 from gptfast.model import GPT
 from gptfast.optim import Muon, groups_table, muon
 from gptfast.tokenizer import load_tokenizer, read_meta
+from kernels.newton_schulz import POLAR_EXPRESS
 from train import loop
 from train.prepare import prepare
 
@@ -62,7 +64,12 @@ class Speedrun:
     n_head: int = 4  # heads
     n_embd: int = 128  # width
     token_shift: bool = True  # positions also see the one before, channel by channel
-    matrix_lr: float = 0.05  # Muon's rate, for the matrices in the blocks
+    position: Literal["rope", "learned"] = "rope"  # how a position is told
+    qk_norm: bool = True  # normalize queries and keys
+    activation: Literal["relu2", "gelu"] = "relu2"  # of the MLP
+    tied: bool = False  # head and embedding are one matrix, started small, instead of a head that starts at zero
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices in the blocks
+    matrix_lr: float = 0.05  # their rate
     embedding_lr: float = 0.15  # Adam's, for the embedding
     head_lr: float = 0.02  # Adam's, for the head
     scalar_lr: float = 0.06  # Adam's, for token shifts
@@ -70,12 +77,15 @@ class Speedrun:
     momentum_start: float = 0.8  # Muon's at the first update
     momentum_iters: int = 50  # updates until momentum is reached
     newton_schulz_steps: int = 4  # Muon's; the last of five buys nothing at this size
+    weight_decay: float = 0.0  # of the matrices, at the first update; falls linearly to zero
+    warmup: float = 0.0  # the part of the run, at its start, over which the rates rise
     decay: float = 1.0  # the part of the run, at its end, over which the rates fall linearly to zero
     eval_interval: int = 200  # updates between evaluations; 0: only at the end
     eval_iters: int = 20  # batches of each split per evaluation
     log_interval: int = 1  # updates between rows
     num_samples: int = 2  # texts to draw at the end
     sample_tokens: int = 300  # tokens in each
+    report: bool = True  # draw loss.png and throughput.png and write report.md at the end
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
     compile: bool = False  # compile with torch.compile: faster steps after a slow start
@@ -87,6 +97,12 @@ class Speedrun:
                 raise UserError(f"--{name}={getattr(self, name)}: must be above 0")
         if not 0 < self.decay <= 1:
             raise UserError(f"--decay={self.decay}: must be at most 1, the whole run")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"--warmup={self.warmup}: must be between 0 and 1, the whole run")
+        if self.weight_decay < 0:
+            raise UserError(f"--weight_decay={self.weight_decay}: must not be below 0")
+        if not 1 <= self.newton_schulz_steps <= len(POLAR_EXPRESS):
+            raise UserError(f"--newton_schulz_steps={self.newton_schulz_steps}: must be 1 to {len(POLAR_EXPRESS)}")
         for name in ("momentum", "momentum_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")
@@ -143,7 +159,7 @@ def main(argv: list[str]) -> None:
                 log.say(f"saved {save(run)}")
             raise
         finally:
-            if run.iteration:
+            if run.iteration and config.report:
                 rows = report.read([Path(config.out_dir) / "metrics.jsonl"])
                 log.say(f"report: {report.write_report(rows, config.out_dir)}")
 
@@ -193,8 +209,8 @@ def start(config: Speedrun, log: Log) -> Run:
     model.to(config.device)
     optimizer = muon(
         model, model.config, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr, head_lr=config.head_lr,
-        scalar_lr=config.scalar_lr, momentum=config.momentum, steps=config.newton_schulz_steps,
-        newton_schulz=model.ops.newton_schulz,
+        scalar_lr=config.scalar_lr, momentum=config.momentum, steps=config.newton_schulz_steps, cautious=True,
+        matrix_kind=config.optimizer, newton_schulz=model.ops.newton_schulz,
     )  # fmt: skip
     parameters = count_parameters(model)
     tokens = config.accumulation * config.batch_size * config.block_size
@@ -225,8 +241,8 @@ def architecture(config: Speedrun, vocab_size: int) -> GPTConfig:
     """The modern GPT of this size."""
     return GPTConfig(
         block_size=config.block_size, vocab_size=vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True,
-        token_shift=config.token_shift, tied=False,
+        n_embd=config.n_embd, bias=False, norm="rmsnorm", position=config.position, activation=config.activation,
+        qk_norm=config.qk_norm, token_shift=config.token_shift, tied=config.tied,
     )  # fmt: skip
 
 
@@ -235,11 +251,13 @@ def initialize(model: GPT) -> None:
     """Every block starts as the identity and every logit at zero: the first loss is ln V, and no warm-up is needed.
 
     Projections into the residual stream and the head are zero, other matrices uniform with deviation 0.5 / sqrt(C),
-    embeddings N(0, 1).
+    embeddings N(0, 1). A tied head is a matrix like the others, and there the first loss is a little above ln V.
     """
     bound = 0.5 * math.sqrt(3 / model.config.n_embd)
     for name, p in model.named_parameters():
-        if name.endswith(("c_proj.weight", "lm_head.weight")):
+        if model.config.tied and p is model.lm_head.weight:
+            p.uniform_(-bound, bound)
+        elif name.endswith(("c_proj.weight", "lm_head.weight")):
             p.zero_()
         elif name.endswith("wte.weight"):
             p.normal_()
@@ -282,12 +300,30 @@ def train(run: Run, log: Log) -> None:
 
 
 def schedule(optimizer: Muon, iteration: int, config: Speedrun) -> None:
-    """Rates: constant, then linear to zero over the last `decay` of the run. Momentum: linear up to its final value."""
-    loop.set_learning_rate(optimizer, min(1.0, (1 - iteration / config.iters) / config.decay))
-    rise = min(1.0, iteration / max(1, config.momentum_iters))
+    """Gives every group the rates, momentum and weight decay of this update."""
+    loop.set_learning_rate(optimizer, rate_factor(iteration, config))
     for group in optimizer.param_groups:
-        if group["kind"] == "muon":
-            group["momentum"] = config.momentum_start + rise * (config.momentum - config.momentum_start)
+        if group["name"] == "matrices":
+            group["momentum"] = momentum(iteration, config)
+            group["weight_decay"] = weight_decay(iteration, config)
+
+
+def rate_factor(iteration: int, config: Speedrun) -> float:
+    """Warm-up, stable, decay: what all rates are multiplied by. Linear over the first `warmup` and last `decay`."""
+    warmup_iters, decay_iters = config.warmup * config.iters, config.decay * config.iters
+    rise = (iteration + 1) / warmup_iters if iteration + 1 < warmup_iters else 1.0
+    return min(rise, 1.0, (config.iters - iteration) / decay_iters)
+
+
+def momentum(iteration: int, config: Speedrun) -> float:
+    """Linear from `momentum_start` to `momentum` over `momentum_iters`, then constant."""
+    rise = min(1.0, iteration / max(1, config.momentum_iters))
+    return config.momentum_start + rise * (config.momentum - config.momentum_start)
+
+
+def weight_decay(iteration: int, config: Speedrun) -> float:
+    """Linear from `weight_decay` to zero at the end of the run."""
+    return config.weight_decay * (1 - iteration / config.iters)
 
 
 def step_row(run: Run, loss: float, step_s: float, peak: mfu.Peak | None) -> dict[str, Any]:

@@ -5,13 +5,15 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import DTYPES, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels import aot
 from kernels._triton import Launcher, launcher, launching, skip
-from kernels.attention import attention_triton, reference
+from kernels.attention import attention_triton, backward, forward, reference
 from kernels.attention.reference import attention_reference
 from kernels.interpret import interpreting
 
@@ -196,6 +198,42 @@ def test_tiles_of_every_architecture(arch, D, features):
     assert len(seen) == 3
     assert all(kwargs["DESCRIPTORS"] == (arch >= 90) for kwargs in seen)
     assert seen[0]["DELAYED"] == (arch == 90)
+
+
+def compiled(kernel: str, q: Tensor, k: Tensor, v: Tensor, **features) -> aot.Code:
+    """The machine code for sm_90 of the kernel whose name ends so, as a call forward and backward launches it."""
+    found: list[aot.Launch] = []
+    with launching(Launcher(lambda kernel, grid, *a, **k: found.append(aot.Launch(kernel, a, k)), 90, 132)):
+        results(attention_triton, q, k, v, **features)
+    return aot.read_code(aot.compile_launch(next(x for x in found if x.kernel.__name__.endswith(kernel)), 90), 90)
+
+
+def test_dropout_leaves_the_registers_that_the_backward_needs():
+    """At D = 128 the tile without dropout would spill."""
+    code = compiled("dk_dv", *qkv(64, 64, D=128, dtype=torch.bfloat16), dropout=0.1, seed=1)
+    assert aot.broken_gates(code, 90) == []
+
+
+def test_rows_that_no_descriptor_can_address_are_copied():
+    """On sm_90 only: what is launched is what is launched, and compiled, for tensors that lie well."""
+    plain = qkv(9, 9, dtype=torch.bfloat16)
+    odd = tuple(F.pad(x, (3, 0))[..., 3:] for x in plain)
+    for arch, same in ((80, True), (90, False), (100, False)):
+        seen: list[tuple] = []
+        with launching(Launcher(lambda kernel, grid, *a, seen=seen, **k: seen.append((a, k)), arch)):
+            out = attention_triton(*odd)
+        ((arguments, options),) = seen
+        bases = [getattr(x, "base", x).data_ptr() for x in arguments[:3]]
+        assert (bases == [x.data_ptr() for x in odd]) is same
+        assert options["DESCRIPTORS"] is not same and out.is_contiguous()
+
+
+def test_head_dims_that_no_descriptor_can_address_take_the_conservative_tile():
+    for arch, descriptors in ((90, False), (100, False)):
+        for D, expected in ((20, descriptors), (24, True)):
+            assert forward.tile(D, torch.bfloat16, arch).descriptors is expected
+            for kernel in backward.TILES:
+                assert backward.tile(kernel, D, torch.bfloat16, arch, dropout=True).descriptors is expected
 
 
 # ---- edges

@@ -92,7 +92,8 @@ def attention_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention_reference by the kernels of this package, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
 
-    Slices of a fused projection are read where they lie; results are contiguous. Memory is O(T). Deterministic, dropout
+    Slices of a fused projection are read where they lie, on sm_90 and sm_100 if their rows begin at multiples of 16
+    bytes; results are contiguous. Memory is O(T). Deterministic, dropout
     included: what it zeroes follows from the seed and the positions, and the backward finds it again. `gluon` insists
     on the forward of hopper.py, and raises ValueError where it cannot run.
     """

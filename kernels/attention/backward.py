@@ -12,6 +12,7 @@ from torch import Tensor
 from .._triton import arch, jit, tl, triton
 from .shared import (
     Shape,
+    aligned,
     descriptor,
     document_bounds,
     head_of,
@@ -24,7 +25,6 @@ from .shared import (
     rows,
     scores,
     segments,
-    takes_descriptor,
     uncapped,
 )
 
@@ -242,11 +242,19 @@ TILES = {
 }
 
 
-def tile(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Tile:
-    """The tile of 'dq' or 'dk_dv' for head dim D."""
+# Where random numbers take so many registers that the tile above would spill.
+DROPOUT_TILES = {("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
+
+
+def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Tile:
+    """The tile of 'dq' or 'dk_dv' for head dim D; see forward.tile."""
     if arch not in TILES[kernel] or dtype == torch.float32:
         return CONSERVATIVE
-    return TILES[kernel][arch][max(64, padded(D))]
+    width = max(64, padded(D))
+    found = TILES[kernel][arch][width]
+    if dropout:
+        found = DROPOUT_TILES.get((kernel, arch, width), found)
+    return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
 def launch_backward(
@@ -257,6 +265,9 @@ def launch_backward(
     """dq, dk, dv, contiguous, in the dtypes of q, k, v. dlse (B, H, T) is the gradient of the natural log-sum-exp."""
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), dropout > 0) for kernel in TILES}
+    if any(block.descriptors for block in blocks.values()):
+        q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     shape = Shape(causal, window, scale, softcap, dropout)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if dq.numel() == 0 or dk.numel() == 0:
@@ -270,22 +281,20 @@ def launch_backward(
         return dict(D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D), num_warps=block.num_warps,
                     num_stages=block.num_stages)  # fmt: skip
 
-    def operands(block: Tile) -> tuple[tuple, bool]:
-        if not (block.descriptors and all(map(takes_descriptor, (q, k, v, dout)))):
-            return (q, k, v, dout), False
+    def operands(block: Tile) -> tuple:
+        if not block.descriptors:
+            return q, k, v, dout
         m, n = block.block_m, block.block_n
-        return (descriptor(q, m), descriptor(k, n), descriptor(v, n), descriptor(dout, m)), True
+        return descriptor(q, m), descriptor(k, n), descriptor(v, n), descriptor(dout, m)
 
-    block = tile("dq", D, q.dtype, arch(q))
-    tensors, by_descriptor = operands(block)
+    block = blocks["dq"]
     attention_bwd_kernel_dq[(triton.cdiv(T, block.block_m) * B * H,)](
-        *tensors, out, lse, dlse, documents, seed, dq, delta, *strides, B * H, T, S, H, G, *shape.scalars(), **flags,
-        HAS_DLSE=dlse is not None, DESCRIPTORS=by_descriptor, **options(block),
+        *operands(block), out, lse, dlse, documents, seed, dq, delta, *strides, B * H, T, S, H, G, *shape.scalars(),
+        **flags, HAS_DLSE=dlse is not None, DESCRIPTORS=block.descriptors, **options(block),
     )  # fmt: skip
-    block = tile("dk_dv", D, q.dtype, arch(q))
-    tensors, by_descriptor = operands(block)
+    block = blocks["dk_dv"]
     attention_bwd_kernel_dk_dv[(triton.cdiv(S, block.block_n) * B * G,)](
-        *tensors, lse, delta, documents, seed, dk, dv, *strides, B * G, T, S, H, G, *shape.scalars(), **flags,
-        DESCRIPTORS=by_descriptor, GROUP=H // G, **options(block),
+        *operands(block), lse, delta, documents, seed, dk, dv, *strides, B * G, T, S, H, G, *shape.scalars(), **flags,
+        DESCRIPTORS=block.descriptors, GROUP=H // G, **options(block),
     )  # fmt: skip
     return dq, dk, dv

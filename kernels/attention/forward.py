@@ -14,6 +14,7 @@ from .._triton import arch, jit, tl, triton
 from .hopper import chosen, launch_hopper
 from .shared import (
     Shape,
+    aligned,
     descriptor,
     document_bounds,
     head_of,
@@ -25,7 +26,6 @@ from .shared import (
     rows,
     scores,
     segments,
-    takes_descriptor,
 )
 
 
@@ -168,10 +168,14 @@ TILES = {
 
 
 def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
-    """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
+    """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best.
+
+    So they are where D leaves rows of which no descriptor can be made.
+    """
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
-    return TILES[arch][max(64, padded(D))]
+    found = TILES[arch][max(64, padded(D))]
+    return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
 def launch_forward(
@@ -190,15 +194,15 @@ def launch_forward(
         launch_hopper(q, k, v, scale, out, lse)
         return out, lse
     block = tile(D, q.dtype, arch(q))
-    by_descriptor = block.descriptors and all(map(takes_descriptor, (q, k, v)))
     operands = q, k, v
-    if by_descriptor:
+    if block.descriptors:
+        q, k, v = aligned(q), aligned(k), aligned(v)
         operands = descriptor(q, block.block_m), descriptor(k, block.block_n), descriptor(v, block.block_n)
     documents = document_bounds(cu_seqlens, S)
     attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * H,)](
         *operands, documents, seed, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        B * H, T, S, H, G, *shape.scalars(), **shape.flags(documents), DESCRIPTORS=by_descriptor, DELAYED=block.delayed,
-        D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D),
+        B * H, T, S, H, G, *shape.scalars(), **shape.flags(documents), DESCRIPTORS=block.descriptors,
+        DELAYED=block.delayed, D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D),
         num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return out, lse

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._triton import VERSION, GluonDescriptor, arch, gl, gl_hopper, gluon_jit, launcher, skip, triton
 from ..op import require
-from .shared import Shape, place, takes_descriptor
+from .shared import Shape, aligned, place
 
 
 @gluon_jit
@@ -219,13 +219,13 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor 
         "softcap: needs None": not shape.softcap,
         "dropout: needs 0": not shape.dropout,
         "cu_seqlens: needs None": cu_seqlens is None,
-        "q, k, v: need rows that begin at multiples of 16 bytes": all(map(takes_descriptor, (q, k, v))),
     }
     return next((need for need, met in needs.items() if not met), "")
 
 
 def launch_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Fill out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32, both contiguous."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     block = TILES[D]
     attention_fwd_kernel_hopper[(triton.cdiv(T, block.block_m) * B * H,)](

@@ -55,11 +55,15 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def takes_descriptor(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address x (B, T, H, D): 16-byte aligned rows of a 16-bit dtype."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+def aligned(x: Tensor) -> Tensor:
+    """x (B, T, H, D) of 16 bits, D a multiple of 8, as the tensor memory accelerator can address it.
+
+    Itself if its rows begin at multiples of 16 bytes, else a copy: pointers in its place cost so many registers that
+    kernels on sm_90 spill, or ptxas makes their matrix products wait for each other.
+    """
     start = x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()
-    return x.element_size() == 2 and x.stride(-1) == 1 and aligned and start % 16 == 0 and min(x.stride()[:3]) > 0
+    fits = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return x if fits and start % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(x: Tensor, block: int) -> Any:

@@ -18,9 +18,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -347,8 +346,9 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     settings: dict[str, Any] = dict(
         accumulation=run.team.share(config.gradient_accumulation_steps), clip=config.grad_clip, guard=run.guard
     )
+    step: Callable[[Batches], torch.Tensor]
     if run.team.size > 1:
-        step = partial(loop.parallel_step, run.optimizer, **settings)
+        step = lambda batches: loop.parallel_step(run.optimizer, batches, **settings)
     else:
         step = loop.make_step(run.model, run.optimizer, scaler=run.scaler, compiled=config.compile, **settings)
         run.optimizer.register_step_pre_hook(stopper.hold)

@@ -48,7 +48,7 @@ class Matrix:
     rows: tuple[int, int]  # of the whole parameter
     columns: int
     owner: int  # rank in the group that shares it out
-    tensor: Tensor | None  # at the owner: a view of the parameter with ddp, else a copy
+    tensor: Any = None  # a Tensor at the owner: a view of the parameter with ddp, else a copy
 
 
 class ShardedOptimizer:
@@ -111,7 +111,7 @@ class ShardedOptimizer:
     def _matrices_of(self, index: int, p: nn.Parameter) -> list[Matrix]:
         name, found, row = self.names[index], [], 0
         for number, rows in enumerate(stacked_rows(name, self.shapes[name], self.config)):
-            found.append(Matrix(index, number, p, (row, row + rows), self.shapes[name][1], -1, None))
+            found.append(Matrix(index, number, p, (row, row + rows), self.shapes[name][1], -1))
             row += rows
         return found
 
@@ -153,9 +153,9 @@ class ShardedOptimizer:
             finish()
             self._spread(self._share_views())()
         else:
-            finish = self._gather_matrices(lambda matrix: local(matrix.p.grad))
+            arrive = self._gather_matrices(lambda matrix: local(matrix.p.grad))
             self._step_shares()
-            for matrix, gradient in zip(self.owned, finish(), strict=True):
+            for matrix, gradient in zip(self.owned, arrive(), strict=True):
                 matrix.tensor.grad = gradient
             self._step_these([matrix.tensor for matrix in self.owned])
             self._scatter_matrices()
@@ -371,10 +371,10 @@ class ShardedOptimizer:
             state = {}
             for key, value in saved["state"].get(m.index, {}).items():
                 name = self.names[m.index]
-                rows = stacked_rows(name, self.shapes[name], self.config)
+                lines = stacked_rows(name, self.shapes[name], self.config)
                 if value.dim() == 1:  # a number for each line of each matrix
-                    rows = [max(count, m.columns) for count in rows]
-                state[key] = value.split(rows)[m.number].clone().to(m.tensor.device)
+                    lines = [max(count, m.columns) for count in lines]
+                state[key] = value.split(lines)[m.number].to(m.tensor.device, copy=True)
             if state:
                 self.optimizer.state[m.tensor] = state
         self.refresh()

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -33,23 +34,24 @@ MODEL, STATE = "model", "state"  # first words of the tensors' names: model/<par
 class Piece(Tensor):
     """A rectangle of a whole tensor, in the terms of torch.distributed.checkpoint (its protocol `_Checkpointable`)."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     whole: torch.Size
-    chunk: ChunkStorageMetadata
+    place: ChunkStorageMetadata
 
     @staticmethod
     def of(rectangle: Rectangle, tensor: Tensor) -> Piece:
         piece = tensor.detach().as_subclass(Piece)
         piece.whole = torch.Size(rectangle.shape)
-        piece.chunk = ChunkStorageMetadata(torch.Size(rectangle.offset), torch.Size(rectangle.size))
+        piece.place = ChunkStorageMetadata(torch.Size(rectangle.offset), torch.Size(rectangle.size))
         return piece
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        data = TensorWriteData(self.chunk, TensorProperties.create_from_tensor(self), self.whole)
-        return [WriteItem(MetadataIndex(name, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+        data = TensorWriteData(self.place, TensorProperties.create_from_tensor(self), self.whole)
+        return [WriteItem(MetadataIndex(name, self.place.offsets), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self.chunk]
+        return [self.place]
 
     def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
         return self.as_subclass(Tensor)
@@ -97,7 +99,7 @@ def read_parts(folder: Path, optimizer: dict[str, Any]) -> dict[str, Tensor]:
     found = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         for name, about in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith((f"{MODEL}/", f"{STATE}/"))
+        if name.startswith((f"{MODEL}/", f"{STATE}/")) and isinstance(about, TensorStorageMetadata)
     }
     dcp.load(found, storage_reader=reader, no_dist=True)
     stacks: dict[str, list[Tensor]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,9 @@ def chunk(rows: int, ways: int, index: int) -> tuple[int, int]:
     return min(rows, index * each), min(rows, (index + 1) * each)
 
 
-def local(p: Tensor) -> Tensor:
-    """What this rank holds of a parameter or gradient; shares its memory."""
+def local(p: Tensor | None) -> Tensor:
+    """What this rank holds of a parameter or gradient that is there; shares its memory."""
+    assert p is not None
     p = p.detach()
     return p.to_local() if isinstance(p, DTensor) else p
 
@@ -107,18 +109,16 @@ def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
     assert team.mesh is not None
     if team.tensor > 1:
         split_matrices(model, team)
-    blocks = model.transformer["h"]
+    blocks: Any = model.transformer["h"]
     if compiled:
         for block in blocks:
             block.compile()
     if team.mode == "ddp":
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     # Weights travel in the dtype that they are used in; gradients are summed in fp32. Rotations stay fp32.
-    policy = MixedPrecisionPolicy(
-        param_dtype=model.dtype if model.dtype != torch.float32 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if model.dtype.itemsize < 4:
+        policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
     over_shards = team.mesh["shard"] if team.mode == "fsdp" else team.mesh["replica", "shard"]
     over_all = team.mesh["shard", "tensor"]._flatten("shard_tensor") if team.tensor > 1 else over_shards
     for block in blocks:
@@ -141,12 +141,13 @@ def split_matrices(model: GPT, team: Team) -> None:
         "attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(),
         "mlp.c_fc": ColwiseParallel(), "mlp.c_proj": RowwiseParallel(),
     }  # fmt: skip
-    if hasattr(model.transformer["h"][0].mlp, "c_gate"):
+    blocks: Any = model.transformer["h"]
+    if hasattr(blocks[0].mlp, "c_gate"):
         plan["mlp.c_gate"] = ColwiseParallel()
     heads = dataclasses.replace(
         config, n_head=config.n_head // ways, n_kv_head=config.kv_heads // ways, n_embd=config.n_embd // ways
     )
-    for block in model.transformer["h"]:
+    for block in blocks:
         for p in block.attn.c_attn.parameters():
             p.data = by_rank(p.data, stacked_rows("x.c_attn.x", p.shape, config), ways)
         parallelize_module(block, team.mesh["tensor"], plan)

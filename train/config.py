@@ -26,7 +26,7 @@ class Pretrain:
     eval_iters: int = 200  # batches of each split per evaluation
     eval_only: bool = False  # exit after the first evaluation
     always_save_checkpoint: bool = True  # save at every evaluation, not only when the validation loss is the best yet
-    init_from: str = "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in their layout
+    init_from: str = "scratch"  # scratch, resume, gpt2 ... gpt2-xl, OWNER/NAME on the hub, or a folder with a model
     wandb_log: bool = False  # log to Weights & Biases too
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run

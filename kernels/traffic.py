@@ -7,8 +7,9 @@ Each op runs forward and backward at its bench sizes in the interpreter, on the 
 access is counted, by the 32-byte sectors that DRAM moves. To be quick, M or B is divided until it stands for a share of
 the GPU, and multiprocessors and L2 are divided alike, so that partial sums weigh as they would. Within a launch a
 sector is fetched once, except that where the rows of all running programs overflow L2 a program that reads its own
-again fetches again what did not stay. What torch's own kernels read and write between launches counts too. Ops bound by
-arithmetic are left out.
+again fetches again what did not stay. What torch's own kernels read and write between launches counts too, and partial
+sums count as written and read though L2 may keep them. Only what needs less than half of the arithmetic that would keep
+an H100 busy is listed: of the rest memory is not the limit.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from torch.utils._pytree import tree_leaves
 from . import OPS
 from .aot import CHIPS
 from .interpret import Guard, interpreting
-from .op import Op
+from .op import Cost, Op
 
 REPORT = Path(__file__).resolve().parents[1] / "results" / "traffic.json"
 ARCH = 90
 MULTIPROCESSORS = CHIPS[ARCH].multiprocessors
 L2_BYTES = 50 << 20  # of an H100 (NVIDIA H100 white paper, table 4)
-RIDGE = 989e12 / 3.35e12  # FLOP per byte above which an H100 SXM is bound by arithmetic (its data sheet)
+RIDGE = 989e12 / 3.35e12  # FLOP per byte at which an H100 SXM is bound by arithmetic as by memory (its data sheet)
 SECTOR = 32  # bytes
 
 
@@ -105,8 +106,10 @@ def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """
     if "M" in dims:
         return {**dims, "M": max(1, dims["M"] // MULTIPROCESSORS)}, 1
-    less = {"H": dims["H"] // dims["G"], "G": 1} if "S" in dims else {"T": max(1, dims["T"] // 16)}
-    return {**dims, "B": 1, **less}, max(1, MULTIPROCESSORS // dims["B"])
+    if "S" not in dims:
+        return {**dims, "B": 1, "T": max(1, dims["T"] // 16)}, max(1, MULTIPROCESSORS // dims["B"])
+    groups = dims["B"] * dims["G"]
+    return {**dims, "B": 1, "H": dims["H"] // dims["G"], "G": 1}, max(1, MULTIPROCESSORS // groups)
 
 
 def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, float]:
@@ -134,10 +137,15 @@ def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, floa
     return found
 
 
+def is_bound_by_memory(cost: Cost) -> bool:
+    """Whether there is so little arithmetic to the compulsory bytes that memory sets the time."""
+    return cost.bytes > 0 and cost.flops / cost.bytes < RIDGE / 2
+
+
 def rows(op: Op, dims: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each direction that memory bounds: compulsory and moved bytes of the divided dims, and their ratio."""
     costs = dict(zip(("forward", "backward"), op.cost(**dims, itemsize=2), strict=True))
-    bound = [name for name, cost in costs.items() if cost.bytes and cost.flops / cost.bytes < RIDGE]
+    bound = [name for name, cost in costs.items() if is_bound_by_memory(cost)]
     if op.triton is None or not bound:
         return []
     small, multiprocessors = divided(dims)

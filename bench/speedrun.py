@@ -2,7 +2,7 @@
 
     python -m bench speedrun                                             # cpu-sprint on the embedded text, two seeds
     python -m bench speedrun --dataset=shakespeare_char --seeds=1,2
-    python -m bench speedrun --only=recipe,token_shift --iters=300
+    python -m bench speedrun --only=recipe,no-token-shift --iters=300
 
 Every variant is a run of `python -m train.speedrun` in a process of its own: same data, same batches, same number of
 updates; only the flags shown differ. Rates are those of the recipe except where the table shows others: what is left
@@ -29,17 +29,16 @@ from . import results
 HERE = Path(__file__).resolve().parent
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
-    "token_shift": ["--token_shift=False"],
-    "rope": ["--position=learned", "--embedding_lr=0.02"],
-    "qk_norm": ["--qk_norm=False"],
-    "relu2": ["--activation=gelu"],
-    "untied_head": ["--tied=True", "--embedding_lr=0.02"],
-    "muon": ["--optimizer=adamw", "--matrix_lr=0.008"],
-    "muon_lower": ["--optimizer=adamw", "--matrix_lr=0.004"],
-    "three_steps": ["--newton_schulz_steps=3"],
-    "five_steps": ["--newton_schulz_steps=5"],
-    "momentum_rise": ["--momentum_start=0.9"],
-    "decay": ["--decay=0.4"],
+    "no-token-shift": ["--token_shift=False"],
+    "learned-positions": ["--position=learned", "--embedding_lr=0.02"],
+    "no-qk-norm": ["--qk_norm=False"],
+    "gelu": ["--activation=gelu"],
+    "tied-head": ["--tied=True", "--embedding_lr=0.02"],
+    "adamw": ["--optimizer=adamw", "--matrix_lr=0.008"],
+    "adamw-half-rate": ["--optimizer=adamw", "--matrix_lr=0.004"],
+    "3-newton-schulz-steps": ["--newton_schulz_steps=3"],
+    "5-newton-schulz-steps": ["--newton_schulz_steps=5"],
+    "late-decay": ["--decay=0.4"],
 }
 
 
@@ -61,7 +60,7 @@ def run(variant: str, seed: int, flags: Sequence[str]) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: for each variant the mean loss over seeds, its distance to the whole recipe's, and seconds."""
+    """Markdown: for each variant the mean loss over seeds and its distance to the whole recipe's."""
     by_variant: dict[str, list[Row]] = {}
     for row in rows:
         by_variant.setdefault(row["impl"], []).append(row)
@@ -69,19 +68,14 @@ def table(rows: Sequence[Row]) -> str:
     base = means.get("recipe")
     lines = [
         {
-            "variant": name if name == "recipe" else f"without {name}" if not name.endswith("_steps") else name,
-            "flags": " ".join(VARIANTS[name]), "loss": f"{means[name]:.4f}",
+            "variant": name, "flags": " ".join(VARIANTS[name]), "loss": f"{means[name]:.4f}",
             "more": None if base is None else f"{means[name] - base:+.4f}",
             "seeds": " ".join(f"{row['loss']:.4f}" for row in of),
-            "seconds": f"{statistics.fmean(row['seconds'] for row in of):.2f}",
         }
         for name, of in by_variant.items()
     ]  # fmt: skip
-    headings = {
-        "variant": "variant", "flags": "flags", "val loss": "loss", "against the recipe": "more",
-        "each seed": "seeds", "seconds of training": "seconds",
-    }  # fmt: skip
-    return report.table(lines, headings)
+    headings = {"variant": "variant", "flags": "flags", "val loss": "loss", "against the recipe": "more"}
+    return report.table(lines, headings | {"each seed": "seeds"})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -117,10 +111,10 @@ def main(argv: Sequence[str]) -> int:
                 dims = {"seed": seed, "iters": summary["iterations"]}
                 rows.append(log.row(
                     "summary", name=f"ablation of {arguments.preset} on {arguments.dataset}", impl=name, dims=dims,
-                    flags=" ".join(VARIANTS[name]), loss=summary["loss"], seconds=summary["seconds"],
+                    flags=" ".join(VARIANTS[name]), loss=summary["loss"],
                     parameters=summary["parameters"], **common,
                 ))  # fmt: skip
-                log.say(f"speedrun  {name:14s} seed {seed}: loss {summary['loss']:.4f}, {summary['seconds']:.2f} s")
+                log.say(f"speedrun  {name:22s} seed {seed}: loss {summary['loss']:.4f}")
         page = log.path.with_suffix(".md")
         page.write_text(f"# {rows[-1]['name']}\n\n{report.caption(rows)}\n\n{table(rows)}\n", encoding="utf-8")
         log.say(f"\n{table(rows)}\n\nspeedrun  {page}")

@@ -225,6 +225,31 @@ def test_a_stop_between_two_saves_loses_only_time(
     assert contents(prepare_as(config)) == contents(whole) and calls > 30 + 3
 
 
+def test_parts_are_on_the_disk_before_the_progress_that_vouches_for_them(
+    jsonl: Path, bpe_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SAVED_EVERY_S", 0.0)
+    folder, flushed, saves = tmp_path / "data" / "mine", set[int](), 0
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked(source: Path, target: Path) -> None:
+        nonlocal saves
+        if target.name == stream.PROGRESS:
+            assert {part.stat().st_ino for part in folder.glob("*.part")} <= flushed
+            flushed.clear()
+            saves += 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    prepare_as(flags(jsonl, bpe_folder, tmp_path / "data"))
+    assert saves > 20
+
+
 def test_a_full_disk_is_a_user_error_and_the_job_goes_on(
     whole: Path, jsonl: Path, bpe_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

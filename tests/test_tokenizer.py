@@ -325,6 +325,16 @@ def test_every_damaged_line_of_a_saved_tokenizer_is_found(saved: Path, tmp_path:
         load_bpe(tmp_path)
 
 
+def test_exchanged_ranks_are_found(saved: Path, tmp_path: Path) -> None:
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rows = [line.split() for line in (saved / "ranks.tiktoken").read_text().splitlines()]
+    rows[300][0], rows[301][0] = rows[301][0], rows[300][0]
+    (tmp_path / "ranks.tiktoken").write_text("".join(f"{token} {rank}\n" for token, rank in rows))
+    with pytest.raises(UserError, match=r"ranks\.tiktoken does not fit encoding\.json"):
+        load_bpe(tmp_path)
+
+
 def test_damaged_json_of_a_tokenizer_is_refused(trained: BPETokenizer) -> None:
     whole = trained.to_json()
     for name, value in (("tokens", "a=b"), ("tokens", 5), ("special_tokens", {"<|bos|>": "1"}), ("pattern", None)):

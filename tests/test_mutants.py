@@ -3,12 +3,11 @@
 A mutant is a page with one line changed, loaded beside the real one under another name.
 """
 
-import importlib.util
-import re
 import sys
 
 import pytest
 import torch
+from mutants import mutated
 from oracle import check_parity
 
 import kernels
@@ -66,19 +65,7 @@ MUTANTS = {
     "name, mistake", [pytest.param(n, m, id=f"{n}-{m}") for n, table in MUTANTS.items() for m in table]
 )
 def test_mutant_is_caught(name, mistake, tmp_path, monkeypatch):
-    old, new = MUTANTS[name][mistake]
-    page = sys.modules[f"kernels.{name}"]
-    with open(page.__file__) as file:
-        source = file.read()
-    assert source.count(old) >= 1, "the page has changed: rewrite this mutant"
-    path = tmp_path / "mutant.py"
-    unique = "mutant" + "".join(c for c in mistake if c.isalpha())  # torch keeps one operator of a name
-    source = re.sub(r'((?:differentiable|without_gradient)\(\s*")', rf"\g<1>{unique}_", source)
-    path.write_text(source.replace(old, new, 1))
-    spec = importlib.util.spec_from_file_location("kernels.mutant", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up the module that they are in
-    spec.loader.exec_module(module)
+    module = mutated(sys.modules[f"kernels.{name}"], *MUTANTS[name][mistake], tmp_path, monkeypatch)
     mutant = getattr(module, f"{name}_triton")
 
     def run(*args):

@@ -1,14 +1,18 @@
 """Rotary: options, fused layouts, learned tables and meaning, beside the generic tests of test_parity.py."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from mutants import mutated
 from oracle import DTYPES, relative_error
 from torch import Tensor
 
 import kernels
+from kernels import rotary
 from kernels._triton import Launcher, launching
+from kernels.interpret import OutOfBounds, Race, interpreting
 from kernels.rotary import ROTARY, inputs, rotary_reference, rotary_triton
 
 interpreted = kernels.load("reference", rotary="interpret").rotary
@@ -28,25 +32,69 @@ def values_and_gradients(function, q, k, cos, sin, **options):
     return [*out, *torch.autograd.grad(out, (q, k), seeds)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(qk_norm=norm, interleaved=interleaved, scale=scale)
-        for norm, interleaved, scale in itertools.product((False, True), (False, True), (1.0, 1.7))
-    ],
-    ids=str,
-)
-def test_options(options, dtype):
-    """Every option in every combination, on slices of a fused projection, heads and pairs past a power of two."""
-    q, k = fused(2, 5, 3, 2, 20, dtype)
+OPTIONS = [
+    dict(qk_norm=norm, interleaved=interleaved, scale=scale)
+    for norm, interleaved, scale in itertools.product((False, True), (False, True), (1.0, 1.7))
+]
+
+
+def check(function: Callable, options: dict, dtype: torch.dtype) -> None:
+    """The error rule of tests/oracle.py, on slices of two projections, heads and pairs past a power of two."""
+    q, k = fused(2, 5, 3, 2, 20, dtype)[0], fused(2, 5, 4, 2, 20, dtype)[1]
     cos, sin = inputs(1, 5, 1, 1, 20, dtype=torch.float32)[2:]
-    found = values_and_gradients(interpreted, q, k, cos, sin, **options)
+    found = values_and_gradients(function, q, k, cos, sin, **options)
     same = values_and_gradients(rotary_reference, q, k, cos, sin, **options)
     truth = values_and_gradients(rotary_reference, q.double(), k.double(), cos.double(), sin.double(), **options)
     for i, (f, s, t) in enumerate(zip(found, same, truth, strict=True)):
         t = t.detach()
         assert relative_error(f.detach(), t) <= 2 * relative_error(s.detach(), t) + torch.finfo(dtype).eps, i
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options, dtype):
+    check(interpreted, options, dtype)
+
+
+SECOND_HALF = "tl.load(x_ptr + D // 2 + d, seen"
+BOTH_SQUARES = "tl.sum(x_a * x_a, axis=1) + tl.sum(x_b * x_b, axis=1)"
+KEYS = "block - q_blocks, b, k_stride_b, k_stride_t"
+SCALED_SINE = "sin = tl.load(sin_ptr + t * (D // 2) + d, mask & (d < D // 2), other=0.0).to(tl.float32) * scale"
+MUTANTS = {
+    "sign of the sine": ("y_a, y_b = x_a * cos - x_b * sin", "y_a, y_b = x_a * cos + x_b * sin"),
+    "halves exchanged": ("x_b * cos + x_a * sin", "x_a * cos + x_b * sin"),
+    "not turned back in the backward": ("dy_a * cos + dy_b * sin, dy_b", "dy_a * cos - dy_b * sin, dy_b"),
+    "second half from the neighbour": (SECOND_HALF, SECOND_HALF.replace("D // 2", "1")),
+    "half of the padded width": (SECOND_HALF, SECOND_HALF.replace("D // 2", "8")),
+    "pairs that are not neighbours": (
+        "tl.reshape(x, (BLOCK_M, BLOCK_D, 2))", "tl.trans(tl.reshape(x, (BLOCK_M, 2, BLOCK_D)), 0, 2, 1)"),
+    "mask of the half forgotten": (
+        "seen = mask & (d < D // 2)\n        tl.store", "seen = mask & (d < D)\n        tl.store"),
+    "mask of the pairs off by one": ("mask & (both < D))", "mask & (both <= D))"),
+    "angle of the head": ("cos_ptr + t * (D // 2) + d", "cos_ptr + h * (D // 2) + d"),
+    "heads taken as contiguous": ("t * stride_t + h * stride_h, d, D", "(t * H + h) * D, d, D"),
+    "batch forgotten": ("y_ptr + (b * T * H + row) * D", "y_ptr + row * D"),
+    "keys with the strides of queries": (KEYS, KEYS.replace("k_", "q_")),
+    "scale of the sine forgotten": (SCALED_SINE, SCALED_SINE.removesuffix(" * scale")),
+    "norm of the first half alone": (BOTH_SQUARES, "2 * tl.sum(x_a * x_a, axis=1)"),
+    "norm over the padded width": ("[:, None] / D + eps", "[:, None] / (2 * BLOCK_D) + eps"),
+    "mean of g dropped": ("rstd * (g_a - x_a * mean_gx), rstd", "rstd * g_a, rstd"),
+    "gradient of the norm without rstd": ("rstd * (g_b - x_b * mean_gx)", "(g_b - x_b * mean_gx)"),
+    "last position left out": ("mask = t < T", "mask = t < T - 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
+    page = mutated(rotary, *MUTANTS[mistake], tmp_path, monkeypatch)
+
+    def run(*args, **options):
+        with interpreting():
+            return page.rotary_triton(*args, **options)
+
+    with pytest.raises((AssertionError, OutOfBounds, Race)):
+        for options in reversed(OPTIONS):  # those with the norm first, which more can go wrong with
+            check(run, options, torch.float32)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

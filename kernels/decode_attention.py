@@ -28,7 +28,6 @@ https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -97,21 +96,19 @@ def decode_attention_reference(
         position = lengths[:, None] - T + torch.arange(T, device=q.device)
         return _attend(q, cache, position, window, scale, softcap)
 
-    found, out = lengths.tolist(), torch.zeros(q.shape, dtype=q.dtype)
-    alike = pages is None and B > 0 and found.count(found[0]) == B
-    fused = softcap is None and k_scale is None and q.dtype in FUSED
-    for batch in [slice(0, B)] if alike else [slice(b, b + 1) for b in range(B)]:
-        length = found[batch.start]
-        if length == 0:
-            continue
+    def attend(batch: slice, length: int) -> Tensor:
+        seeing = min(T, length)  # the queries before them stand at no position
         first = 0 if window is None else max(0, length - T - window)
-        seen = cache.each(functools.partial(_cut, pages=pages, batch=batch, first=first, length=length))
-        seeing = slice(max(0, T - length), T)  # the queries before see nothing
-        position = torch.arange(length - T, length)[None, seeing] - first
-        if fused:
-            out[batch, seeing] = _attend_fused(q[batch, seeing], seen.k, seen.v, position, window, scale)
-        else:
-            out[batch, seeing] = _attend(q[batch, seeing], seen, position, window, scale, softcap)
+        seen = cache.each(lambda x: _cut(x, pages, batch, first, length))
+        return _attend_newest(q[batch, T - seeing :], seen, window, scale, softcap)
+
+    found = lengths.tolist()
+    if pages is None and B > 0 and found[0] >= T and found.count(found[0]) == B:
+        return attend(slice(0, B), found[0])
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    for b, length in enumerate(found):
+        if length:
+            out[b : b + 1, max(0, T - length) :] = attend(slice(b, b + 1), length)
     return out
 
 
@@ -152,19 +149,23 @@ def _attend(
     return torch.einsum("bgrts,bsgd->btgrd", p, v).reshape(B, T, H, D).to(q.dtype)
 
 
-def _attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int | None, scale: float
-) -> Tensor:  # fmt: skip
-    """The same by torch's fused operator, for a CPU: the queries of a group of heads are rows of one product.
+def _attend_newest(q: Tensor, cache: Cache, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    """The same for queries of the last positions of a cache that was cut to what they see, on a CPU.
 
-    It reads 16-bit keys as they are: at 1024 keys, H = G = 12, D = 64 on two cores, fp16 takes 0.35 ms where converting
-    takes 3.1 and a pair of products 1.4; fp32 takes 0.30 either way.
+    By torch's fused operator where it can: the queries of a group of heads are rows of one product. It reads 16-bit
+    keys as they are: at 1024 keys, H = G = 12, D = 64 on two cores, fp16 takes 0.35 ms where converting takes 3.1 and a
+    pair of products 1.4; fp32 takes 0.30 either way.
     """
-    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    rows, mask = q.view(B, T, G, H // G, D).transpose(1, 2).reshape(B, G, -1, D), None
-    if T > 1:  # the one query of T = 1 sees all that was cut out for it
-        mask = ~_hidden(position, S, window)[:, None].repeat_interleave(H // G, dim=2)
-    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    (B, T, H, D), (S, G) = q.shape, cache.k.shape[1:3]
+    if softcap is not None or cache.k_scale is not None or q.dtype not in FUSED:
+        return _attend(q, cache, torch.arange(S - T, S)[None], window, scale, softcap)
+    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
+    if T == 1:  # it sees all that was cut out for it
+        rows = q.reshape(B, G, H // G, D)
+        return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(B, 1, H, D)
+    rows = q.reshape(B, T, G, H // G, D).transpose(1, 2).reshape(B, G, -1, D)
+    seen = ~_hidden(torch.arange(S - T, S)[None], S, window)[:, None].repeat_interleave(H // G, dim=2)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
     return out.view(B, G, T, H // G, D).transpose(1, 2).reshape(B, T, H, D)
 
 
@@ -186,38 +187,41 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
     v_scale: Tensor | None, window: int | None, scale: float | None, softcap: float | None,
 ) -> None:  # fmt: skip
-    """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
-    require(q.dim() == 4 and min(q.shape[2:]) > 0, f"q: expected (B, T, H, D), got {tuple(q.shape)}")
-    require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
+    """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be.
+
+    Messages are made only for what is refused: making them all takes longer than a short sequence.
+    """
+    if q.dim() != 4 or min(q.shape[2:]) == 0:
+        raise ValueError(f"q: expected (B, T, H, D), got {tuple(q.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
     B, _, H, D = q.shape
-    what = "(B, S, G, D) with q's B and D" if pages is None else "(N, page_size, G, D) with q's D"
-    fits = k.dim() == 4 and k.shape[3] == D and (pages is not None or k.shape[0] == B)
-    require(fits, f"k: expected {what}, got {tuple(k.shape)} for q {tuple(q.shape)}")
-    require(k.shape[2] > 0 and H % k.shape[2] == 0, f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
-    require(v.shape == k.shape, f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    require(v.dtype == k.dtype, f"v: {v.dtype}, but k is {k.dtype}")
+    if k.dim() != 4 or k.shape[3] != D or (pages is None and k.shape[0] != B):
+        what = "(B, S, G, D) with q's B and D" if pages is None else "(N, page_size, G, D) with q's D"
+        raise ValueError(f"k: expected {what}, got {tuple(k.shape)} for q {tuple(q.shape)}")
+    if k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v: expected {tuple(k.shape)} of {k.dtype} as k is, got {tuple(v.shape)} of {v.dtype}")
     quantized = k.dtype in QUANTIZED.values()
-    require(
-        quantized or k.dtype == q.dtype,
-        f"k: expected q's dtype {q.dtype}, int8 or float8_e4m3fn, got {k.dtype}",
-    )
-    require(lengths.shape == (B,), f"lengths: expected (B,) = {(B,)}, got {tuple(lengths.shape)}")
-    require(lengths.dtype in (torch.int32, torch.int64), f"lengths: expected int32 or int64, got {lengths.dtype}")
-    scaled = quantized or k_scale is not None or v_scale is not None
-    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if x is None:
-            require(not scaled, f"{name}: a cache of int8 or float8_e4m3fn needs both scales, and none goes alone")
-        else:
-            require(x.shape == k.shape[:3], f"{name}: expected {tuple(k.shape[:3])} as k has it, got {tuple(x.shape)}")
-            require(x.is_floating_point(), f"{name}: expected float32, got {x.dtype}")
+    if not quantized and k.dtype != q.dtype:
+        raise ValueError(f"k: expected q's dtype {q.dtype}, int8 or float8_e4m3fn, got {k.dtype}")
+    if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths: expected ({B},) int32 or int64, got {tuple(lengths.shape)} {lengths.dtype}")
+    if quantized or k_scale is not None or v_scale is not None:
+        for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if x is None:
+                raise ValueError(f"{name}: a cache of int8 or float8_e4m3fn needs both scales, and none goes alone")
+            if x.shape != k.shape[:3] or not x.is_floating_point():
+                raise ValueError(f"{name}: expected {tuple(k.shape[:3])} float32, got {tuple(x.shape)} {x.dtype}")
     if pages is not None:
-        require(pages.dim() == 2 and pages.shape[0] == B, f"pages: expected (B, P), got {tuple(pages.shape)}")
-        require(pages.dtype == torch.int32, f"pages: expected int32, got {pages.dtype}")
+        if pages.dim() != 2 or pages.shape[0] != B or pages.dtype != torch.int32:
+            raise ValueError(f"pages: expected (B, P) int32, got {tuple(pages.shape)} {pages.dtype}")
         require(k.shape[1] > 0, "k: pages of no rows")
     tensors = {"k": k, "v": v, "lengths": lengths, "pages": pages, "k_scale": k_scale, "v_scale": v_scale}
     for name, x in tensors.items():
-        require(x is None or x.device == q.device, f"{name}: not on {q.device}, where q is")
-    # Written out, since torch.compile cannot put a number that varies into a message, used or not.
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
     if window is not None and window < 0:
         raise ValueError(f"window: expected a number of positions or None, got {window}")
     if scale is not None and scale <= 0:
@@ -232,7 +236,8 @@ def _check_values(k: Tensor, lengths: Tensor, pages: Tensor | None) -> None:
     """Lengths within the cache, and pages within the pool as far as the lengths reach."""
     capacity = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     for b, length in enumerate(lengths.tolist()):
-        require(0 <= length <= capacity, f"lengths: {length} of sequence {b} is outside 0 to {capacity}")
+        if not 0 <= length <= capacity:
+            raise ValueError(f"lengths: {length} of sequence {b} is outside 0 to {capacity}")
         if pages is not None and length:
             low, high = (x.item() for x in pages[b, : -(-length // k.shape[1])].aminmax())
             require(0 <= low <= high < k.shape[0], f"pages: sequence {b} has {low} to {high}, the pool {k.shape[0]}")

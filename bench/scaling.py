@@ -158,7 +158,7 @@ PUBLISHED = (
     Published("Llama 3.1 8B, FSDP, compiled", TORCHTITAN, 6667, 128, 6514),
 )
 LLAMA_8B = Workload("Llama 3.1 8B", 8.03e9, 32, 2 * 8192, 0.0)
-MUON_8 = ("sharding Muon of GPT-2 124M on 8 H100", "modded-nanogpt, records of 2024-10-14 and 17", 178.9, 153.8)
+MUON_8 = ("sharding Muon of GPT-2 124M on 8 GPUs", "modded-nanogpt, records of 2024-10-14 and 17", 178.9, 153.8)
 
 
 def predict(run: Published, cluster: Cluster) -> float:

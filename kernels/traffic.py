@@ -34,7 +34,7 @@ REPORT = Path(__file__).resolve().parents[1] / "results" / "traffic.json"
 ARCH = 90
 MULTIPROCESSORS = CHIPS[ARCH].multiprocessors
 L2_BYTES = 50 << 20  # of an H100 (NVIDIA H100 white paper, table 4)
-RIDGE = 989e12 / 3.35e12  # FLOP per byte at which an H100 SXM is bound by arithmetic as by memory (its data sheet)
+INTENSITY = 148  # FLOP to a byte: half of what keeps an H100's tensor cores busy, by the peaks in gptfast/mfu.py
 SECTOR = 32  # bytes
 
 
@@ -139,7 +139,7 @@ def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, floa
 
 def is_bound_by_memory(cost: Cost) -> bool:
     """Whether there is so little arithmetic to the compulsory bytes that memory sets the time."""
-    return cost.bytes > 0 and cost.flops / cost.bytes < RIDGE / 2
+    return cost.bytes > 0 and cost.flops / cost.bytes < INTENSITY
 
 
 def rows(op: Op, dims: dict[str, Any]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ TOP_LEVEL = {
     *MAY_IMPORT, "results", ".ci", ".gitignore", "Makefile", "pyproject.toml", "constraints.txt",
     "README.md", "LICENSE", "SECURITY.md", "CHANGELOG.md",
 }  # fmt: skip
-NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "interpret", "emulate", "aot"}
+NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "interpret", "emulate", "aot", "traffic"}
 OP_MAY_IMPORT = {"_triton", "op", "prims"}
 IMPORTS_TRITON = {"_triton", "interpret", "aot"}
 IMPORTED_AT_ONCE = {"torch", "triton", "numpy", "safetensors"}  # all others are heavy or rare, and wait for their use
@@ -122,11 +122,11 @@ def imports_go_one_way(page: Page) -> Iterator[int]:
 
 
 def kernels_need_only_torch_and_triton(page: Page) -> Iterator[int]:
-    """kernels/ imports torch, triton and the standard library; interpret.py also numpy, in which Triton interprets."""
+    """kernels/ imports torch, triton and the standard library; numpy where Triton's interpreter, which computes in it, is used."""
     if page.package != "kernels":
         return
     allowed = {"torch", "triton", "kernels", *sys.stdlib_module_names}
-    if page.room == "interpret":
+    if page.room in ("interpret", "traffic"):
         allowed.add("numpy")
     for found in imports(page):
         if found.name.split(".")[0] not in allowed:

@@ -6,7 +6,8 @@
 
 Every variant is a run of `python -m train.speedrun` in a process of its own: same data, same batches, same number of
 updates; only the flags shown differ. Rates are those of the recipe except where the table shows others: what is left
-out was not tuned to be without. Rows go to results/<machine>/ablation.jsonl, the table to ablation.md beside it.
+out was not tuned to be without. Rows go to results/<machine>/ablation.jsonl; ablation.md beside it is the table of the
+newest row of each variant and seed, so that a table may be made in parts.
 """
 
 from __future__ import annotations
@@ -96,26 +97,29 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--only={name}: no such variant{nearest(name, VARIANTS)}")
     if not all(seed.isdecimal() for seed in seeds.split(",")):
         raise UserError(f"--seeds={seeds}: whole numbers, with commas")
+    if not names:
+        raise UserError("--only names no variant")
     if iters < 0:
         raise UserError(f"--iters={iters}: must not be below 0")
     if arguments.quick:
         seeds, iters = seeds.split(",")[0], 20
     flags = [f"--preset={arguments.preset}", f"--dataset={arguments.dataset}", f"--data_dir={arguments.data_dir}"]
     flags += [f"--iters={iters}"] if iters else []
-    common, rows = facts("cpu"), []
+    common, about = facts("cpu"), f"ablation of {arguments.preset} on {arguments.dataset}"
     with Log(arguments.out or results.folder(common["hardware"]), name="ablation.jsonl") as log:
         assert log.path is not None
         for name in names:
             for seed in map(int, seeds.split(",")):
                 summary = run(name, seed, flags)
-                dims = {"seed": seed, "iters": summary["iterations"]}
-                rows.append(log.row(
-                    "summary", name=f"ablation of {arguments.preset} on {arguments.dataset}", impl=name, dims=dims,
-                    flags=" ".join(VARIANTS[name]), loss=summary["loss"],
-                    parameters=summary["parameters"], **common,
-                ))  # fmt: skip
+                log.row(
+                    "summary", name=about, impl=name, dims={"seed": seed, "iters": summary["iterations"]},
+                    flags=" ".join(VARIANTS[name]), loss=summary["loss"], parameters=summary["parameters"], **common,
+                )  # fmt: skip
                 log.say(f"speedrun  {name:22s} seed {seed}: loss {summary['loss']:.4f}")
+        iters = summary["iterations"]
+        rows = [r for r in results.latest(results.read(log.path)) if r["name"] == about and r["dims"]["iters"] == iters]
         page = log.path.with_suffix(".md")
-        page.write_text(f"# {rows[-1]['name']}\n\n{report.caption(rows)}\n\n{table(rows)}\n", encoding="utf-8")
-        log.say(f"\n{table(rows)}\n\nspeedrun  {page}")
+        text = f"# {about}, {iters} updates\n\n{report.caption(rows)}\n\n{table(rows)}\n"
+        page.write_text(text, encoding="utf-8")
+        log.say(f"\n{text}\nspeedrun  {page}")
     return 0

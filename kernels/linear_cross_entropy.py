@@ -57,9 +57,7 @@ def linear_cross_entropy_reference(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     targets = targets.long()
-    loss = F.cross_entropy(
-        s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
-    )
+    loss = F.cross_entropy(s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
     if z_loss:
         kept = targets != ignore_index
         square = torch.where(kept, torch.logsumexp(s, dim=-1).square(), 0.0)

@@ -239,21 +239,15 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tup
     return _differentiate(dy, None, x, weight, rstd)
 
 
-def _add_forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _add_forward(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _normalize(x, residual, weight, eps)
 
 
-def _add_backward(
-    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def _add_backward(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
     return _differentiate(dy, dh, h, weight, rstd)
 
 
-_rmsnorm = differentiable(
-    "rmsnorm", _forward, _backward, save=lambda inputs, output: (inputs[0], inputs[1], output[1])
-)
+_rmsnorm = differentiable("rmsnorm", _forward, _backward, save=lambda inputs, output: (inputs[0], inputs[1], output[1]))
 _add_rmsnorm = differentiable(
     "add_rmsnorm", _add_forward, _add_backward, outputs=2,
     save=lambda inputs, output: (output[1], inputs[2], output[2]),

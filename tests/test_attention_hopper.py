@@ -126,7 +126,8 @@ def test_one_seed_is_one_schedule():
 
 
 GONE = "MBarrierLayout()"  # in place of a call of gl_hopper.mbarrier: does nothing
-RACE, DEADLOCK, EARLY, VALUES, TURNS = "race", "deadlock", "before it has been waited for", "values", "not in turns"
+RACE, DEADLOCK, BY, EARLY = "race", "deadlock", "went by", "before it has been waited for"
+VALUES, TURNS = "values", "not in turns"
 WAIT_FOR_SCORES = "s = gl_hopper.warpgroup_mma_wait(1, [s])"
 FREE_KEYS = "gl_hopper.mbarrier.arrive(k_free.index(k_stage))"
 WAIT_FOR_SUMS = "acc, weights = gl_hopper.warpgroup_mma_wait(0, [acc, weights])"
@@ -139,8 +140,8 @@ MUTANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "phase of free keys": ("(i // STAGES + 1) & 1", "(i // STAGES) & 1", (DEADLOCK,)),
     "phase of free values": ("((i - 1) // STAGES + 1) & 1", "((i - 1) // STAGES) & 1", (DEADLOCK,)),
     "phase of free values, off by one": ("((i - 1) // STAGES + 1) & 1", "(i // STAGES + 1) & 1", (DEADLOCK, RACE)),
-    "phase of keys": ("((i + 1) // STAGES) & 1", "(i // STAGES) & 1", (DEADLOCK, RACE, "went by")),
-    "phase of keys, as if of one stage": ("((i + 1) // STAGES) & 1", "(i + 1) & 1", (DEADLOCK, RACE, "went by")),
+    "phase of keys": ("((i + 1) // STAGES) & 1", "(i // STAGES) & 1", (DEADLOCK, RACE, BY)),
+    "phase of keys, as if of one stage": ("((i + 1) // STAGES) & 1", "(i + 1) & 1", (DEADLOCK, RACE, BY)),
     "phase of values": ("v_stage), ((i - 1) // STAGES) & 1", "v_stage), (i // STAGES) & 1", (DEADLOCK, RACE)),
     "queries not awaited": ("wait(q_full.index(GROUP), 0)", GONE, (RACE,)),
     "first keys not awaited": ("wait(k_full.index(0), 0)", GONE, (RACE,)),
@@ -155,8 +156,8 @@ MUTANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         f"{WAIT_FOR_SCORES}\n        {FREE_KEYS}", f"{FREE_KEYS}\n        {WAIT_FOR_SCORES}", (RACE,)),
     "values given back while read": (
         f"{WAIT_FOR_SUMS}\n        {FREE_VALUES}", f"{FREE_VALUES}\n        {WAIT_FOR_SUMS}", (RACE,)),
-    "one group frees the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=1", (RACE, DEADLOCK)),
-    "one group frees the values": ("v_free.index(stage), count=2", "v_free.index(stage), count=1", (RACE, DEADLOCK)),
+    "one group frees the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=1", (RACE, DEADLOCK, BY)),
+    "one group frees the values": ("v_free.index(stage), count=2", "v_free.index(stage), count=1", (RACE, DEADLOCK, BY)),
     "three groups free the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=3", (DEADLOCK,)),
     "turn not awaited": ("wait(turn.index(GROUP), (i - 1) & 1)", GONE, (TURNS,)),
     "turn not passed on": ("arrive(turn.index(1 - GROUP))", GONE, (DEADLOCK,)),

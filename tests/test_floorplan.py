@@ -122,7 +122,7 @@ def imports_go_one_way(page: Page) -> Iterator[int]:
 
 
 def kernels_need_only_torch_and_triton(page: Page) -> Iterator[int]:
-    """kernels/ imports torch, triton and the standard library; numpy where Triton's interpreter, which computes in it, is used."""
+    """kernels/ imports torch, triton, the standard library, and numpy where it meets Triton's interpreter."""
     if page.package != "kernels":
         return
     allowed = {"torch", "triton", "kernels", *sys.stdlib_module_names}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,17 @@ def _context() -> Any:
 
 
 def _start_worker(description: dict[str, Any], every: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker
     _worker = partial(tokenize, from_json(description), every)  # type: ignore[arg-type]
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it was killed: a pool's workers would wait for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(first: int, texts: list[str]) -> Tokenized:

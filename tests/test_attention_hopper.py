@@ -157,7 +157,8 @@ MUTANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "values given back while read": (
         f"{WAIT_FOR_SUMS}\n        {FREE_VALUES}", f"{FREE_VALUES}\n        {WAIT_FOR_SUMS}", (RACE,)),
     "one group frees the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=1", (RACE, DEADLOCK, BY)),
-    "one group frees the values": ("v_free.index(stage), count=2", "v_free.index(stage), count=1", (RACE, DEADLOCK, BY)),
+    "one group frees the values": (
+        "v_free.index(stage), count=2", "v_free.index(stage), count=1", (RACE, DEADLOCK, BY)),
     "three groups free the keys": ("k_free.index(stage), count=2", "k_free.index(stage), count=3", (DEADLOCK,)),
     "turn not awaited": ("wait(turn.index(GROUP), (i - 1) & 1)", GONE, (TURNS,)),
     "turn not passed on": ("arrive(turn.index(1 - GROUP))", GONE, (DEADLOCK,)),

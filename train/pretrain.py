@@ -70,7 +70,7 @@ class Run:
 def main(argv: list[str]) -> None:
     config = cli.parse(Pretrain, argv, PRESETS)
     typed = cli.typed(argv, Pretrain)
-    for key in typed:
+    for key in typed if not launch().rank else ():
         print(f"Overriding: {key} = {getattr(config, key)}")
     if config.depth:
         config = dial.turn(config, typed, vocab_size_of(config))

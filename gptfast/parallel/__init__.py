@@ -39,6 +39,7 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    attempt: int = 0  # how many times torchrun has started the ranks again
     by_torchrun: bool = False
 
 
@@ -46,7 +47,5 @@ def launch() -> Launch:
     """This process as torchrun started it, or alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Launch()
-    rank, size, local_rank, local_size = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    return Launch(rank, size, local_rank, local_size, by_torchrun=True)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    return Launch(*(int(os.environ[name]) for name in names), by_torchrun=True)

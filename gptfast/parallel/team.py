@@ -142,11 +142,24 @@ def join(
         torch.cuda.set_device(device)
     elif backend == "nccl":
         backend = "gloo"  # NCCL has no CPU
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=HUNG_S))
+    _meet(backend, found)
     shape = (groups // wanted, wanted, tensor)
     mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replica", "shard", "tensor"))
     control = dist.new_group(backend="gloo")
     return Team(mode, found, *shape, device=device, mesh=mesh, _control=control)
+
+
+def _meet(backend: str, found: Launch) -> None:
+    """Makes the process group.
+
+    Within one node torchrun's store outlives a restart, and a rank would find the addresses of the dead there (torch
+    2.13), so each attempt has names of its own. Across nodes every attempt has a new store, and nodes count differently.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    if found.local_size == found.size:
+        store = dist.PrefixStore(f"attempt-{found.attempt}", store)
+    timeout = datetime.timedelta(seconds=HUNG_S)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 ALONE = Team()

@@ -48,4 +48,5 @@ def launch() -> Launch:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Launch()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-    return Launch(*(int(os.environ[name]) for name in names), by_torchrun=True)
+    rank, size, local_rank, local_size, attempt = (int(os.environ[name]) for name in names)
+    return Launch(rank, size, local_rank, local_size, attempt, by_torchrun=True)

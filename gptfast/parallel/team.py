@@ -153,7 +153,7 @@ def _meet(backend: str, found: Launch) -> None:
     """Makes the process group.
 
     Within one node torchrun's store outlives a restart, and a rank would find the addresses of the dead there (torch
-    2.13), so each attempt has names of its own. Across nodes every attempt has a new store, and nodes count differently.
+    2.13), so each attempt has names of its own. Across nodes each attempt has a new store, and nodes count differently.
     """
     store, rank, size = next(dist.rendezvous("env://"))
     if found.local_size == found.size:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -248,6 +252,31 @@ def test_parts_are_on_the_disk_before_the_progress_that_vouches_for_them(
     monkeypatch.setattr(os, "replace", checked)
     prepare_as(flags(jsonl, bpe_folder, tmp_path / "data"))
     assert saves > 20
+
+
+def test_a_killed_command_leaves_no_process_and_goes_on(
+    tmp_path: Path, documents: list[str], bpe: BPETokenizer, bpe_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the command's batches are of their own size
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents * 50))
+    config = PrepareConfig("mine", str(path), bpe_folder, str(tmp_path), shard_tokens=20_000, processes=2)
+    arguments = [f"--{key}={value}" for key, value in dataclasses.asdict(config).items() if value and key != "name"]
+    command = [sys.executable, "-m", "train.prepare", "mine", *arguments]
+    running = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "mine" / stream.PROGRESS).exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "mine" / "meta.json").exists()
+    with pytest.raises(ProcessLookupError):  # within pytest's own patience
+        while True:
+            os.killpg(running.pid, 0)
+            time.sleep(0.05)
+    prepare_as(dataclasses.replace(config, processes=1))
+    for split, tokens in expected_tokens(bpe, documents * 50, 2000).items():
+        assert tokens_of(tmp_path / "mine", split) == tokens
 
 
 def test_a_full_disk_is_a_user_error_and_the_job_goes_on(

@@ -349,7 +349,7 @@ def make_shards(
     early (after saving how far it came), and documents too few for two splits.
     """
     tokenizer.encode_document("")
-    settings = {"documents": asdict(documents), "tokenizer": tokenizer.fingerprint, **asdict(shape)}
+    settings = {"documents": asdict(documents), "tokenizer": tokenizer.fingerprint, "batch": BATCH, **asdict(shape)}
     settings = json.loads(json.dumps(settings))  # as it will be read back
     meta = read_meta(folder) if folder.is_dir() else None
     if meta is not None:

@@ -6,7 +6,7 @@ READY   := .venv/.ready
 PY      := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup speedrun test lint aot bench plots fuzz
+.PHONY: help setup speedrun test lint aot bench plots fuzz chaos
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,3 +39,6 @@ plots: $(READY)  ## redraw the figures and README tables from the rows in result
 
 fuzz: $(READY)  ## the random cases of the parity tests, 10,000 of them for every op, new ones at every run
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_parity.py -k fuzz --fuzz-examples=10000 $(ARGS)
+
+chaos: $(READY)  ## kills, signals and damage, as often as it takes to trust the checkpoints
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_bad_days.py --chaos $(ARGS)

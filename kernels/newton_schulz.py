@@ -319,8 +319,8 @@ NEWTON_SCHULZ = Op(
     triton=newton_schulz_triton,
     inputs=inputs,
     parity=(
-        dict(B=1, M=1, N=1), dict(B=2, M=1, N=7), dict(B=1, M=70, N=65, steps=1), dict(B=1, M=5, N=130, steps=3),
-        dict(B=0, M=3, N=4), dict(B=2, M=33, N=1, steps=2), dict(B=1, M=200, N=66, steps=4),
+        dict(B=1, M=1, N=1), dict(B=2, M=1, N=7), dict(B=1, M=70, N=65, steps=1), dict(B=1, M=200, N=66, steps=4),
+        dict(B=0, M=3, N=4), dict(B=2, M=33, N=1, steps=2), dict(B=1, M=5, N=130, steps=3),
         dict(B=1, M=129, N=131, steps=1), dict(B=2, M=33, N=66, steps=2),
     ),
     domain=dict(M=(*range(1, 20), 31, 33, 63, 64, 65), N=(*range(1, 20), 32, 63, 65, 67), B=range(3), steps=(1,)),

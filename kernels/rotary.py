@@ -315,7 +315,7 @@ ROTARY = Op(
         dict(B=1, T=1, H=1, G=1, D=2), dict(B=1, T=0, H=2, G=1, D=8), dict(B=1, T=129, H=4, G=4, D=64),
         dict(B=2, T=7, H=6, G=3, D=80),
     ),
-    domain=dict(B=range(1, 3), T=range(1, 40), H=(2, 4, 6), G=(1, 2), D=range(2, 130, 2)),
+    domain=dict(B=range(1, 3), T=range(1, 20), H=(2, 4), G=(1, 2), D=range(2, 130, 2)),
     bench=(
         dict(B=16, T=1024, H=12, G=12, D=64), dict(B=16, T=1024, H=6, G=6, D=128), dict(B=8, T=2048, H=16, G=16, D=96),
         dict(B=4, T=4096, H=32, G=8, D=128), dict(B=4, T=4096, H=8, G=4, D=256),

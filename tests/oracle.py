@@ -75,7 +75,7 @@ def check_parity(op: Op, function: Callable[..., Any], arguments: Sequence[Any],
         assert error <= bound, f"{op.name} {what} result {i} of {len(found)}: error {error:.2e}, allowed {bound:.2e}"
 
 
-def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 8) -> list[tuple[float, float]]:
+def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 32) -> list[tuple[float, float]]:
     """(mean norm, largest error of the same-dtype reference) of each result, for arguments a little different.
 
     In a result of few elements the reference's error is a matter of luck, and a gradient may cancel to almost nothing;

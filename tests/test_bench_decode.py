@@ -88,18 +88,37 @@ def test_the_naive_loop_is_timed_at_a_few_lengths(monkeypatch):
 def test_rounds_are_interleaved_and_end_with_the_budget(monkeypatch):
     order, clock = [], [0.0]
     monkeypatch.setattr(decode.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: clock[0])
 
     def noted(impl):
         def generate(tokens, n):
             order.append((impl, n))
-            clock[0] += 1.0
+            clock[0] += n
             return torch.zeros(1, n)
 
         return dataclasses.replace(way(impl=impl), generate=generate)
 
-    found = measure([noted("a"), noted("b")], torch.zeros(1, 4, dtype=torch.int64), 7, rounds=9, budget_s=10.5)
+    found = measure([noted("a"), noted("b")], torch.zeros(1, 4, dtype=torch.int64), 7, rounds=9, budget_s=45)
     assert order == [("a", 3), ("b", 3), *[("a", 1), ("a", 7), ("b", 1), ("b", 7)] * 2]
     assert [len(samples.all_s) for samples in found.values()] == [2, 2]
+
+
+def test_a_sample_that_something_disturbed_is_taken_again(monkeypatch):
+    """One token cannot take longer than all of them; where that does not end, there is an error and no figure."""
+    clock, seconds = [0.0], []
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: clock[0])
+
+    def generate(tokens, n):
+        clock[0] += seconds.pop(0)
+
+    disturbed = dataclasses.replace(way(), generate=generate)
+    into, seconds[:] = Samples(), [90.0, 8.0, 2.0, 10.0]
+    sample(disturbed, torch.zeros(1, 4, dtype=torch.int64), 9, into)
+    assert (into.first_s, into.all_s, into.step_s(9)) == ([2.0], [10.0], [1.0])
+    seconds[:] = [5.0] * 100
+    with pytest.raises(UserError, match="too busy"):
+        sample(disturbed, torch.zeros(1, 4, dtype=torch.int64), 9, into)
+    assert into.first_s == [2.0]
 
 
 def test_a_way_that_cannot_run_is_named_and_left_out(roof, tmp_path, monkeypatch, capsys):

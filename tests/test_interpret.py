@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels._triton import jit, launcher, tl
-from kernels.interpret import OutOfBounds, Race, from_bf16, interpreting, to_bf16
+from kernels.interpret import OutOfBounds, Overflow, Race, from_bf16, interpreting, to_bf16
 
 
 def patterns() -> torch.Tensor:
@@ -88,18 +88,19 @@ def test_bf16_dot_accumulates_in_fp32():
 
 @jit
 def _loop_kernel(out_ptr, N):
-    """One program: sums i * 2^20 over i < N in the loop variable's own type, int32, which wraps as it does on a GPU."""
-    total = 0
+    """One program: i * 2^31 of the last i < N, in the loop variable's own type."""
+    last = 0
     for i in tl.range(0, N):
-        total = i * 1048576 * 4096
-    tl.store(out_ptr, total)
+        last = i * 1073741824 * 2
+    tl.store(out_ptr, last)
 
 
 def test_loop_variables_are_int32_tensors():
     out = torch.zeros(1, dtype=torch.int64)
     with interpreting():
-        _loop_kernel[(1,)](out, 2)
-    assert out.item() == 0  # 2^32 wraps; a Python integer would have given 4294967296
+        _loop_kernel[(1,)](out, 1)
+        with pytest.raises(Overflow):  # a Python integer would have given 2^31
+            _loop_kernel[(1,)](out, 2)
 
 
 @jit
@@ -160,6 +161,28 @@ def test_guard_lets_atomics_meet():
     with interpreting():
         _counting_kernel[(5,)](count)
     assert count.item() == 5
+
+
+@jit
+def _counting_past_int32_kernel(out_ptr, N, OP: tl.constexpr):
+    n = N
+    if OP == "add":
+        n = N + N
+    elif OP == "sub":
+        n = -N - N
+    elif OP == "mul":
+        n = N * N
+    tl.store(out_ptr, n)
+
+
+@pytest.mark.parametrize(("op", "most"), [("add", 2**30 - 1), ("sub", 2**30), ("mul", 46340)])
+def test_integers_that_do_not_fit_are_an_error(op, most):
+    out = torch.zeros(1, dtype=torch.int64)
+    with interpreting():
+        _counting_past_int32_kernel[(1,)](out, most, OP=op)
+        with pytest.raises(Overflow, match="int32"):
+            _counting_past_int32_kernel[(1,)](out, most + 1, OP=op)
+        _counting_past_int32_kernel[(1,)](out, 2**40, OP="add")  # int64 from the start
 
 
 def test_an_error_leaves_the_language_and_the_launcher_as_they_were():

@@ -11,7 +11,7 @@ from mutants import mutated
 from oracle import check_parity
 
 import kernels
-from kernels.interpret import OutOfBounds, Race, interpreting
+from kernels.interpret import OutOfBounds, Overflow, Race, interpreting
 
 MUTANTS = {
     "layernorm": {
@@ -72,7 +72,7 @@ def test_mutant_is_caught(name, mistake, tmp_path, monkeypatch):
         with interpreting():
             return mutant(*args)
 
-    with pytest.raises((AssertionError, OutOfBounds, Race)):
+    with pytest.raises((AssertionError, OutOfBounds, Overflow, Race)):
         check(kernels.OPS[name], run)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels
 from kernels import rotary
 from kernels._triton import Launcher, launching
-from kernels.interpret import OutOfBounds, Race, interpreting
+from kernels.interpret import OutOfBounds, Overflow, Race, interpreting
 from kernels.rotary import ROTARY, inputs, rotary_reference, rotary_triton
 
 interpreted = kernels.load("reference", rotary="interpret").rotary
@@ -92,7 +92,7 @@ def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
         with interpreting():
             return page.rotary_triton(*args, **options)
 
-    with pytest.raises((AssertionError, OutOfBounds, Race)):
+    with pytest.raises((AssertionError, OutOfBounds, Overflow, Race)):
         for options in reversed(OPTIONS):  # those with the norm first, which more can go wrong with
             check(run, options, torch.float32)
 

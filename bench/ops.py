@@ -200,6 +200,7 @@ def cases(
     """All cases, ordered so that a campaign that is stopped has seen every op before it sees more sizes of one."""
     found: dict[str, Case] = {}
     most = max(len(kernels.OPS[name].bench) for name in names)
+    forward = ["forward"] if {"forward", "both"} & set(directions) else []  # all that an op without a gradient has
     for size in range(1 if quick else most):
         for name in names:
             op = kernels.OPS[name]
@@ -207,7 +208,7 @@ def cases(
                 dims = dict(op.bench[size])
                 if device.type == "cpu":
                     dims = fitted(op, dims, DTYPES[dtype].itemsize)
-                for direction in directions if op.differentiable else {"forward"} & set(directions):
+                for direction in directions if op.differentiable else forward:
                     case = Case(op, dims, dtype, direction, device)
                     found.setdefault(str(case), case)  # halving may make two sizes one
     return list(found.values())

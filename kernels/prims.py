@@ -246,7 +246,7 @@ def cross_entropy_rows_kernel(
 
 
 # From the compiled code (results/aot.json): the widest blocks without spills. Not timed on a GPU yet.
-CROSS_ENTROPY_TILES = RowTiles(whole=8192, per_warp=512, long=RowTile(1, 8192, 16, long=True))
+CROSS_ENTROPY_TILES = {"rows": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 8192, 16, long=True))}
 
 
 def cross_entropy_rows(
@@ -260,7 +260,7 @@ def cross_entropy_rows(
     loss, maximum, log_sum = (torch.empty(M, dtype=torch.float32, device=logits.device) for _ in range(3))
     if M == 0:
         return loss, maximum, log_sum
-    tile, factor = CROSS_ENTROPY_TILES.choose(N), loss if scale is None else scale
+    tile, factor = CROSS_ENTROPY_TILES["rows"].choose(N), loss if scale is None else scale
     cross_entropy_rows_kernel[(triton.cdiv(M, tile.block_m),)](
         logits, targets, factor, loss, maximum, log_sum, logits.stride(0), factor.stride(0), M, N, criterion.vocab_size,
         criterion.ignore_index, criterion.label_smoothing, criterion.z_loss, criterion.softcap or 1.0,

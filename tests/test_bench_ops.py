@@ -180,6 +180,31 @@ def test_ceilings_come_from_the_best_valid_rows():
     assert from_rows([]) is None
 
 
+def test_a_figure_beyond_a_measured_ceiling_has_it_measured_again():
+    """What a slow minute measured does not condemn an honest figure, nor does it let a cheat through."""
+    asked = []
+
+    def again(dtype: str) -> Ceilings:
+        asked.append(dtype)
+        return Ceilings({"float32": 3e12}, 8e9, 50e9, "a minute later", 0.25)
+
+    roof = Ceilings({"float32": 1e12}, 10e9, 20e9, "a slow minute", 0.25, again)
+    assert roof.judge(1.0, 1.2e9, 0, "float32") == (pytest.approx(1.2), None) and not asked
+    assert roof.judge(1.0, 3e9, 0, "float32") == (pytest.approx(1.0), None) and asked == ["float32"]
+    assert (roof.flops, roof.bytes_per_s, roof.limit_bytes_per_s) == ({"float32": 3e12}, 10e9, 50e9)
+    assert roof.source == "a minute later"
+    assert "speed of light" in roof.judge(1.0, 9e9, 0, "float32")[1] and len(asked) == 2
+
+
+def test_an_op_without_a_gradient_is_timed_forward_whatever_is_asked_of_the_others():
+    def directions(asked: str) -> set:
+        cases = ops.cases(["layernorm", "newton_schulz"], ["float32"], [asked], CPU, quick=True)
+        return {(case.op.name, case.direction) for case in cases}
+
+    assert directions("both") == {("layernorm", "both"), ("newton_schulz", "forward")}
+    assert directions("backward") == {("layernorm", "backward")}
+
+
 def test_campaign_stages_are_pages_that_exist():
     for stages in (campaign.GPU, campaign.CPU):
         names = [stage.name for stage in campaign.chosen(stages, None)]

@@ -15,7 +15,7 @@ from bench.tune import Trial, climb, direction_of, distinct, entries, main, neig
 from gptfast.cli import UserError
 from gptfast.log import Log, facts
 from kernels.layernorm import TILES
-from kernels.prims import RowTile
+from kernels.prims import CROSS_ENTROPY_TILES, RowTile
 
 pytestmark = pytest.mark.triton
 
@@ -29,6 +29,10 @@ def test_entries_are_the_leaves_of_a_page_or_of_its_package():
     assert [str(entry) for entry in entries(LAYERNORM)] == ["layernorm.forward", "layernorm.backward"]
     found = [str(entry) for entry in entries(kernels.OPS["attention"])]
     assert "forward.90.128" in found and "backward.dq.80.64" in found
+    for name in ("cross_entropy", "linear_cross_entropy"):
+        (rows,) = entries(kernels.OPS[name])
+        with rows.holding(rows.value._replace(per_warp=1)):
+            assert CROSS_ENTROPY_TILES["rows"].per_warp == 1  # one table, whichever page it is tuned through
 
 
 def test_an_entry_is_put_back_whatever_happens():

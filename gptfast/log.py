@@ -168,8 +168,18 @@ class Log:
         """
         row = check_row({"schema": SCHEMA, "what": what, "date": now(), **plain(fields)})
         if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False).replace(CHECKOUT, "") + "\n")
-            self._file.flush()
+            line = json.dumps(row, allow_nan=False).replace(CHECKOUT, "") + "\n"
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                file, self._file = self._file, None
+                with contextlib.suppress(OSError):  # it tries the same bytes again
+                    file.close()
+                raise UserError(
+                    f"cannot write {self.path} ({len(line)} bytes needed): {error.strerror}; "
+                    "free some space, or choose another --out_dir"
+                ) from None
         return row
 
     def close(self) -> None:

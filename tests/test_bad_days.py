@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
@@ -357,12 +358,9 @@ sys.exit(cli.run(pretrain.main, sys.argv[2:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-@pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_ends_the_run_and_the_old_checkpoint_is_whole(
-    tmp_path: Path, flags: list[str], background: bool
-) -> None:
+def test_a_disk_that_is_full_in_the_background_ends_the_run(tmp_path: Path, flags: list[str]) -> None:
     assert cli.run(pretrain.main, [*flags, "--max_iters=5"]) == 0
-    command = [sys.executable, "-c", FULL, "20000", *flags, "--resume=latest", f"--async_save={background}"]
+    command = [sys.executable, "-c", FULL, "20000", *flags, "--resume=latest", "--async_save=True"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
@@ -370,6 +368,153 @@ def test_a_full_disk_ends_the_run_and_the_old_checkpoint_is_whole(
     assert str(tmp_path / "out" / "ckpt-000010") in error
     assert [path.name for path in (tmp_path / "out").glob("*ckpt-*")] == ["ckpt-000005"]
     assert checkpoint.load(tmp_path / "out").step == 5
+
+
+FILLED = """
+import hashlib, os, random, resource, signal, subprocess, sys
+from pathlib import Path
+import torch
+from gptfast import checkpoint, cli
+from train import pretrain
+folder, how, count, flags = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+torch.set_num_threads(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if how == "disk":  # of its own, 4 MiB in pages of 4 KiB
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=True)
+
+def run(argv, said, limit=resource.RLIM_INFINITY):
+    pid = os.fork()
+    if pid == 0:
+        where = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(where, 1), os.dup2(where, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        os._exit(cli.run(pretrain.main, argv))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+out, said = folder / "out", folder.parent / "said"
+flags = [*flags, f"--out_dir={out}", "--resume=latest", "--log_interval=1000"]
+assert run([*flags, "--max_iters=5"], said) == 0, said.read_text()
+content = lambda: {path.name: path.read_bytes() for path in sorted(out.glob("*ckpt-*/*"))}
+before, row = content(), len((out / "metrics.jsonl").read_bytes())
+sizes = [len(data) for data in before.values()]
+draw = random.Random(0)
+reasons = {}
+for i in range(count):
+    (out / "metrics.jsonl").write_bytes(b"")  # else the log has no room, and the save is not reached
+    limit = resource.RLIM_INFINITY
+    if how == "disk":
+        room = os.statvfs(folder)
+        ballast = room.f_bavail * room.f_frsize - draw.randrange(3 * 4096, sum(sizes))
+        (folder / "ballast").write_bytes(bytes(ballast))
+    else:
+        limit = draw.randrange(row, max(sizes))
+    code = run(flags, said, limit)
+    (folder / "ballast").unlink(missing_ok=True)
+    error = said.read_text().splitlines()[-1]
+    assert code == 2 and error.startswith("error: cannot "), said.read_text()
+    assert str(out) in error and " needed" in error and "free some space" in error, error
+    assert content() == before and not list(out.glob(".tmp-*")), list(out.rglob("*"))
+    assert checkpoint.load(out).step == 5
+    reason = error.partition("): ")[2].partition(";")[0]
+    reasons[reason] = reasons.get(reason, 0) + 1
+assert run(flags, said) == 0 and checkpoint.load(out).step == 20  # with room again it goes on
+print(reasons)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE and tmpfs")
+@pytest.mark.parametrize("how", ["limit", "disk"])
+def test_a_disk_that_is_full_at_any_byte_costs_nothing(
+    tmp_path: Path, flags: list[str], how: str, chaos: Callable[[int, int], int]
+) -> None:
+    """Files that may not grow past a random size, and a disk of its own with random room (ENOSPC itself)."""
+    count, alone = chaos(3, 50), ["unshare", "-Urm"]  # -Urm: with mounts that nobody else sees
+    if how == "disk" and subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount here")
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, "-c", FILLED, str(tmp_path / "disk"), how, str(count), *flags]
+    command = alone + command if how == "disk" else command
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reasons = ast.literal_eval(done.stdout.splitlines()[-1])
+    print(how, reasons)
+    assert sum(reasons.values()) == count
+    assert how == "limit" or all("No space left on device" in reason for reason in reasons)
+
+
+def test_a_log_without_room_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
+    assert "metrics.jsonl" in refusal(flags, capsys) and not list((tmp_path / "out").glob("*ckpt-*"))
+
+
+# ---- ranks
+
+
+MORTAL = """
+import os, random, sys, threading, time
+from pathlib import Path
+from gptfast import cli
+from gptfast.parallel import launch, saving
+from train import loop, pretrain
+notes, count = Path(sys.argv[1]), int(sys.argv[2])
+attempt, rank, size = launch().attempt, launch().rank, launch().size
+draw = random.Random(attempt)  # the same on every rank
+victim, fatal, in_save = draw.randrange(size), draw.randint(1, 12), attempt % 2 == 1
+delay_s = draw.uniform(0, 0.02)
+step, save, steps = loop.parallel_step, saving.save, []
+
+def die():
+    (notes / f"killed-{attempt}").write_text(str(time.time()))
+    os.kill(os.getpid(), 9)
+
+def step_or_die(*args, **settings):
+    if not steps and rank == 0:
+        (notes / f"began-{attempt}").write_text(str(time.time()))
+    steps.append(1)
+    if len(steps) == fatal and attempt < count and rank == victim and not in_save:
+        die()
+    return step(*args, **settings)
+
+def save_and_die(*args, **settings):
+    if attempt < count and rank == victim and in_save:
+        threading.Timer(delay_s, die).start()
+    return save(*args, **settings)
+
+loop.parallel_step, saving.save = step_or_die, save_and_die
+sys.exit(cli.run(pretrain.main, sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo and torchrun")
+def test_dead_ranks_end_the_job_and_restarts_resume_it(
+    tmp_path: Path, text: str, chaos: Callable[[int, int], int]
+) -> None:
+    """A random rank dies without a word, every other time within a save; torchrun starts all again, and they go on."""
+    from test_parallel import torchrun
+
+    count = chaos(1, 20)
+    (tmp_path / "text.txt").write_text(text[:4000])
+    prepare("tiny", tmp_path / "data", tmp_path / "text.txt")
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    (tmp_path / "notes").mkdir()
+    flags = [
+        *FLAGS, "--n_layer=1", "--dropout=0", "--dtype=float32", f"--data_dir={tmp_path / 'data'}", "--resume=latest",
+        f"--max_iters={15 * count}", f"--lr_decay_iters={15 * count}",
+    ]  # fmt: skip
+    out, program = f"--out_dir={tmp_path / 'out'}", [str(tmp_path / "mortal.py"), str(tmp_path / "notes"), str(count)]
+    done = torchrun(2, f"--max-restarts={count}", *program, *flags, out, timeout_s=100 + 60 * count)
+    assert done.returncode == 0, done.stderr[-3000:]
+    when = lambda what, attempt: float((tmp_path / "notes" / f"{what}-{attempt}").read_text())
+    lost = [when("began", attempt + 1) - when("killed", attempt) for attempt in range(count)]
+    print(f"{count} kills; seconds from death to the next step: {min(lost):.1f} to {max(lost):.1f}")
+    assert len(list((tmp_path / "notes").glob("killed-*"))) == count and max(lost) < 60
+    assert "Resuming training from" in done.stdout
+    found = checkpoint.load(tmp_path / "out")
+    assert found.step == 15 * count and found.meta["guard"]["skipped"] == 0
+    assert cli.run(pretrain.main, [*flags, f"--out_dir={tmp_path / 'alone'}"]) == 0
+    for name, tensor in checkpoint.load(tmp_path / "alone").model.items():
+        torch.testing.assert_close(found.model[name], tensor, rtol=0, atol=1e-6)
 
 
 # ---- resume

@@ -8,6 +8,7 @@ and values (c_attn) counts as three matrices.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,10 @@ def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
         for block in blocks:
             block.compile()
     if team.mode == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The rotations need not be sent around in every step. torch 2.13 has a new name for that, and warns of the old.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sent: False})
     # Weights travel in the dtype that they are used in; gradients are summed in fp32. Rotations stay fp32.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if model.dtype.itemsize < 4:

@@ -287,7 +287,7 @@ def _language(guard: Guard) -> Iterator[_Builder]:
     # numpy 2.4 takes scalars only
     scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
     scope.set_attr(tl, "range", _range)
-    scope.set_attr(stock.interpreter_semantic, "binary_op_sanitize_overflow_impl", _check_overflow)
+    scope.set_attr(stock.TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow)
     stock._patch_lang = lambda fn: _NothingToRestore()
     stock.ReduceOps.sum = _summing(reduce_sum)
     JITFunction.__call__ = lambda self, *args, **kwargs: _rewritten(self)(*args, **kwargs)
@@ -312,7 +312,7 @@ def _range(start: Any, stop: Any = None, step: Any = None, **hints: Any) -> Iter
 _EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
-def _check_overflow(lhs: Any, rhs: Any, operation: Callable) -> None:
+def _check_overflow(_: Any, lhs: Any, rhs: Any, operation: Callable) -> None:
     """The stock check, in two steps of numpy rather than some twenty of the interpreter: it took 40% of the time."""
     dtype = lhs.type.scalar
     if dtype.int_bitwidth >= 64:

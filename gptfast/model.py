@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,23 @@ class Cache(Protocol):
         """Keeps x (1, B * T, C), the input of the token shift numbered `place`; it 1 ... `taps` steps earlier."""
 
 
+class Documents(NamedTuple):
+    """Sequences packed one after the other into a single one, (1, S), each of which is to be by itself."""
+
+    cu_seqlens: Tensor  # (N + 1,) int: where each starts, and the end
+    position: Tensor  # (S,) int64: of each token in its own
+    longest: int  # no document has more tokens
+
+    @staticmethod
+    def at(cu_seqlens: Tensor, S: int, longest: int) -> Documents:
+        """Those that start at `cu_seqlens` in S tokens. On a CPU raises ValueError for one longer than `longest`."""
+        place = torch.arange(S, device=cu_seqlens.device)
+        position = place - cu_seqlens[torch.bucketize(place, cu_seqlens[1:], right=True)]
+        if position.device.type == "cpu" and not torch.compiler.is_compiling() and S and position.max() >= longest:
+            raise ValueError(f"cu_seqlens: a document of {int(position.max()) + 1} tokens, but block_size is {longest}")
+        return Documents(cu_seqlens, position, longest)
+
+
 class Linear(nn.Linear):
     """x @ weight^T + bias in x's dtype, whatever the dtype of the weight."""
 
@@ -90,10 +107,12 @@ class Shift(nn.Module):
         super().__init__()
         self.weight, self.place = nn.Parameter(torch.zeros(taps, config.n_embd)), place
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         taps, y = len(self.weight), x
         earlier = shifted(x, taps) if cache is None else cache.earlier(self.place, x, taps)
-        for before, w in zip(earlier, self.weight.to(x.dtype), strict=True):
+        for i, (before, w) in enumerate(zip(earlier, self.weight.to(x.dtype), strict=True), 1):
+            if documents is not None:
+                before = before.masked_fill((documents.position < i)[:, None], 0.0)
             y = torch.addcmul(y, before, w)
         return y
 
@@ -106,7 +125,7 @@ def shifted(x: Tensor, taps: int) -> list[Tensor]:
 class NoShift(nn.Module):
     """Every position keeps to itself."""
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         return x
 
 
@@ -120,7 +139,13 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         config, ops = self.config, self.ops
         B, T = x.shape[:2]
         H, G = config.n_head, config.kv_heads
@@ -131,10 +156,13 @@ class Attention(nn.Module):
         elif config.qk_norm:
             q, k = ops.rmsnorm(q), ops.rmsnorm(k)
         dropout = config.dropout if self.training else 0.0
-        if cache is None:
-            out = ops.attention(q, k, v, causal=True, dropout=dropout)
-        else:
+        if cache is not None:
             out = cache.attend(self.layer, q, k, v)
+        elif documents is not None:  # the window hides nothing; with it the reference computes and keeps far less
+            window, cu_seqlens = documents.longest - 1, documents.cu_seqlens
+            out = ops.attention(q, k, v, causal=True, window=window, cu_seqlens=cu_seqlens, dropout=dropout)
+        else:
+            out = ops.attention(q, k, v, causal=True, dropout=dropout)
         out = self.c_proj(out.flatten(2))
         return F.dropout(out, dropout) if dropout else out
 
@@ -176,10 +204,11 @@ class Block(nn.Module):
         update: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
         cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         y, x = self.ln_1(x, update)
-        y, x = self.ln_2(x, self.attn(self.shift_1(y, cache), rotation, cache))
-        return x, self.mlp(self.shift_2(y, cache))
+        y, x = self.ln_2(x, self.attn(self.shift_1(y, cache, documents), rotation, cache, documents))
+        return x, self.mlp(self.shift_2(y, cache, documents))
 
 
 class GPT(nn.Module):
@@ -227,9 +256,12 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos().to(device, torch.float32), persistent=False)
         self.register_buffer("sin", angle.sin().to(device, torch.float32), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored."""
-        x = self.hidden(tokens)
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored.
+
+        `cu_seqlens` as in `hidden`.
+        """
+        x = self.hidden(tokens, cu_seqlens=cu_seqlens)
         weight = self.lm_head.weight.to(x.dtype)
         return self.ops.linear_cross_entropy(
             x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap
@@ -242,28 +274,35 @@ class GPT(nn.Module):
         softcap = self.config.softcap
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The normalized residual stream (B, T, C) that the head reads, for tokens (B, T) int64.
 
-        With a cache they continue what its rows hold; its owner advances it. Raises ValueError if T > block_size.
+        With a cache they continue what its rows hold; its owner advances it. `cu_seqlens` (N + 1,) int32 says where N
+        documents start in tokens.flatten(), and where the last ends: each is as if it were alone, its positions counted
+        from 0; none may be longer than block_size. Raises ValueError if T > block_size.
         """
         B, T = tokens.shape
         if T > self.config.block_size:
             raise ValueError(f"tokens: {T} positions, but block_size is {self.config.block_size}")
         positions: slice | Tensor = slice(T)
+        documents = None
+        if cu_seqlens is not None:
+            documents = Documents.at(cu_seqlens, B * T, self.config.block_size)
+            tokens, positions = tokens.reshape(1, B * T), documents.position
         if cache is not None:  # rows stand at different positions, so every token of the batch brings its own
             tokens, positions = tokens.reshape(1, B * T), cache.place(T).flatten()
         x, rotation = self.transformer["wte"](tokens), None
         if self.config.position == "learned":
-            x = x + self.transformer["wpe"].weight[positions]
+            wpe = self.transformer["wpe"]  # its own backward adds in a fixed order; that of indexing need not
+            x = x + (wpe.weight[positions] if documents is None else wpe(positions))
         else:
             rotation = self.cos[positions], self.sin[positions]
-        x = self.transformer["shift"](x.to(self.dtype), cache)
+        x = self.transformer["shift"](x.to(self.dtype), cache, documents)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         update = None
         for block in self.transformer["h"]:
-            x, update = block(x, update, rotation, cache)
+            x, update = block(x, update, rotation, cache, documents)
         return self.transformer["ln_f"](x, update)[0].view(B, T, self.config.n_embd)
 
     def num_params(self, non_embedding: bool = True) -> int:

@@ -1,7 +1,8 @@
 """Rows packed with whole documents, each of which attends to itself alone.
 
-    batches = PackedBatches(tokens, batch_size=32, block_size=2048, bos=tokenizer.bos, rank=0, world=8, device="cuda")
+    batches = PackedBatches(tokens, batch_size=32, block_size=2048, bos=tokenizer.bos, rank=0, ranks=8, device="cuda")
     x, y, cu_seqlens = next(batches)
+    loss = model(x, y, cu_seqlens)
 
 A row of block_size + 1 tokens is filled with documents, each with its BOS in front: always the longest of a buffer of
 documents that still fits, and when none does, the shortest, cropped to what is left of the row. So every row begins
@@ -28,7 +29,8 @@ from gptfast.cli import UserError
 from gptfast.data import Tokens, parts_of, to_device
 
 # Pieces to choose from. Of log-normal documents of 600 tokens on average, crops drop 4 % of the tokens at a block_size
-# of 1024 and 2 % at 2048; a tenth of the buffer drops a fifth more. One core packs 30 million tokens per second.
+# of 1024 and 2 % at 2048; a tenth of the buffer drops a fifth more. One core packs 30 million tokens per second, and
+# plans the batches of other ranks at 50 million.
 BUFFER = 1000
 SCANNED = 2**20  # tokens looked at in one go for the BOS that ends a document
 
@@ -51,29 +53,29 @@ class Piece(NamedTuple):
 class PackedBatches:
     """An endless iterator of PackedBatch over the documents of `tokens`, which a token `bos` separates.
 
-    Of every `world` pieces, in the order of the files, a loader takes the one at `rank`: ranks share nothing, and
-    together they have everything. A thread prepares the next batches while the last one is in use. `state_dict()` is of
-    plain ints and lists of them; a loader that loads it gives the very next batch. Raises UserError if there is no
-    document for this rank.
+    Of `ranks` loaders each takes every ranks-th batch of the stream that one alone would give; they all have the same
+    state, with which any number of them can go on. For that each plans the batches of all, and fills its own. A thread
+    prepares the next batches while the last one is in use. `state_dict()` is of plain ints and lists of them; a loader
+    that loads it gives the very next batch. Raises UserError if there is no document.
     """
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, block_size: int, *, bos: int, rank: int = 0, world: int = 1,
+        self, tokens: Tokens, batch_size: int, block_size: int, *, bos: int, rank: int = 0, ranks: int = 1,
         device: str | torch.device = "cpu", prefetch: int = 2,
     ) -> None:  # fmt: skip
         for name, value in (("batch_size", batch_size), ("block_size", block_size)):
             if value < 1:
                 raise UserError(f"{name} is {value}; set --{name} to 1 or more")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank is {rank}, of {world} ranks; expected 0 ... {world - 1}")
-        self.batch_size, self.block_size, self.bos, self.rank, self.world = batch_size, block_size, bos, rank, world
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank}, of {ranks} ranks; expected 0 ... {ranks - 1}")
+        self.batch_size, self.block_size, self.bos, self.rank, self.ranks = batch_size, block_size, bos, rank, ranks
         self.device = torch.device(device)
         self._parts = [part.numpy() for part in parts_of(tokens)]
         self._size = len(tokens)
         self._prefetch = prefetch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
         self._waiting: deque[Future[tuple[Tensor, dict[str, Any]]]] = deque()
-        self._begin({"epoch": 0, "part": 0, "offset": 0, "index": 0, "read": 0, "cropped": 0, "buffer": []})
+        self._begin({"epoch": 0, "part": 0, "offset": 0, "read": 0, "cropped": 0, "buffer": []})
 
     def __iter__(self) -> PackedBatches:
         return self
@@ -82,8 +84,7 @@ class PackedBatches:
         rows, self._state = self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._pack_batch))
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        starts = (x.flatten() == self.bos).nonzero().flatten()
-        cu_seqlens = torch.cat([starts, starts.new_tensor([x.numel()])])
+        cu_seqlens = document_starts(x, self.bos)
         return PackedBatch(
             to_device(x, self.device), to_device(y, self.device), to_device(cu_seqlens, self.device, torch.int32)
         )
@@ -104,7 +105,7 @@ class PackedBatches:
         return {**self._state, "buffer": buffer, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a state of other data, other sizes, or another share of the ranks."""
+        """Raises UserError for a state of other data or other sizes."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise UserError(f"the place in the data was saved with {name} {state[name]}, and this is {value}")
@@ -112,10 +113,7 @@ class PackedBatches:
 
     def _identity(self) -> dict[str, int]:
         """What a state is valid for."""
-        return {
-            "tokens": self._size, "bos": self.bos, "block_size": self.block_size, "rank": self.rank,
-            "world": self.world,
-        }  # fmt: skip
+        return {"tokens": self._size, "bos": self.bos, "block_size": self.block_size}
 
     # ---- from here on, all but _begin runs in the thread
 
@@ -127,7 +125,7 @@ class PackedBatches:
                 future.exception()
         self._state = state
         self._epoch, self._part, self._offset = state["epoch"], state["part"], state["offset"]
-        self._index, self._read, self._cropped = state["index"], state["read"], state["cropped"]
+        self._read, self._cropped = state["read"], state["cropped"]
         self._buffer = [Piece(*piece) for piece in state["buffer"]]  # sorted
         self._unread = self._pieces()
         if not self._buffer:
@@ -135,20 +133,23 @@ class PackedBatches:
         self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
 
     def _pack_batch(self) -> tuple[Tensor, dict[str, Any]]:
-        rows = np.stack([self._pack_row() for _ in range(self.batch_size)])
+        rows = np.empty((self.batch_size, self.block_size + 1), np.int64)
+        for rank in range(self.ranks):
+            for row in rows:
+                self._pack_row(row if rank == self.rank else None)
         state = {
-            "epoch": self._epoch, "part": self._part, "offset": self._offset, "index": self._index,
-            "read": self._read, "cropped": self._cropped, "buffer": self._buffer.copy(),
+            "epoch": self._epoch, "part": self._part, "offset": self._offset, "read": self._read,
+            "cropped": self._cropped, "buffer": self._buffer.copy(),
         }  # fmt: skip
         return torch.from_numpy(rows), state
 
-    def _pack_row(self) -> np.ndarray:
-        """(block_size + 1,) int64."""
-        row = np.empty(self.block_size + 1, np.int64)
-        filled = 0
-        while filled < len(row):
-            row[filled] = self.bos
-            space = len(row) - filled - 1
+    def _pack_row(self, row: np.ndarray | None) -> None:
+        """Chooses the documents of the next row, and puts them into `row` (block_size + 1,) int64 unless it is None."""
+        width, filled = self.block_size + 1, 0
+        while filled < width:
+            if row is not None:
+                row[filled] = self.bos
+            space = width - filled - 1
             if space == 0:  # the BOS of whatever comes next ends the row, so that no document is spent on it
                 break
             while len(self._buffer) < BUFFER:
@@ -156,37 +157,40 @@ class PackedBatches:
             fitting = bisect_right(self._buffer, space, key=lambda piece: piece.length)
             piece = self._buffer.pop(max(fitting - 1, 0))
             length = min(piece.length, space)
-            row[filled + 1 : filled + 1 + length] = self._parts[piece.part][piece.start : piece.start + length]
+            if row is not None:
+                row[filled + 1 : filled + 1 + length] = self._parts[piece.part][piece.start : piece.start + length]
             self._cropped += piece.length - length
             filled += 1 + length
-        return row
 
     def _take(self) -> None:
         """Puts the next piece into the buffer, and notes where reading goes on."""
-        self._index, piece = next(self._unread)
+        piece = next(self._unread)
         self._part, self._offset = piece.part, piece.start + piece.length
         self._read += 1
         insort(self._buffer, piece)
 
-    def _pieces(self) -> Iterator[tuple[int, Piece]]:
-        """This rank's pieces from the present place on, over and over, each with the index of the one after it."""
-        begun, offset, index = self._part, self._offset, self._index
+    def _pieces(self) -> Iterator[Piece]:
+        """All pieces from the present place on, over and over."""
+        begun, offset = self._part, self._offset
         while True:
             is_whole, read_before = (begun, offset) == (0, 0), self._read
             for part in range(begun, len(self._parts)):
                 for start, stop in _bodies(self._parts[part], self.bos, offset):
                     for first in range(start, stop, self.block_size):
-                        index += 1
-                        if (index - 1) % self.world == self.rank:
-                            yield index, Piece(min(self.block_size, stop - first), -self._read, part, first)
+                        yield Piece(min(self.block_size, stop - first), -self._read, part, first)
                 offset = 0
             if is_whole and self._read == read_before:
-                raise UserError(
-                    f"the data has {index} documents, and none for rank {self.rank} of {self.world}; "
-                    "prepare more text, or use fewer ranks"
-                )
-            begun = index = 0
+                raise UserError("the data has no documents, only what begins one; prepare more text")
+            begun = 0
             self._epoch += 1
+
+
+def document_starts(x: Tensor, bos: int) -> Tensor:
+    """cu_seqlens (documents + 1,) int64 of rows x (B, T): one starts with each row, and with each `bos` in it."""
+    starts = x == bos
+    starts[:, 0] = True
+    found = starts.flatten().nonzero().flatten()
+    return torch.cat([found, found.new_tensor([x.numel()])])
 
 
 def _bodies(tokens: np.ndarray, bos: int, offset: int) -> Iterator[tuple[int, int]]:

@@ -42,6 +42,7 @@ GPT4_PATTERN = (
 )
 BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names under which a vocabulary may hold its BOS
 
+GPT2_VOCAB, GPT2_BOS = 50257, 50256
 RANKS, HUGGING_FACE, ENCODING = "ranks.tiktoken", "tokenizer.json", "encoding.json"  # files of a saved tokenizer
 
 
@@ -89,6 +90,11 @@ def from_json(description: Any) -> Tokenizer:
     if kind == "bpe":
         return _described_bpe(description)
     raise _unknown_description(description)
+
+
+def bos_of(description: Any) -> int | None:
+    """The `bos` of the tokenizer that `to_json` described; GPT-2's without its ranks, which may have to be fetched."""
+    return GPT2_BOS if description == {"kind": "tiktoken", "name": "gpt2"} else from_json(description).bos
 
 
 def load_tokenizer(data_dir: str | Path) -> Tokenizer:

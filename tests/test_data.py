@@ -443,13 +443,13 @@ def test_packing_of_1000_random_corpora(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(packing, "BUFFER", draw.choice([1, 2, 7, 40]))
         monkeypatch.setattr(packing, "SCANNED", draw.choice([1, 3, 10_000]))
         _, tokens = corpus(draw)
-        block_size, batch_size, world = draw.choice([1, 4, 16, 33]), draw.randint(1, 3), draw.choice([1, 1, 2, 3])
+        block_size, batch_size, ranks = draw.choice([1, 4, 16, 33]), draw.randint(1, 2), draw.choice([1, 1, 1, 2, 3])
         bodies = [body for part in tokens.parts for body in split([BOS, *part.tolist()]) if body]
         pieces = [body[i : i + block_size] for body in bodies for i in range(0, len(body), block_size)]
-        if len(pieces) < world:
+        if not pieces:
             continue
-        rank = draw.randrange(world)
-        loader = PackedBatches(tokens, batch_size, block_size, bos=BOS, rank=rank, world=world)
+        rank = draw.randrange(ranks)
+        loader = PackedBatches(tokens, batch_size, block_size, bos=BOS, rank=rank, ranks=ranks)
         assert loader.cropped == 0
         out = Counter[int]()
         rows = []
@@ -460,27 +460,43 @@ def test_packing_of_1000_random_corpora(monkeypatch: pytest.MonkeyPatch) -> None
             starts = [i for i, token in enumerate(x.flatten().tolist()) if token == BOS]
             assert cu_seqlens.tolist() == [*starts, x.numel()] and set(starts) >= set(range(0, x.numel(), block_size))
             rows += [[*a, b[-1]] for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        assert rows == naive_rows(pieces[rank::world], block_size + 1, packing.BUFFER, len(rows))
+        every = naive_rows(pieces, block_size + 1, packing.BUFFER, 2 * ranks * batch_size)
+        theirs = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
+        assert rows == [row for batch in theirs[rank::ranks] for row in batch]
         for row in rows:
             *whole, last = split(row)
             assert row[0] == BOS and all(piece in pieces for piece in whole)
             assert last == [] or any(piece[: len(last)] == last for piece in pieces)
             out.update(token for token in row if token != BOS)
         state = loader.state_dict()
-        read = [pieces[rank::world][i % len(pieces[rank::world])] for i in range(state["read"])]
+        read = [pieces[i % len(pieces)] for i in range(state["read"])]
         waiting = sum(length for length, *_ in state["buffer"])
-        assert sum(map(len, read)) == out.total() + loader.cropped + waiting
+        others = sum(token != BOS for row in every for token in row) - out.total()
+        assert sum(map(len, read)) == out.total() + others + loader.cropped + waiting
 
 
-@pytest.mark.parametrize("world", [1, 3, 8])
-def test_ranks_share_nothing_and_miss_nothing(world: int) -> None:
-    """Documents that fill a row come out in order, so that the first rows of all ranks are every document once."""
-    documents = [list(range(1000 + 10 * i, 1010 + 10 * i)) for i in range(50)]
+def test_1000_stops_and_other_numbers_of_ranks_lose_no_document() -> None:
+    """Documents that fill a row come out in order: each once in every epoch, whoever packs it."""
+    documents = [list(range(1000 + 10 * i, 1010 + 10 * i)) for i in range(57)]
     tokens = torch.tensor(stream(documents))
-    for rank in range(world):
-        loader = PackedBatches(tokens, 1, 10, bos=BOS, rank=rank, world=world)
-        share = documents[rank::world]
-        assert [next(loader).y[0].tolist() for _ in share] == share
+    draw, place, state = random.Random(0), 0, PackedBatches(tokens, 1, 10, bos=BOS).state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BUFFER", 3)
+        teams = [
+            [PackedBatches(tokens, 1, 10, bos=BOS, rank=rank, ranks=ranks) for rank in range(ranks)]
+            for ranks in (1, 2, 4)
+        ]
+        for stop in range(1000):
+            loaders = teams[stop % 3]
+            for loader in loaders:
+                loader.load_state_dict(state)
+            for _ in range(draw.randint(0, 3)):
+                for loader in loaders:
+                    assert next(loader).y[0].tolist() == documents[place % len(documents)]
+                    place += 1
+            state = loaders[0].state_dict()
+            assert all(loader.state_dict() == state for loader in loaders)
+    assert place > 2000 and state["epoch"] >= place // len(documents)
 
 
 def test_a_document_longer_than_a_row_is_a_target_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +520,7 @@ def test_nanogpts_files_that_end_documents_with_the_token_read_alike() -> None:
 def test_packed_batches_resume_exactly_through_json() -> None:
     draw = random.Random(1)
     tokens = Shards([torch.tensor(stream([[7] * draw.randint(1, 70) for _ in range(300)])) for _ in range(3)])
-    make = lambda: PackedBatches(tokens, 2, 48, bos=BOS, rank=1, world=2)
+    make = lambda: PackedBatches(tokens, 2, 48, bos=BOS, rank=1, ranks=2)
     for stop in (0, 1, 40, 500):
         straight, other = make(), make()
         for _ in range(stop):
@@ -531,21 +547,18 @@ def test_a_place_in_other_data_is_refused() -> None:
     for other in (
         PackedBatches(tokens[:-1], 1, 8, bos=BOS),
         PackedBatches(tokens, 1, 9, bos=BOS),
-        PackedBatches(tokens, 1, 8, bos=BOS, world=2),
+        PackedBatches(tokens, 1, 8, bos=7),
     ):
         with pytest.raises(UserError, match="was saved with"):
             other.load_state_dict(state)
 
 
 def test_too_few_documents_are_an_error_at_once() -> None:
-    with pytest.raises(UserError, match="0 documents, and none for rank 0 of 1"):
+    with pytest.raises(UserError, match="the data has no documents"):
         PackedBatches(torch.tensor([BOS, BOS, BOS]), 1, 8, bos=BOS)
     two = torch.tensor(stream([[1], [2]]))
-    PackedBatches(two, 1, 8, bos=BOS, rank=1, world=3)
-    with pytest.raises(UserError, match="2 documents, and none for rank 2 of 3"):
-        PackedBatches(two, 1, 8, bos=BOS, rank=2, world=3)
     with pytest.raises(ValueError, match="rank is 3"):
-        PackedBatches(two, 1, 8, bos=BOS, rank=3, world=3)
+        PackedBatches(two, 1, 8, bos=BOS, rank=3, ranks=3)
     with pytest.raises(UserError, match="--block_size"):
         PackedBatches(two, 1, 0, bos=BOS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -14,8 +15,10 @@ import kernels
 from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.model import GPT, compute_dtype
+from gptfast.packing import document_starts
 
 OPS = kernels.load("reference")
+BOS = 30  # begins a document
 SMALL = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=32)
 MODERN = dataclasses.replace(
     SMALL, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, n_kv_head=2
@@ -116,6 +119,56 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: GPTConfig) -> None:
     targets[:, ::3] = -1
     expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1)
     torch.testing.assert_close(model(tokens, targets), expected)
+
+
+SHIFTED = dataclasses.replace(MODERN, token_shift=True)
+
+
+@pytest.mark.parametrize("config", [*ARCHITECTURES.values(), SHIFTED], ids=[*ARCHITECTURES, "token shift"])
+def test_packed_documents_are_each_by_itself(config: GPTConfig) -> None:
+    """The loss and gradients of rows of documents are those of every document in a batch of its own."""
+    model = make(config).double()
+    model.dtype = torch.float64
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "shift" in name:
+                parameter.normal_()
+    tokens = tokens_of(config).masked_fill(torch.rand(3, config.block_size) < 0.15, BOS)
+    tokens[0, 1:], tokens[1, 1:4] = 1, BOS  # one that fills its row, and ones of a single token
+    targets = tokens_of(config)
+    cu_seqlens = document_starts(tokens, BOS)
+    assert len(cu_seqlens) > 8
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    alone = [
+        model(tokens.view(1, -1)[:, a:b], targets.view(1, -1)[:, a:b]) * (b - a)
+        for a, b in itertools.pairwise(cu_seqlens.tolist())
+    ]
+    expected = torch.stack(alone).sum() / tokens.numel()
+    together = model(tokens, targets, cu_seqlens)
+    torch.testing.assert_close(together, expected)
+    torch.testing.assert_close(gradients(together), gradients(expected))
+    assert abs(model(tokens, targets).item() - expected.item()) > 1e-3  # without, they see each other
+
+
+def test_packed_documents_by_the_kernels() -> None:
+    """One text of the model, whichever implementation attends."""
+    config = dataclasses.replace(MODERN, block_size=12, n_layer=1)
+    reference, kernel = make(config), make(config)
+    for module in kernel.modules():
+        if hasattr(module, "ops"):
+            module.ops = kernels.load("reference", attention="interpret")
+    tokens = tokens_of(config, 2).masked_fill(torch.rand(2, 12) < 0.3, BOS)
+    cu_seqlens = document_starts(tokens, BOS)
+    torch.testing.assert_close(kernel(tokens, tokens, cu_seqlens), reference(tokens, tokens, cu_seqlens))
+
+
+def test_a_document_longer_than_the_context_is_refused() -> None:
+    tokens = tokens_of(SMALL, 2)
+    with pytest.raises(ValueError, match="a document of 30 tokens, but block_size is 24"):
+        make(SMALL)(tokens, tokens, torch.tensor([0, 30, 48]))
 
 
 @architecture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 import sys
 import types
@@ -15,12 +16,15 @@ import pytest
 import torch
 
 import kernels
-from gptfast import cli, mfu
+from gptfast import checkpoint, cli, hf, mfu
 from gptfast.config import GPTConfig
 from gptfast.data import Batches
+from gptfast.engine import Engine, Sampling
 from gptfast.log import check_row
 from gptfast.model import GPT
 from gptfast.optim import adamw
+from gptfast.packing import document_starts
+from gptfast.tokenizer import BPETokenizer
 from train import loop, pretrain
 from train.config import Pretrain
 from train.prepare import prepare
@@ -332,6 +336,101 @@ def test_wandb_is_sent_nanogpts_five_keys(
     assert (started[0]["project"], started[0]["name"], started[0]["config"]["n_layer"]) == ("owt", "gpt2", 1)
     assert [row["iter"] for row in sent] == [0, 2, 4, 6, 8]
     assert set(sent[-1]) == {"iter", "train/loss", "val/loss", "lr", "mfu"}
+
+
+# ---- documents and vocabularies of byte pairs
+
+
+@pytest.fixture
+def packed(tmp_path: Path, text: str) -> list[str]:
+    """Flags of a run on documents of bytes: 256 tokens and BOS, as train.prepare writes them."""
+    tokenizer = BPETokenizer.from_ranks({bytes([i]): i for i in range(256)}, {"<|bos|>": 256})
+    folder = tmp_path / "data" / "bytes"
+    folder.mkdir(parents=True)
+    for split, lines in (("train", text.splitlines()[:300]), ("val", text.splitlines()[300:340])):
+        ids = [token for line in lines for token in tokenizer.encode_document(line[:25])]
+        (folder / f"{split}.bin").write_bytes(torch.tensor(ids, dtype=torch.int16).numpy().tobytes())
+    meta = {"vocab_size": 257, "tokenizer": tokenizer.to_json(), "fingerprint": tokenizer.fingerprint, "files": {}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return [
+        *TINY, "--dataset=bytes", "--block_size=64", "--documents=True", f"--data_dir={tmp_path / 'data'}",
+        f"--out_dir={tmp_path / 'out'}", "--dtype=float32",
+    ]  # fmt: skip
+
+
+def test_documents_are_packed_and_resume_exactly(
+    packed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every batch, of evaluations and of the whole split too, says where its documents start."""
+    forward, seen = GPT.forward, []
+
+    def watched(self: GPT, x: torch.Tensor, y: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(cu_seqlens, document_starts(x, 256)) and len(cu_seqlens) > 1 + len(x)
+        seen.append(self.training)
+        return forward(self, x, y, cu_seqlens)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    whole = f"--out_dir={tmp_path / 'whole'}"
+    assert cli.run(pretrain.main, [*packed, whole, "--max_iters=8", "--eval_interval=8"]) == 0
+    assert any(seen) and not all(seen)
+    assert cli.run(pretrain.main, [*packed, "--max_iters=3"]) == 0
+    assert cli.run(pretrain.main, [*packed, "--max_iters=8", "--resume=latest"]) == 0
+    found, expected = checkpoint.load(tmp_path / "out"), checkpoint.load(tmp_path / "whole")
+    assert found.step == 8 and found.meta["batches"] == expected.meta["batches"]
+    assert all(torch.equal(tensor, expected.model[name]) for name, tensor in found.model.items())
+    other = [*packed, "--resume=latest", "--documents=False"]
+    capsys.readouterr()
+    assert "was trained with --documents=True" in refusal(other, capsys)
+
+
+def test_a_refused_update_of_documents_is_kept(
+    packed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, *b: forward(self, *b) * (math.nan if self.training else 1.0))
+    assert "not a number" in refusal([*packed, "--async_save=True"], capsys)
+    (batch,) = checkpoint.load(tmp_path / "out" / "post-mortem").meta["refused"]["batches"]
+    assert [part.shape for part in batch[:2]] == [(4, 64)] * 2 and torch.equal(
+        batch[2], document_starts(batch[0], 256).int()
+    )
+
+
+def test_characters_have_no_documents(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "begins a document; prepare it with a BPE tokenizer" in refusal([*flags, "--documents=True"], capsys)
+
+
+def test_a_vocabulary_of_byte_pairs_is_rounded_up(
+    packed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """257 tokens take 320 rows; no target is among the padding, nothing is sampled from it, no export has it."""
+    assert cli.run(pretrain.main, packed) == 0
+    assert "vocab_size: 320, 257 rounded up" in capsys.readouterr().out
+    saved = checkpoint.load(tmp_path / "out")
+    assert saved.meta["model"]["vocab_size"] == 320 == len(saved.model["transformer.wte.weight"])
+    assert len(checkpoint.load(tmp_path / "out").model["lm_head.weight"]) == 320
+
+    model, tokenizer = hf.load(tmp_path / "out"), hf.load_tokenizer(tmp_path / "out")
+    tokens = torch.randint(257, (2, 64))
+    exported = hf.load(hf.save(model, tmp_path / "exported", tokenizer))
+    assert exported.config.vocab_size == 257
+    torch.testing.assert_close(exported.logits(tokens), model.logits(tokens)[..., :257])
+    with torch.no_grad():  # the padding is all that the model would say
+        model.lm_head.weight[257:] = 100 * model.hidden(tokens)[0, -1]
+    assert model.logits(tokens)[0, -1].argmax() >= 257
+    engine = Engine(model, slots=1, tokenizer=tokenizer)
+    request = engine.submit(tokens[0, :8].tolist(), Sampling(max_tokens=20, seed=1))
+    while engine.busy:
+        engine.step()
+    assert len(request.tokens) == 20 and max(request.tokens) < 257
+
+    exact = [*packed, "--vocab_multiple=1", f"--out_dir={tmp_path / 'exact'}"]
+    assert cli.run(pretrain.main, exact) == 0
+    assert checkpoint.load(tmp_path / "exact").meta["model"]["vocab_size"] == 257
+    train = tmp_path / "data" / "bytes" / "train.bin"
+    train.write_bytes(train.read_bytes() + (300).to_bytes(2, "little"))
+    capsys.readouterr()
+    assert "token id 300, but vocab_size is 257" in refusal(packed, capsys)
+    assert pretrain.rounded(50257, None, 64) == 50304 and pretrain.rounded(65, {"kind": "char"}, 64) == 65
 
 
 # ---- mistakes: one line, exit code 2, nothing lost

@@ -10,7 +10,7 @@ from gptfast.cli import UserError
 POSITIVE = (
     "eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
     "n_layer", "n_head", "n_embd", "lr_decay_iters", "keep", "head_dim",
-    "tensor_parallel",
+    "tensor_parallel", "vocab_multiple",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike", "max_skips", "depth",
@@ -64,6 +64,8 @@ class Pretrain:
     spike: float = 0.0  # skip updates whose loss is this many standard deviations above the last 128; 0: never
     max_skips: int = 10  # updates skipped in a row before the run stops
     tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # service that evaluations are sent to
+    documents: bool = False  # rows of whole documents, each of which attends to itself alone; else random windows
+    vocab_multiple: int = 64  # from scratch, round the vocabulary of a BPE tokenizer up to a multiple; 1: as it is
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers warn by 
 WINDOW = 128  # accepted losses that a spike is measured against
 WARM_WINDOW = 16  # as few as these already tell a spike
 
-Batch = tuple[Tensor, Tensor]  # tokens, targets: (B, T) int64
+Batch = tuple[Tensor, ...]  # tokens, targets: (B, T) int64; where documents are packed, cu_seqlens
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,6 +1,7 @@
 """One step of training, and what goes around it; pretrain and speedrun share this page.
 
-A batch is a pair of int64 tensors, `tokens, targets: (B, T)`, with `targets[b, t] = tokens[b, t + 1]` in the stream.
+A batch is a pair of int64 tensors, `tokens, targets: (B, T)`, with `targets[b, t] = tokens[b, t + 1]` in the stream,
+and where documents are packed (gptfast/packing.py) their cu_seqlens besides.
 Only a guard reads numbers back from the device, once before each update; else losses stay tensors until someone prints.
 """
 
@@ -92,7 +93,7 @@ def make_step(
 
 
 def step(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Callable[..., Tensor],
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     *,
@@ -108,10 +109,10 @@ def step(
     gradients that overflow. `guard` may refuse the update, or stop the run by raising Refused.
     """
     losses, taken = [], []
-    for tokens, targets in islice(batches, accumulation):
-        loss = model(tokens, targets)
+    for batch in islice(batches, accumulation):
+        loss = model(*batch)
         losses.append(loss.detach())
-        taken.append((tokens, targets))
+        taken.append(tuple(batch))
         share = loss / accumulation if accumulation > 1 else loss
         (share if scaler is None else scaler.scale(share)).backward()
     mean = losses[0] if accumulation == 1 else torch.stack(losses).mean()
@@ -131,11 +132,11 @@ def parallel_step(
 ) -> Tensor:
     """`step` on every rank of a team, each with `accumulation` micro-batches of its own; returns the mean over all."""
     losses, taken = [], []
-    for i, (tokens, targets) in enumerate(islice(batches, accumulation), 1):
+    for i, batch in enumerate(islice(batches, accumulation), 1):
         optimizer.sync_gradients(i == accumulation)
-        loss = optimizer.called(tokens, targets)
+        loss = optimizer.called(*batch)
         losses.append(loss.detach())
-        taken.append((tokens, targets))
+        taken.append(tuple(batch))
         (loss / accumulation).backward()
     mean = optimizer.team.mean(torch.stack(losses).mean())
     norm = optimizer.clip_grad_norm(clip)
@@ -153,8 +154,8 @@ def _one_graph(
     setattr(torch._dynamo.config, TRACE_GRAD, True)
 
     @torch.compile(fullgraph=True)
-    def differentiate(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        loss = model(tokens, targets)
+    def differentiate(*batch: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        loss = model(*batch)
         gradients = list(torch.autograd.grad(loss, trained))
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if clip > 0:
@@ -164,7 +165,7 @@ def _one_graph(
     def compiled_step(batches: Iterator[Batch]) -> Tensor:
         batch = next(batches)
         loss, norm, gradients = differentiate(*batch)
-        if guard is not None and not guard.allows(loss.item(), norm.item(), [batch]):
+        if guard is not None and not guard.allows(loss.item(), norm.item(), [tuple(batch)]):
             return loss
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
@@ -201,9 +202,9 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Batch], team: Team = ALON
     losses, counts = [], []
     stream = iter(batches)
     while turn := list(islice(stream, team.data_size)):
-        tokens, targets = turn[min(team.data_rank, len(turn) - 1)]
-        losses.append(model(tokens, targets).float())
-        counts.append(targets.numel() if team.data_rank < len(turn) else 0)  # the last turn may be short
+        batch = turn[min(team.data_rank, len(turn) - 1)]
+        losses.append(model(*batch).float())
+        counts.append(batch[1].numel() if team.data_rank < len(turn) else 0)  # the last turn may be short
     model.train(was_training)
     per_batch = torch.stack(losses)
     weights = torch.tensor(counts, dtype=torch.float32, device=per_batch.device)

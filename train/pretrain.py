@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,15 +33,15 @@ from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_spli
 from gptfast.log import Log, Tracker, facts
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
+from gptfast.packing import PackedBatches, document_starts
 from gptfast.parallel import launch
 from gptfast.parallel.team import Team, join
-from gptfast.tokenizer import load_tokenizer, read_meta
+from gptfast.tokenizer import GPT2_VOCAB, bos_of, load_tokenizer, read_meta
 from train import dial, loop, plan
 from train.config import Pretrain
-from train.guard import Guard, Refused, Stopped, Stopper
+from train.guard import Batch, Guard, Refused, Stopped, Stopper
 from train.presets import PRESETS
 
-DEFAULT_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64
 EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
 WARM_UP = 5  # iterations before MFU is reckoned
 
@@ -60,7 +60,8 @@ class Run:
     optimizer: Any  # torch.optim.Optimizer, or ShardedOptimizer
     scaler: torch.amp.GradScaler | None  # for fp16
     guard: Guard
-    batches: Batches
+    bos: int | None  # what begins a document, where they are packed
+    batches: Batches | PackedBatches
     iteration: int = 0  # the next one
     best_val_loss: float = math.inf
     position: dict[str, Any] = field(default_factory=dict)  # of the random streams, where `iteration` begins
@@ -128,16 +129,28 @@ def start(config: Pretrain, team: Team) -> Run:
 
     folder = Path(config.data_dir) / config.dataset
     vocab_size, tokenizer = describe_data(folder)
+    bos = bos_of(tokenizer) if config.documents else None
+    if config.documents and bos is None:
+        raise UserError(
+            f"--documents=True: nothing in {folder} begins a document; prepare it with a BPE tokenizer, or leave it out"
+        )
     saved = find_checkpoint(config)
-    model = build_model(config, device, dtype, vocab_size, saved)
+    if saved is not None:
+        check_same(config, saved)
+    model = build_model(config, device, dtype, vocab_size, tokenizer, saved)
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     block_size = model.config.block_size
-    splits = {
-        split: load_tokens(folder / f"{split}.bin", model.config.vocab_size, block_size) for split in ("train", "val")
-    }
+    ids = min(vocab_size or model.config.vocab_size, model.config.vocab_size)  # the rest of the model's are padding
+    splits = {split: load_tokens(folder / f"{split}.bin", ids, block_size) for split in ("train", "val")}
     if team.size > 1 and (dtype == torch.float16 or config.async_save):
         raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
     called, optimizer = build_optimizer(config, model, team)
+    settings: dict[str, Any] = dict(device=device, rank=team.data_rank, ranks=team.data_size)
+    batches: Batches | PackedBatches
+    if bos is None:
+        batches = Batches(splits["train"], config.batch_size, block_size, seed=config.seed, **settings)
+    else:
+        batches = PackedBatches(splits["train"], config.batch_size, block_size, bos=bos, **settings)
     run = Run(
         config=config,
         team=team,
@@ -149,11 +162,9 @@ def start(config: Pretrain, team: Team) -> Run:
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
-        batches=Batches(
-            splits["train"], config.batch_size, block_size, seed=config.seed, device=device,
-            rank=team.data_rank, ranks=team.data_size,
-        ),
-    )  # fmt: skip
+        bos=bos,
+        batches=batches,
+    )
     if saved is not None:
         restore(run, saved)
     if team.size > 1:  # each draws dropout of its own, tensor ranks the same
@@ -173,6 +184,14 @@ def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
     return None
 
 
+def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
+    """Raises UserError where the state of `saved` means nothing to this run."""
+    for name, before in (("optimizer", "adamw"), ("documents", False)):  # and what a run without the flag had
+        theirs = saved.meta["config"].get(name, before)
+        if theirs != getattr(config, name):
+            raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
+
+
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
@@ -185,17 +204,24 @@ def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
 
 
 def vocab_size_of(config: Pretrain) -> int:
-    """That of the data set if it is prepared; else the dial's, or GPT-2's."""
+    """Of a new model: that of the data set if it is prepared, else the dial's or GPT-2's; rounded up."""
     folder = Path(config.data_dir) / config.dataset
     meta = read_meta(folder) if folder.is_dir() else None
     if meta is not None:
-        return meta["vocab_size"]
-    return DEFAULT_VOCAB if folder.is_dir() or not config.depth else dial.VOCAB
+        return rounded(meta["vocab_size"], meta["tokenizer"], config.vocab_multiple)
+    return rounded(GPT2_VOCAB if folder.is_dir() or not config.depth else dial.VOCAB, None, config.vocab_multiple)
+
+
+def rounded(vocab_size: int, tokenizer: Any, multiple: int) -> int:
+    """Up to a multiple: matrix products of odd sizes are slow. Characters are left alone, as nanoGPT does."""
+    by_character = isinstance(tokenizer, dict) and tokenizer.get("kind") == "char"
+    return vocab_size if by_character else -(-vocab_size // multiple) * multiple
 
 
 def build_model(
-    config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, saved: checkpoint.Checkpoint | None
-) -> GPT:
+    config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, tokenizer: dict[str, Any],
+    saved: checkpoint.Checkpoint | None,
+) -> GPT:  # fmt: skip
     """The model that `init_from` asks for, on `device`, no longer than `config.block_size`."""
     ops = cli.choose_ops(config.kernels, device)
     print(f"kernels:\n{ops}")
@@ -206,9 +232,13 @@ def build_model(
         model.load_state_dict(saved.model)
     elif config.init_from == "scratch":
         print("Initializing a new model from scratch")
+        tokens = vocab_size or GPT2_VOCAB
+        padded = rounded(tokens, tokenizer, config.vocab_multiple)
         if vocab_size is None:
-            print(f"defaulting to vocab_size of GPT-2 to {DEFAULT_VOCAB} (50257 rounded up for efficiency)")
-        model = GPT(architecture_of(config, vocab_size or DEFAULT_VOCAB), ops, dtype)
+            print(f"defaulting to vocab_size of GPT-2 to {padded} (50257 rounded up for efficiency)")
+        elif padded > tokens:
+            print(f"vocab_size: {padded}, {tokens} rounded up for efficiency (--vocab_multiple=1 leaves it)")
+        model = GPT(architecture_of(config, padded), ops, dtype)
     else:
         print(f"Initializing from pretrained weights: {config.init_from}")
         pretrained = hf.load(config.init_from, ops, dtype=dtype)
@@ -292,11 +322,6 @@ def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str,
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
-    its_optimizer = saved.meta["config"].get("optimizer", "adamw")
-    if its_optimizer != run.config.optimizer:
-        raise UserError(
-            f"--optimizer={run.config.optimizer}: {saved.path} was trained with --optimizer={its_optimizer}"
-        )
     run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
     run.batches.load_state_dict(saved.meta["batches"])
     if run.scaler is not None and saved.meta["scaler"]:
@@ -346,7 +371,7 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     settings: dict[str, Any] = dict(
         accumulation=run.team.share(config.gradient_accumulation_steps), clip=config.grad_clip, guard=run.guard
     )
-    step: Callable[[Batches], torch.Tensor]
+    step: Callable[[Iterator[Batch]], torch.Tensor]
     if run.team.size > 1:
         step = lambda batches: loop.parallel_step(run.optimizer, batches, **settings)
     else:
@@ -388,7 +413,12 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
     """Mean loss of `eval_iters` batches of each split. Training's weights and random streams stay as they were."""
     losses = {}
     for split, tokens in run.splits.items():
-        batches = Batches(tokens, run.config.batch_size, run.model.config.block_size, seed=EVAL_SEED, device=run.device)
+        sizes = run.config.batch_size, run.model.config.block_size
+        batches: Batches | PackedBatches
+        if run.bos is None:
+            batches = Batches(tokens, *sizes, seed=EVAL_SEED, device=run.device)
+        else:
+            batches = PackedBatches(tokens, *sizes, bos=run.bos, device=run.device)
         losses[split] = loop.evaluate(run.called, islice(batches, run.config.eval_iters), run.team).item()
     log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
@@ -400,7 +430,10 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
 def evaluate_whole_split(run: Run, log: Log) -> float:
     """The loss over every window of the validation split, of the weights that the last checkpoint holds."""
     tokens, block_size = run.splits["val"], run.model.config.block_size
-    windows = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
+    windows: Iterable[Batch] = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
+    if run.bos is not None:
+        bos = run.bos
+        windows = ((x, y, document_starts(x, bos)) for x, y in windows)
     loss = loop.evaluate(run.called, windows, run.team).item()
     count = count_windows(tokens, block_size)
     log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")

@@ -12,6 +12,7 @@ Weights are safetensors, settings and tokenizer JSON; nothing is unpickled and n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,12 @@ def save(
     """Writes `model` as transformers keeps it: config.json, model.safetensors, generation_config.json, the tokenizer's.
 
     `layout`: gpt2, llama or qwen3; auto takes the first that can express the model. `dtype` is that of the stored
-    weights. Returns the folder. Raises UserError, before a byte is written, for a model that the layout cannot express.
+    weights. What the model's vocabulary has beyond the tokenizer's is padding, and is left out. Returns the folder.
+    Raises UserError, before a byte is written, for a model that the layout cannot express.
     """
     from safetensors.torch import save_file
 
-    settings, weights = exported(model, layout)
+    settings, weights = exported(model, layout, model.config.vocab_size if tokenizer is None else tokenizer.vocab_size)
     ids = tokenizer_files.special_ids(tokenizer)
     folder = Path(folder)
     try:
@@ -117,15 +119,22 @@ def save(
     return folder
 
 
-def exported(model: GPT, layout: str) -> tuple[dict[str, Any], Weights]:
-    """config.json and the tensors of `model` in `layout`. Raises UserError for what the layout cannot express."""
+def exported(model: GPT, layout: str, vocab_size: int | None = None) -> tuple[dict[str, Any], Weights]:
+    """config.json and the tensors of `model` in `layout`, its vocabulary cut to `vocab_size` tokens if it has more.
+
+    Raises UserError for what the layout cannot express.
+    """
     config, chosen = model.config, layout_for(model.config, layout)
+    ours: Weights = model.state_dict()
+    if vocab_size is not None and vocab_size < config.vocab_size:
+        config = dataclasses.replace(config, vocab_size=vocab_size)
+        ours |= {name: ours[name][:vocab_size].clone() for name in ("transformer.wte.weight", "lm_head.weight")}
     assert chosen.settings is not None and chosen.give is not None
     settings = {
         "model_type": chosen.name, "architectures": [chosen.architecture], "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied, **chosen.settings(config),
     }  # fmt: skip
-    return settings, chosen.give(config, model.state_dict())
+    return settings, chosen.give(config, ours)
 
 
 def find(source: str | Path) -> Path:

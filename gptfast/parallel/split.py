@@ -118,7 +118,8 @@ def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
         # The rotations need not be sent around in every step. torch 2.13 has a new name for that, and warns of the old.
         known = inspect.signature(DistributedDataParallel).parameters
         sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sent: False})
+        settings: dict[str, Any] = {sent: False}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
     # Weights travel in the dtype that they are used in; gradients are summed in fp32. Rotations stay fp32.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if model.dtype.itemsize < 4:

@@ -169,14 +169,15 @@ def test_matrices_within_one_parameter_step_alone():
     torch.testing.assert_close(together.detach(), torch.cat([p.detach() for p in apart]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "cautious": True, "weight_decay": 0.1}], ids=str)
-def test_zero_gradient_moves_nothing_and_nan_moves_its_own_matrix_only(options):
+def test_zero_gradient_moves_nothing_and_nan_moves_its_own_matrix_only(options, dtype):
     params = parameters((4, 6), (4, 6), (4, 6))
     before = [p.detach().clone() for p in params]
     give_gradients(params, 0)
     params[0].grad.zero_()
     params[1].grad[0, 0] = torch.nan
-    Muon([{"kind": "muon", "params": params, **options}]).step()
+    Muon([{"kind": "muon", "params": params, **options}], dtype=dtype).step()
     assert torch.equal(params[0], before[0])
     assert params[1].isnan().all()
     assert params[2].isfinite().all() and not torch.equal(params[2], before[2])
@@ -313,8 +314,10 @@ def test_beats_adamw_on_a_char_model_at_the_same_steps(pretrain_with, seed):
     assert muon.meta["best_val_loss"] < adamw - 0.05
 
 
-def test_pretrain_resumes_bitwise(pretrain_with):
-    flags = ["--optimizer=muon", "--lr_decay_iters=6", "--whole_val=False"]
+@pytest.mark.parametrize("options", [[], ["--schedule=trapezoid", "--cautious=True", "--normalize=True"]], ids=str)
+def test_pretrain_resumes_bitwise(pretrain_with, options):
+    """Rates go on where they were; with the trapezoid momentum and weight decay too, which change at every update."""
+    flags = ["--optimizer=muon", "--lr_decay_iters=6", "--whole_val=False", *options]
     whole = pretrain_with("whole", *flags, "--max_iters=6")
     pretrain_with("parts", *flags, "--max_iters=3")
     parts = pretrain_with("parts", *flags, "--max_iters=6", "--init_from=resume")
@@ -322,6 +325,7 @@ def test_pretrain_resumes_bitwise(pretrain_with):
     assert all(torch.equal(parts.model[name], weight) for name, weight in whole.model.items())
     for mine, other in zip(parts.optimizer["state"].values(), whole.optimizer["state"].values(), strict=True):
         assert all(torch.equal(mine[key], value) for key, value in other.items())
+    assert parts.optimizer["param_groups"] == whole.optimizer["param_groups"]
 
 
 def test_pretrain_refuses_to_resume_with_another_optimizer(pretrain_with, capsys):

@@ -94,7 +94,9 @@ def test_symmetric_products_are_symmetric_bit_for_bit() -> None:
     assert torch.equal(A, A.mT) and torch.equal(P, P.mT)
 
 
-def launches(M: int, N: int, arch: int, steps: int = 1) -> list[tuple[str, int, int]]:
+def launches(
+    M: int, N: int, arch: int, steps: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[str, int, int]]:
     """(product, programs, rows of a tile) of each launch for one matrix; gram, commuting or affine."""
     found = []
 
@@ -103,20 +105,36 @@ def launches(M: int, N: int, arch: int, steps: int = 1) -> list[tuple[str, int, 
         found.append((product, grid[0], constants["BLOCK_M"]))
 
     with launching(Launcher(record, arch)):
-        newton_schulz_triton(torch.empty(1, M, N, dtype=torch.bfloat16, device="meta"), steps)
+        newton_schulz_triton(torch.empty(1, M, N, dtype=dtype, device="meta"), steps)
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", [0, 80, 90, 100])
-@pytest.mark.parametrize("n", [1024, 1280, 1600, 2048, 4096, 6400])
+@pytest.mark.parametrize("n", [1024, 1025, 1280, 1600, 2048, 4096, 6400])
 @pytest.mark.parametrize("aspect", [1, 4])
-def test_symmetric_products_launch_little_more_than_half_of_the_tiles(n: int, aspect: int, arch: int) -> None:
+def test_symmetric_products_launch_little_more_than_half_of_the_tiles(
+    n: int, aspect: int, arch: int, dtype: torch.dtype
+) -> None:
+    """At most 0.56 of what a plain product launches, b (b + 1) / 2 of b² tiles, as soon as b is 9.
+
+    With tiles of 64 that is from n = 513, with tiles of 128 from n = 1025: at n = 1024 it is 36 of 64, 0.5625.
+    """
     for M, N in ((n, aspect * n), (aspect * n, n)):
-        products = launches(M, N, arch)
-        assert [name for name, _, _ in products] == ["gram", "commuting", "affine"]
-        for _, programs, block in products[:2]:
-            blocks = -(-n // block)
-            assert programs <= 0.5625 * blocks**2  # 0.56 but for n = 1024, where a tile is an eighth of it
+        for steps in (1, 5):
+            products = launches(M, N, arch, steps, dtype)
+            names = [name for name, _, _ in products]
+            assert names.count("gram") == names.count("affine") == len(steps_per_gram(M, N, steps))
+            assert names.count("commuting") == sum(4 * count - 3 for count in steps_per_gram(M, N, steps))
+            for name, programs, block in products:
+                if name == "affine":
+                    continue
+                blocks = -(-n // block)
+                assert programs == blocks * (blocks + 1) // 2
+                if (n, block) == (1024, 128):
+                    assert programs == 0.5625 * blocks**2
+                else:
+                    assert programs <= 0.56 * blocks**2
 
 
 @pytest.mark.parametrize("M, N, steps", [(512, 512, 5), (512, 2048, 5), (4096, 1024, 4), (512, 1024, 3), (640, 768, 4)])
@@ -190,18 +208,43 @@ def test_gram_and_plain_agree_by_the_parity_rule(
         assert relative_error(gram, truth) <= 2 * relative_error(plain, truth) + torch.finfo(dtype).eps
 
 
-LARGEST = {QUINTIC: (0.65, 1.21), POLAR_EXPRESS: (0.85, 1.15)}  # of singular values that start above 1/100
+SPECTRA = MATRICES | {"condition 1e6": with_singular_values(torch.logspace(0, -6, 16, dtype=torch.float64), 16, 48)}
+
+
+def ends(start: Tensor, coefficients: Coefficients) -> Tensor:
+    """Where the five polynomials take a singular value."""
+    for a, b, c in coefficients:
+        start = a * start + b * start**3 + c * start**5
+    return start
+
+
+def band(coefficients: Coefficients) -> tuple[float, float]:
+    """What the polynomials promise: the lowest end of a start in [1/100, 1], and the highest of any in [0, 1]."""
+    start = torch.linspace(0, 1 / SAFETY, 100_001, dtype=torch.float64)
+    found = ends(start, coefficients)
+    return found[start >= 0.01].min().item(), found.max().item()
+
+
+@pytest.mark.parametrize("coefficients, low, high", [(QUINTIC, 0.68, 1.21), (POLAR_EXPRESS, 0.858, 1.142)])
+def test_the_band_is_the_published_one(coefficients: Coefficients, low: float, high: float) -> None:
+    found = band(coefficients)
+    assert low <= found[0] < found[1] <= high
 
 
 @each_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("kind", SPECTRA)
 def test_singular_values_end_in_the_band(newton_schulz, kind: str, dtype: torch.dtype) -> None:
-    """Those that start above a hundredth of the norm end near one, and no singular value ends above the band."""
-    x = MATRICES[kind].to(dtype)
+    """Those that start above a hundredth of the norm end near one, and no singular value ends above the band.
+
+    Of a matrix of lower rank, or one so badly conditioned that rounding drowns its smallest singular values, these
+    stay below the band: there nothing is promised but that they do not leave it upwards.
+    """
+    x = SPECTRA[kind].to(dtype)
     start = torch.linalg.svdvals(x.double())
     start = start / (SAFETY * start.norm())
-    for coefficients, (low, high) in LARGEST.items():
+    for coefficients in (QUINTIC, POLAR_EXPRESS):
+        low, high = band(coefficients)
         found = torch.linalg.svdvals(newton_schulz(x, 5, coefficients).double())
         slack = 8 * torch.finfo(dtype).eps
         assert found.max() <= high + slack
@@ -209,8 +252,10 @@ def test_singular_values_end_in_the_band(newton_schulz, kind: str, dtype: torch.
 
 
 @each_implementation
-def test_zero_stays_zero_and_nan_stays_in_its_matrix(newton_schulz) -> None:
-    x = normal(4, 6, 9).bfloat16()
+@pytest.mark.parametrize("dtype, N", [(torch.float32, 6), (torch.bfloat16, 9)], ids=str)
+def test_zero_stays_zero_and_nan_stays_in_its_matrix(newton_schulz, dtype: torch.dtype, N: int) -> None:
+    """Of (6, 6) by plain steps, of (6, 9) by steps that share a Gram matrix."""
+    x = normal(4, 6, N).to(dtype)
     alone = newton_schulz(x[3:])
     x[0], x[1, 2, 3], x[2, 0, 0] = 0.0, torch.nan, torch.inf
     y = newton_schulz(x)

@@ -154,10 +154,4 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    code = 0
-
-    def remember(argv: list[str]) -> None:
-        global code
-        code = main(argv)
-
-    sys.exit(cli.run(remember) or code)
+    sys.exit(cli.run(main))

@@ -39,9 +39,11 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)` and returns the exit code: 0 done, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
+    """Runs `main(argv)` and returns the exit code: the int that it returns, or 0; 2 for a UserError, which is one line
+    on stderr; 130 for Ctrl-C.
+    """
     try:
-        main(list(sys.argv[1:] if argv is None else argv))
+        code = main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
@@ -52,7 +54,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     except BrokenPipeError:  # the reader, such as `| head`, has seen enough; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def parse(

@@ -124,6 +124,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         raise ValueError("a defect of ours")
 
     assert cli.run(lambda argv: None, []) == 0
+    assert cli.run(lambda argv: 3, []) == 3
     assert cli.run(fail, ["x"]) == 2
     assert capsys.readouterr().err == "error: no file x; make it\n"
     assert cli.run(interrupt, []) == 130

@@ -13,8 +13,6 @@ transposed, so that A is always (min(m, n), min(m, n)).
     x, out: (B, M, N)   A, P, T, Q: (B, K, K) with K = min(M, N)
 
 A and P are symmetric: the kernel finds the tiles of one triangle and writes each twice, for half the work of a product.
-With b tiles to a side it finds (b + 1) / 2b of them: at most 0.56 of a product's from b = 9, which with tiles of 128 is
-K > 1024 (at 1024 it is 36 of 64, 0.5625), with the tiles of 64 that fp32 takes K > 512.
 There is no derivative: the iteration makes an update of gradients.
 
 Where a matrix is much longer than wide, most of the work is in the products with X. Several steps can share them, for
@@ -246,6 +244,8 @@ class Tile(NamedTuple):
 
 # From the compiled code (results/aot.json): the largest without a spill and with two warpgroups to a multiprocessor.
 # Not timed on a GPU yet. fp32 goes without tensor cores, and takes the conservative tile.
+# With b tiles to a side a symmetric product finds (b + 1) / 2b of them: at most 0.56 of a product's from b = 9, which is
+# K > 1024 with tiles of 128 (at 1024 itself 36 of 64, 0.5625), K > 512 with the tiles of 64 that fp32 takes.
 TILES = {80: Tile(128, 32, 4, 4), 90: Tile(128, 64, 4, 3), 100: Tile(128, 64, 8, 3)}
 CONSERVATIVE = Tile(64, 32, 4, 2)
 

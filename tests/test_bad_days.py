@@ -544,7 +544,7 @@ def rows(out_dir: Path) -> list[dict]:
     return [row for row in lines if row["what"] == "eval"]
 
 
-# ---- trackers and compilers
+# ---- trackers
 
 
 class Broken:
@@ -592,16 +592,3 @@ def test_tensorboard_gets_every_number_with_its_step(tmp_path: Path, monkeypatch
     with Tracker("tensorboard", "--tracker=tensorboard", tmp_path, "project", "name", {}) as tracker:
         tracker.log({"iter": 3, "val/loss": 2.5, "mfu": None})
     assert written == [str(tmp_path / "tensorboard"), ("val/loss", 2.5, 3), "closed"]
-
-
-def test_no_cpp_compiler_is_one_line_before_any_work(flags: list[str], tmp_path: Path) -> None:
-    """In a process of its own: torch remembers the compiler that it found."""
-    empty = tmp_path / "bin"
-    empty.mkdir()
-    environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {"PATH": str(empty)}
-    command = [sys.executable, "-m", "train.pretrain", *flags, "--compile=True"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 2 and "iter 0" not in done.stdout
-    assert done.stderr.splitlines() == [
-        "error: --compile=True needs a C++ compiler on a CPU, and there is none; install g++, or give --compile=False"
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -163,6 +164,23 @@ def test_packed_documents_by_the_kernels() -> None:
     tokens = tokens_of(config, 2).masked_fill(torch.rand(2, 12) < 0.3, BOS)
     cu_seqlens = document_starts(tokens, BOS)
     torch.testing.assert_close(kernel(tokens, tokens, cu_seqlens), reference(tokens, tokens, cu_seqlens))
+
+
+def test_packed_documents_are_one_graph() -> None:
+    """However many there are, with no compilation for each number of them."""
+    config = dataclasses.replace(MODERN, n_layer=1, token_shift=True)
+    model, compiled_for = make(config), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        compiled_for.append(len(inputs))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for share in (0.1, 0.2, 0.3, 0.4):
+        tokens = tokens_of(config).masked_fill(torch.rand(3, 24) < share, BOS)
+        batch = tokens, tokens, document_starts(tokens, BOS)
+        torch.testing.assert_close(compiled(*batch), model(*batch))
+    assert len(compiled_for) <= 2
 
 
 def test_a_document_longer_than_the_context_is_refused() -> None:

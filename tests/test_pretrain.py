@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from train.config import Pretrain
 from train.prepare import prepare
 from train.presets import PRESETS
 
+ROOT = Path(__file__).parent.parent
 NANOGPT = {  # train.py of nanoGPT, lines 35 to 76; its dtype is chosen when it runs
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
     "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
@@ -485,3 +488,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoints(
     capsys.readouterr()
     assert "the loss is not a number at iteration 0; lower --learning_rate" in refusal(flags, capsys)
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("ckpt-*/*")} == kept
+
+
+def test_no_cpp_compiler_is_one_line_before_any_work(flags: list[str], tmp_path: Path) -> None:
+    """In a process of its own: torch remembers the compiler that it found."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "CXX"} | {"PATH": str(empty)}
+    command = [sys.executable, "-m", "train.pretrain", *flags, "--compile=True"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and "iter 0" not in done.stdout
+    assert done.stderr.splitlines() == [
+        "error: --compile=True needs a C++ compiler on a CPU, and there is none; install g++, or give --compile=False"
+    ]

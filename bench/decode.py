@@ -23,7 +23,7 @@ import functools
 import gc
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -89,11 +89,10 @@ def by_engine(model: GPT, size: Size, weights: Any) -> Variant:
             engine.step()
         return torch.tensor([request.tokens for request in requests])
 
-    twin = converted(model, weights)
     itemsize = {"float16": 2, "int8": 1}.get(weights, model.dtype.itemsize)
     dtype = model.dtype if weights == "model" else torch.float32
     impl = "engine" if weights == "model" else f"engine {weights}"
-    return Variant(impl, _name(dtype), itemsize, dtype.itemsize, generate, _last(twin))
+    return Variant(impl, _name(dtype), itemsize, dtype.itemsize, generate, _last(engine.model))
 
 
 def naive(model: GPT) -> Variant:
@@ -118,9 +117,11 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
     settings, weights = hf.exported(model, "gpt2")
     chosen = GPT2Config(**{key: value for key, value in settings.items() if key != "architectures"})
     chosen._attn_implementation = "sdpa"
-    theirs: Any = GPT2LMHeadModel(chosen)
-    theirs.load_state_dict(weights, strict=False)
-    theirs = theirs.to(device=model.lm_head.weight.device, dtype=dtype).eval()
+    with torch.device("meta"):  # its own random weights would be thrown away
+        theirs: Any = GPT2LMHeadModel(chosen)
+    theirs.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, strict=False, assign=True)
+    theirs.tie_weights()
+    theirs.eval()
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         mask = torch.ones_like(tokens)
@@ -169,7 +170,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def variants(config: GPTConfig, size: Size, device: torch.device, full: bool, log: Log) -> Iterator[Variant]:
-    """Every way that this device has, over the same weights; one that cannot run is named and left out."""
+    """Every way that this device has, over the same weights, the naive one first; what cannot run is said, left out."""
     torch.manual_seed(0)
     with torch.device(device):
         model = GPT(config, kernels.load("auto" if device.type == "cuda" else "reference")).eval()
@@ -178,10 +179,9 @@ def variants(config: GPTConfig, size: Size, device: torch.device, full: bool, lo
         model.dtype = torch.bfloat16
     chosen, _ = choose_weights(model)
     forms = ("model", "float16", "int8") if on_cpu else ("model",)
-    ways: dict[str, Callable[[], Variant]] = {
-        f"engine {form}": functools.partial(by_engine, model, size, form) for form in sorted(forms, key=chosen.__ne__)
-    }
-    ways["naive"] = lambda: naive(converted(model, "model"))
+    ways: dict[str, Callable[[], Variant]] = {"naive": lambda: naive(converted(model, "model"))}
+    for form in sorted(forms, key=chosen.__ne__):
+        ways[f"engine {form}"] = functools.partial(by_engine, model, size, form)
     if importlib.util.find_spec("transformers") is None:
         log.say("decode transformers is not installed: its generate is left out")
     else:
@@ -238,20 +238,33 @@ def sample(variant: Variant, tokens: Tensor, new: int, into: Samples) -> None:
     into.all_s.append(into.first_s[-1] + sum(each) / len(each) * (new - 1))
 
 
-def measure(ways: Sequence[Variant], tokens: Tensor, new: int, rounds: int, budget_s: float) -> dict[str, Samples]:
-    """Samples of every variant, in turn, after a warm-up of each; at least one round, then while the budget lasts."""
-    found = {f"{way.impl} {way.dtype}": Samples() for way in ways}
-    started = time.monotonic()
+def measure(
+    ways: Iterable[Variant], tokens: Tensor, new: int, rounds: int, budget_s: float,
+    known: Callable[[Variant, Samples], None] = lambda *_: None,
+) -> dict[str, Samples]:  # fmt: skip
+    """Samples of every variant, in turn; at least one round, then while the budget lasts.
+
+    In the first round each is made and warmed up when its turn comes. `known` is told after every sample, so that who
+    is stopped has the rows so far.
+    """
+    found: list[tuple[Variant, Samples]] = []
+    started, round_s = time.monotonic(), 0.0
     for way in ways:
         way.generate(tokens, 3 if way.lengths is None else 1)
-    for number in range(rounds):
+        found.append((way, Samples()))
         before = time.monotonic()
-        for way in ways:
-            sample(way, tokens, new, found[f"{way.impl} {way.dtype}"])
-        now = time.monotonic()
-        if number + 1 < rounds and now - started + (now - before) > budget_s:
+        sample(way, tokens, new, found[-1][1])
+        round_s += time.monotonic() - before
+        known(*found[-1])
+    for _ in range(rounds - 1):
+        before = time.monotonic()
+        if before - started + round_s > budget_s:
             break
-    return found
+        for way, samples in found:
+            sample(way, tokens, new, samples)
+            known(way, samples)
+        round_s = time.monotonic() - before
+    return {f"{way.impl} {way.dtype}": samples for way, samples in found}
 
 
 def figures(
@@ -297,22 +310,28 @@ def run_size(
     """Time every variant at one size, and write a row for each."""
     device = torch.device(arguments.device)
     config = dataclasses.replace(PRESETS[name], dropout=0.0, block_size=size.prompt + size.new)
-    ways = list(variants(config, size, device, arguments.compile, log))
     tokens = torch.randint(config.vocab_size, (size.B, size.prompt), device=device)
-    samples = measure(ways, tokens, size.new, arguments.rounds, budget_s)
-    plain = next(way for way in ways if way.impl == "naive")
-    exact, expected = plain.logits(tokens), plain.generate(tokens, min(8, size.new))
-    rows = []
-    for way in ways:
-        error = relative_error(way.logits(tokens).float(), exact.double())
-        same = way.generate(tokens, expected.shape[1]).eq(expected).all(0)
-        agrees = int(same.long().cumprod(0).sum())
-        fields = figures(
-            config, name, size, way, samples[f"{way.impl} {way.dtype}"], error, agrees, peak, _threads(device)
-        )
-        rows.append(log.row("decode", **fields, **common))
-        log.say(line(rows[-1]))
-    return rows
+    truth: list[Tensor] = []  # logits after the prompt and first tokens of the first variant, the naive one
+    compared: dict[Variant, tuple[float, int]] = {}
+    rows: dict[Variant, Row] = {}
+
+    def known(way: Variant, samples: Samples) -> None:
+        if way not in compared:
+            found = way.logits(tokens).double(), way.generate(tokens, min(8, size.new))
+            truth.extend(() if truth else found)
+            same = found[1].eq(truth[1]).all(0)
+            compared[way] = relative_error(found[0], truth[0]), int(same.long().cumprod(0).sum())
+        error, agrees = compared[way]
+        fields = figures(config, name, size, way, samples, error, agrees, peak, _threads(device))
+        if way not in rows:
+            log.say(line(fields))
+        rows[way] = log.row("decode", **fields, **common)  # the newest row of a variant counts
+
+    measure(variants(config, size, device, arguments.compile, log), tokens, size.new, arguments.rounds, budget_s, known)
+    for row in rows.values():
+        if row["n"] > 1:
+            log.say(line(row))
+    return list(rows.values())
 
 
 def _threads(device: torch.device) -> int | None:

@@ -22,8 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import jit, multiprocessors, tl, triton
-from .op import Cost, Op, differentiable, require
-from .prims import RowTile, RowTiles, as_rows, check_residual, load_sum, require_kernel_dtype, sum_partial_rows
+from .op import Cost, Op, differentiable
+from .prims import (
+    RowTile,
+    RowTiles,
+    as_rows,
+    check_residual,
+    check_row,
+    check_rows,
+    load_sum,
+    require_kernel_dtype,
+    sum_partial_rows,
+)
 
 
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -35,7 +45,7 @@ def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, e
     """
     _check(x, weight, bias)
     shape, given = x.shape[-1:], [p for p in (weight, bias) if p is not None]
-    if x.device.type == "cpu" and x.dtype.itemsize == 2 and all(p.dtype == torch.float32 for p in given):
+    if x.device.type == "cpu" and x.dtype.itemsize <= 4 and all(p.dtype == torch.float32 for p in given):
         return F.layer_norm(x, shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
@@ -51,16 +61,10 @@ def add_layernorm_reference(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    require(x.dim() >= 1 and x.shape[-1] > 0, f"x: expected (..., N) with N >= 1, got {tuple(x.shape)}")
-    require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            require(
-                parameter.shape == x.shape[-1:],
-                f"{name}: expected shape {(x.shape[-1],)}, got {tuple(parameter.shape)}",
-            )
-            require(parameter.device == x.device, f"{name}: on {parameter.device}, but x is on {x.device}")
-            require(parameter.is_floating_point(), f"{name}: expected a floating dtype, got {parameter.dtype}")
+    check_rows(x)
+    check_row("weight", weight, x)
+    if bias is not None:
+        check_row("bias", bias, x)
 
 
 @jit

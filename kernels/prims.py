@@ -21,11 +21,35 @@ def require_kernel_dtype(name: str, x: Tensor) -> None:
     require(x.dtype in known, f"{name}: expected fp32, fp16 or bf16, got {x.dtype}")
 
 
+# The checks of what a decoding step calls dozens of times make their messages only for what they refuse.
+
+
 def check_residual(x: Tensor, residual: Tensor) -> None:
     """The two terms of a residual sum must agree in shape, dtype and device: nothing is broadcast or promoted."""
-    for what in ("shape", "dtype", "device"):
-        ours, theirs = getattr(x, what), getattr(residual, what)
-        require(ours == theirs, f"residual: {what} {theirs}, but x has {ours}")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: shape {residual.shape}, but x has {x.shape}")
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual: dtype {residual.dtype}, but x has {x.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: device {residual.device}, but x has {x.device}")
+
+
+def check_rows(x: Tensor) -> None:
+    """What is taken row by row is floating, and its rows are not empty."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected (..., N) with N >= 1, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+
+
+def check_row(name: str, parameter: Tensor, x: Tensor) -> None:
+    """A parameter that every row of x (..., N) meets is (N,), floating, and where x is."""
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected shape {(x.shape[-1],)}, got {tuple(parameter.shape)}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name}: on {parameter.device}, but x is on {x.device}")
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, got {parameter.dtype}")
 
 
 class RowTile(NamedTuple):

@@ -196,6 +196,11 @@ class Engine:
         return [request for request in self._slots if request is not None]
 
     @property
+    def model(self) -> GPT:
+        """The model that it runs, its matrices in the form `weights`."""
+        return self._main.model
+
+    @property
     def cache(self) -> KVCache:
         """The keys and values of the running requests."""
         return self._main.cache
@@ -252,18 +257,19 @@ class Engine:
         if not within:
             return
         rows, requests = [slot for slot, _ in within], [request for _, request in within]
-        newest = torch.zeros(len(self._slots), 1, dtype=torch.int64)
-        newest[rows, 0] = torch.tensor([request.tokens[-1] for request in requests])
-        tokens = self._guess(newest.to(self._device), rows, requests)
+        held = dict(within)
+        newest = [[held[slot].tokens[-1] if slot in held else 0] for slot in range(len(self._slots))]
+        tokens = self._guess(torch.tensor(newest, device=self._device), rows, requests)
         logits, guesses = self._main.step(tokens)[rows], tokens[rows, 1:]
         drawn = [self._draw(logits[:, i], requests, guesses[:, :i]) for i in range(1 + self._guesses)]
         taken = [
             right[: self._count_right(request, right, guessed)]
             for request, right, guessed in zip(requests, torch.stack(drawn, 1).tolist(), guesses.tolist(), strict=True)
         ]
-        counts = torch.zeros(len(self._slots), dtype=torch.int32)
-        counts[rows] = torch.tensor([len(tokens) for tokens in taken], dtype=torch.int32)
-        self.cache.advance(counts.to(self._device))
+        counts = [0] * len(self._slots)
+        for slot, new in zip(rows, taken, strict=True):
+            counts[slot] = len(new)
+        self.cache.advance(torch.tensor(counts, dtype=torch.int32, device=self._device))
         for cache in self._caches[1:]:
             cache.lengths.copy_(self.cache.lengths)
         for request, new in zip(requests, taken, strict=True):

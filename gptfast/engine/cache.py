@@ -86,9 +86,8 @@ class KVCache:
     # ---- one step of all slots ---------------------------------------------------------------------------------------
     def place(self, T: int) -> Tensor:
         """Positions (slots, T) int64 of the next T tokens of every slot, which `attend` and `earlier` then keep."""
-        require(
-            1 <= T <= MAX_STEP, f"tokens: a step takes 1 to {MAX_STEP} a row, got {T}; a prompt goes in by prompt()"
-        )
+        if not 1 <= T <= MAX_STEP:
+            raise ValueError(f"tokens: a step takes 1 to {MAX_STEP} a row, got {T}; a prompt goes in by prompt()")
         self._positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         page = self.table.gather(1, self._positions // self.page_size).long()
         self._where = (page * self.page_size + self._positions % self.page_size).flatten()
@@ -173,7 +172,9 @@ class KVCache:
             if self._stored:
                 new, scale = quantize_kv(new, self._stored)
                 scales[layer].flatten(0, 1)[where] = scale[0]
-            stored[layer].flatten(0, 1)[where] = new[0]
+                stored[layer].flatten(0, 1)[where] = new[0]
+            else:  # in half the time, but torch has it for no fp8
+                stored[layer].flatten(0, 1).index_copy_(0, where, new[0])
 
     def _flat(self, slot: int, positions: Tensor) -> Tensor:
         """Where positions (n,) of a slot lie, counted over the rows of all pages."""

@@ -28,9 +28,10 @@ class Float16Linear(nn.Module):
         require(largest <= torch.finfo(torch.float16).max, f"weights: {largest} is beyond float16; use 'model'")
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
+        self.product = torch.ops.quantized.linear_dynamic_fp16.default
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
+        return self.product(x, self.packed)
 
 
 class Int8Linear(nn.Module):
@@ -41,12 +42,13 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127).bfloat16()  # what the product multiplies by
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        y = y.float() if self.bias is None else y + self.bias  # bf16 + fp32 is fp32
+        return y.view(*x.shape[:-1], -1)
 
 
 def choose_weights(model: GPT) -> tuple[Weights, str]:

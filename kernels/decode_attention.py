@@ -17,10 +17,11 @@ One scale per head and position, not one per head: a head's scale would have to 
 outlier would cost every other position its digits. It adds 4 bytes to the D of a row, and multiplies scores and weights
 rather than keys and values, so it costs no more arithmetic than the coarser one.
 
-The keys of a sequence are split among programs, as many as fill the GPU, and a second kernel combines the parts. The
-last program of a sequence could do that in place, and save 1 to 2 us of launch; it would need counters that outlive the
-call, one set per stream, and its reads of what others wrote are what the interpreter's guard exists to refuse. Where
-heads and sequences fill the GPU there is one split, and no second launch.
+The keys of a sequence are split among programs, as many as fill the GPU while the parts, fp32 numbers for each query
+and split, stay few beside the keys, and a second kernel combines them. The last program of a sequence could do that in
+place, and save 1 to 2 us of launch; it would need counters that outlive the call, one set per stream, and its reads of
+what others wrote are what the interpreter's guard exists to refuse. Where heads and sequences fill the GPU there is one
+split, and no second launch.
 
 Split over the keys with a combination of the parts: Dao et al., "Flash-Decoding",
 https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; grouped heads: arXiv:2305.13245.
@@ -389,6 +390,7 @@ TILES = {
     100: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
 }
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
+PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
 COMBINED = 16  # parts that the combination takes at once
 
 
@@ -397,6 +399,19 @@ def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
     return TILES[arch][128 if D <= 128 else 256]
+
+
+def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Tile, multiprocessors: int) -> int:
+    """Splits of the keys of one head for its `queries`, in a launch of `places` programs: as many as fill the GPU.
+
+    But the more queries, the more their parts weigh. So no more splits than move a twelfth of what the keys and values
+    do, as long as every other multiprocessor has a program: on an H100, 66 with two tiles of 32 KiB under way have
+    4 MiB in flight, and memory at 3.35 TB/s, which answers in some 0.7 us, can be kept busy with 2.3.
+    """
+    fill = block.programs * multiprocessors // places
+    light = 2 * keys * itemsize // (PART_SHARE * 2 * 4 * queries)  # a part is fp32, and is written and read
+    needed = triton.cdiv(multiprocessors, 2 * places)
+    return max(1, min(triton.cdiv(keys, block.block_n), fill, max(light, needed)))
 
 
 def _forward(
@@ -415,7 +430,8 @@ def _forward(
     queries = T * (H // G)
     block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(queries)))
     places = B * G * triton.cdiv(queries, block_m)
-    splits = max(1, min(triton.cdiv(S, block.block_n), block.programs * multiprocessors(q) // places))
+    keys = S if window < 0 else min(S, T + window)
+    splits = count_splits(keys, queries, k.dtype.itemsize, places, block, multiprocessors(q))
     parts = out if splits == 1 else q.new_empty((B, T, H, splits, D), dtype=torch.float32)
     lse = None if splits == 1 else q.new_empty((B, T, H, splits), dtype=torch.float32)
     strides = [

@@ -39,15 +39,21 @@ def rotary_reference(
     """
     _check(q, k, cos, sin)
 
+    wide = torch.promote_types(q.dtype, torch.float32)
+    c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale  # (T, 1, D/2): over batch and heads
+    c, s = _joined(c, c, interleaved), _joined(-s, s, interleaved)
+
     def rotate(x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        a, b = _pairs(_normalized(x.to(wide), eps) if qk_norm else x.to(wide), interleaved)
-        c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale  # (T, 1, D/2): over batch and heads
-        halves = a * c - b * s, b * c + a * s
-        y = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
-        return y.to(x.dtype)
+        y = _normalized(x.to(wide), eps) if qk_norm else x.to(wide)
+        a, b = _pairs(y, interleaved)
+        return torch.addcmul(y * c, _joined(b, a, interleaved), s).to(x.dtype)  # (a, b) * cos + (b, a) * (-sin, sin)
 
     return rotate(q), rotate(k)
+
+
+def _joined(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
+    """The reverse of _pairs."""
+    return torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -60,22 +66,25 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    require(q.dim() == 4 and q.shape[-1] % 2 == 0, f"q: expected (B, T, H, D) with D even, got {tuple(q.shape)}")
-    require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
+    """Messages are made only for what is refused: a decoding step comes by here in every layer."""
+    if q.dim() != 4 or q.shape[-1] % 2:
+        raise ValueError(f"q: expected (B, T, H, D) with D even, got {tuple(q.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
     B, T, _, D = q.shape
-    require(
-        k.dim() == 4 and (k.shape[0], k.shape[1], k.shape[3]) == (B, T, D),
-        f"k: expected (B, T, G, D) = ({B}, {T}, G, {D}) as q has it, got {tuple(k.shape)}",
-    )
-    require(k.dtype == q.dtype, f"k: {k.dtype}, but q is {q.dtype}")
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, T, D):
+        raise ValueError(f"k: expected (B, T, G, D) = ({B}, {T}, G, {D}) as q has it, got {tuple(k.shape)}")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k: {k.dtype}, but q is {q.dtype}")
     for name, table in (("cos", cos), ("sin", sin)):
-        require(
-            table.shape == (T, D // 2),
-            f"{name}: expected (T, D/2) = {(T, D // 2)}, got {tuple(table.shape)}; slice the table to q's positions",
-        )
-        require(table.is_floating_point(), f"{name}: expected a floating dtype, got {table.dtype}")
+        if table.shape != (T, D // 2):
+            expected = f"expected (T, D/2) = {(T, D // 2)}, got {tuple(table.shape)}"
+            raise ValueError(f"{name}: {expected}; slice the table to q's positions")
+        if not table.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {table.dtype}")
     for name, x in (("k", k), ("cos", cos), ("sin", sin)):
-        require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
 
 
 @jit

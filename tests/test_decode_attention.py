@@ -13,7 +13,14 @@ from torch import Tensor
 
 from kernels import decode_attention as page
 from kernels._triton import Launcher, launching
-from kernels.decode_attention import decode_attention_reference, decode_attention_triton, inputs, quantize_kv
+from kernels.decode_attention import (
+    count_splits,
+    decode_attention_reference,
+    decode_attention_triton,
+    inputs,
+    quantize_kv,
+    tile,
+)
 from kernels.interpret import interpreting
 
 # A program for each tile of keys, so that a second kernel combines parts; and one that walks them all.
@@ -189,6 +196,17 @@ def test_splits_fill_the_gpu_and_no_more(B, G, S, T, splits):
         decode_attention_triton(q, k, v, lengths)
     combine = [("decode_attention_fwd_kernel_combine", (B * T * G,))] if splits > 1 else []
     assert seen == [("decode_attention_fwd_kernel_split", (B * G, splits)), *combine]
+
+
+@pytest.mark.parametrize("keys, queries, itemsize, places, splits", [
+    (8192, 4, 2, 8, 66), (4096, 32, 2, 64, 5), (4096, 32, 1, 64, 2), (4096, 32, 2, 16, 5), (4096, 256, 2, 8, 9),
+])  # fmt: skip
+def test_parts_stay_few_beside_the_keys(keys, queries, itemsize, places, splits):
+    """Parts move a twelfth of what the keys and values do, or every other of 132 multiprocessors would have nothing."""
+    found = count_splits(keys, queries, itemsize, places, tile(128, torch.bfloat16, 90), 132)
+    assert found == splits
+    light = 12 * found * queries * 2 * 4 <= 2 * keys * itemsize
+    assert light or places * (found - 1) < 132 / 2
 
 
 # ---- pages

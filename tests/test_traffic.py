@@ -81,7 +81,7 @@ KNOWN = {
     ("add_layernorm", "backward", 65536): 2.2,
     ("rmsnorm", "backward", 65536): 2.0,
     ("add_rmsnorm", "backward", 65536): 1.95,
-    ("decode_attention", "forward", None): 1.5,  # of many queries, partial outputs in fp32 by every split
+    ("decode_attention", "forward", None): 1.08,  # of many queries, partial outputs in fp32 by every split
 }
 
 

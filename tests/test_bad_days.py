@@ -1,6 +1,6 @@
 """Signals, NaNs, spikes, broken trackers, kills and damage: a run loses nothing, and says what happened.
 
-`--chaos` repeats the random ones as often as results/chaos.md reports; without it each is a short version.
+`--chaos` is the long form of the random ones, of which results/chaos.md tells the last; else each is a short version.
 """
 
 from __future__ import annotations

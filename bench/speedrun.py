@@ -50,6 +50,7 @@ NANOGPT = [
     "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", f"--lr_decay_iters={UPDATES}",
     "--dropout=0.0", f"--eval_interval={PIECE}", "--whole_val=False",
 ]  # fmt: skip
+SHARED = "Where others used the machine as well, the CPU seconds can be compared, and the seconds cannot."
 RUNNERS = (BASELINE, "cpu-sprint", "cpu-plain")
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
@@ -171,7 +172,7 @@ def write_page(path: Path) -> str:
     for (name, iters), group in groups.items():
         title = f"{name}, {iters} updates" if iters else f"{name}; medians, with lowest and highest of the rounds"
         commands = "\n".join(f"    {command}" for command in dict.fromkeys(row["command"] for row in group))
-        drawn = table(group) if iters else race_table(group)
+        drawn = table(group) if iters else f"{race_table(group)}\n\n{SHARED}"
         sections.append(f"# {title}\n\n{report.caption(group)}\n\n{commands}\n\n{drawn}\n")
     text = "\n".join(sections)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

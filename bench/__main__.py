@@ -42,11 +42,11 @@ GPU = (
     Stage("plots", 30),
 )  # fmt: skip
 CPU = (
-    Stage("peaks", 45), Stage("ops", 150, flags=("--out={out}", "--direction=both", "--budget_s=120")),
-    Stage("model", 60), Stage("decode", 60, flags=("--out={out}", "--new=64", "--budget_s=40")),
-    Stage("optim", 45, flags=("--out={out}", "--quick"), quick=()),
+    Stage("peaks", 40), Stage("ops", 130, flags=("--out={out}", "--direction=both", "--budget_s=105")),
+    Stage("model", 50), Stage("decode", 120, flags=("--out={out}", "--new=64", "--budget_s=40")),
+    Stage("optim", 35, flags=("--out={out}", "--quick"), quick=()),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
-    Stage("aot", 45, module="kernels.aot", flags=(), quick=()), Stage("plots", 40),
+    Stage("aot", 30, module="kernels.aot", flags=(), quick=()), Stage("plots", 25),
 )  # fmt: skip
 NEEDS_GPU = (
     "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",

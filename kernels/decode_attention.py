@@ -545,9 +545,10 @@ DECODE_ATTENTION = Op(
     triton=decode_attention_triton,
     inputs=inputs,
     parity=(
-        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0),
-        dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5),
+        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=1, T=1, S=150, H=1, G=1, D=16),
+        dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0),
         dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65, page_size=16, cache="int8"),
+        dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5),
         dict(B=0, T=1, S=5, H=2, G=1, D=16), dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, page_size=48),
         dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
     ),

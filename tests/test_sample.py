@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptfast import cli, sample
+from gptfast.parallel import others_running
 from train import pretrain
 from train.prepare import prepare
 
@@ -128,16 +129,27 @@ def test_the_last_line_is_the_speed(out_dir: Path, capsys: pytest.CaptureFixture
     assert found is not None and all(float(number) > 0 for number in found.groups())
 
 
-def test_the_command_bounds_its_threads_before_torch_loads(out_dir: Path) -> None:
+@pytest.mark.parametrize(("others", "turns"), [(0, None), (99, "1000")])
+def test_on_a_busy_machine_the_command_bounds_its_threads_before_torch_loads(
+    out_dir: Path, others: int, turns: str | None
+) -> None:
     flags = [f"--out_dir={out_dir}", "--device=cpu", "--start=a ", "--num_samples=1", "--max_new_tokens=3"]
     program = (
+        f"import gptfast.parallel as p; p.others_running = lambda: {others}\n"
         f"import os, runpy, sys; sys.argv = ['sample', *{flags}]\n"
         "try: runpy.run_module('gptfast.sample', run_name='__main__', alter_sys=True)\n"
-        "finally: print(os.environ['GOMP_SPINCOUNT'])"
+        "finally: print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-X", "importtime", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.endswith("tokens/s\n1000\n")
+    assert done.stdout.endswith(f"tokens/s\n{turns}\n")
     order = [line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line]
     assert order.index("gptfast.parallel") < order.index("torch")
+
+
+def test_what_else_runs_is_what_the_system_says(tmp_path: Path) -> None:
+    said = tmp_path / "loadavg"
+    said.write_text("0.20 1.41 2.58 5/117 23540\n")
+    assert others_running(said) == 4
+    assert others_running(tmp_path / "nothing") == 0

@@ -109,9 +109,10 @@ def op_figure(rows: Sequence[Row], path: Path) -> Path:
         for place, height in roof.items():
             bar = axis.plot([place - 0.35, place + 0.35], [height] * 2, color="black", linewidth=1.2, linestyle="--")
             used["roofline"] = bar[0]
-        axis.set(title=f"{direction}, {dtype}", xlim=(-0.5, len(places) - 0.5), ylim=(0, None))
-        crowded = len(places) > 5
-        labels = [label if crowded else two_a_line(label) for label in places]
+        labels, shared = told_apart(list(places))
+        axis.set(title=", ".join([direction, dtype, *shared]), xlim=(-0.5, len(places) - 0.5), ylim=(0, None))
+        crowded = len(places) > 6
+        labels = [label if crowded else two_a_line(label) for label in labels]
         axis.set_xticks(range(len(places)), labels, fontsize=7, rotation=90 if crowded else 0)
     for row_of_axes in axes:
         row_of_axes[0].set_ylabel(unit)
@@ -121,6 +122,13 @@ def op_figure(rows: Sequence[Row], path: Path) -> Path:
     return report.save(
         figure, path, rows, notes=[*notes, "both: forward and backward in one; GB/s of compulsory bytes"]
     )
+
+
+def told_apart(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that tell labels apart, and those that all of them have: 'T=1 D=64', 'T=1 D=80' -> D=64, D=80; T=1."""
+    words = [label.split(" ") for label in labels]
+    shared = [word for word in words[0] if all(word in other for other in words)] if len(words) > 1 else []
+    return [" ".join(word for word in mine if word not in shared) for mine in words], shared
 
 
 def two_a_line(label: str) -> str:

@@ -96,6 +96,12 @@ def test_an_op_is_drawn_against_size_beside_its_peers_under_its_roofline(tmp_pat
         assert fact in texts(drawn["op-layernorm.png"])
 
 
+def test_labels_keep_what_tells_sizes_apart():
+    assert plots.told_apart(["B=1 T=1 D=64", "B=1 T=1 D=80"]) == (["D=64", "D=80"], ["B=1", "T=1"])
+    assert plots.told_apart(["M=5 N=7"]) == (["M=5 N=7"], [])
+    assert plots.told_apart(["M=5", "M=7 weight=False"]) == (["M=5", "M=7 weight=False"], [])
+
+
 def test_products_are_shown_in_flops(tmp_path, drawn):
     rows = [{**op("triton", 64, 10.0), "flops": 10**12}]
     main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"])

@@ -89,7 +89,14 @@ def test_an_op_is_drawn_against_size_beside_its_peers_under_its_roofline(tmp_pat
         [pytest.approx(3350)] * 2
     ] * 2
     assert axis.get_ylabel() == "GB/s" and [t.get_text() for t in axis.get_xticklabels()] == ["M=64", "M=4096"]
-    for fact in (GPU, "2026-11-21", "commit 0123456789", "both, bfloat16, N=768", "datasheet of Test", "compulsory bytes"):
+    for fact in (
+        GPU,
+        "2026-11-21",
+        "commit 0123456789",
+        "both, bfloat16, N=768",
+        "datasheet of Test",
+        "compulsory bytes",
+    ):
         assert fact in texts(drawn["op-layernorm.png"])
 
 

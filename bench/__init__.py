@@ -1,5 +1,5 @@
 """Measuring: `python -m bench`. One timing module, rows that carry their machine, and figures drawn from rows alone."""
 
-from gptfast.parallel import bound_spinning
+from gptfast.parallel import settle
 
-bound_spinning()  # before any page here imports torch
+settle()  # before any page here imports torch

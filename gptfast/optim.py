@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -13,7 +14,24 @@ from gptfast.config import GPTConfig
 from gptfast.model import compute_dtype
 from kernels.newton_schulz import newton_schulz_reference
 
+Shape = tuple[int, ...]
+
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+class _Plain(torch.optim.Optimizer):
+    """torch.optim.Optimizer, which imports torch's compiler to keep it out of these: two seconds of every start."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(_Plain, torch.optim.AdamW):
+    """torch.optim.AdamW, and not differentiable."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 def adamw(
@@ -31,7 +49,7 @@ def adamw(
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
     print(f"using fused AdamW: {fused}")
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
+    return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -46,7 +64,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------
-class Muon(torch.optim.Optimizer):
+class Muon(_Plain):
     """Muon for weight matrices, AdamW for all else (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     A group with kind="muon" holds matrices. One step of a matrix W (m, n) with gradient G:
@@ -59,9 +77,9 @@ class Muon(torch.optim.Optimizer):
         D = W where O and W have one sign, else 0, with cautious (Chen et al. 2025, https://arxiv.org/abs/2510.12402)
         W = W - lr weight_decay D - lr sqrt(max(1, m / n)) O               D is W without cautious
 
-    Matrices of one shape, in whatever layers, are stacked and orthogonalized together, so that a step is a handful of
-    batched products. A parameter that holds several matrices one above the other (queries, keys and values in c_attn)
-    names their row counts in the group's `rows`, and each is orthogonalized alone.
+    Matrices of one shape, or of that shape turned, in whatever layers, are stacked and orthogonalized together, so that
+    a step is a handful of batched products. A parameter that holds several matrices one above the other (queries, keys
+    and values in c_attn) names their row counts in the group's `rows`, and each is orthogonalized alone.
 
     A group with kind="adamw" holds anything, and steps as torch.optim.AdamW does. A parameter without a gradient is
     left alone. The state is plain tensors per parameter: "momentum" and with normalize "square", or "step", "exp_avg"
@@ -115,22 +133,36 @@ class Muon(torch.optim.Optimizer):
         if decay and not group["cautious"]:
             torch._foreach_mul_(params, 1 - decay)
 
-        stacks: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}  # shape -> (weights, update, square) of each
+        stacks: dict[Shape, list[tuple[Tensor, Tensor, Tensor]]] = {}  # (m, n) -> (weights, update, square) of each
         for (p, rows), update, state in zip(moved, updates, states, strict=True):
             squares = _lines(state["square"], rows, p.shape[1]) if group["normalize"] else p.split(rows)
             for matrix, its_update, square in zip(p.split(rows), update.split(rows), squares, strict=True):
-                stacks.setdefault(matrix.shape, []).append((matrix, its_update, square))
+                stacks.setdefault(tuple(matrix.shape), []).append((matrix, its_update, square))
+        fresh = {shape: [update for _, update, _ in triples] for shape, triples in stacks.items()}
+        directions = self._orthogonalized(fresh, group["steps"])
         for (m, n), triples in stacks.items():
-            matrices, to_orthogonalize, squares = zip(*triples, strict=True)
-            stack = torch.stack(to_orthogonalize)  # (B, m, n)
-            stack = stack.to(self.dtype or compute_dtype(stack.device.type)[0])
-            direction = self.newton_schulz(stack, group["steps"]).to(matrices[0].dtype)
+            matrices, _, squares = zip(*triples, strict=True)
+            direction = directions[m, n].to(matrices[0].dtype)
             if group["normalize"]:
                 direction = _even_out(direction, squares, group["beta2"])
             if decay and group["cautious"]:
                 weights = torch.stack(matrices)
                 torch._foreach_sub_(matrices, (weights * (weights * direction > 0)).unbind(), alpha=decay)
             torch._foreach_add_(matrices, direction.unbind(), alpha=-group["lr"] * max(1.0, m / n) ** 0.5)
+
+    def _orthogonalized(self, updates: dict[Shape, list[Tensor]], steps: int) -> dict[Shape, Tensor]:
+        """For each shape (m, n) the directions (B, m, n) of its updates; (n, m) goes the same way, turned."""
+        directions: dict[Shape, Tensor] = {}
+        for (m, n), upright in updates.items():
+            if (m, n) in directions:
+                continue
+            turned = updates.get((n, m), []) if m != n else []
+            stack = torch.stack([*upright, *(u.mT for u in turned)])
+            found = self.newton_schulz(stack.to(self.dtype or compute_dtype(stack.device.type)[0]), steps)
+            directions[m, n] = found[: len(upright)]
+            if turned:
+                directions[n, m] = found[len(upright) :].mT.contiguous()
+        return directions
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -5,10 +5,10 @@ The tokenizer comes out of the checkpoint, so neither the data set nor its folde
 
 from __future__ import annotations
 
-from gptfast.parallel import bound_spinning
+from gptfast.parallel import settle
 
 if __name__ == "__main__":
-    bound_spinning()
+    settle()
 
 import random
 import sys

@@ -169,6 +169,28 @@ def test_matrices_within_one_parameter_step_alone():
     torch.testing.assert_close(together.detach(), torch.cat([p.detach() for p in apart]))
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"cautious": True, "weight_decay": 0.5}])
+def test_matrices_turned_on_their_side_share_a_stack(options):
+    torch.manual_seed(0)
+    shapes, stacks = [(6, 15), (15, 6), (6, 15), (6, 6), (15, 6)], []
+
+    def newton_schulz(x: Tensor, steps: int) -> Tensor:
+        stacks.append(tuple(x.shape))
+        return newton_schulz_reference(x, steps)
+
+    together = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    alone = [p.clone() for p in together]
+    for p, q in zip(together, alone, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    rule = {"kind": "muon", **options}
+    Muon([rule | {"params": together}], newton_schulz, dtype=torch.float64).step()
+    assert sorted(stacks) == [(1, 6, 6), (4, 6, 15)]
+    for p, q in zip(together, alone, strict=True):
+        Muon([rule | {"params": [q]}], dtype=torch.float64).step()
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"normalize": True, "cautious": True, "weight_decay": 0.1}], ids=str)
 def test_zero_gradient_moves_nothing_and_nan_moves_its_own_matrix_only(options, dtype):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,3 +103,23 @@ def test_clipping_at_zero_leaves_gradients_and_tells_the_norm() -> None:
     norm = clip_grad_norm(model.parameters(), 0.0)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
     torch.testing.assert_close(norm, torch.cat([g.flatten() for g in before]).norm())
+
+
+def test_a_step_does_not_import_torchs_compiler() -> None:
+    """Which takes two seconds, for every command and each of its restarts."""
+    program = """
+import sys, torch, kernels
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+from gptfast.optim import adamw, muon
+model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8), kernels.load("reference"))
+rates = dict(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+for optimizer in (adamw(model, **rates), muon(model, model.config)):
+    model(torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)).backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

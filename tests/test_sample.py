@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -153,3 +154,22 @@ def test_what_else_runs_is_what_the_system_says(tmp_path: Path) -> None:
     said.write_text("0.20 1.41 2.58 5/117 23540\n")
     assert others_running(said) == 4
     assert others_running(tmp_path / "nothing") == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of glibc")
+@pytest.mark.parametrize(("own", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise(own: dict[str, str], kept: bool) -> None:
+    program = """
+import ctypes, gptfast.parallel
+gptfast.parallel.settle()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+block = libc.malloc(2**24)
+libc.free(block)
+(heap,) = [line.split()[0] for line in open("/proc/self/maps") if line.endswith("[heap]\\n")]
+low, high = (int(end, 16) for end in heap.split("-"))
+print(low <= block < high)  # not mapped for itself, and not given back
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | own
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"{kept}\n"

@@ -1,5 +1,5 @@
 """Preparing data and training models, each a command: `python -m train.prepare`, `train.pretrain`, `train.speedrun`."""
 
-from gptfast.parallel import bound_spinning
+from gptfast.parallel import settle
 
-bound_spinning()  # before any page here imports torch
+settle()  # before any page here imports torch

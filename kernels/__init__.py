@@ -17,6 +17,7 @@ from . import _triton
 from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
 from .decode_attention import DECODE_ATTENTION
+from .int8_linear import INT8_LINEAR
 from .layernorm import ADD_LAYERNORM, LAYERNORM
 from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .newton_schulz import NEWTON_SCHULZ
@@ -28,7 +29,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
-        NEWTON_SCHULZ, DECODE_ATTENTION,
+        NEWTON_SCHULZ, DECODE_ATTENTION, INT8_LINEAR,
     )
 }  # fmt: skip
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")

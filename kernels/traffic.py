@@ -4,8 +4,8 @@
     python -m kernels.traffic --update    the same, and write results/traffic.json
 
 Each op runs forward and backward at its bench sizes in the interpreter, on the code and the tiles of an H100, and every
-access is counted, by the 32-byte sectors that DRAM moves. To be quick, M or B is divided until it stands for a share of
-the GPU, and multiprocessors and L2 are divided alike, so that partial sums weigh as they would. Within a launch a
+access is counted, by the 32-byte sectors that DRAM moves. To be quick, M, N or B is divided until it stands for a share
+of the GPU, and multiprocessors and L2 are divided alike, so that partial sums weigh as they would. Within a launch a
 sector is fetched once, except that where the rows of all running programs overflow L2 a program that reads its own
 again fetches again what did not stay. What torch's own kernels read and write between launches counts too, and partial
 sums count as written and read though L2 may keep them. Only what needs less than half of the arithmetic that would keep
@@ -100,12 +100,14 @@ class _TorchTraffic(TorchDispatchMode):
 
 
 def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The dims with M or B divided, and the number of multiprocessors that are left.
+    """The dims with M, N or B divided, and the number of multiprocessors that are left.
 
-    Where keys come in as well as queries, one group of heads is as any other; where not, one position is.
+    Where keys come in as well as queries, one group of heads is as any other; where not, one position is. A product of
+    fewer rows than there are multiprocessors is shared by columns.
     """
     if "M" in dims:
-        return {**dims, "M": max(1, dims["M"] // MULTIPROCESSORS)}, 1
+        shared = "M" if dims["M"] >= MULTIPROCESSORS else "N"
+        return {**dims, shared: max(1, dims[shared] // MULTIPROCESSORS)}, 1
     if "S" not in dims:
         return {**dims, "B": 1, "T": max(1, dims["T"] // 16)}, max(1, MULTIPROCESSORS // dims["B"])
     groups = dims["B"] * dims["G"]

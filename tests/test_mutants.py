@@ -58,6 +58,27 @@ MUTANTS = {
         "values not scaled": ("p *= tl.load(v_scale_rows", "p += 0.0 * tl.load(v_scale_rows"),
         "empty queries not zero": ("out = tl.where(sees, acc / total, 0.0)", "out = acc / total"),
     },
+    "int8_linear": {
+        "few rows: one scale for all": ("tl.load(scale_ptr + n, n < N", "tl.load(scale_ptr + 0 * n, n < N"),
+        "few rows: bias lost": ("y += bias", "y += 0.0 * bias"),
+        "few rows: bytes without a sign": (
+            "rows[r].to(tl.float32)", "rows[r].to(tl.uint8, bitcast=True).to(tl.float32)"),
+        "few rows: rows past the end of the matrix": ("k < tl.where(first + r < N, rest, 0)", "k < rest"),
+        "few rows: mask of K off by one": ("tl.where(first + r < N, rest, 0)", "tl.where(first + r < N, rest + 1, 0)"),
+        "few rows: mask of x forgotten": ("tl.load(here, low < rest, other=0.0)", "tl.load(here)"),
+        "few rows: first half of x twice": ("tl.load(here + 8, low + 8 < rest", "tl.load(here, low + 8 < rest"),
+        "few rows: only the last round of K": ("(acc[i * ROWS + r] + tl.sum(", "(0.0 * acc[i * ROWS + r] + tl.sum("),
+        "few rows: sums in another order": (
+            "tl.join(parts[i], parts[i + 2 ** (LEVELS - 1 - level)])", "tl.join(parts[2 * i], parts[2 * i + 1])"),
+        "few rows: x taken as contiguous": ("i * x_stride_m.to(tl.int64)", "i * K"),
+        "tiles: scale lost": ("y = acc * tl.load(scale_ptr + i", "y = acc + 0.0 * tl.load(scale_ptr + i"),
+        "tiles: bias lost": ("y += tl.load(bias_ptr + i", "y += 0.0 * tl.load(bias_ptr + i"),
+        "tiles: bias of the first tile for all": ("tl.load(bias_ptr + i + n", "tl.load(bias_ptr + n"),
+        "tiles: mask of K forgotten": ("is_row & (k[None, :] < K - start)", "is_row"),
+        "tiles: mask of M forgotten": ("(k[:, None] < K - start) & is_column", "k[:, None] < K - start"),
+        "tiles: x taken as contiguous": ("m.to(tl.int64) * x_stride_m", "m.to(tl.int64) * K"),
+        "tiles: rows and columns of y swapped": ("y_ptr + j * N + i", "y_ptr + i * N + j"),
+    },
 }  # fmt: skip
 
 

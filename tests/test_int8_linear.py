@@ -60,6 +60,8 @@ def test_quantize_is_off_by_half_a_step_at_most(dtype, magnitude):
     off = (scale.double()[:, None] * q.double() - weight.double()).abs() / scale.double()[:, None]
     assert off.max() <= 0.5 + 127 * torch.finfo(torch.float32).eps
     assert off.max() > 0.45 or magnitude < 1e-38
+    tiny = torch.finfo(torch.float32).tiny
+    assert (scale <= (weight.abs().amax(dim=1).float() / 127).clamp(min=tiny)).all()  # no step coarser than it must be
     assert q.min() >= -127
 
 
@@ -201,9 +203,9 @@ def test_bias_may_be_absent_or_of_another_dtype(M):
     assert torch.equal(interpreted(x, weight, scale), interpreted(x, weight, scale, torch.zeros(33)))
     for dtype in DTYPES:
         check(x, weight, scale, bias.to(dtype))
-    fine = torch.full((33,), 1 + 2**-12)  # lost if rounded to bf16 before the sum
-    assert (interpreted(torch.full_like(x, 0), weight, scale, fine) == 1).all()
-    check(x.float(), weight, scale, fine)
+    ones, fine = torch.ones(M, 16, dtype=torch.bfloat16), torch.full((5,), 1 + 2**-8)
+    y = interpreted(ones, torch.ones(5, 16, dtype=torch.int8), torch.full((5,), 2.0**-13), fine)
+    assert (y == 1 + 2**-7).all()  # of 1 + 2^-8 + 2^-9; a bias rounded to bf16 before the sum would give 1
 
 
 @each_kernel
@@ -248,6 +250,7 @@ def test_no_rows_and_no_columns():
         assert function(x.view(2, 0, 7), weight, scale, bias).shape == (2, 0, 5)
         x, weight, scale, bias = inputs(3, 0, 7, dtype=torch.bfloat16)
         assert function(x, weight, scale, bias).shape == (3, 0)
+    assert launches(0, 5, 7) == launches(3, 0, 7) == []  # a GPU refuses a launch of no programs
 
 
 @pytest.mark.parametrize("function", [int8_linear_reference, interpreted])

@@ -33,6 +33,7 @@ class GPTConfig:
     mlp_width: int | None = None  # between the MLP's two layers; None means 4 n_embd
     qk_norm: bool = False  # RMS-normalize each query and key
     token_shift: bool = False  # each position also sees the one before it (the embedding two), channel by channel
+    block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
     tied: bool = True  # the head's weight is the token embedding
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
 

@@ -214,7 +214,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = Norm(config, ops), Attention(config, ops, layer)
         self.ln_2, self.mlp = Norm(config, ops), MLP(config)
         places = 2 * layer + 1, 2 * layer + 2
-        self.shift_1, self.shift_2 = (Shift(config, 1, place) if config.token_shift else NoShift() for place in places)
+        shift = config.token_shift and config.block_shift
+        self.shift_1, self.shift_2 = (Shift(config, 1, place) if shift else NoShift() for place in places)
 
     def forward(
         self,

@@ -46,7 +46,7 @@ class Sample:
     seed: int = 1337  # of the draws
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
-    quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits, on a CPU
+    quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits
     compile: bool = False  # compile the decoding step with torch.compile
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
@@ -66,8 +66,6 @@ class Sample:
 def main(argv: list[str]) -> None:
     config = cli.parse(Sample, argv)
     device = cli.choose_device(config.device, typed="device" in cli.typed(argv, Sample))
-    if config.quantize == "int8" and device != "cpu":
-        raise UserError(f"--quantize=int8: only for CPUs so far, not {device}; use --device=cpu or --quantize=none")
     dtype, why = cli.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
     model, tokenizer = load_model(config.init_from, config.out_dir, cli.choose_ops(config.kernels, device), dtype)

@@ -17,7 +17,7 @@ from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Request, Sampling, generate
 from gptfast.engine.sampling import draw, penalize
 from gptfast.engine.text import TextStream
-from gptfast.engine.weights import choose_weights, converted
+from gptfast.engine.weights import Int8Linear, choose_weights, converted
 from gptfast.model import GPT
 from gptfast.tokenizer import CharTokenizer
 
@@ -27,7 +27,7 @@ MODERN = dataclasses.replace(
     GPT2, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, n_kv_head=1,
     token_shift=True, softcap=5.0,
 )  # fmt: skip
-ARCHITECTURES = {"gpt2": GPT2, "modern": MODERN}
+ARCHITECTURES = {"gpt2": GPT2, "modern": MODERN, "shifted embedding": dataclasses.replace(MODERN, block_shift=False)}
 SHORT = {name: dataclasses.replace(config, block_size=24) for name, config in ARCHITECTURES.items()}
 GREEDY = Sampling(max_tokens=30, temperature=0)
 PROMPTS = ([1, 2, 3], [5] * 10, [4], list(range(24)), list(range(25)), [1, 2, 3], [7, 8])  # of SHORT, 24 is the window
@@ -486,6 +486,22 @@ def test_converted_weights_stay_close(weights: str, bound: float) -> None:
         expected, found = model.logits(tokens), converted(model, weights).logits(tokens)
     error = ((found - expected).norm() / expected.norm()).item()
     assert 1e-6 < error < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-2), (torch.bfloat16, 3e-2)])
+def test_eight_bits_by_the_kernel_stay_close_and_keep_the_dtype(dtype: torch.dtype, bound: float) -> None:
+    """What a GPU runs, with the kernel interpreted."""
+    ops = kernels.load("reference", int8_linear="interpret")
+    model, calls = make(GPT2, dtype=dtype), []
+    model.ops = ops
+    twin, tokens = converted(model, "int8"), torch.randint(61, (2, 5))
+    for module in twin.modules():
+        if isinstance(module, Int8Linear):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected, found = model.logits(tokens), twin.logits(tokens)
+    assert found.dtype == dtype and len(calls) == 4 * model.config.n_layer + 1
+    assert 1e-4 < ((found - expected).norm() / expected.norm()).item() < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

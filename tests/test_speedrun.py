@@ -173,6 +173,7 @@ def test_schedule_warms_up_and_lets_weight_decay_fall(data_dir, tmp_path):
     [
         ["--optimizer=adamw", "--matrix_lr=0.01"], ["--position=learned", "--embedding_lr=0.01"], ["--qk_norm=False"],
         ["--activation=gelu"], ["--tied=True", "--embedding_lr=0.02"], ["--token_shift=False"],
+        ["--block_shift=False"],
     ],
     ids=" ".join,
 )  # fmt: skip

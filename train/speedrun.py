@@ -63,7 +63,8 @@ class Speedrun:
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
     n_embd: int = 128  # width
-    token_shift: bool = True  # positions also see the one before, channel by channel
+    token_shift: bool = True  # positions also see the one before (in the embedding, two), channel by channel
+    block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
     position: Literal["rope", "learned"] = "rope"  # how a position is told
     qk_norm: bool = True  # normalize queries and keys
     activation: Literal["relu2", "gelu"] = "relu2"  # of the MLP
@@ -252,7 +253,8 @@ def architecture(config: Speedrun, vocab_size: int) -> GPTConfig:
     return GPTConfig(
         block_size=config.block_size, vocab_size=vocab_size, n_layer=config.n_layer, n_head=config.n_head,
         n_embd=config.n_embd, bias=False, norm="rmsnorm", position=config.position, activation=config.activation,
-        qk_norm=config.qk_norm, token_shift=config.token_shift, tied=config.tied,
+        qk_norm=config.qk_norm, token_shift=config.token_shift, block_shift=config.block_shift,
+        tied=config.tied,
     )  # fmt: skip
 
 

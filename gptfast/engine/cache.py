@@ -73,7 +73,7 @@ class KVCache:
         self.k, self.v = per_layer(shape, self._stored or dtype), per_layer(shape, self._stored or dtype)
         scales = shape[:3] if self._stored else (0,)
         self.k_scale, self.v_scale = per_layer(scales, torch.float32), per_layer(scales, torch.float32)
-        places = 2 * config.n_layer + 1 if config.token_shift else 0
+        places = config.token_shift * (1 + 2 * config.n_layer * config.block_shift)
         self._recent = torch.zeros(places, slots, RECENT, config.n_embd, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         own = torch.arange(slots, dtype=torch.int32, device=device)[:, None]

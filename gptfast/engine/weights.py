@@ -1,18 +1,21 @@
 """A model's matrices as decoding wants them: converted once, and in as few bytes as stay exact enough.
 
-A step reads every matrix once, and on a CPU little else takes time. FBGEMM reads fp16 and sums in fp32; int8 has one
-scale per row (absmax / 127). Relative errors of one product of 768 normal numbers: fp16 2e-4, int8 8e-3.
+A step reads every matrix once, and little else takes time. int8 has one scale per row (absmax / 127) and is the op
+int8_linear; on a CPU, torch's product with such a matrix. There FBGEMM reads fp16 and sums in fp32. Relative errors of
+one product of 768 normal numbers: fp16 2e-4, int8 8e-3.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.model import GPT, Linear
+from kernels.int8_linear import quantize
 from kernels.op import require
 
 Weights = Literal["auto", "model", "float16", "int8"]
@@ -35,12 +38,24 @@ class Float16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x @ weight^T + bias for x (..., K) on a CPU: the matrix in int8, one scale per row; x is rounded to bf16."""
+    """x @ weight^T + bias for x (..., K): the matrix in int8, one scale per row, by the op `product`."""
+
+    def __init__(self, linear: nn.Linear, product: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.weight, self.scale = quantize(linear.weight.detach())
+        self.bias, self.product = None if linear.bias is None else linear.bias.detach(), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.scale, self.bias)
+
+
+class Int8OnCPU(nn.Module):
+    """The same for x (..., K) fp32 on a CPU, by torch's own product; x and the scales are rounded to bf16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        self.scale = (weight.abs().amax(dim=1).clamp(min=1e-30) / 127).bfloat16()  # what the product multiplies by
+        self.scale = quantize(weight)[1].bfloat16()  # what the product multiplies by
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
@@ -77,24 +92,31 @@ def converted(model: GPT, weights: Weights) -> GPT:
     """
     require(weights in ("model", "float16", "int8"), f"weights: expected model, float16 or int8, got {weights!r}")
     on_cpu = model.lm_head.weight.device.type == "cpu"
-    require(weights == "model" or on_cpu, f"weights: {weights} matrices are for CPUs; use 'model'")
     if weights == "float16":
+        require(on_cpu, "weights: float16 matrices are for CPUs; use 'model' or 'int8'")
         engine = torch.backends.quantized.engine
         require(engine in ("x86", "fbgemm"), f"weights: float16 needs FBGEMM, this torch has {engine}; use 'model'")
+    by_op = weights == "int8" and not (on_cpu and model.ops.chosen["int8_linear"][0] == "reference")
+
+    def convert(linear: Linear) -> nn.Module:
+        if weights == "model":
+            return _cast(linear, model.dtype)
+        if by_op:
+            return Int8Linear(linear, model.ops.int8_linear)
+        return {"float16": Float16Linear, "int8": Int8OnCPU}[weights](linear)
+
     shared = {id(x): x for x in (*model.parameters(), *model.buffers(), model.ops)}
     twin = copy.deepcopy(model, shared).eval()
-    if weights != "model":
+    if weights != "model" and not by_op:
         twin.dtype = torch.float32
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):
-                setattr(parent, name, _convert(child, weights, twin.dtype))
+                setattr(parent, name, convert(child))
     return twin
 
 
-def _convert(linear: Linear, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    if weights != "model":
-        return {"float16": Float16Linear, "int8": Int8Linear}[weights](linear)
+def _cast(linear: Linear, dtype: torch.dtype) -> Linear:
     twin = Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     for name, p in linear.named_parameters():
         setattr(twin, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))

@@ -92,7 +92,9 @@ def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
 
 
 def choose_device(name: str, *, typed: bool) -> str:
-    """The device to run on: `name`, checked. A GPU that is only the default and not here becomes the CPU, with a line.
+    """The device to run on: `name`, checked, and a GPU made the current one, as cuda without a number means it.
+
+    A GPU that is only the default and not here becomes the CPU, with a line.
 
     Raises UserError for a device that the user typed and that is not here, and for a name torch does not know.
     """
@@ -105,6 +107,8 @@ def choose_device(name: str, *, typed: bool) -> str:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) < count:
+            if device.index is not None:
+                torch.cuda.set_device(device)
             return name
         if typed:
             found = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
@@ -224,7 +228,7 @@ def _help(config_type: type, base: Any, presets: Mapping[str, Any], positional: 
         description += f"\n\nA bare word sets --{positional}"
     tyro.cli(
         config_type,
-        prog=f"python -m {spec.name}" if spec else None,
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         default=base,
         args=["--help"],

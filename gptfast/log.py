@@ -34,6 +34,7 @@ from typing import Any, Self
 import torch
 
 from gptfast.cli import UserError
+from gptfast.parallel import spin_turns
 
 SCHEMA = 1
 Row = dict[str, Any]
@@ -326,7 +327,10 @@ def hardware(device: str | torch.device) -> Row:
 
 
 def cpu_facts() -> Row:
-    """CPU model (with family and model number where the hypervisor hides the name), cores, flags, memory."""
+    """CPU model (with family and model number where the hypervisor hides the name), cores, flags, memory.
+
+    `spin_turns` is the bound on the spinning of waiting threads, None for the default of OpenMP.
+    """
     info = _first_processor()
     family = "-".join(info[key] for key in ("cpu family", "model", "stepping") if key in info)
     model = info.get("model name") or platform.processor() or platform.machine()
@@ -335,6 +339,7 @@ def cpu_facts() -> Row:
         "model": f"{model} ({family})" if family else model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "spin_turns": spin_turns(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
         "memory_bytes": _memory_bytes(),
     }

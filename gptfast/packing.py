@@ -89,6 +89,10 @@ class PackedBatches:
             to_device(x, self.device), to_device(y, self.device), to_device(cu_seqlens, self.device, torch.int32)
         )
 
+    def close(self) -> None:
+        """Ends the thread; there are no more batches."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     @property
     def epoch(self) -> int:
         """How often all documents had been read when the last batch was packed."""

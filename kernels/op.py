@@ -1,5 +1,6 @@
 """What the library must know about an operation, and the glue that makes a pair of kernel launches differentiable."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Op:
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
+_HERE = contextlib.nullcontext()
 _interpretable: list[Callable[[], None]] = []
 
 
@@ -107,10 +109,11 @@ def differentiable(
         if torch.compiler.is_compiling():
             output = operator(*inputs)
         else:
-            _require_gpu(name, inputs)
-            if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs):
-                return Function.apply(*inputs)
-            output = forward(*inputs)
+            wanted = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
+            with _on_gpu(name, inputs):
+                if wanted:
+                    return Function.apply(*inputs)
+                output = forward(*inputs)
         return output[0] if n == 1 else output[:n]
 
     return apply
@@ -124,8 +127,8 @@ def without_gradient(name: str, forward: Callable[..., Tensor]) -> Callable[...,
     def apply(*inputs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return operator(*inputs)
-        _require_gpu(name, inputs)
-        return forward(*inputs)
+        with _on_gpu(name, inputs):
+            return forward(*inputs)
 
     return apply
 
@@ -154,13 +157,17 @@ def _operator(name: str, function: Callable[..., Any]) -> torch.library.CustomOp
     return operator
 
 
-def _require_gpu(name: str, inputs: Sequence[Any]) -> None:
+def _on_gpu(name: str, inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The GPU of the first tensor made the current one, where Triton launches. Refuses tensors that are on none."""
     device = next(v for v in inputs if isinstance(v, Tensor)).device
-    if device.type != "cuda" and launcher() is None:
+    if device.type == "cuda":
+        return torch.cuda.device(device) if device.index != torch.cuda.current_device() else _HERE
+    if launcher() is None:
         raise ValueError(
             f"{name}: the Triton kernel needs CUDA tensors, the first argument is on {device}; "
             "use kernels.load('reference'), or load('interpret') to run the kernel on the CPU"
         )
+    return _HERE
 
 
 def _tensor_slots(schema: str) -> frozenset[int]:

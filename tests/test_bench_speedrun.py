@@ -96,6 +96,7 @@ def test_a_run_that_fails_is_named(tmp_path):
         (["--iters=-1"], "--iters"),
         (["--race", "--only=cpu-sprnt"], "cpu-sprint"),
         (["--race", "--iters=5"], "--race"),
+        (["--race", "--dataset=pystdlib"], "--dataset=pystdlib: the loss to reach is one on shakespeare_char"),
     ],
 )
 def test_mistakes_are_named(flags, name):

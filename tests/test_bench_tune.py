@@ -141,6 +141,14 @@ def test_the_line_to_commit_names_gpu_date_and_command():
     assert "# NVIDIA Test, 20" in line and "forward bfloat16 M=64 N=768: `python -m bench tune layernorm`" in line
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+def test_the_line_to_commit_names_the_table_that_two_pages_share(name):
+    case = Case(kernels.OPS[name], kernels.OPS[name].bench[0], "bfloat16", "forward", torch.device("cpu"))
+    (rows,) = entries(kernels.OPS[name])
+    line = tune.line_to_commit(rows, rows.value, case, {"hardware": {"name": "a GPU"}, "command": "tune"})
+    assert line.startswith("kernels.prims: CROSS_ENTROPY_TILES['rows'] = RowTiles(")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_the_gates_are_shown_and_no_speed_is_claimed(capsys):
     assert main(["layernorm", "--entry=layernorm.forward", "--dims=M=64,N=768", "--arch=80"]) == 0

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -572,3 +573,13 @@ def test_cu_seqlens_are_what_attention_takes(generator: torch.Generator) -> None
     together = attention(q, k, v, cu_seqlens=cu_seqlens)
     for a, b in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False):
         torch.testing.assert_close(together[:, a:b], attention(q[:, a:b], k[:, a:b], v[:, a:b]))
+
+
+def test_a_closed_loader_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    loader = PackedBatches(torch.tensor(stream([[1, 2, 3]] * 50)), 2, 6, bos=BOS)
+    next(loader)
+    (own,) = set(threading.enumerate()) - before
+    loader.close()
+    own.join(10)
+    assert not own.is_alive()

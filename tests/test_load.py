@@ -5,6 +5,7 @@ import torch
 
 import kernels
 from kernels import OPS
+from kernels.op import _on_gpu
 
 WITH_KERNEL = [name for name, op in OPS.items() if op.triton is not None]
 
@@ -82,3 +83,15 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
+    class OnSecond(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    x = torch.zeros(1).as_subclass(OnSecond)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there = _on_gpu("layernorm", (0.5, x))
+    assert isinstance(there, torch.cuda.device) and there.idx == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert not isinstance(_on_gpu("layernorm", (0.5, x)), torch.cuda.device)

@@ -420,6 +420,8 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
         else:
             batches = PackedBatches(tokens, *sizes, bos=run.bos, device=run.device)
         losses[split] = loop.evaluate(run.called, islice(batches, run.config.eval_iters), run.team).item()
+        if isinstance(batches, PackedBatches):
+            batches.close()
     log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
     if not all(map(math.isfinite, losses.values())):

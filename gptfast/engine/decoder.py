@@ -47,15 +47,16 @@ def captured(step: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Ten
     The result is overwritten by the next call. What `step` writes while it is recorded lies past the lengths of the
     cache, where nothing is read.
     """
-    tokens, here, aside = example.clone(), torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):  # kernels are compiled and buffers allocated before the recording
-        for _ in range(2):
-            step(tokens)
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step(tokens)
+    with torch.cuda.device(example.device):
+        tokens, here, aside = example.clone(), torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # kernels are compiled and buffers allocated before the recording
+            for _ in range(2):
+                step(tokens)
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(tokens)
 
     def replay(new: Tensor) -> Tensor:
         tokens.copy_(new)

@@ -59,6 +59,12 @@ def bound_spinning() -> bool:
     return "torch" not in sys.modules
 
 
+def spin_turns() -> int | None:
+    """The bound that is in force, None where there is none."""
+    turns = os.environ.get("GOMP_SPINCOUNT", "")
+    return int(turns) if turns.isdecimal() else None
+
+
 def others_running(loadavg: Path = Path("/proc/loadavg")) -> int:
     """How many threads beside this one run, or want to, at this moment; 0 where the system (not Linux) does not say."""
     try:

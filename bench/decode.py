@@ -44,12 +44,11 @@ from gptfast.model import GPT
 
 from . import results
 from .peaks import ceilings
-from .timing import relative_error, summarize
+from .timing import FAILURES, relative_error, summarize
 
 NAIVE_LENGTHS = 6  # at which the naive loop is timed
 DISTURBED = 10  # how often one token may take longer than all of them, because the machine did something else meanwhile
 MEASURED_SLACK = 0.15  # a copy that other tenants slowed may be beaten
-FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def by_engine(model: GPT, size: Size, weights: Any) -> Variant:
         return torch.tensor([request.tokens for request in requests])
 
     itemsize = {"float16": 2, "int8": 1}.get(weights, model.dtype.itemsize)
-    dtype = model.dtype if weights == "model" else torch.float32
+    dtype = engine.model.dtype
     impl = "engine" if weights == "model" else f"engine {weights}"
     return Variant(impl, _name(dtype), itemsize, dtype.itemsize, generate, _last(engine.model))
 
@@ -178,7 +177,7 @@ def variants(config: GPTConfig, size: Size, device: torch.device, full: bool, lo
     if not on_cpu:
         model.dtype = torch.bfloat16
     chosen, _ = choose_weights(model)
-    forms = ("model", "float16", "int8") if on_cpu else ("model",)
+    forms = ("model", "float16", "int8") if on_cpu else ("model", "int8")
     ways: dict[str, Callable[[], Variant]] = {"naive": lambda: naive(converted(model, "model"))}
     for form in sorted(forms, key=chosen.__ne__):
         ways[f"engine {form}"] = functools.partial(by_engine, model, size, form)

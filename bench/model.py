@@ -42,7 +42,7 @@ from kernels import Ops
 from . import results
 from .cpu import PlainGPT
 from .peaks import MEASURED_SLACK, from_rows
-from .timing import Timing, interleave, summarize
+from .timing import FAILURES, Timing, interleave, summarize
 
 GPU_MODELS = ("gpt2", "gpt2-xl", "modern", "gpt2-large", "gpt2-medium")  # in the order in which they are measured
 CPU_MODELS = ("char-cpu", "char-modern-cpu")  # char, of 11M parameters, takes a minute more: --models=char
@@ -51,13 +51,6 @@ MOST_ROWS = 64  # of a micro-batch on a GPU; more gain nothing at T = 1024
 LAYERS_COMPILED_WHOLE = 12  # of deeper models the block is compiled: compile time grows with depth, speed hardly does
 SAMPLE_MS = 100.0  # a sample is as many steps in a row as fill this, so that the host can run ahead
 LEARNING: dict[str, Any] = {"learning_rate": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    ImportError,
-    AttributeError,
-)  # what a model raises that cannot run here
 PEAK_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 

@@ -2,6 +2,7 @@
 
     python -m bench ops                                # all of it
     python -m bench ops --only=layernorm,attention --quick
+    python -m bench ops --variants=gluon               # and a kernel that runs only when asked for, beside the others
     pytest bench/ --benchmark-only                     # the same cases under pytest-benchmark
 
 Variants of one case run side by side in one process. `forward` runs without gradients, `backward` alone, `both` is a
@@ -33,11 +34,10 @@ from kernels import Cost, Op
 
 from . import results
 from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes
-from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
+from .timing import FAILURES, Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
 
 DIRECTIONS = ("forward", "backward", "both")
 OURS = ("triton", "reference")
-FAILURES = (RuntimeError, TypeError, ValueError, AssertionError)  # what a peer raises for a case it cannot do
 CPU_FLOPS, CPU_BYTES = 5e8, 16e6  # of a forward pass on a CPU
 INEXACT = 0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), else wrong
 SHRINK = ((("B",), 1), (("M",), 256), (("H", "G"), 1), (("T", "S"), 128), (("V",), 2048), (("N",), 1024))
@@ -158,11 +158,15 @@ def _is_float(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
-def variants(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable]:
-    """What can be timed here, by name: our kernels, the reference, torch.compile of it, and the op's peers."""
+def variants(op: Op, device: torch.device, compiled: bool, asked: Sequence[str] = ()) -> dict[str, Callable]:
+    """What can be timed here, by name: our kernels, the reference, torch.compile of it, and the op's peers.
+
+    Of the op's own variants those that are `asked` for: no machine need have run them yet, and one that never ends
+    would take the rows of all other cases with it.
+    """
     found: dict[str, Callable] = {}
     if device.type == "cuda" and op.triton is not None:
-        found.update(triton=op.triton, **op.variants)
+        found.update(triton=op.triton, **{name: op.variants[name] for name in asked})
     found["reference"] = op.reference
     if compiled:
         found["compile"] = torch.compile(op.reference, dynamic=False)
@@ -335,21 +339,65 @@ def line(row: Row) -> str:
     return f"ops    {head} {rates} {share} {error}  {sizes}{verdict}"
 
 
-def smoke(op: Op, dtypes: Sequence[str], device: torch.device, log: Log) -> bool:
-    """Whether the kernels of an op are right at its middling parity dims; a wrong kernel is not timed."""
+def smoke(op: Op, name: str, dtypes: Sequence[str], device: torch.device, log: Log) -> bool | None:
+    """Whether a kernel of ours is right; one that is wrong, or that fails, is not timed.
+
+    `name` is 'triton', checked at the op's middling parity dims, or that of a variant, which need not do every case: it
+    is checked at the bench sizes made small. None where it refuses them all (ValueError).
+    """
+    right, taken, refusal = True, 0, ""
+    function = op.variants.get(name, op.triton)
+    assert function is not None
+    for case in smoke_cases(op, name, dtypes, device):
+        try:
+            reason = wrong(case, name, function)
+        except FAILURES as error:
+            reason = f"{type(error).__name__}: {error}"
+            if name in op.variants and isinstance(error, ValueError):
+                refusal = str(error)
+                continue
+        taken += 1
+        if reason is not None:
+            right = False
+            log.row("note", text=f"{case}: {name} is wrong and was not timed: {reason}")
+            log.say(f"ops    {case}: {name} is WRONG, not timed: {reason[:300]}")
+    if taken:
+        return right
+    log.row("note", text=f"{op.name}: {name} cannot run here: {refusal}")
+    log.say(f"ops    {op.name}: {name} left out: {refusal[:300]}")
+    return None
+
+
+def smoke_cases(op: Op, name: str, dtypes: Sequence[str], device: torch.device) -> list[Case]:
+    sizes = [op.parity[-1]] if name == "triton" else [fitted(op, dims, itemsize=2) for dims in op.bench]
+    direction = "both" if op.differentiable else "forward"
+    found = {str(case): case for case in (Case(op, dims, d, direction, device) for d in dtypes for dims in sizes)}
+    return list(found.values())
+
+
+def wrong(case: Case, name: str, function: Callable) -> str | None:
+    """Run a kernel once and say what is wrong with its answers, None if nothing is."""
+    with stopwatch(case.device) as watch:
+        wanted = case.differentiable(function) if case.direction == "both" else []
+        works = {name: [case.work(function, case.draw(0), wanted)]}
+        return watch.verify(works, case.truth(wanted), [secrets.randbits(31)])[name].reason
+
+
+def proven(
+    names: Sequence[str], asked: Sequence[str], dtypes: Sequence[str], device: torch.device, log: Log
+) -> tuple[dict[str, list[str]], bool]:
+    """The ops whose kernels are right here, each with its variants asked for that are so too; and whether all were."""
+    fine: dict[str, list[str]] = {}
     right = True
-    assert op.triton is not None
-    for dtype in dtypes:
-        case = Case(op, op.parity[-1], dtype, "both" if op.differentiable else "forward", device)
-        with stopwatch(device) as watch:
-            wanted = case.differentiable(op.triton) if op.differentiable else []
-            works = {"triton": [case.work(op.triton, case.draw(0), wanted)]}
-            verdict = watch.verify(works, case.truth(wanted), [secrets.randbits(31)])["triton"]
-        if not verdict.valid:
-            log.row("note", text=f"{case}: the kernel is wrong and was not timed: {verdict.reason}")
-            log.say(f"ops    {case}: WRONG, not timed: {verdict.reason}")
-        right = right and verdict.valid
-    return right
+    for name in names:
+        op = kernels.OPS[name]
+        if op.triton is not None and not smoke(op, "triton", dtypes, device, log):
+            right = False
+            continue
+        verdicts = {variant: smoke(op, variant, dtypes, device, log) for variant in asked if variant in op.variants}
+        fine[name] = [variant for variant, verdict in verdicts.items() if verdict]
+        right = right and False not in verdicts.values()
+    return fine, right
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -357,7 +405,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench ops", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--only", default=",".join(kernels.OPS), help="ops, comma-separated")
+    known = sorted({variant for op in kernels.OPS.values() for variant in op.variants})
+    parser.add_argument("--only", help="ops, comma-separated (default: all; with --variants those that have one)")
+    parser.add_argument(
+        "--variants", default="", help=f"time these kernels of ours too, where they prove right: of {', '.join(known)}"
+    )
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument(
         "--dtype", help="default: bfloat16 on a GPU; on a CPU float32, and bfloat16 if its units have it"
@@ -373,33 +425,35 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
-    names = _chosen("--only", arguments.only, kernels.OPS)
+    asked = _chosen("--variants", arguments.variants, known) if arguments.variants else []
+    having = [op.name for op in kernels.OPS.values() if not asked or set(asked) & op.variants.keys()]
+    names = having if arguments.only is None else _chosen("--only", arguments.only, kernels.OPS)
     directions = _chosen("--direction", arguments.direction, DIRECTIONS)
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     dtypes = chosen_dtypes(arguments.dtype) if arguments.dtype else native_dtypes(device)
     if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
+    if asked and not on_gpu:
+        raise UserError(f"--variants={arguments.variants}: kernels run on a CUDA device; leave --variants out")
     samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
     settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
-    failed = False
+    failed, beside = False, {name: list[str]() for name in names}
     with Log(out, name="ops.jsonl") as log:
         if on_gpu:
-            fine = [
-                name for name in names if not kernels.OPS[name].triton or smoke(kernels.OPS[name], dtypes, device, log)
-            ]
-            failed, names = fine != names, fine
-        todo = cases(names, dtypes, directions, device, arguments.quick) if names else []
+            beside, right = proven(names, asked, dtypes, device, log)
+            failed = not right
+        todo = cases(list(beside), dtypes, directions, device, arguments.quick) if beside else []
         for number, case in enumerate(todo, 1):
             if time.monotonic() - started > arguments.budget_s:
                 say_left_out(todo[number - 1 :], arguments.budget_s, log)
                 break
             log.say(f"ops    [{number}/{len(todo)}] {case}")
             torch.compiler.reset()
-            functions = variants(case.op, device, arguments.compile)
+            functions = variants(case.op, device, arguments.compile, beside[case.op.name])
             try:
                 rows = run_case(case, functions, settings, roof, log, common, None if on_gpu else arguments.threads)
                 failed |= not all(row["valid"] for row in rows)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import kernels
-from bench.ops import DIRECTIONS, FAILURES, OURS, Case, cases, compiling, variants
-from bench.timing import Truth, flatten, judge
+from bench.ops import DIRECTIONS, OURS, Case, cases, compiling, variants
+from bench.timing import FAILURES, Truth, flatten, judge
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

@@ -27,11 +27,11 @@ import torch
 import kernels
 from gptfast.cli import UserError, nearest
 from gptfast.log import Log, Row, facts, now
-from kernels import Op
+from kernels import Op, prims
 
 from . import results
-from .ops import FAILURES, Case
-from .timing import Settings, Timing, Verdict, Work, compare, stopwatch
+from .ops import Case
+from .timing import FAILURES, Settings, Timing, Verdict, Work, compare, stopwatch
 
 ROUNDS = 8  # moves from neighbour to neighbour, at most
 GAIN = 1.01  # a move must gain a hundredth, and be different beyond doubt (99%)
@@ -240,12 +240,20 @@ def climb(case: Case, arch: int, entry: Entry, settings: Settings, log: Log, com
     return best
 
 
+def place(entry: Entry) -> tuple[str, str]:
+    """The module and the name under which the entry's table is written: two pages may share one that prims.py has."""
+    table = sys.modules[entry.module].TILES
+    shared = [name for name, value in vars(prims).items() if value is table]
+    return (prims.__name__, shared[0]) if shared else (entry.module, "TILES")
+
+
 def line_to_commit(entry: Entry, value: Any, case: Case, common: Row) -> str:
     """The assignment for the page, with the GPU, date and command that a table of tiles must bear."""
+    page, table = place(entry)
     keys = "".join(f"[{key!r}]" for key in entry.path)
     sizes = " ".join(f"{letter}={size}" for letter, size in case.dims.items())
     where = f"{common['hardware']['name']}, {now()[:10]}, {case.direction} {case.dtype} {sizes}"
-    return f"{entry.module}: TILES{keys} = {short(value)}  # {where}: `{common['command']}`"
+    return f"{page}: {table}{keys} = {short(value)}  # {where}: `{common['command']}`"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

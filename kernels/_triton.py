@@ -18,6 +18,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -77,6 +78,8 @@ if MISSING is None:
             return by.launch(self, grid, *args, **kwargs)
 
     jit, VERSION = Kernel, triton.__version__
+    # What Triton raises where a kernel cannot be compiled or launched; none of it is a RuntimeError.
+    ERRORS: tuple[type[Exception], ...] = (TritonError,)
 
 else:
 
@@ -103,7 +106,7 @@ else:
             return -(-a // b)
 
     jit, tl, triton, TensorDescriptor = _AbsentKernel, _AbsentLanguage(), _AbsentTriton(), None  # type: ignore[assignment]
-    VERSION = "none"
+    VERSION, ERRORS = "none", ()
 
 
 if HAS_GLUON:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from bench import __main__ as campaign
 from bench import ops
 from bench.ops import Case, cases, fitted, halved, run_case, variants
 from bench.peaks import Ceilings, from_rows
-from bench.timing import Settings, flatten, stopwatch
+from bench.results import read
+from bench.timing import FAILURES, Settings, flatten, stopwatch
 from gptfast.cli import UserError
 from gptfast.log import Log, check_row, facts
 
@@ -222,6 +225,126 @@ def test_a_stage_says_how_it_ended(tmp_path):
     assert campaign.run_stage(missing, False, tmp_path) == "failed with exit code 1"
     slow = campaign.Stage("slow", 0.5, module="http.server", flags=())  # which serves until it is stopped
     assert "stopped after its 0 s" in campaign.run_stage(slow, False, tmp_path)
+
+
+# ---- kernels that fail, and those that nobody has run yet ------------------------------------------------------------
+def out_of_resources(*arguments, **kwargs):
+    """What Triton raises where a tile needs more shared memory than there is."""
+    from triton.runtime.errors import OutOfResources
+
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+def fails(*arguments, **kwargs):
+    raise RuntimeError("Triton Error [CUDA]: invalid argument")
+
+
+def off(x, weight, bias=None, eps=1e-5):
+    return kernels.OPS["layernorm"].reference(x, weight * 1.01, bias, eps)
+
+
+def only_wide(x, weight, bias=None, eps=1e-5):
+    if x.shape[1] < 1024:
+        raise ValueError("x: the kernel is for wide rows")
+    return kernels.OPS["layernorm"].reference(x, weight, bias, eps)
+
+
+def refuses(*arguments, **kwargs):
+    raise ValueError("q: the kernel is for sm_90")
+
+
+@pytest.mark.triton
+def test_what_triton_raises_is_among_the_failures_of_every_page():
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    from bench import decode, model, optim, tune
+
+    for error in (CompilationError, OutOfResources, PTXASError, torch.OutOfMemoryError):
+        assert issubclass(error, FAILURES) and not issubclass(KeyboardInterrupt, FAILURES)
+    assert all(page.FAILURES is FAILURES for page in (decode, model, ops, optim, tune))
+
+
+def test_without_triton_it_raises_nothing():
+    absent = "import sys; sys.modules['triton'] = None; from kernels import _triton; assert _triton.ERRORS == ()"
+    assert subprocess.run([sys.executable, "-c", absent], cwd=ops.results.ROOT.parent).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "kernel, reason",
+    [
+        pytest.param(out_of_resources, "OutOfResources: out of resource: shared memory", marks=pytest.mark.triton),
+        (fails, "RuntimeError: Triton Error [CUDA]: invalid argument"), (refuses, "ValueError: q: the kernel"),
+        (off, "output 0 is wrong"),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_fails_or_is_wrong_is_not_timed_and_the_others_are(monkeypatch, tmp_path, kernel, reason):
+    broken = dataclasses.replace(kernels.OPS["layernorm"], triton=kernel)
+    fine = dataclasses.replace(kernels.OPS["rmsnorm"], triton=kernels.OPS["rmsnorm"].reference)
+    monkeypatch.setattr(kernels, "OPS", {"layernorm": broken, "rmsnorm": fine})
+    with Log(tmp_path, console=False) as log:
+        assert ops.proven(["layernorm", "rmsnorm"], [], ["float32"], CPU, log) == ({"rmsnorm": []}, False)
+    (note,) = read(tmp_path / "log.jsonl")
+    assert "triton is wrong and was not timed" in note["text"] and reason in note["text"]
+
+
+@pytest.mark.triton
+def test_a_case_that_fails_is_noted_and_the_next_one_runs(monkeypatch, tmp_path):
+    ran = []
+
+    def run_case(case, *rest):
+        ran.append(case.op.name)
+        return out_of_resources() if case.op.name == "layernorm" else []
+
+    monkeypatch.setattr(ops, "run_case", run_case)
+    flags = ["--only=layernorm,rmsnorm", "--quick", "--direction=forward", "--dtype=float32", "--device=cpu"]
+    assert ops.main([*flags, f"--out={tmp_path}"]) == 1
+    (note,) = read(tmp_path / "ops.jsonl")
+    assert ran == ["layernorm", "rmsnorm"] and "failed: OutOfResources" in note["text"]
+
+
+def test_a_variant_is_timed_only_where_it_is_asked_for():
+    attention, gpu = kernels.OPS["attention"], torch.device("cuda")
+    assert "gluon" in attention.variants and "gluon" not in variants(attention, gpu, compiled=False)
+    asked = variants(attention, gpu, compiled=False, asked=["gluon"])
+    assert list(asked)[:3] == ["triton", "gluon", "reference"]
+    assert not any("--variants" in flag for stage in campaign.GPU[:-1] for flag in stage.flags)
+
+
+def test_a_variant_is_checked_first_where_it_can_run(monkeypatch, tmp_path):
+    right = dataclasses.replace(
+        kernels.OPS["layernorm"],
+        triton=kernels.OPS["layernorm"].reference,
+        variants={"wide": only_wide, "off": off, "refuses": refuses, "fails": fails},
+    )
+    monkeypatch.setattr(kernels, "OPS", {"layernorm": right})
+    with Log(tmp_path, console=False) as log:
+        proven = lambda *asked: ops.proven(["layernorm"], asked, ["float32"], CPU, log)
+        assert proven("wide") == ({"layernorm": ["wide"]}, True)
+        assert proven("wide", "off") == ({"layernorm": ["wide"]}, False)
+        assert proven("fails", "wide") == ({"layernorm": ["wide"]}, False)
+        assert proven("refuses") == ({"layernorm": []}, True)  # what is for another GPU is no fault of this one
+    assert "refuses cannot run here: q: the kernel is for sm_90" in read(tmp_path / "log.jsonl")[-1]["text"]
+
+
+def test_the_sizes_at_which_a_variant_is_checked_are_those_it_is_for():
+    cases = ops.smoke_cases(kernels.OPS["attention"], "gluon", ["bfloat16"], CPU)
+    assert {64, 128} <= {case.dims["D"] for case in cases} and max(case.dims["T"] for case in cases) >= 1024
+    assert all(case.cost.flops < 4 * ops.CPU_FLOPS for case in cases)
+    (one,) = ops.smoke_cases(kernels.OPS["attention"], "triton", ["bfloat16"], CPU)
+    assert one.dims == kernels.OPS["attention"].parity[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--variants=glun"], "--variants=glun is unknown; did you mean gluon"),
+        (["--variants=gluon", "--device=cpu"], "kernels run on a CUDA device"),
+    ],
+)
+def test_variants_that_cannot_be(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        ops.main([*flags, f"--out={tmp_path}"])
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="times CUDA kernels")

@@ -31,7 +31,7 @@ from kernels.newton_schulz import KERNEL_PRODUCTS, POLAR_EXPRESS, REFERENCE_PROD
 
 from . import results
 from .peaks import DTYPES
-from .timing import Settings, Truth, Work, compare, interleave, stopwatch, summarize
+from .timing import FAILURES, Settings, Truth, Work, compare, interleave, stopwatch, summarize
 
 A, B, C = POLAR_EXPRESS[0]
 SAMPLE_MS = 20.0  # a sample is as many steps in a row as fill this
@@ -84,9 +84,19 @@ def sampler(step: Step, device: torch.device) -> Callable[[], float]:
     return lambda: timed(count)
 
 
-def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Row) -> None:
-    """Time the optimizers over one model's matrices; a row for each, its speed relative to torch.optim.Muon."""
-    samples = interleave({key: sampler(step, device) for key, step in steps(PRESETS[name], device).items()}, rounds)
+def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Row) -> bool:
+    """Time the optimizers over one model's matrices; a row for each, its speed relative to torch.optim.Muon.
+
+    Whether ours could step; one that cannot is left out, and a note says why.
+    """
+    samplers, right = {}, True
+    for key, step in steps(PRESETS[name], device).items():
+        try:
+            samplers[key] = sampler(step, device)
+        except FAILURES as error:
+            say_failed(f"step of {name}: {key}", error, log)
+            right = right and key != "ours"
+    samples = interleave(samplers, rounds) if samplers else {}
     base = samples.get("torch.optim.Muon")
     threads = torch.get_num_threads() if device.type == "cpu" else None
     for key, values in samples.items():
@@ -98,6 +108,13 @@ def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Ro
         )  # fmt: skip
         versus = f"   x{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) of torch.optim.Muon" if ratio else ""
         log.say(f"optim  step of {name:14s} {key:18s} {found.ms_p50:10.3f} ms{versus}")
+    return right
+
+
+def say_failed(what: str, error: Exception, log: Log) -> None:
+    """A note for what could not be timed."""
+    log.row("note", text=f"{what} failed: {type(error).__name__}: {error}")
+    log.say(f"optim  {what}: FAILED: {type(error).__name__}: {str(error)[:300]}")
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -131,7 +148,10 @@ def run_product(
     product: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
     functions: Mapping[str, Products], settings: Settings, log: Log, common: Row,
 ) -> bool:  # fmt: skip
-    """Time one product by every implementation and check it on fresh numbers; whether all were right."""
+    """Time one product by every implementation and check it on fresh numbers; whether all were right.
+
+    An implementation that cannot do it is left out, and a note says why.
+    """
     batch, n, k = size
     flops = 2 * batch * n * n * (n if product == "quadratic" else k)
     right = True
@@ -151,8 +171,16 @@ def run_product(
 
     with stopwatch(device, settings) as watch:
         sets = watch.sets_needed(batch * (n * k + n * n) * dtype.itemsize)
-        works = {name: [work(f, seed) for seed in range(sets)] for name, f in functions.items()}
-        timings = watch.measure(works)
+        works = {}
+        for name, f in functions.items():
+            try:
+                work(f, 0).run()
+            except FAILURES as error:
+                say_failed(f"{product} {batch}x{n}x{k}: {name}", error, log)
+                right = right and name != "triton"
+            else:
+                works[name] = [work(f, seed) for seed in range(sets)]
+        timings = watch.measure(works) if works else {}
         truth = Truth(partial(answer, double=True), partial(answer, double=False))
         verdicts = watch.verify(works, truth, [1, 2], [name for name in works if name != "triton"])
     for name, timing in timings.items():
@@ -164,10 +192,8 @@ def run_product(
             **common,
         )  # fmt: skip
         wrong = "" if verdict.valid else f"  INVALID: {verdict.reason}"
-        ratio = timings["torch"].ms_p50 / timing.ms_p50
-        log.say(
-            f"optim  {product:9s} {batch}x{n}x{k:<6d} {name:8s} {timing.ms_p50:9.4f} ms {rate:8.2f} x{ratio:.2f}{wrong}"
-        )
+        versus = f" x{timings['torch'].ms_p50 / timing.ms_p50:.2f}" if "torch" in timings else ""
+        log.say(f"optim  {product:9s} {batch}x{n}x{k:<6d} {name:8s} {timing.ms_p50:9.4f} ms {rate:8.2f}{versus}{wrong}")
     return right
 
 
@@ -187,9 +213,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile as a peer"
     )
+    parser.add_argument(
+        "--budget_s", type=float, default=float("inf"), help="start no model and no product after this, and say which"
+    )
     parser.add_argument("--quick", action="store_true", help="one model, one size, fewer samples")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args(argv)
+    started = time.monotonic()
     device, models = torch.device(arguments.device), [name for name in arguments.models.split(",") if name]
     if device.type == "cuda" and not on_gpu:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
@@ -204,14 +234,33 @@ def main(argv: Sequence[str]) -> int:
         models, sizes, rounds, samples = models[:1], sizes[:1], min(rounds, 5), 5
     common = facts(device)
     right = True
+    left: list[str] = []
+
+    def attempt(what: str, run: Callable[[], bool]) -> bool:
+        """Whether `run` went well, or there was no time for it."""
+        if time.monotonic() - started > arguments.budget_s:
+            left.append(what)
+            return True
+        try:
+            return run()
+        except FAILURES as error:
+            say_failed(what, error, log)
+            return False
+
     with Log(arguments.out or results.folder(common["hardware"]), name="optim.jsonl") as log:
         for name in models:
-            run_steps(name, device, rounds, log, common)
-        functions = implementations(device, arguments.compile)
-        for n in sizes:
+            right &= attempt(f"step of {name}", partial(run_steps, name, device, rounds, log, common))
+        functions, dtype = implementations(device, arguments.compile), DTYPES[arguments.dtype]
+        settings = Settings(samples=samples, budget_s=0.6 if device.type == "cuda" else 1.0)
+        for n in sorted(sizes, reverse=True):  # the largest, where the time goes in a model, whatever is left out
+            if arguments.compile:
+                torch.compiler.reset()  # beyond 8 shapes of one function torch runs it uncompiled, and says nothing
             for product, k in (("gram", n), ("gram", 4 * n), ("quadratic", n), ("affine", n), ("affine", 4 * n)):
                 size = (arguments.batch, n, k)
-                right &= run_product(
-                    product, size, DTYPES[arguments.dtype], device, functions, Settings(samples=samples), log, common
-                )
+                case = partial(run_product, product, size, dtype, device, functions, settings, log, common)
+                right &= attempt(f"{product} {arguments.batch}x{n}x{k}", case)
+        if left:
+            text = f"{len(left)} not begun within {arguments.budget_s:.0f} s: {'; '.join(left)}"
+            log.row("note", text=text)
+            log.say(f"optim  {text}")
     return 0 if right else 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import optim
+from bench.results import read
 from bench.timing import Settings
 from gptfast.cli import UserError
 from gptfast.config import PRESETS
@@ -50,6 +51,79 @@ def test_a_wrong_product_is_refused():
     common, log = facts(CPU), Log(None, console=False)
     assert not optim.run_product("gram", (1, 8, 8), torch.float32, CPU, functions, settings, log, common)
     assert optim.run_product("quadratic", (1, 8, 8), torch.float32, CPU, functions, settings, log, common)
+
+
+def fails(*_):
+    raise RuntimeError("no such product here")
+
+
+def test_an_implementation_that_fails_is_noted_and_the_others_are_timed(tmp_path):
+    functions = {"torch": REFERENCE_PRODUCTS, "triton": dataclasses.replace(REFERENCE_PRODUCTS, gram=fails)}
+    settings, common = Settings(samples=3, budget_s=0.0, warmup_s=0.0), facts(CPU)
+    with Log(tmp_path, console=False) as log:
+        assert not optim.run_product("gram", (1, 8, 8), torch.float32, CPU, functions, settings, log, common)
+        peer = {"triton": REFERENCE_PRODUCTS, "torch": functions["triton"]}
+        assert optim.run_product("gram", (1, 8, 8), torch.float32, CPU, peer, settings, log, common)
+    rows = read(tmp_path / "log.jsonl")
+    assert [row.get("impl") for row in rows] == [None, "torch", None, "triton"]
+    assert "gram 1x8x8: triton failed: RuntimeError: no such product here" in rows[0]["text"]
+
+
+def test_an_optimizer_that_fails_is_noted_and_the_others_step(tmp_path, monkeypatch):
+    made = lambda config, device: {"ours": fails, "torch.optim.Muon": lambda: None, "AdamW fused": lambda: None}
+    monkeypatch.setattr(optim, "steps", made)
+    with Log(tmp_path, console=False) as log:
+        assert not optim.run_steps("char-cpu", CPU, 2, log, facts(CPU))
+    rows = read(tmp_path / "log.jsonl")
+    assert [row.get("impl") for row in rows] == [None, "torch.optim.Muon", "AdamW fused"]
+
+
+def test_what_fails_as_a_whole_is_noted_and_the_page_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "run_steps", fails)
+    ran: list[int] = []
+    monkeypatch.setattr(optim, "run_product", lambda product, size, *_: ran.append(size[1]) or len(ran) > 1 or fails())
+    assert optim.main(["--sizes=16,64", "--device=cpu", "--no-compile", f"--out={tmp_path}"]) == 1
+    assert ran == [64] * 5 + [16] * 5
+    texts = [row["text"] for row in read(tmp_path / "optim.jsonl")]
+    assert [text.split(" failed")[0] for text in texts] == ["step of char-cpu", "gram 1x64x64"]
+
+
+def test_the_budget_keeps_the_largest_sizes_and_names_the_others(tmp_path, monkeypatch, capsys):
+    clock, ran = [0.0], []
+    monkeypatch.setattr(optim.time, "monotonic", lambda: clock[0])
+
+    def took_10_s(what):
+        def run(*arguments):
+            ran.append(what(*arguments))
+            clock[0] += 10
+            return True
+
+        return run
+
+    monkeypatch.setattr(optim, "run_steps", took_10_s(lambda name, *_: name))
+    monkeypatch.setattr(optim, "run_product", took_10_s(lambda product, size, *_: f"{product} {size[1]}"))
+    flags = ["--models=char-cpu,gpt2", "--sizes=16,64,32", "--device=cpu", "--no-compile", f"--out={tmp_path}"]
+    assert optim.main([*flags, "--budget_s=65"]) == 0
+    assert ran == ["char-cpu", "gpt2", "gram 64", "gram 64", "quadratic 64", "affine 64", "affine 64"]
+    said = "10 not begun within 65 s: gram 1x32x32; gram 1x32x128"
+    assert said in capsys.readouterr().out and said in read(tmp_path / "optim.jsonl")[0]["text"]
+
+
+def test_every_size_is_compiled(tmp_path, monkeypatch):
+    """Beyond its limit of shapes torch runs a function uncompiled, under the name of the compiled one."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch.compiler.reset()
+    assert optim.main(["--models=", "--sizes=8,16", "--quick", "--device=cpu", "--compile", f"--out={tmp_path}"]) == 0
+    assert len(graphs) == 5
+    assert optim.main(["--models=", "--sizes=8,16", "--device=cpu", "--compile", f"--out={tmp_path}"]) == 0
+    assert len(graphs) == 5 + 2 * 5
 
 
 def test_an_unknown_model_is_named():

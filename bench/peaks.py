@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from .timing import Settings, Truth, Verdict, Work, cpu_cache_bytes, roofline, s
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEASURED_SLACK = 0.25  # how far a measured ceiling may be beaten by chance
+# Tensors of its size that a measurement holds at most. Of a copy: both ends, what each should hold, what each held
+# before, and what comparing takes. Of a product, in fp64: its factors, the truth, and what comparing takes.
+COPY_TENSORS, GEMM_TENSORS = 10, 8
 
 
 @dataclass
@@ -130,10 +134,31 @@ def measure(
     copies = ([1 << 30] if quick else [1 << 28, 1 << 30, 1 << 32]) if on_gpu else [1 << 22, beyond_cache]
     gemms = ([8192] if quick else [2048, 4096, 8192, 16384]) if on_gpu else ([1024] if quick else [512, 1024, 2048])
     common = facts(device)
-    rows = [_measure_copy(device, size, settings, threads, log, common) for size in copies]
+    fits = fitted(copies, lambda size: COPY_TENSORS * size, device, log)
+    rows = [_measure_copy(device, size, settings, threads, log, common) for size in fits]
     for dtype in dtypes:
-        rows += [_measure_gemm(device, n, dtype, settings, threads, log, common) for n in gemms]
+        # in full fp32 the largest product takes a fifth of a second, and says no more than the next
+        asked = gemms[:-1] if on_gpu and not quick and DTYPES[dtype].itemsize == 4 else gemms
+        products = fitted(asked, lambda n: GEMM_TENSORS * 8 * n * n, device, log)
+        rows += [_measure_gemm(device, n, dtype, settings, threads, log, common) for n in products]
     return rows
+
+
+def fitted(sizes: Sequence[int], needed_bytes: Callable[[int], int], device: torch.device, log: Log) -> list[int]:
+    """The sizes, each halved until it fits into the memory that this GPU has left; said where one was."""
+    if device.type != "cuda":
+        return list(sizes)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    found = set()
+    for size in sizes:
+        smaller = size
+        while needed_bytes(smaller) > free and smaller > 1:
+            smaller //= 2
+        if smaller != size:
+            log.say(f"peaks  {smaller} instead of {size}: {free / 2**30:.1f} GiB are free")
+        found.add(smaller)
+    return sorted(found)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -152,9 +177,10 @@ def _measure_copy(
     with stopwatch(device, settings, threads) as watch:
         source = draw(0)
         target = torch.empty_like(source)
-        works = [Work(lambda: target.copy_(source), (source,), lambda seed: source.data.copy_(draw(seed)))]
+        newest = functools.lru_cache(maxsize=1)(draw)
+        works = [Work(lambda: target.copy_(source), (source,), lambda seed: source.data.copy_(newest(seed)))]
         timing = watch.measure({"copy": works})["copy"]
-        truth = Truth(lambda seed: (draw(seed),), lambda seed: (draw(seed),))
+        truth = Truth(lambda seed: (newest(seed),), lambda seed: (newest(seed),))  # one tensor: equal bits need no fp64
         verdict = watch.verify({"copy": works}, truth, [secrets.randbits(31)])["copy"]
     gbs = 2 * size / timing.ms_p50 / 1e6
     sheet = datasheet(device)

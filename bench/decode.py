@@ -11,7 +11,8 @@ continue the same random tokens greedily, with the same random weights. `ttft_ms
 token, `tpot_ms` what each further one adds; the naive loop is timed at a few of its lengths, which `timed_lengths`
 counts. `mbu` is the bytes of weights and of keys and values that a step must read, over its time and the peak
 bandwidth, by the datasheet or by the copy of `python -m bench peaks`. `error` is that of the logits after the prompt,
-against the same weights in fp32 and plain torch.
+against the same weights in fp32 and plain torch, and `same_tokens` counts the first tokens that are theirs as well; of
+more than four sequences the first four are compared.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ from gptfast.model import GPT
 
 from . import results
 from .peaks import ceilings
-from .timing import FAILURES, relative_error, summarize
+from .timing import FAILURES, in_one_line, relative_error, summarize
 
 NAIVE_LENGTHS = 6  # at which the naive loop is timed
 DISTURBED = 10  # how often one token may take longer than all of them, because the machine did something else meanwhile
+COMPARED_ROWS, COMPARED_TOKENS = 4, 8  # the truth reads everything again for each token, in fp32
 MEASURED_SLACK = 0.15  # a copy that other tenants slowed may be beaten
 
 
@@ -75,6 +77,53 @@ class Variant:
     generate: Callable[[Tensor, int], Tensor]
     logits: Callable[[Tensor], Tensor]  # (B, V) after tokens (B, T)
     lengths: int | None = None  # of the naive loop: how many are timed
+
+
+# ---- what is decoded, and the truth about it -------------------------------------------------------------------------
+def fresh(config: GPTConfig, device: torch.device) -> GPT:
+    """A model with the same random weights at every call, as this device runs it."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT(config, kernels.load("auto" if device.type == "cuda" else "reference")).eval()
+    if device.type != "cpu":
+        model.dtype = torch.bfloat16
+    return model
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Of the first sequences: their logits (b, V) fp64 after the prompt, and the tokens (b, n) that follow it."""
+
+    logits: Tensor
+    tokens: Tensor
+
+    def against(self, way: Variant, prompts: Tensor) -> tuple[float, int]:
+        """The error of a way's logits, and how many of its first tokens are right in every sequence."""
+        rows, n = self.tokens.shape
+        error = relative_error(way.logits(prompts[:rows]), self.logits)
+        same = way.generate(prompts, n)[:rows].cpu().eq(self.tokens).all(0)
+        return error, int(same.long().cumprod(0).sum())
+
+
+def truth(model: GPT, prompts: Tensor, n: int) -> Truth:
+    """What the weights of `model` say in fp32, by the reference of every op and without a cache."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    plain = copy.deepcopy(model, {**shared, id(model.ops): kernels.load("reference")})
+    plain.dtype = torch.float32
+    tokens, first = prompts[:COMPARED_ROWS], None
+    for _ in range(n):  # one sequence at a time, which takes the least memory
+        logits = torch.cat([_last(plain)(row[None]) for row in tokens])
+        first = logits.double() if first is None else first
+        tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
+    assert first is not None
+    return Truth(first, tokens[:, prompts.shape[1] :].cpu())
+
+
+def let_go() -> None:
+    """Give memory that nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # ---- ways to decode --------------------------------------------------------------------------------------------------
@@ -168,14 +217,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def variants(config: GPTConfig, size: Size, device: torch.device, full: bool, log: Log) -> Iterator[Variant]:
-    """Every way that this device has, over the same weights, the naive one first; what cannot run is said, left out."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = GPT(config, kernels.load("auto" if device.type == "cuda" else "reference")).eval()
-    on_cpu = device.type == "cpu"
-    if not on_cpu:
-        model.dtype = torch.bfloat16
+def variants(model: GPT, size: Size, compiles: bool, log: Log) -> Iterator[Variant]:
+    """Every way that the model's device has, the naive one first; what cannot be made is said, and left out."""
+    on_cpu = model.lm_head.weight.device.type == "cpu"
     chosen, _ = choose_weights(model)
     forms = ("model", "float16", "int8") if on_cpu else ("model", "int8")
     ways: dict[str, Callable[[], Variant]] = {"naive": lambda: naive(converted(model, "model"))}
@@ -185,15 +229,16 @@ def variants(config: GPTConfig, size: Size, device: torch.device, full: bool, lo
         log.say("decode transformers is not installed: its generate is left out")
     else:
         for dtype in (torch.float32, torch.bfloat16) if on_cpu else (torch.bfloat16,):
-            ways[f"transformers {_name(dtype)}"] = functools.partial(by_transformers, config, model, dtype)
-    if full or not on_cpu:
+            ways[f"transformers {_name(dtype)}"] = functools.partial(by_transformers, model.config, model, dtype)
+    if compiles:
         ways["torch.compile"] = lambda: compiled(model, size)
     for name, make in ways.items():
         try:
             yield make()
         except FAILURES as error:
-            log.row("note", text=f"{name}: {error}")
-            log.say(f"decode {name}: left out: {str(error).splitlines()[0][:120]}")
+            log.row("note", name=f"{name} {size.dims}", text=f"left out: {type(error).__name__}: {error}")
+            log.say(f"decode {name}: left out: {in_one_line(error)}")
+        let_go()
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -240,34 +285,54 @@ def sample(variant: Variant, tokens: Tensor, new: int, into: Samples) -> None:
 def measure(
     ways: Iterable[Variant], tokens: Tensor, new: int, rounds: int, budget_s: float,
     known: Callable[[Variant, Samples], None] = lambda *_: None,
-) -> dict[str, Samples]:  # fmt: skip
-    """Samples of every variant, in turn; at least one round, then while the budget lasts.
+    failed: Callable[[Variant, Exception], None] = lambda *_: None,
+) -> tuple[dict[str, Samples], float]:  # fmt: skip
+    """Samples of every variant, in turn; at least one round, then while the budget lasts. And the seconds that went
+    into making them and into their first calls.
 
     In the first round each is made and warmed up when its turn comes. `known` is told after every sample, so that who
-    is stopped has the rows so far.
+    is stopped has the rows so far; `failed` of what a variant raised while it ran, which ends its turns alone.
     """
+
+    def succeeds(way: Variant, run: Callable[[], Any]) -> bool:
+        try:
+            run()
+            return True
+        except FAILURES as error:
+            failed(way, error)
+        let_go()  # here, where no traceback holds the memory any more
+        return False
+
     found: list[tuple[Variant, Samples]] = []
-    started, round_s = time.monotonic(), 0.0
+    started, round_s, once_s = time.monotonic(), 0.0, 0.0
+    before = started
     for way in ways:
-        way.generate(tokens, 3 if way.lengths is None else 1)
-        found.append((way, Samples()))
-        before = time.monotonic()
-        sample(way, tokens, new, found[-1][1])
+        samples = Samples()
+        right = succeeds(way, functools.partial(way.generate, tokens, 3 if way.lengths is None else 1))
+        now = time.monotonic()
+        once_s, before = once_s + now - before, now
+        right = right and succeeds(way, functools.partial(sample, way, tokens, new, samples))
         round_s += time.monotonic() - before
-        known(*found[-1])
+        if right and succeeds(way, functools.partial(known, way, samples)):
+            found.append((way, samples))
+        del way  # before the next is made: one that failed may hold much
+        before = time.monotonic()
     for _ in range(rounds - 1):
         before = time.monotonic()
         if before - started + round_s > budget_s:
             break
-        for way, samples in found:
-            sample(way, tokens, new, samples)
-            known(way, samples)
+        for way, samples in list(found):
+            if not (
+                succeeds(way, functools.partial(sample, way, tokens, new, samples))
+                and succeeds(way, functools.partial(known, way, samples))
+            ):
+                found.remove((way, samples))
         round_s = time.monotonic() - before
-    return {f"{way.impl} {way.dtype}": samples for way, samples in found}
+    return {f"{way.impl} {way.dtype}": samples for way, samples in found}, once_s
 
 
 def figures(
-    config: GPTConfig, name: str, size: Size, way: Variant, samples: Samples, error: float, agrees: int,
+    config: GPTConfig, name: str, size: Size, way: Variant, samples: Samples, error: float | None, agrees: int | None,
     peak: mfu.Peak, threads: int | None,
 ) -> Row:  # fmt: skip
     """The fields of a row."""
@@ -298,39 +363,52 @@ def line(row: Row) -> str:
     verdict = "" if row["valid"] else f"  INVALID: {row['invalid_reason']}"
     head = f"{row['name']:10s} {row['impl']:14s} {row['dtype']:8s}"
     times = f"{row['tokens_per_s']:9.1f} tokens/s  first {row['ttft_ms']:8.1f} ms  each {row['tpot_ms']:8.2f} ms"
-    return f"decode {head} {times}  mbu {share:>7s}  error {row['error']:.1e}  {sizes}{verdict}"
+    error = "    n/a" if row["error"] is None else f"{row['error']:.1e}"
+    return f"decode {head} {times}  mbu {share:>7s}  error {error}  {sizes}{verdict}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def run_size(
     name: str, size: Size, arguments: argparse.Namespace, peak: mfu.Peak, log: Log, common: Row, budget_s: float
-) -> list[Row]:
-    """Time every variant at one size, and write a row for each."""
+) -> tuple[list[Row], float]:
+    """Time every variant at one size, and write a row for each. Returns them, and the seconds spent on making them."""
+    if arguments.compile:
+        torch.compiler.reset()  # beyond 8 sizes of one step torch runs it uncompiled, and says nothing
     device = torch.device(arguments.device)
     config = dataclasses.replace(PRESETS[name], dropout=0.0, block_size=size.prompt + size.new)
     tokens = torch.randint(config.vocab_size, (size.B, size.prompt), device=device)
-    truth: list[Tensor] = []  # logits after the prompt and first tokens of the first variant, the naive one
-    compared: dict[Variant, tuple[float, int]] = {}
+    model = fresh(config, device)
+    right: Truth | None = None
+    try:
+        right = truth(model, tokens, min(COMPARED_TOKENS, size.new))
+    except FAILURES as error:
+        log.row("note", name=f"{name} {size.dims}", text=f"no truth to compare with: {type(error).__name__}: {error}")
+        log.say(f"decode {name} {size.dims}: no truth to compare with: {in_one_line(error)}")
+    let_go()
+    compared: dict[Variant, tuple[float | None, int | None]] = {}
     rows: dict[Variant, Row] = {}
 
     def known(way: Variant, samples: Samples) -> None:
         if way not in compared:
-            found = way.logits(tokens).double(), way.generate(tokens, min(8, size.new))
-            truth.extend(() if truth else found)
-            same = found[1].eq(truth[1]).all(0)
-            compared[way] = relative_error(found[0], truth[0]), int(same.long().cumprod(0).sum())
+            compared[way] = (None, None) if right is None else right.against(way, tokens)
         error, agrees = compared[way]
         fields = figures(config, name, size, way, samples, error, agrees, peak, _threads(device))
         if way not in rows:
             log.say(line(fields))
         rows[way] = log.row("decode", **fields, **common)  # the newest row of a variant counts
 
-    measure(variants(config, size, device, arguments.compile, log), tokens, size.new, arguments.rounds, budget_s, known)
+    def failed(way: Variant, error: Exception) -> None:
+        what = f"{name} {way.impl} {way.dtype} {size.dims}"
+        log.row("note", name=what, text=f"failed: {type(error).__name__}: {error}")
+        log.say(f"decode {what}: FAILED: {in_one_line(error)}")
+
+    ways = variants(model, size, arguments.compile, log)
+    _, once_s = measure(ways, tokens, size.new, arguments.rounds, budget_s, known, failed)
     for row in rows.values():
         if row["n"] > 1:
             log.say(line(row))
-    return list(rows.values())
+    return list(rows.values()), once_s
 
 
 def _threads(device: torch.device) -> int | None:
@@ -380,9 +458,9 @@ def main(argv: Sequence[str]) -> int:
     add("--batch", help="sequences at once, comma-separated (default: 1,8,32 on a GPU, else 1)")
     add("--context", help="tokens of prompt and answer together, comma-separated (default: 128,1024,8192 on a GPU)")
     add("--new", type=int, help="tokens of the answer (default: 64 on a GPU, else 256)")
-    add("--compile", action="store_true", help="torch.compile on a CPU as well, which takes a minute or two")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU; a minute or two)")
     add("--rounds", type=int, default=5, help="samples of each variant, at most")
-    add("--budget_s", type=float, default=55.0 if on_gpu else 45.0, help="start no round or size that would end after")
+    add("--budget_s", type=float, default=900.0 if on_gpu else 45.0, help="start no round or size that would end after")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--quick", action="store_true", help="one size of the first model, 64 new tokens")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
@@ -403,19 +481,41 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(arguments.threads)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
-    started, failed, longest = time.monotonic(), False, 0.0
+    arguments.compile = device.type == "cuda" if arguments.compile is None else arguments.compile
     with Log(out, name="decode.jsonl") as log:
         peak = peak_bandwidth(device, out)
-        for name in models[:1] if arguments.quick else models:
-            for size in chosen:
-                left = arguments.budget_s - (time.monotonic() - started)
-                if longest and longest > left:
-                    log.say(f"decode {name} {size.dims}: left out, the {arguments.budget_s:.0f} s are spent")
-                    continue
-                before = time.monotonic()
-                rows = run_size(name, size, arguments, peak, log, common, max(left, 1.0) if len(chosen) == 1 else 1.0)
-                failed |= not all(row["valid"] for row in rows)
-                longest = max(longest, time.monotonic() - before)
-                gc.collect()
+        chosen_models = models[:1] if arguments.quick else models
+        failed = campaign([(name, size) for name in chosen_models for size in chosen], arguments, peak, log, common)
     results.compact(out / "decode.jsonl")
     return 1 if failed else 0
+
+
+def campaign(
+    todo: Sequence[tuple[str, Size]], arguments: argparse.Namespace, peak: mfu.Peak, log: Log, common: Row
+) -> bool:
+    """Measure size after size while the budget lasts. Returns whether anything failed or is invalid.
+
+    A size is expected to take as long as the longest before it. What the first of a model spends on making its
+    variants does not count: much of that, as imports and the compiling of kernels, is done once.
+    """
+    started, failed, expected_s = time.monotonic(), False, 0.0
+    begun: set[str] = set()
+    for name, size in todo:
+        before = time.monotonic()
+        left = arguments.budget_s - (before - started)
+        if begun and expected_s > left:
+            log.say(f"decode {name} {size.dims}: left out, the {arguments.budget_s:.0f} s are spent")
+            continue
+        once_s = 0.0
+        try:
+            rows, once_s = run_size(name, size, arguments, peak, log, common, max(left, 1.0) if len(todo) == 1 else 1.0)
+            failed |= not rows or not all(row["valid"] for row in rows)
+        except FAILURES as error:
+            failed = True
+            log.row("note", name=f"{name} {size.dims}", text=f"failed: {type(error).__name__}: {error}")
+            log.say(f"decode {name} {size.dims}: FAILED: {in_one_line(error)}")
+        let_go()
+        took_s = time.monotonic() - before
+        expected_s = max(expected_s, took_s if name in begun else took_s - once_s)
+        begun.add(name)
+    return failed

@@ -42,7 +42,7 @@ from kernels import Ops
 from . import results
 from .cpu import PlainGPT
 from .peaks import MEASURED_SLACK, from_rows
-from .timing import FAILURES, Timing, interleave, summarize
+from .timing import FAILURES, Timing, in_one_line, interleave, summarize
 
 GPU_MODELS = ("gpt2", "gpt2-xl", "modern", "gpt2-large", "gpt2-medium")  # in the order in which they are measured
 CPU_MODELS = ("char-cpu", "char-modern-cpu")  # char, of 11M parameters, takes a minute more: --models=char
@@ -343,7 +343,7 @@ def fitted_batch(plan: Plan, variants: list[Variant], log: Log) -> tuple[Tensor,
                     raise
                 variants.remove(variant)
                 told = f"{plan.name}: {variant.maker.label} cannot train here: {type(error).__name__}: {error}"
-                log.row("note", text=told)
+                log.row("note", name=f"{plan.name}: {variant.maker.label}", text=told)
                 log.say(f"model  {told[:300]}")
                 continue
             variant.first_loss = loss if variant.first_loss is None else variant.first_loss
@@ -539,8 +539,8 @@ def campaign(arguments: argparse.Namespace, device: torch.device, peak: mfu.Peak
             except FAILURES as error:
                 failed = True
                 labels = ", ".join(maker.label for maker in group)
-                log.row("note", text=f"{name} ({labels}): {type(error).__name__}: {error}")
-                log.say(f"model  {name} ({labels}): FAILED: {type(error).__name__}: {str(error)[:300]}")
+                log.row("note", name=f"{name} ({labels})", text=f"failed: {type(error).__name__}: {error}")
+                log.say(f"model  {name} ({labels}): FAILED: {in_one_line(error)}")
             gc.collect()
             each_s = (time.monotonic() - started - spent) / len(group)
     return failed

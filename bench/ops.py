@@ -34,7 +34,19 @@ from kernels import Cost, Op
 
 from . import results
 from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes
-from .timing import FAILURES, Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
+from .timing import (
+    FAILURES,
+    Settings,
+    Stopwatch,
+    Tensors,
+    Timing,
+    Truth,
+    Verdict,
+    Work,
+    flatten,
+    in_one_line,
+    stopwatch,
+)
 
 DIRECTIONS = ("forward", "backward", "both")
 OURS = ("triton", "reference")
@@ -235,9 +247,8 @@ def build(
         except FAILURES as error:
             if name in OURS:
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            log.row("note", text=f"{case}: {name} cannot do it: {said}")
-            log.say(f"ops    {case}: {name} left out: {said[:100]}")
+            log.row("note", name=f"{case}: {name}", text=f"cannot do it: {type(error).__name__}: {error}")
+            log.say(f"ops    {case}: {name} left out: {in_one_line(error)}")
         else:
             usable[name] = function
     shared = [case.draw(seed) for seed in range(sets)]
@@ -359,11 +370,11 @@ def smoke(op: Op, name: str, dtypes: Sequence[str], device: torch.device, log: L
         taken += 1
         if reason is not None:
             right = False
-            log.row("note", text=f"{case}: {name} is wrong and was not timed: {reason}")
+            log.row("note", name=f"{case}: {name}", text=f"wrong and not timed: {reason}")
             log.say(f"ops    {case}: {name} is WRONG, not timed: {reason[:300]}")
     if taken:
         return right
-    log.row("note", text=f"{op.name}: {name} cannot run here: {refusal}")
+    log.row("note", name=f"{op.name}: {name}", text=f"cannot run here: {refusal}")
     log.say(f"ops    {op.name}: {name} left out: {refusal[:300]}")
     return None
 
@@ -446,6 +457,8 @@ def main(argv: Sequence[str]) -> int:
         if on_gpu:
             beside, right = proven(names, asked, dtypes, device, log)
             failed = not right
+            if asked and arguments.only is None:
+                beside = {name: variants for name, variants in beside.items() if variants}
         todo = cases(list(beside), dtypes, directions, device, arguments.quick) if beside else []
         for number, case in enumerate(todo, 1):
             if time.monotonic() - started > arguments.budget_s:
@@ -459,8 +472,8 @@ def main(argv: Sequence[str]) -> int:
                 failed |= not all(row["valid"] for row in rows)
             except FAILURES as error:
                 failed = True
-                log.row("note", text=f"{case}: failed: {type(error).__name__}: {error}")
-                log.say(f"ops    {case}: FAILED: {type(error).__name__}: {error}")
+                log.row("note", name=str(case), text=f"failed: {type(error).__name__}: {error}")
+                log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
     results.compact(out / "ops.jsonl")
     return 1 if failed else 0
 

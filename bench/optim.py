@@ -31,7 +31,7 @@ from kernels.newton_schulz import KERNEL_PRODUCTS, POLAR_EXPRESS, REFERENCE_PROD
 
 from . import results
 from .peaks import DTYPES
-from .timing import FAILURES, Settings, Truth, Work, compare, interleave, stopwatch, summarize
+from .timing import FAILURES, Settings, Truth, Work, compare, in_one_line, interleave, stopwatch, summarize
 
 A, B, C = POLAR_EXPRESS[0]
 SAMPLE_MS = 20.0  # a sample is as many steps in a row as fill this
@@ -113,8 +113,8 @@ def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Ro
 
 def say_failed(what: str, error: Exception, log: Log) -> None:
     """A note for what could not be timed."""
-    log.row("note", text=f"{what} failed: {type(error).__name__}: {error}")
-    log.say(f"optim  {what}: FAILED: {type(error).__name__}: {str(error)[:300]}")
+    log.row("note", name=what, text=f"failed: {type(error).__name__}: {error}")
+    log.say(f"optim  {what}: FAILED: {in_one_line(error)}")
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

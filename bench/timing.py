@@ -44,6 +44,12 @@ FAILURES: tuple[type[Exception], ...] = (
     RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError, *_triton.ERRORS,
 )  # fmt: skip
 
+
+def in_one_line(error: Exception) -> str:
+    """Its kind and the first line of what it says, for the console; the rest is for the row."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+
+
 _now_ns = time.perf_counter_ns  # taken at import: replacing time.perf_counter_ns later changes nothing here
 _Event, _elapsed, _record = torch.cuda.Event, torch.cuda.Event.elapsed_time, torch.cuda.Event.record
 _synchronize = torch.cuda.synchronize
@@ -493,8 +499,8 @@ class CudaStopwatch(Stopwatch):
         except RuntimeError as error:
             CudaStopwatch.captures = False
             self.synchronize()
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-            return by_events, {"method": f"events (no graph, and no more of them in this process: {reason})"}
+            why = in_one_line(error)
+            return by_events, {"method": f"events (no graph, and no more of them in this process: {why})"}
 
     def _waits(self, work: Work) -> str | None:
         """What torch says where the work waits for the GPU, as a copy to the host does; None where it does not."""
@@ -503,7 +509,7 @@ class CudaStopwatch(Stopwatch):
         try:
             work.run()
         except RuntimeError as error:
-            return (str(error).splitlines() or [type(error).__name__])[0][:80]
+            return in_one_line(error)
         finally:
             torch.cuda.set_sync_debug_mode(before)
         return None

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
+import weakref
 
 import pytest
 import torch
 
+import kernels
 from bench import decode, results
 from bench.decode import Samples, Size, Variant, figures, main, measure, sample
 from bench.peaks import Ceilings
+from bench.timing import relative_error
 from gptfast import mfu
 from gptfast.cli import UserError
 from gptfast.config import PRESETS
+from gptfast.engine.weights import converted
+from gptfast.log import Log
+from gptfast.model import GPT
 
 CONFIG = dataclasses.replace(PRESETS["char-cpu"], block_size=24)
 PEAK = mfu.Peak.measured("a copy", {}, 1e9, "by hand")
@@ -98,10 +106,11 @@ def test_rounds_are_interleaved_and_end_with_the_budget(monkeypatch):
 
         return dataclasses.replace(way(impl=impl), generate=generate)
 
-    found = measure([noted("a"), noted("b")], torch.zeros(1, 4, dtype=torch.int64), 7, rounds=9, budget_s=45)
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    found, once_s = measure([noted("a"), noted("b")], tokens, 7, rounds=9, budget_s=45)
     rounds = [[(impl, 1), (impl, 7)] for impl in "ab"]
     assert order == [("a", 3), *rounds[0], ("b", 3), *rounds[1], *rounds[0], *rounds[1]]
-    assert [len(samples.all_s) for samples in found.values()] == [2, 2]
+    assert [len(samples.all_s) for samples in found.values()] == [2, 2] and once_s == 6
 
 
 def test_a_sample_that_something_disturbed_is_taken_again(monkeypatch):
@@ -129,9 +138,171 @@ def test_a_way_that_cannot_run_is_named_and_left_out(roof, tmp_path, monkeypatch
     monkeypatch.setattr(decode, "by_transformers", broken)
     flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
     assert main([*flags, f"--out={tmp_path}"]) == 0
-    assert "transformers float32: left out: no such thing here" in capsys.readouterr().out
+    assert "transformers float32: left out: RuntimeError: no such thing here" in capsys.readouterr().out
     kinds = {row["what"] for row in results.read(tmp_path / "decode.jsonl")}
     assert kinds == {"note", "decode"}
+
+
+# ---- variants that fail, the truth, and what is begun ----------------------------------------------------------------
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+
+def fails_at(call: int, impl: str) -> Variant:
+    """A variant that decodes until it runs out of memory at that call."""
+    calls = []
+
+    def generate(tokens, n):
+        calls.append(n)
+        return out_of_memory() if len(calls) == call else torch.zeros(len(tokens), n, dtype=torch.int64)
+
+    return dataclasses.replace(way(impl=impl), generate=generate)
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that goes on by a second whenever it is read: no sample is too short."""
+    ticks = itertools.count()
+    monkeypatch.setattr(decode, "timed", lambda run: (run(), float(next(ticks)))[1])
+
+
+def test_a_variant_that_fails_while_it_runs_ends_alone(ticking):
+    """At its warm-up, in the first round, or in the second: its samples until then are kept."""
+    told = []
+    ways = [fails_at(1, "warm-up"), fails_at(2, "first"), fails_at(5, "second"), way(impl="fine")]
+    failed = lambda way, error: told.append((way.impl, type(error).__name__))
+    known = lambda way, samples: counts.update({way.impl: len(samples.all_s)})
+    counts: dict[str, int] = {}
+    found, _ = measure(ways, torch.zeros(1, 4, dtype=torch.int64), 7, 4, 1e9, known, failed)
+    assert told == [(impl, "OutOfMemoryError") for impl in ("warm-up", "first", "second")]
+    assert list(found) == ["fine float32"] and counts == {"second": 1, "fine": 4}
+
+
+def test_what_fails_is_let_go_before_the_next_is_made():
+    class Memory:
+        pass
+
+    held = []
+
+    def ways():
+        for impl in ("large", "next"):
+            assert all(memory() is None for memory in held), "what the one before it held is still there"
+            memory = Memory()
+            held.append(weakref.ref(memory))
+            yield dataclasses.replace(way(impl=impl), generate=lambda *_, memory=memory: out_of_memory())
+            del memory
+
+    assert measure(ways(), torch.zeros(1, 4, dtype=torch.int64), 7, 1, 1e9)[0] == {}
+    assert len(held) == 2
+
+
+def small(monkeypatch, **changes):
+    monkeypatch.setitem(PRESETS, "char-cpu", dataclasses.replace(PRESETS["char-cpu"], n_layer=1, **changes))
+
+
+def test_a_failure_at_run_time_is_in_a_row_and_the_page_goes_on(roof, tmp_path, monkeypatch, capsys):
+    small(monkeypatch)
+    monkeypatch.setattr(decode, "by_engine", lambda model, size, form: fails_at(1 + (form == "int8"), f"engine {form}"))
+    flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
+    assert main([*flags, f"--out={tmp_path}"]) == 0
+    rows = results.read(tmp_path / "decode.jsonl")
+    notes = {row["name"].split(" {")[0]: row["text"] for row in rows if row["what"] == "note"}
+    assert list(notes) == [f"char-cpu engine {form} float32" for form in ("model", "float16", "int8")]
+    assert all(text.startswith("failed: OutOfMemoryError: CUDA out of memory") for text in notes.values())
+    assert {row["impl"] for row in rows if row["what"] == "decode"} >= {"naive"}
+    assert "char-cpu engine int8 float32" in capsys.readouterr().out
+
+
+def test_a_size_that_fails_as_a_whole_is_noted_and_the_next_is_measured(roof, tmp_path, monkeypatch):
+    small(monkeypatch)
+    fresh = decode.fresh
+    monkeypatch.setattr(decode, "fresh", lambda c, device: out_of_memory() if c.block_size == 12 else fresh(c, device))
+    flags = ["--models=char-cpu", "--context=12,16", "--new=4", "--rounds=1", "--device=cpu", "--budget_s=100"]
+    assert main([*flags, f"--out={tmp_path}"]) == 1
+    rows = results.read(tmp_path / "decode.jsonl")
+    assert "'prompt': 8" in rows[0]["name"] and "CUDA out of memory" in rows[0]["text"]
+    assert {row["dims"]["prompt"] for row in rows[1:]} == {12}
+
+
+def test_the_truth_is_the_same_weights_in_fp32_by_the_references():
+    """Whatever the model computes in and by: here bf16, and ops that cannot run at all."""
+    model, prompts = decode.fresh(CONFIG, torch.device("cpu")), torch.randint(65, (6, 8))
+    same = GPT(CONFIG, kernels.load("reference")).eval()
+    same.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        exact, model.dtype = same.logits(prompts, last_only=True)[:4, -1], torch.bfloat16
+        rounded = decode.naive(converted(model, "model"))
+        model.ops = kernels.Ops(dict.fromkeys(kernels.OPS, ("none", "", out_of_memory)))
+        for block in model.transformer["h"]:
+            block.ops = model.ops
+        right = decode.truth(model, prompts, 3)
+        assert relative_error(right.logits, exact) < 1e-6 and right.tokens.shape == (4, 3)
+        assert right.tokens[:, 0].equal(exact.argmax(-1)) and model.dtype == torch.bfloat16
+        error, agrees = right.against(rounded, prompts)
+    assert 1e-4 < error < 0.1 and 0 <= agrees <= 3
+
+
+def test_bf16_is_held_against_fp32_and_not_against_itself(roof, tmp_path, monkeypatch):
+    def in_bf16(config, device, fresh=decode.fresh):
+        model = fresh(config, device)
+        model.dtype = torch.bfloat16
+        return model
+
+    small(monkeypatch)
+    monkeypatch.setattr(decode, "fresh", in_bf16)
+    flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
+    assert main([*flags, f"--out={tmp_path}"]) == 0
+    rows = [row for row in results.read(tmp_path / "decode.jsonl") if row["what"] == "decode"]
+    assert {row["impl"]: row["error"] > 1e-4 for row in rows if row["dtype"] == "bfloat16"}["naive"]
+
+
+def test_without_room_for_the_truth_the_times_stand(roof, tmp_path, monkeypatch, capsys):
+    small(monkeypatch)
+    monkeypatch.setattr(decode, "truth", out_of_memory)
+    flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
+    assert main([*flags, f"--out={tmp_path}"]) == 0
+    rows = results.read(tmp_path / "decode.jsonl")
+    assert "no truth to compare with" in rows[0]["text"] and rows[1]["error"] is None
+    assert "error     n/a" in capsys.readouterr().out
+
+
+def test_every_size_is_compiled(roof, tmp_path, monkeypatch):
+    """Beyond its limit of sizes torch runs a step uncompiled, under the name of the compiled one."""
+    small(monkeypatch)
+    graphs, compile = [], torch.compile
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend=backend))
+    torch.compiler.reset()
+    counts = []
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for B in (1, 2, 3):
+            flags = ["--models=char-cpu", f"--batch={B}", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
+            assert main([*flags, "--compile", f"--out={tmp_path}"]) == 0
+            counts.append(len(graphs))
+    assert counts[0] > 0 and counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+
+
+def test_what_is_done_once_does_not_count_for_the_sizes_to_come(monkeypatch, capsys):
+    """50 s of imports and compiling, then 10 s for each size: of a minute and a half, four sizes fit and not one."""
+    clock, ran = [0.0], []
+    monkeypatch.setattr(decode.time, "monotonic", lambda: clock[0])
+
+    def run_size(name, size, *_):
+        ran.append((name, size.B))
+        once_s = 50 if len(ran) == 1 else 0
+        clock[0] += 10 + once_s
+        return [{"valid": True}], once_s
+
+    monkeypatch.setattr(decode, "run_size", run_size)
+    arguments = argparse.Namespace(budget_s=95.0)
+    todo = [(name, Size(B, 8, 8)) for name in ("gpt2", "gpt2-xl") for B in (1, 2, 3)]
+    assert not decode.campaign(todo, arguments, PEAK, Log(None), {})
+    assert ran == [(name, size.B) for name, size in todo[:4]]
+    assert capsys.readouterr().out.count("left out, the 95 s are spent") == 2
 
 
 @pytest.mark.parametrize("flags, complaint", [

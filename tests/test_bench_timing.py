@@ -120,7 +120,7 @@ def test_after_a_capture_that_failed_there_is_no_other(machine):
     short = lambda: machine.enqueue(0.01)
     sample, method = sampler(short)
     reason = "operation not permitted when stream is capturing"
-    assert method == f"events (no graph, and no more of them in this process: {reason})"
+    assert method == f"events (no graph, and no more of them in this process: RuntimeError: {reason})"
     assert sample() == pytest.approx(0.01)
     machine.refused = ""
     assert [sampler(short)[1] for _ in range(2)] == ["events (no graph after one that failed)"] * 2

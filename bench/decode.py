@@ -44,8 +44,9 @@ from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
 
 from . import results
+from .failures import FAILURES, in_one_line
 from .peaks import ceilings
-from .timing import FAILURES, in_one_line, relative_error, summarize
+from .timing import relative_error, summarize
 
 NAIVE_LENGTHS = 6  # at which the naive loop is timed
 DISTURBED = 10  # how often one token may take longer than all of them, because the machine did something else meanwhile

@@ -41,8 +41,9 @@ from kernels import Ops
 
 from . import results
 from .cpu import PlainGPT
+from .failures import FAILURES, in_one_line
 from .peaks import MEASURED_SLACK, from_rows
-from .timing import FAILURES, Timing, in_one_line, interleave, summarize
+from .timing import Timing, interleave, summarize
 
 GPU_MODELS = ("gpt2", "gpt2-xl", "modern", "gpt2-large", "gpt2-medium")  # in the order in which they are measured
 CPU_MODELS = ("char-cpu", "char-modern-cpu")  # char, of 11M parameters, takes a minute more: --models=char

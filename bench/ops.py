@@ -33,20 +33,9 @@ from gptfast.model import compute_dtype
 from kernels import Cost, Op
 
 from . import results
+from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes
-from .timing import (
-    FAILURES,
-    Settings,
-    Stopwatch,
-    Tensors,
-    Timing,
-    Truth,
-    Verdict,
-    Work,
-    flatten,
-    in_one_line,
-    stopwatch,
-)
+from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
 
 DIRECTIONS = ("forward", "backward", "both")
 OURS = ("triton", "reference")

@@ -30,8 +30,9 @@ from gptfast.optim import Muon
 from kernels.newton_schulz import KERNEL_PRODUCTS, POLAR_EXPRESS, REFERENCE_PRODUCTS, Products
 
 from . import results
+from .failures import FAILURES, in_one_line
 from .peaks import DTYPES
-from .timing import FAILURES, Settings, Truth, Work, compare, in_one_line, interleave, stopwatch, summarize
+from .timing import Settings, Truth, Work, compare, interleave, stopwatch, summarize
 
 A, B, C = POLAR_EXPRESS[0]
 SAMPLE_MS = 20.0  # a sample is as many steps in a row as fill this

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import kernels
+from bench.failures import FAILURES
 from bench.ops import DIRECTIONS, OURS, Case, cases, compiling, variants
-from bench.timing import FAILURES, Truth, flatten, judge
+from bench.timing import Truth, flatten, judge
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

@@ -37,18 +37,8 @@ import torch
 from torch import Tensor
 
 from gptfast.log import gpu_state
-from kernels import _triton
 
-# What code raises that cannot do a case here. One page of the bench goes on after it, and says so in a row.
-FAILURES: tuple[type[Exception], ...] = (
-    RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError, *_triton.ERRORS,
-)  # fmt: skip
-
-
-def in_one_line(error: Exception) -> str:
-    """Its kind and the first line of what it says, for the console; the rest is for the row."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
-
+from .failures import in_one_line
 
 _now_ns = time.perf_counter_ns  # taken at import: replacing time.perf_counter_ns later changes nothing here
 _Event, _elapsed, _record = torch.cuda.Event, torch.cuda.Event.elapsed_time, torch.cuda.Event.record

@@ -15,10 +15,11 @@ import torch
 import kernels
 from bench import __main__ as campaign
 from bench import ops
+from bench.failures import FAILURES
 from bench.ops import Case, cases, fitted, halved, run_case, variants
 from bench.peaks import Ceilings, from_rows
 from bench.results import read
-from bench.timing import FAILURES, Settings, flatten, stopwatch
+from bench.timing import Settings, flatten, stopwatch
 from gptfast.cli import UserError
 from gptfast.log import Log, check_row, facts
 

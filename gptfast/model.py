@@ -137,7 +137,8 @@ class Shift(nn.Module):
 
 def shifted(x: Tensor, taps: int) -> list[Tensor]:
     """x (B, T, C) as it was 1 ... `taps` steps before, with zeros before the first."""
-    return [F.pad(x, (0, 0, i, 0))[:, : x.shape[1]] for i in range(1, taps + 1)]
+    T = x.shape[1]
+    return [F.pad(x, (0, 0, i, -i)) if i < T else torch.zeros_like(x) for i in range(1, taps + 1)]
 
 
 class NoShift(nn.Module):

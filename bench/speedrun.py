@@ -6,8 +6,8 @@
     python -m bench speedrun --race --seeds=11,12,13
     python -m bench speedrun --race --seeds=14,15,16 --only=cpu-sprint
 
-Without --race: the final loss with an ingredient left out or put in, beside that of the recipe. Every variant is a run of
-`python -m train.speedrun` in a process of its own: same data, same batches, same number of updates; only the flags
+Without --race: the final loss with an ingredient left out or put in, beside that of the recipe. Every variant is a run
+of `python -m train.speedrun` in a process of its own: same data, same batches, same number of updates; only the flags
 shown differ. Rates are those of the recipe except where the table shows others: what is left out was not tuned to be
 without.
 

@@ -277,11 +277,11 @@ def test_every_size_is_compiled(roof, tmp_path, monkeypatch):
     torch.compiler.reset()
     counts = []
     with torch._dynamo.config.patch(recompile_limit=1):
-        for B in (1, 2, 3):
+        for B in (1, 2):
             flags = ["--models=char-cpu", f"--batch={B}", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
             assert main([*flags, "--compile", f"--out={tmp_path}"]) == 0
             counts.append(len(graphs))
-    assert counts[0] > 0 and counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+    assert counts[0] > 0 and counts[1] == 2 * counts[0]
 
 
 def test_what_is_done_once_does_not_count_for_the_sizes_to_come(monkeypatch, capsys):

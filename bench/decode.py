@@ -35,7 +35,7 @@ from torch import Tensor
 
 import kernels
 from gptfast import mfu
-from gptfast.cli import UserError, nearest
+from gptfast.cli import UserError, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
@@ -376,7 +376,7 @@ def run_size(
     """Time every variant at one size, and write a row for each. Returns them, and the seconds spent on making them."""
     if arguments.compile:
         torch.compiler.reset()  # beyond 8 sizes of one step torch runs it uncompiled, and says nothing
-    device = torch.device(arguments.device)
+    device = made_current(arguments.device)
     config = dataclasses.replace(PRESETS[name], dropout=0.0, block_size=size.prompt + size.new)
     tokens = torch.randint(config.vocab_size, (size.B, size.prompt), device=device)
     model = fresh(config, device)
@@ -466,7 +466,7 @@ def main(argv: Sequence[str]) -> int:
     add("--quick", action="store_true", help="one size of the first model, 64 new tokens")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args(argv)
-    device, models = torch.device(arguments.device), [name for name in arguments.models.split(",") if name]
+    device, models = made_current(arguments.device), [name for name in arguments.models.split(",") if name]
     for name in models:
         if name not in PRESETS:
             raise UserError(f"--models={name} is unknown{nearest(name, PRESETS)}")

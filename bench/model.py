@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import kernels
 from gptfast import mfu
-from gptfast.cli import UserError, nearest
+from gptfast.cli import UserError, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.log import Log, Row, facts, gpu_state
 from gptfast.model import GPT, IGNORED, compute_dtype
@@ -477,7 +477,7 @@ def main(argv: Sequence[str]) -> int:
     add("--quick", action="store_true", help="the first model, without its ladder")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args([_underscored(argument) for argument in argv])
-    device = torch.device(arguments.device)
+    device = made_current(arguments.device)
     check_arguments(arguments, device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # as the trainer does; here for every variant

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, nearest
+from gptfast.cli import UserError, made_current, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import compute_dtype
 from kernels import Cost, Op
@@ -429,7 +429,7 @@ def main(argv: Sequence[str]) -> int:
     having = [op.name for op in kernels.OPS.values() if not asked or set(asked) & op.variants.keys()]
     names = having if arguments.only is None else _chosen("--only", arguments.only, kernels.OPS)
     directions = _chosen("--direction", arguments.direction, DIRECTIONS)
-    device = torch.device(arguments.device)
+    device = made_current(arguments.device)
     on_gpu = device.type == "cuda"
     dtypes = chosen_dtypes(arguments.dtype) if arguments.dtype else native_dtypes(device)
     if on_gpu and not torch.cuda.is_available():

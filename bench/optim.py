@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, nearest
+from gptfast.cli import UserError, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.log import Log, Row, facts
 from gptfast.optim import Muon
@@ -221,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
-    device, models = torch.device(arguments.device), [name for name in arguments.models.split(",") if name]
+    device, models = made_current(arguments.device), [name for name in arguments.models.split(",") if name]
     if device.type == "cuda" and not on_gpu:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
     for name in models:

@@ -91,6 +91,19 @@ def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
     return dict(_split(argv, get_type_hints(config_type))[1])
 
 
+def made_current(name: str) -> torch.device:
+    """The device of that name; a numbered GPU, if it is here, as the current one: streams, events and launches are its.
+
+    Raises RuntimeError for a name torch does not know.
+    """
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
+        torch.cuda.set_device(device)
+    return device
+
+
 def choose_device(name: str, *, typed: bool) -> str:
     """The device to run on: `name`, checked, and a GPU made the current one, as cuda without a number means it.
 
@@ -107,8 +120,7 @@ def choose_device(name: str, *, typed: bool) -> str:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) < count:
-            if device.index is not None:
-                torch.cuda.set_device(device)
+            made_current(name)
             return name
         if typed:
             found = f"GPUs here: {count}" if count else "there is no CUDA GPU here"

@@ -60,7 +60,7 @@ def _formula(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bo
 
 
 class _OnCPU(torch.autograd.Function):
-    """The same with the gradient of the head of this page written out, in half the passes over memory that torch's
+    """The same with the gradient of the head of this page written out, in fewer passes over memory than torch's
     takes. Twice differentiable, since backward forms the norm anew.
     """
 

@@ -10,6 +10,7 @@ import importlib.util
 import random
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,18 @@ def text() -> str:
     while sum(map(len, lines)) < 40_000:
         lines.append(f"{sentence()}\n")
     return "".join(lines)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that torch.compile has made in this test; each runs as it is."""
+    found: list[Any] = []
+    compile = torch.compile
+
+    def backend(graph: Any, example: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend=backend))
+    torch.compiler.reset()
+    return found

@@ -264,17 +264,9 @@ def test_without_room_for_the_truth_the_times_stand(roof, tmp_path, monkeypatch,
     assert "error     n/a" in capsys.readouterr().out
 
 
-def test_every_size_is_compiled(roof, tmp_path, monkeypatch):
+def test_every_size_is_compiled(roof, tmp_path, monkeypatch, graphs):
     """Beyond its limit of sizes torch runs a step uncompiled, under the name of the compiled one."""
     small(monkeypatch)
-    graphs, compile = [], torch.compile
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend=backend))
-    torch.compiler.reset()
     counts = []
     with torch._dynamo.config.patch(recompile_limit=1):
         for B in (1, 2):

@@ -108,16 +108,8 @@ def test_the_budget_keeps_the_largest_sizes_and_names_the_others(tmp_path, monke
     assert said in capsys.readouterr().out and said in read(tmp_path / "optim.jsonl")[0]["text"]
 
 
-def test_every_size_is_compiled(tmp_path, monkeypatch):
+def test_every_size_is_compiled(tmp_path, graphs):
     """Beyond its limit of shapes torch runs a function uncompiled, under the name of the compiled one."""
-    graphs, compile = [], torch.compile
-
-    def backend(graph, example):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend=backend))
-    torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=2):
         flags = ["--models=", "--sizes=8,16", "--device=cpu", "--compile", f"--out={tmp_path}"]
         assert optim.main([*flags, "--quick"]) == 0 and len(graphs) == 5

@@ -144,14 +144,15 @@ def test_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         cli.choose_device("gpu", typed=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    made_current: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert cli.choose_device("cuda:0", typed=True) == "cuda:0"
     with pytest.raises(UserError, match="GPUs here: 1; use --device=cuda:0"):
         cli.choose_device("cuda:1", typed=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert cli.choose_device("cuda:1", typed=True) == "cuda:1"
-    assert made_current == [torch.device("cuda:0"), torch.device("cuda:1")]  # Triton launches on the current one
+    assert cli.made_current("cuda:2").index == 2 and cli.made_current("cpu").type == "cpu"  # not here; not a GPU
+    assert current == [torch.device("cuda:0"), torch.device("cuda:1")]  # Triton launches on the current one
 
 
 def test_dtype_and_kernels() -> None:

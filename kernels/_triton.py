@@ -5,9 +5,9 @@ goes to the GPU unless a launcher is in force (see `launching`): the interpreter
 which makes a page's own forward function serve as its shape function.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
     import triton.language as tl
+    from triton import __version__ as _version
     from triton.errors import TritonError
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -56,14 +56,19 @@ def launcher() -> Launcher | None:
     return _launcher.get()
 
 
-@contextlib.contextmanager
-def launching(by: Launcher | None) -> Iterator[None]:
+class launching:  # a function in use, and a class because a generator would cost each launch 2 us more
     """Send every launch of this thread to `by` until the block ends."""
-    token = _launcher.set(by)
-    try:
-        yield
-    finally:
-        _launcher.reset(token)
+
+    __slots__ = ("_by", "_token")
+
+    def __init__(self, by: Launcher | None) -> None:
+        self._by = by
+
+    def __enter__(self) -> None:
+        self._token = _launcher.set(self._by)
+
+    def __exit__(self, *raised: object) -> None:
+        _launcher.reset(self._token)
 
 
 if MISSING is None:
@@ -77,7 +82,7 @@ if MISSING is None:
                 return super().run(*args, grid=grid, warmup=warmup, **kwargs)
             return by.launch(self, grid, *args, **kwargs)
 
-    jit, VERSION = Kernel, triton.__version__
+    jit, VERSION = Kernel, _version
     # What Triton raises where a kernel cannot be compiled or launched; none of it is a RuntimeError.
     ERRORS: tuple[type[Exception], ...] = (TritonError,)
 
@@ -96,16 +101,7 @@ else:
                 return lambda *args, **kwargs: None
             raise RuntimeError(f"{self.__name__} cannot run: {MISSING}; use kernels.load('reference')")
 
-    class _AbsentTriton:
-        @staticmethod
-        def next_power_of_2(n: int) -> int:
-            return 1 << max(n - 1, 0).bit_length()
-
-        @staticmethod
-        def cdiv(a: int, b: int) -> int:
-            return -(-a // b)
-
-    jit, tl, triton, TensorDescriptor = _AbsentKernel, _AbsentLanguage(), _AbsentTriton(), None  # type: ignore[assignment]
+    jit, tl, TensorDescriptor = _AbsentKernel, _AbsentLanguage(), None  # type: ignore[assignment]
     VERSION, ERRORS = "none", ()
 
 
@@ -118,6 +114,18 @@ if HAS_GLUON:
 
 else:
     gluon_jit, gl, gl_hopper, GluonDescriptor = jit, tl, None, None  # inert: no version without Gluon is fit for them
+
+
+class triton:  # under the name that kernels know: Triton's own functions take 5 us a call on the host
+    """What the pages need of Triton outside kernels."""
+
+    @staticmethod
+    def cdiv(a: int, b: int) -> int:
+        return -(-a // b)
+
+    @staticmethod
+    def next_power_of_2(n: int) -> int:
+        return 1 << max(operator.index(n) - 1, 0).bit_length()
 
 
 @functools.cache

@@ -91,7 +91,15 @@ def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
 
     x = torch.zeros(1).as_subclass(OnSecond)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    there = _on_gpu("layernorm", (0.5, x))
+    there = _on_gpu("layernorm", x)
     assert isinstance(there, torch.cuda.device) and there.idx == 1
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert not isinstance(_on_gpu("layernorm", (0.5, x)), torch.cuda.device)
+    assert not isinstance(_on_gpu("layernorm", x), torch.cuda.device)
+
+
+def test_a_second_derivative_is_refused():
+    """Dropped in silence, a gradient penalty would train on half its loss."""
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8)
+    y = kernels.load("interpret").rmsnorm(x, weight)
+    with pytest.raises(RuntimeError, match=r"rmsnorm.*second derivative.*reference"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

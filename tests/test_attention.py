@@ -33,7 +33,7 @@ def results(function, q, k, v, **features) -> list[Tensor]:
     outputs = function(q, k, v, **features)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     seeds = [torch.where(o.isfinite(), s, 0.0) for o, s in zip(outputs, seeds, strict=True)]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, (q, k, v), seeds)]
 

@@ -92,7 +92,7 @@ def test_gradients_follow_from_what_it_returns():
         q, k, v = fused.split((H, G, G), dim=2)
         out, lse = function(q, k, v, return_lse=True)
         generator = torch.Generator().manual_seed(1)
-        seeds = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+        seeds = [torch.randn(x.shape, generator=generator).to(x) for x in (out, lse)]
         gradient = torch.autograd.grad((out, lse), fused, seeds)[0]
         return [out.detach(), lse.detach(), *gradient.split((H, G, G), dim=2)]
 

@@ -30,10 +30,14 @@ MUTANTS = {
         "dweight of the last block only": ("dweight += tl.sum(dy * xhat, axis=0)[None, :]",
                                            "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
         "partial rows of dweight shared": (
-            "row = p.to(tl.int64) * N\n    tl.store(dweight_ptr + row + n, dweight, n < N)",
-                                           "row = 0\n    tl.store(dweight_ptr + row + n, dweight, n < N)"),
+            "row = p.to(tl.int64) * N\n    tl.store(partial_ptr + row + n, dweight, n < N)",
+            "row = 0\n    tl.store(partial_ptr + row + n, dweight, n < N)"),
+        "partial rows of dbias are those of dweight": ("row += tl.num_programs(0).to(tl.int64) * N", "row += 0"),
+        "rstd taken from the means": (
+            "rstd = tl.load(statistics_ptr + M + m, m < M", "rstd = tl.load(statistics_ptr + m, m < M"),
         "partial rows not summed": (
-            "sum_partial_rows(partial[0], dweight)", "sum_partial_rows(partial[0, :1], dweight)"),
+            "sum_partial_rows(partial, dweight", "sum_partial_rows(partial[:, :1].contiguous(), dweight"),
+        "dbias is dweight": ("dbias if has_bias else None)", "dweight if has_bias else None)"),
         "mean of g dropped from dx": ("dx = rstd * (g - mean_g - xhat * mean_gx)", "dx = rstd * (g - xhat * mean_gx)"),
         "bias not added": (
             "    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),

@@ -185,7 +185,7 @@ def test_gradients_only_where_asked(op):
         outputs = kernel_of(op)(*frozen)
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         generator = torch.Generator().manual_seed(1)
-        seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
         pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
         (gradient,) = torch.autograd.grad([o for o, _ in pairs], [leaf], [s for _, s in pairs])
         torch.testing.assert_close(gradient, full[n + i], rtol=2e-6, atol=2e-6)

@@ -28,7 +28,7 @@ def values_and_gradients(function, q, k, cos, sin, **options):
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
     out = function(q, k, cos, sin, **options)
     generator = torch.Generator().manual_seed(2)
-    seeds = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in out]
+    seeds = [torch.randn(o.shape, generator=generator).to(o) for o in out]
     return [*out, *torch.autograd.grad(out, (q, k), seeds)]
 
 

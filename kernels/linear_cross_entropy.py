@@ -113,7 +113,8 @@ class Task(NamedTuple):
     """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients.
 
     `widens` sums dweight in the products themselves, by addmm's out_dtype, where the device has it: for code that is
-    never traced, since torch 2.11 raises for out_dtype with out= on fake tensors. `shapes_only` leaves the products and the loss out: for tracing.
+    never traced, since torch 2.11 raises for out_dtype with out= on fake tensors. `shapes_only` leaves the products
+    and the loss out: for a shape function.
     """
 
     rows_loss: RowsLoss

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._triton import launcher, skip
 from .op import Cost, Op, differentiable, require
 from .prims import CROSS_ENTROPY_TILES, Criterion, check_criterion, cross_entropy_rows, require_kernel_dtype
 
@@ -109,7 +110,12 @@ def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
 
 
 class Task(NamedTuple):
-    """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients."""
+    """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients.
+
+    `widens` sums dweight in the products themselves, by addmm's out_dtype, where the device has it: for code that is
+    never traced, since torch 2.11 raises for out_dtype with out= on fake tensors. `shapes_only` leaves the products
+    and the loss out: for a shape function.
+    """
 
     rows_loss: RowsLoss
     criterion: Criterion
@@ -118,6 +124,8 @@ class Task(NamedTuple):
     pitch: int
     needs_dx: bool
     needs_dweight: bool
+    widens: bool = False
+    shapes_only: bool = False
 
     @property
     def early(self) -> bool:
@@ -142,30 +150,33 @@ def _pass(
     loss = torch.empty(M, dtype=wide, device=x.device)
     dx = torch.empty((M, C) if task.needs_dx else (0,), dtype=x.dtype, device=x.device)
     dweight = torch.empty((V, C) if task.needs_dweight else (0,), dtype=sum_dtype, device=x.device)
+    if task.shapes_only:
+        return loss, dx, dweight
     logits = torch.empty((min(M, rows), task.pitch), dtype=x.dtype, device=x.device)
     for i, (x_part, targets_part, loss_part) in enumerate(
         zip(x.split(rows), targets.split(rows), loss.split(rows), strict=True)
     ):
-        padded = logits[: x_part.shape[0]]
-        z = padded if task.pitch == V else padded[:, :V]
+        padded = logits.narrow(0, 0, x_part.shape[0])
+        z = padded if task.pitch == V else padded.narrow(1, 0, V)
         torch.mm(x_part, weight.t(), out=z)
         scale_part = None if scale is None else scale.split(rows)[i]
         loss_part.copy_(task.rows_loss(padded, targets_part, task.criterion, scale_part))
         if scale is not None and task.needs_dx:
             torch.mm(z, weight, out=dx.split(rows)[i])
         if scale is not None and task.needs_dweight:
-            _add_product(dweight, z, x_part, first=i == 0)
+            _add_product(dweight, z, x_part, i == 0, task.widens)
     return loss, dx, dweight
 
 
-def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool) -> None:
+def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool, widens: bool) -> None:
     """total (V, C) += z (m, V)^T @ x (m, C) in total's dtype, or total = where this is the first product."""
     if total.dtype == z.dtype:
         torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
-    elif z.device.type == "cuda":
+    elif widens and z.device.type == "cuda":
         torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:  # a CPU does not widen: 16-bit products for a few rows of the total at a time, which stay in cache
-        for part, z_part in zip(total.split(4096), z.split(4096, dim=1), strict=True):
+    else:  # 16-bit products, summed wide; on a CPU for a few rows of the total at a time, which stay in cache
+        rows = 4096 if z.device.type == "cpu" else total.shape[0]
+        for part, z_part in zip(total.split(rows), z.split(rows, dim=1), strict=True):
             product = torch.mm(z_part.t(), x)
             part.copy_(product) if first else part.add_(product)
 
@@ -237,6 +248,13 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
     return loss[:, 0].masked_fill_(~kept, 0)
 
 
+def chunked_task(
+    weight: Tensor, criterion: Criterion, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool
+) -> Task:
+    """How the reference goes through the rows: in what every version of torch can trace."""
+    return Task(_rows_loss_reference, criterion, reduction, rows, weight.shape[0], needs_dx, needs_dweight)
+
+
 class _Chunked(torch.autograd.Function):
     """The passes above in plain torch."""
 
@@ -244,7 +262,7 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion, reduction: str, rows: int
     ) -> Tensor:
-        task = Task(_rows_loss_reference, criterion, reduction, rows, weight.shape[0], *ctx.needs_input_grad[:2])
+        task = chunked_task(weight, criterion, reduction, rows, *ctx.needs_input_grad[:2])
         loss, *early = _forward(x, weight, targets, task)
         ctx.task, ctx.dtype = task, x.dtype
         ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else early))
@@ -270,7 +288,7 @@ def _kernel_task(
 ) -> Task:  # fmt: skip
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size)
     pitch = (V + 15) // 16 * 16  # rows of logits start on 32 bytes, or else the kernel's loads would be narrow
-    return Task(_rows_loss_kernel, criterion, reduction, rows, pitch, needs_dx, needs_dweight)
+    return Task(_rows_loss_kernel, criterion, reduction, rows, pitch, needs_dx, needs_dweight, True, launcher() is skip)
 
 
 def _kernel_forward(

@@ -49,6 +49,28 @@ def test_recorded_launches_cover_forward_and_backward(name, arch):
     assert backward <= found
 
 
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_the_compiler_can_read_every_parity_case(name):
+    """Also where every size, stride and count is 1, and so a Python integer; `make aot` compiles them whole."""
+    assert aot.parity_failures([name], aot.read_launch) == []
+
+
+@jit
+def _striding_kernel(x_ptr, out_ptr, x_stride, N, BLOCK: tl.constexpr):
+    """One program takes each x_stride-th element, with an offset in int64: an integer of Python has no `to`."""
+    n = tl.arange(0, BLOCK)
+    tl.store(out_ptr + n, tl.load(x_ptr + n * x_stride.to(tl.int64), n < N))
+
+
+def test_a_scalar_of_one_that_is_taken_for_a_tensor_is_found():
+    x = torch.empty(8, device="meta")
+    launch = aot.Launch(_striding_kernel, (x, x, 3, 8), dict(BLOCK=8))
+    aot.read_launch(launch, 90)
+    assert aot.of_ones(launch).args[2:] == (1, 1)
+    with pytest.raises(aot.triton.CompilationError, match="has no attribute 'to'"):
+        aot.read_launch(aot.of_ones(launch), 90)
+
+
 CLEAN = aot.Code(
     registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300,
     matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0,

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, check_parity, doubled, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels import linear_cross_entropy as page
+from kernels._triton import launching, skip
 
 OP = kernels.OPS["linear_cross_entropy"]
 kernel = kernels.load("reference", linear_cross_entropy="interpret").linear_cross_entropy
@@ -219,6 +222,30 @@ def test_compiled_model_with_ignored_targets(function, rows):
             loss = f(given)
             results.append((loss, *torch.autograd.grad(loss, embedding.weight)))
         torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [5, 100], ids=["chunked", "whole"])
+def test_no_trace_on_a_gpu_meets_what_torch_2_11_cannot_trace(rows, monkeypatch):
+    """torch 2.11 raises for addmm with both out_dtype and out= on fake tensors, and only GPUs widen by out_dtype."""
+    addmm, widened = torch.addmm, []
+
+    def as_in_2_11(*args, **kwargs):
+        widened.append(kwargs.get("out_dtype") is not None and kwargs.get("out") is not None)
+        assert not widened[-1], "addmm(out_dtype=..., out=...) on a fake tensor"
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", as_in_2_11)
+    options = -100, 0.0, 0.0, None, 65, "mean", rows, True, True
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, targets = (torch.empty_like(a, device="cuda") for a in a_case(torch.float16))
+        with launching(skip):  # the shape function of the custom op
+            loss, dx, dweight, _ = page._kernel_forward(x, weight, targets, *options)
+            assert (loss.dtype, dx.shape, dweight.shape, dweight.dtype) == (
+                torch.float32, x.shape, weight.shape, torch.float32)  # fmt: skip
+            assert not widened, "a shape function makes no products"
+        task = page.chunked_task(weight, page.Criterion(*options[:5]), "mean", rows, True, True)
+        z = torch.empty(23, 65, dtype=torch.float16, device="cuda")
+        page._add_product(dweight, z, x, False, task.widens)  # as the reference sums chunk upon chunk
 
 
 def test_several_chunks_pass_opcheck():

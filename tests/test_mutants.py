@@ -74,7 +74,7 @@ MUTANTS = {
         "few rows: only the last round of K": ("(acc[i * ROWS + r] + tl.sum(", "(0.0 * acc[i * ROWS + r] + tl.sum("),
         "few rows: sums in another order": (
             "tl.join(parts[i], parts[i + 2 ** (LEVELS - 1 - level)])", "tl.join(parts[2 * i], parts[2 * i + 1])"),
-        "few rows: x taken as contiguous": ("i * x_stride_m.to(tl.int64)", "i * K"),
+        "few rows: x taken as contiguous": ("tl.full((), i, tl.int64) * x_stride_m", "i * K"),
         "tiles: scale lost": ("y = acc * tl.load(scale_ptr + i", "y = acc + 0.0 * tl.load(scale_ptr + i"),
         "tiles: bias lost": ("y += tl.load(bias_ptr + i", "y += 0.0 * tl.load(bias_ptr + i"),
         "tiles: bias of the first tile for all": ("tl.load(bias_ptr + i + n", "tl.load(bias_ptr + n"),

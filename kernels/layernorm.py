@@ -81,7 +81,7 @@ def layernorm_fwd_kernel(
     x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)
     if ADD:
         tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), mask)
-    mean = tl.sum(x, axis=1)[:, None] / N
+    mean = tl.div_rn(tl.sum(x, axis=1)[:, None], N * 1.0)  # rounded: x - mean is exactly 0 where N is 1
     centered = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)
     y = centered * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def layernorm_fwd_kernel_long(
         if ADD:
             tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
         total += x
-    mean = tl.sum(total, axis=0) / N
+    mean = tl.div_rn(tl.sum(total, axis=0), N * 1.0)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -150,7 +150,7 @@ def layernorm_bwd_kernel(
         rstd = tl.load(statistics_ptr + M + m, m < M, other=0.0)
         xhat = tl.where(mask, (x - mean) * rstd, 0.0)
         g = dy * weight
-        mean_g = tl.sum(g, axis=1)[:, None] / N
+        mean_g = tl.div_rn(tl.sum(g, axis=1)[:, None], N * 1.0)
         mean_gx = tl.sum(g * xhat, axis=1)[:, None] / N
         dx = rstd * (g - mean_g - xhat * mean_gx)
         if ADD:
@@ -185,7 +185,7 @@ def layernorm_bwd_kernel_input(
         g = dy * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         sum_g += g
         sum_gx += tl.where(n < N, g * (x - mean) * rstd, 0.0)
-    mean_g = tl.sum(sum_g, axis=0) / N
+    mean_g = tl.div_rn(tl.sum(sum_g, axis=0), N * 1.0)
     mean_gx = tl.sum(sum_gx, axis=0) / N
     for start in tl.range(0, N, BLOCK_N):
         n = start + block

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import check_parity, relative_error, run
 
 import kernels
+from kernels import aot
 from kernels.layernorm import LAYERNORM, TILES, layernorm_reference, layernorm_triton
 from kernels.prims import loop_tile
 
@@ -104,3 +105,9 @@ def test_a_backward_tile_is_in_registers_and_its_operands_in_shared_memory(N, it
     assert elements <= 8192 and elements / tile.num_warps / 32 <= 32
     in_flight = 3 * (tile.num_stages - 1) * elements * itemsize * tile.per_multiprocessor
     assert in_flight < (160 << 10 if arch < 90 else 224 << 10)
+
+
+def test_the_mean_is_a_rounded_quotient():
+    """The GPU's quick division misses x / 1 by an ulp, and a row of one element would not be its own mean."""
+    for launch in aot.launches(kernels.OPS["layernorm"], dict(M=5, N=1), 90, torch.float32)[:2]:
+        assert "div.rn" in aot.compile_launch(launch, 90).asm["ptx"], launch.kernel.__name__

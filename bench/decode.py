@@ -43,7 +43,7 @@ from gptfast.engine.weights import choose_weights, converted
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
 
-from . import results
+from . import peers, results
 from .failures import FAILURES, in_one_line
 from .peaks import ceilings
 from .timing import relative_error, summarize
@@ -188,7 +188,7 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
 def compiled(model: GPT, size: Size) -> Variant:
     """torch.compile of a step of the model in plain torch over a static cache, with torch's attention under a mask."""
     chosen = {name: ("reference", "plain torch", op.reference) for name, op in kernels.OPS.items()}
-    fused = kernels.OPS["decode_attention"].peers["sdpa"]
+    fused = peers.sdpa_decode(None)
     ops = kernels.Ops({**chosen, "decode_attention": ("sdpa", "torch's attention", fused)})
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, {**shared, id(model.ops): ops})

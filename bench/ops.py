@@ -6,15 +6,18 @@
     pytest bench/ --benchmark-only                     # the same cases under pytest-benchmark
 
 Variants of one case run side by side in one process. `forward` runs without gradients, `backward` alone, `both` is a
-training step's share of the op; ops that move work from one direction to the other are comparable in `both` only. Each
-row holds the error against fp64 of the very code that was timed. On a CPU the sizes are halved until a reference can be
-timed and checked in well under a second; the rows state the sizes that ran.
+training step's share of the op; an op that does in its forward what others do in their backward is measured in `both`
+alone. Sizes come in the order of what they add to those before them, so that a campaign that is stopped has seen the
+range of each op. Each row holds the error against fp64 of the very code that was timed, its fraction of the datasheet's
+roofline and of what a copy and a GEMM reached in this run, and what the host spent. On a CPU the sizes are halved until
+a reference can be timed and checked in well under a second; the rows state the sizes that ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +35,14 @@ from gptfast.log import Log, Row, facts
 from gptfast.model import compute_dtype
 from kernels import Cost, Op
 
-from . import results
+from . import peers, results
 from .failures import FAILURES, in_one_line
-from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes
+from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes, measured_ceilings
 from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
 
 DIRECTIONS = ("forward", "backward", "both")
 OURS = ("triton", "reference")
+MOVES_WORK = frozenset({"linear_cross_entropy"})  # their forward finds gradients, which their backward only scales
 CPU_FLOPS, CPU_BYTES = 5e8, 16e6  # of a forward pass on a CPU
 INEXACT = 0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), else wrong
 SHRINK = ((("B",), 1), (("M",), 256), (("H", "G"), 1), (("T", "S"), 128), (("V",), 2048), (("N",), 1024))
@@ -171,7 +175,7 @@ def variants(op: Op, device: torch.device, compiled: bool, asked: Sequence[str] 
     found["reference"] = op.reference
     if compiled:
         found["compile"] = torch.compile(op.reference, dynamic=False)
-    return {**found, **op.peers}
+    return {**found, **peers.of(op.name, device, compiled)}
 
 
 def is_ours(name: str, op: Op) -> bool:
@@ -199,24 +203,53 @@ def fitted(op: Op, dims: Mapping[str, Any], itemsize: int) -> dict[str, Any]:
         found = smaller
 
 
+def directions_of(op: Op, asked: Sequence[str]) -> list[str]:
+    """The directions among those asked for in which the op can be compared."""
+    if not op.differentiable:
+        return ["forward"] if {"forward", "both"} & set(asked) else []
+    return [direction for direction in asked if direction == "both" or op.name not in MOVES_WORK]
+
+
+def by_worth(sizes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first size, then always the one that is farthest from those before it: the range, then what fills it."""
+    left = list(sizes)
+    ordered = [left.pop(0)]
+    while left:
+        ordered.append(left.pop(max(range(len(left)), key=lambda i: min(apart(left[i], o) for o in ordered))))
+    return ordered
+
+
+def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """How unlike two sizes are: doublings, axis by axis, and as much as two for what is another kind of thing."""
+    total = 0.0
+    for letter in a.keys() | b.keys():
+        mine, other = a.get(letter), b.get(letter)
+        numbers = all(isinstance(size, int) and size > 0 for size in (mine, other))
+        total += abs(math.log2(mine / other)) if numbers else 2.0 * (mine != other)  # type: ignore[operator]
+    return total
+
+
 def cases(
     names: Sequence[str], dtypes: Sequence[str], directions: Sequence[str], device: torch.device, quick: bool
 ) -> list[Case]:
-    """All cases, ordered so that a campaign that is stopped has seen every op before it sees more sizes of one."""
+    """All cases, ordered so that a campaign that is stopped has seen every op before it sees more sizes of one.
+
+    `backward` of further sizes comes last: it is `both` less what is known of `forward`.
+    """
     found: dict[str, Case] = {}
-    most = max(len(kernels.OPS[name].bench) for name in names)
-    forward = ["forward"] if {"forward", "both"} & set(directions) else []  # all that an op without a gradient has
-    for size in range(1 if quick else most):
+    last: dict[str, Case] = {}
+    sizes = {name: by_worth(kernels.OPS[name].bench) for name in names}
+    for rank in range(1 if quick else max(map(len, sizes.values()))):
         for name in names:
             op = kernels.OPS[name]
-            for dtype in dtypes if size < len(op.bench) else ():
-                dims = dict(op.bench[size])
+            for dtype in dtypes if rank < len(sizes[name]) else ():
+                dims = dict(sizes[name][rank])
                 if device.type == "cpu":
                     dims = fitted(op, dims, DTYPES[dtype].itemsize)
-                for direction in directions if op.differentiable else forward:
+                for direction in directions_of(op, directions):
                     case = Case(op, dims, dtype, direction, device)
-                    found.setdefault(str(case), case)  # halving may make two sizes one
-    return list(found.values())
+                    (last if rank and direction == "backward" else found).setdefault(str(case), case)
+    return list({**found, **last}.values())  # halving may make two sizes one
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -276,7 +309,7 @@ def verify(
 
 def run_case(
     case: Case, functions: Mapping[str, Callable], settings: Settings, roof: Ceilings, log: Log, common: Row,
-    threads: int | None = None,
+    threads: int | None = None, measured: Ceilings | None = None,
 ) -> list[Row]:  # fmt: skip
     """Time and check all variants of one case, side by side, and write a row for each."""
     with stopwatch(case.device, settings, threads) as watch, compiling("compile" in functions):
@@ -286,7 +319,7 @@ def run_case(
         verdicts, checked_dims = verify(watch, case, works, functions, wanted)
     rows = []
     for name, timing in timings.items():
-        fields = figures(case, name, timing, verdicts[name], roof)
+        fields = figures(case, name, timing, verdicts[name], roof, measured)
         if checked_dims != case.dims:
             fields["error_dims"] = dict(checked_dims)
         rows.append(log.row("op", name=case.op.name, impl=name, **fields, **common))
@@ -307,7 +340,9 @@ def compiling(allowed: bool) -> Iterator[None]:
         yield
 
 
-def figures(case: Case, name: str, timing: Timing, verdict: Verdict, roof: Ceilings) -> Row:
+def figures(
+    case: Case, name: str, timing: Timing, verdict: Verdict, roof: Ceilings, measured: Ceilings | None = None
+) -> Row:
     """The fields of a row: rates from the op's declared cost, the fraction of the roofline, error, validity.
 
     A peer that is less exact than ours must be is a fact about the peer: it is stated in `inexact`, the time stands.
@@ -322,6 +357,8 @@ def figures(case: Case, name: str, timing: Timing, verdict: Verdict, roof: Ceili
         "flops": cost.flops, "bytes": cost.bytes,
         "tflops": cost.flops / ms / 1e9 if ms > 0 else None, "gbs": cost.bytes / ms / 1e6 if ms > 0 else None,
         "roofline": fraction, "roofline_source": roof.source,
+        "of_measured": measured and measured.fraction(ms, cost.flops, cost.bytes, case.dtype, timing.cold),
+        "measured_source": measured and measured.source, "peer_version": peers.version(case.op.name, name),
         "error": verdict.error, "error_allowed": verdict.allowed, "inexact": inexact,
         "valid": reason is None, "invalid_reason": reason,
     }  # fmt: skip
@@ -331,6 +368,8 @@ def line(row: Row) -> str:
     """A row for the console."""
     sizes = " ".join(f"{letter}={size}" for letter, size in row["dims"].items())
     share = "" if row["roofline"] is None else f"{row['roofline']:6.1%} of roofline"
+    share += "" if row["of_measured"] in (None, row["roofline"]) else f" {row['of_measured']:6.1%} of measured"
+    share += "" if row["host_ms_p50"] is None else f" host {1e3 * row['host_ms_p50']:.0f} us"
     error = "" if row["error"] is None else f"error {row['error']:.1e}"
     rates = f"{row['ms_p50']:10.4f} ms {row['gbs']:9.1f} GB/s {row['tflops']:8.3f} TFLOP/s"
     verdict = "" if row["valid"] else f"  INVALID: {row['invalid_reason']}"
@@ -423,6 +462,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
+    parser.add_argument("--warm", metavar="I/N", help="only compile and run once the I-th of N shares; no rows")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     asked = _chosen("--variants", arguments.variants, known) if arguments.variants else []
@@ -438,9 +478,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--variants={arguments.variants}: kernels run on a CUDA device; leave --variants out")
     samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
     settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
+    if arguments.warm:
+        todo = cases(names, dtypes, directions, device, arguments.quick)
+        return warm(todo, names, asked, _share(arguments.warm), arguments.compile, started + arguments.budget_s)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
+    measured = measured_ceilings(roof, device, dtypes, out)
     failed, beside = False, {name: list[str]() for name in names}
     with Log(out, name="ops.jsonl") as log:
         if on_gpu:
@@ -448,7 +492,13 @@ def main(argv: Sequence[str]) -> int:
             failed = not right
             if asked and arguments.only is None:
                 beside = {name: variants for name, variants in beside.items() if variants}
+        alone = [name for name in beside if not directions_of(kernels.OPS[name], directions)]
+        for name in alone:
+            log.say(f"ops    {name}: left out, comparable in --direction=both alone")
+            del beside[name]
         todo = cases(list(beside), dtypes, directions, device, arguments.quick) if beside else []
+        if on_gpu and peers.absent():
+            log.say(f"ops    peers that are not installed: {', '.join(peers.absent())}")
         for number, case in enumerate(todo, 1):
             if time.monotonic() - started > arguments.budget_s:
                 say_left_out(todo[number - 1 :], arguments.budget_s, log)
@@ -457,7 +507,8 @@ def main(argv: Sequence[str]) -> int:
             torch.compiler.reset()
             functions = variants(case.op, device, arguments.compile, beside[case.op.name])
             try:
-                rows = run_case(case, functions, settings, roof, log, common, None if on_gpu else arguments.threads)
+                threads = None if on_gpu else arguments.threads
+                rows = run_case(case, functions, settings, roof, log, common, threads, measured)
                 failed |= not all(row["valid"] for row in rows)
             except FAILURES as error:
                 failed = True
@@ -465,6 +516,36 @@ def main(argv: Sequence[str]) -> int:
                 log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
     results.compact(out / "ops.jsonl")
     return 1 if failed else 0
+
+
+def warm(
+    todo: Sequence[Case],
+    names: Sequence[str],
+    asked: Sequence[str],
+    share: tuple[int, int],
+    compiled: bool,
+    ends: float,
+) -> int:
+    """Run each case of a share once, so that what it compiles is cached on disk. What fails shows when timed."""
+    number, of = share
+    log = Log(None, console=False)
+    for case in todo[number::of]:
+        if time.monotonic() > ends:
+            break
+        torch.compiler.reset()
+        functions = variants(case.op, case.device, compiled, [name for name in asked if name in case.op.variants])
+        with contextlib.suppress(*FAILURES), stopwatch(case.device), compiling(compiled):
+            build(case, functions, 1, log)
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise UserError(f"--warm={text}: expected I/N with 0 <= I < N, as 0/6")
+    return int(number), int(of)
 
 
 def native_dtypes(device: torch.device) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -58,9 +59,12 @@ class Ceilings:
         if reason is not None and self.again is not None:
             self.rise(self.again(dtype))
             reason = self._beyond(ms, flops, bytes_moved, dtype)
+        return self.fraction(ms, flops, bytes_moved, dtype, cold), reason
+
+    def fraction(self, ms: float, flops: float, bytes_moved: float, dtype: str, cold: bool = True) -> float | None:
+        """The fraction of the roofline; of a measured one it may be a little above 1."""
         peak_bytes = self.bytes_per_s if cold else self.limit_bytes_per_s
-        fraction, _ = roofline(ms, flops, bytes_moved, self.flops.get(dtype), peak_bytes)
-        return fraction, reason
+        return roofline(ms, flops, bytes_moved, self.flops.get(dtype), peak_bytes)[0]
 
     def _beyond(self, ms: float, flops: float, bytes_moved: float, dtype: str) -> str | None:
         return roofline(ms, flops, bytes_moved, self.flops.get(dtype), self.limit_bytes_per_s, self.slack)[1]
@@ -121,6 +125,25 @@ def ceilings(device: torch.device, dtypes: Sequence[str], out: Path | None, thre
         found = from_rows(measure(device, dtypes, Log(None), quick=True, threads=threads))
     assert found is not None
     return found if found.slack == 0.0 else dataclasses.replace(found, again=again)
+
+
+FRESH = datetime.timedelta(hours=1)  # rows of `bench peaks` this young are of the run that asks
+
+
+def measured_ceilings(roof: Ceilings, device: torch.device, dtypes: Sequence[str], out: Path | None) -> Ceilings | None:
+    """What a copy and a GEMM reach on this machine in this run: `roof` itself where it was measured, else the rows that
+    `bench peaks` has just left in `out`, else measured now, in a second or two."""
+    if roof.slack:
+        return roof
+    path = None if out is None else out / "peaks.jsonl"
+    if path is not None and path.exists():
+        rows = [row for row in results.latest(results.read(path)) if row["what"] == "peak"]
+        now = datetime.datetime.now(datetime.UTC)
+        young = [row for row in rows if now - datetime.datetime.fromisoformat(row["date"]) < FRESH]
+        found = from_rows(young)
+        if found is not None and set(dtypes) <= set(found.flops):
+            return found
+    return from_rows(measure(device, dtypes, Log(None), quick=True))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

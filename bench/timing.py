@@ -9,9 +9,11 @@
   of them alike. The figure is a median, with p20, p80 and a distribution-free interval.
 - A `Work` is one set of inputs. Variants walk through several sets which together exceed three times the last-level
   cache, so each launch finds a cold one, as it would inside a model.
-- CUDA: a short kernel is timed inside a graph of many launches, because events around one launch measure the gap that
-  the host leaves (Triton PR #10149: 5.5 against 15 TFLOP/s for one small GEMM). A long one is timed by events, behind
-  a spinning kernel that hides the host. CPU: perf_counter_ns, with the threads stated.
+- CUDA: work is timed inside a graph of many launches, because events around one launch measure the gap that the host
+  leaves (Triton PR #10149: 5.5 against 15 TFLOP/s for one small GEMM). What takes long, or what no graph can hold, is
+  timed by events behind a spinning kernel that hides the host; a sample before which the spinning had ended is taken
+  again, after a longer one. What the host spends stands in a field of its own. CPU: perf_counter_ns, with the threads
+  stated.
 - After timing, inputs are rewritten in place with new random numbers and the very callable (or graph) that was timed
   must give the new answers. That finds work skipped, answers remembered, precision dropped, inputs overwritten, work
   still running on another stream or thread, and clocks replaced.
@@ -55,7 +57,7 @@ class Settings:
     most_samples: int = 400
     warmup_s: float = 0.2
     budget_s: float = 1.0  # for all variants of one comparison together
-    graph_below_ms: float = 0.5  # a launch shorter than this is timed inside a CUDA graph
+    graph_below_ms: float = 2.0  # a launch shorter than this is timed inside a CUDA graph
     graph_ms: float = 2.0  # how long one replay of that graph should last
     most_sets: int = 256
     most_bytes: int = 8 << 30  # of all input sets together, on a GPU
@@ -475,15 +477,15 @@ class CudaStopwatch(Stopwatch):
         return int(2e6 * 2 * (self._until_returned_ms(calls) + 0.02))  # at 2 GHz, which is about the fastest
 
     def sampler(self, works: Sequence[Work], estimate_ms: float) -> tuple[Callable[[], float], dict[str, Any]]:
-        by_events = self._event_sampler(works)
+        waits = self._waits(works[0])
+        by_events = self._event_sampler(works, waits is not None)
         kernel_ms = min(by_events() for _ in range(5))
+        if waits is not None:  # no graph can hold it; found without a capture that fails
+            return by_events, {"method": f"events (no graph: {waits})"}
         if kernel_ms >= self.settings.graph_below_ms:
             return by_events, {"method": "events"}
         if not CudaStopwatch.captures:
             return by_events, {"method": "events (no graph after one that failed)"}
-        waits = self._waits(works[0])
-        if waits is not None:  # no graph can hold it; found without a capture that fails
-            return by_events, {"method": f"events (no graph: {waits})"}
         try:
             return self._graph_sampler(works, kernel_ms)
         except RuntimeError as error:
@@ -504,21 +506,37 @@ class CudaStopwatch(Stopwatch):
             torch.cuda.set_sync_debug_mode(before)
         return None
 
-    def _event_sampler(self, works: Sequence[Work]) -> Callable[[], float]:
-        hold_cycles, turn = self._hold_cycles([work.run for work in works]), 0
+    def _event_sampler(self, works: Sequence[Work], waits: bool) -> Callable[[], float]:
+        turn = 0
+
+        def run() -> Any:
+            nonlocal turn
+            turn += 1
+            return works[(turn - 1) % len(works)].run()
+
+        return self._held_sampler(run, self._hold_cycles([work.run for work in works]), 0 if waits else 5)
+
+    def _held_sampler(self, run: Callable[[], Any], hold_cycles: int, longer: int = 5) -> Callable[[], float]:
+        """Time `run` by events behind a kernel that spins until the host has enqueued all of it.
+
+        Where it had stopped spinning before that, the span between the events holds time of the host: the sample is
+        taken again behind a kernel that spins twice as long, and so are all that follow; so often at most.
+        """
 
         def sample() -> float:
-            nonlocal turn
-            run = works[turn % len(works)].run
-            turn += 1
-            start, stop = _Event(enable_timing=True), _Event(enable_timing=True)
-            torch.cuda._sleep(hold_cycles)
-            _record(start)
-            outputs = run()
-            _record(stop)
-            stop.synchronize()
-            del outputs
-            return _elapsed(start, stop)
+            nonlocal hold_cycles, longer
+            while True:
+                start, stop = _Event(enable_timing=True), _Event(enable_timing=True)
+                torch.cuda._sleep(hold_cycles)
+                _record(start)
+                outputs = run()
+                _record(stop)
+                was_held = not start.query()
+                stop.synchronize()
+                del outputs
+                if was_held or not longer:
+                    return _elapsed(start, stop)
+                hold_cycles, longer = 2 * hold_cycles, longer - 1
 
         return sample
 
@@ -532,16 +550,10 @@ class CudaStopwatch(Stopwatch):
             for i in range(launches):
                 outputs[i % len(works)] = works[i % len(works)].run()
         graph.replay()  # the first uploads it
-        hold_cycles = self._hold_cycles([graph.replay])
+        held = self._held_sampler(graph.replay, self._hold_cycles([graph.replay]))
 
         def sample() -> float:
-            start, stop = _Event(enable_timing=True), _Event(enable_timing=True)
-            torch.cuda._sleep(hold_cycles)
-            _record(start)
-            graph.replay()
-            _record(stop)
-            stop.synchronize()
-            return _elapsed(start, stop) / launches
+            return held() / launches
 
         def replay() -> Any:
             graph.replay()
@@ -551,18 +563,26 @@ class CudaStopwatch(Stopwatch):
         return sample, {"method": f"graph of {launches}"}
 
     def look_outside(self, works: Sequence[Work], timing: Timing) -> str | None:
-        """Compare with the wall clock until the whole GPU is idle: what runs on other streams shows there."""
-        per_launch = max(timing.ms_p50, timing.host_ms_p50 or 0.0)
-        launches = max(8, min(200, math.ceil(20 / max(per_launch, 1e-3))))
-        self.synchronize()
-        start = _now_ns()
-        for i in range(launches):
-            works[i % len(works)].run()
-        self.synchronize()
-        wall_ms = (_now_ns() - start) / 1e6
-        if wall_ms <= launches * per_launch * 1.5 + 1.0:
+        """Whether the GPU is still busy when the stream that is timed has come to its end: work lies on others then.
+
+        Both moments are seen after the host has given all it has to give, so what the host takes does not enter, be it
+        ever so uneven. The least of three looks, for the host may be interrupted between the two.
+        """
+        launches = max(4, min(50, math.ceil(5 / max(timing.ms_p50, 1e-3))))
+        late_ms = math.inf
+        for _ in range(3):
+            self.synchronize()
+            stop = _Event(enable_timing=True)
+            for i in range(launches):
+                works[i % len(works)].run()
+            _record(stop)
+            stop.synchronize()
+            start = _now_ns()
+            self.synchronize()
+            late_ms = min(late_ms, (_now_ns() - start) / 1e6)
+        if late_ms <= 0.1 + 0.25 * timing.ms_p50:
             return None
-        return f"the GPU was busy for {wall_ms / launches:.3f} ms per launch, the timer saw {timing.ms_p50:.3f}"
+        return f"the GPU was busy for {late_ms:.3f} ms after the stream that is timed had ended"
 
 
 @contextlib.contextmanager

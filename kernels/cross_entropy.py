@@ -236,10 +236,6 @@ def cost(M: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
     return Cost(4 * M * V, M * V * itemsize + row), Cost(3 * M * V, 2 * M * V * itemsize + row)
 
 
-def _torch_wide(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets)
-
-
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     reference=cross_entropy_reference,
@@ -252,6 +248,5 @@ CROSS_ENTROPY = Op(
     domain=dict(M=range(1, 9), V=(*range(1, 70), 127, 128, 129, 500, 1023, 1024, 1025, 8192, 8193, 16400)),
     bench=(dict(M=16384, V=50304), dict(M=8192, V=131072), dict(M=4096, V=262144)),
     cost=cost,
-    peers={"torch": F.cross_entropy, "torch fp32": _torch_wide},
     summary="log sum_v exp(z[v]) - z[target], with smoothing, z-loss and softcap",
 )  # fmt: skip

@@ -517,28 +517,6 @@ def cost(
     return Cost(4 * H * D * max(0, seen), 2 * keys * G * row + 2 * B * T * H * D * itemsize), Cost(0, 0)
 
 
-def _sdpa(backend: str | None) -> Callable[..., Tensor]:
-    """torch's fused attention: of its own choice under a mask made from lengths, or by a backend that takes no mask."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None) -> Tensor:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        require(not any(x is not None for x in rest), "k: neither pages nor scales are known to torch's attention")
-        T, mask = q.shape[1], None
-        if backend is None:
-            position = lengths[:, None] - T + torch.arange(T, device=q.device)
-            mask = ~_hidden(position, k.shape[1], None)[:, None]
-        else:
-            require(T == 1, "q: without a mask only T = 1 and a full cache are right")
-        chosen = list(SDPBackend.__members__.values()) if backend is None else getattr(SDPBackend, backend)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(chosen):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
-
-    return run
-
-
 DECODE_ATTENTION = Op(
     name="decode_attention",
     reference=decode_attention_reference,
@@ -561,7 +539,6 @@ DECODE_ATTENTION = Op(
         dict(B=8, T=8, S=4096, H=32, G=8, D=128), dict(B=8, T=1, S=8192, H=8, G=4, D=256),
     ),
     cost=cost,
-    peers={"sdpa": _sdpa(None), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "sdpa flash": _sdpa("FLASH_ATTENTION")},
     summary="softmax(q k^T / sqrt(D)) v of the newest tokens against a cache of keys and values, its own length of it",
     differentiable=False,
 )  # fmt: skip

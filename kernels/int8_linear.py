@@ -22,7 +22,6 @@ One scale per row, symmetric: LLM.int8(), Dettmers et al., arXiv:2208.07339, sec
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -303,19 +302,6 @@ def cost(M: int, N: int, K: int, *, bias: bool = True, itemsize: int) -> tuple[C
     return Cost(2 * M * N * K, N * K + 4 * N + (M * K + M * N + N * bias) * itemsize), Cost(0, 0)
 
 
-def _dequantized(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's linear on the matrix in x's dtype, which is made anew each time: what there is without a fused kernel."""
-    return F.linear(x, (weight * scale[:, None]).to(x.dtype), bias)
-
-
-def _int8pack(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's own product with an int8 matrix, which takes the scales in x's dtype."""
-    y = torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
-    return y if bias is None else y + bias
-
-
-PEERS: dict[str, Callable[..., Tensor]] = {"dequantize, linear": _dequantized, "int8pack": _int8pack}
-
 INT8_LINEAR = Op(
     name="int8_linear",
     reference=int8_linear_reference,
@@ -338,7 +324,6 @@ INT8_LINEAR = Op(
         dict(M=32, N=6400, K=1600),
     ),
     cost=cost,
-    peers=PEERS,
     summary="scale (x W^T) + bias with W in 8-bit integers and a scale for each of its rows, for decoding",
     differentiable=False,
 )  # fmt: skip

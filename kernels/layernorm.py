@@ -351,12 +351,6 @@ def cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cos
     )
 
 
-def add_layernorm_torch(x, residual, weight, bias=None, eps=1e-5):
-    """The two calls that add_layernorm replaces."""
-    h = x + residual
-    return F.layer_norm(h, (h.shape[-1],), weight, bias, eps), h
-
-
 def add_inputs(M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
     """x and residual (M, N), weight (N,), bias (N,)."""
     x, weight, bias_ = inputs(M, N, bias=bias, dtype=dtype, device=device)
@@ -387,7 +381,6 @@ LAYERNORM = Op(
         dict(M=1024, N=65536),
     ),
     cost=cost,
-    peers={"torch": lambda x, weight, bias=None, eps=1e-5: F.layer_norm(x, (x.shape[-1],), weight, bias, eps)},
     summary="y = (x - mean) / sqrt(var + eps) * weight + bias",
 )  # fmt: skip
 
@@ -402,6 +395,5 @@ ADD_LAYERNORM = dataclasses.replace(
         dict(M=3, N=8193), dict(M=150, N=65),
     ),
     cost=add_cost,
-    peers={"torch": add_layernorm_torch},
     summary="h = x + residual, y = layernorm(h); returns (y, h)",
 )  # fmt: skip

@@ -358,14 +358,6 @@ def cost(M: int, V: int, C: int, *, itemsize: int) -> tuple[Cost, Cost]:
     return Cost(2 * M * V * C, operands), Cost(4 * M * V * C, 2 * operands)
 
 
-def _torch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight).float(), targets)
-
-
-PEERS: dict[str, Callable[..., Tensor]] = {"torch": _torch}
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    PEERS["torch chunked"] = F.linear_cross_entropy
-
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     reference=linear_cross_entropy_reference,
@@ -378,6 +370,5 @@ LINEAR_CROSS_ENTROPY = Op(
         dict(M=8192, V=128256, C=4096), dict(M=8192, V=262144, C=2304),
     ),
     cost=cost,
-    peers=PEERS,
     summary="cross_entropy(x @ weight^T, target) without all the logits",
 )  # fmt: skip

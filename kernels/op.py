@@ -31,7 +31,6 @@ class Op:
     domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # timed beside ours, same arguments
     variants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # other kernels of ours, asked for by name
     summary: str = ""  # the formula in one line, for the table of ops
     differentiable: bool = True  # False: neither the reference nor the kernels give gradients

@@ -345,14 +345,6 @@ def add_cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cos
     )
 
 
-def add_rmsnorm_torch(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """The two calls that add_rmsnorm replaces."""
-    h = x + residual
-    return F.rms_norm(h, (h.shape[-1],), weight, eps), h
-
-
 RMSNORM = Op(
     name="rmsnorm",
     reference=rmsnorm_reference,
@@ -368,7 +360,6 @@ RMSNORM = Op(
         dict(M=8192, N=8192, weight=False), dict(M=1024, N=65536),
     ),
     cost=cost,
-    peers={"torch": lambda x, weight=None, eps=1e-6: F.rms_norm(x, (x.shape[-1],), weight, eps)},
     summary="y = x / sqrt(mean(x^2) + eps) * weight",
 )  # fmt: skip
 
@@ -383,6 +374,5 @@ ADD_RMSNORM = dataclasses.replace(
         dict(M=3, N=8193), dict(M=150, N=65),
     ),
     cost=add_cost,
-    peers={"torch": add_rmsnorm_torch},
     summary="h = x + residual, y = rmsnorm(h); returns (y, h)",
 )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 
 import kernels
 from bench import __main__ as campaign
-from bench import ops
+from bench import ops, peers
 from bench.failures import FAILURES
 from bench.ops import Case, cases, fitted, halved, run_case, variants
 from bench.peaks import Ceilings, from_rows
@@ -43,7 +43,7 @@ def rows_of(case: Case, functions: dict, roof: Ceilings = BOUNDLESS) -> dict[str
 
 @pytest.mark.parametrize(
     "name, direction",
-    [(name, d) for name, op in kernels.OPS.items() for d in ops.DIRECTIONS if op.differentiable or d == "forward"],
+    [(name, d) for name, op in kernels.OPS.items() for d in ops.directions_of(op, ops.DIRECTIONS)],
 )
 def test_every_op_and_peer_is_timed_and_checked(name, direction):
     op = kernels.OPS[name]
@@ -106,7 +106,7 @@ def test_faster_than_light_is_an_invalid_row():
 
 def test_without_compile_a_peer_that_compiles_is_left_out(tmp_path):
     op = kernels.OPS["layernorm"]
-    functions = {"reference": op.reference, "compiling": torch.compile(op.peers["torch"])}
+    functions = {"reference": op.reference, "compiling": torch.compile(peers.layernorm)}
     assert rows_of(Case(op, dict(M=4, N=8), "float32", "forward", CPU), functions).keys() == {"reference"}
 
 
@@ -140,17 +140,62 @@ def test_cpu_sizes_are_halved_until_they_fit():
 
 def test_a_campaign_sees_every_op_before_more_sizes_of_one():
     names = list(kernels.OPS)
-    found = cases(names, ["float32"], ["forward"], CPU, quick=False)
+    found = cases(names, ["float32"], ["both"], CPU, quick=False)
     assert [case.op.name for case in found[: len(names)]] == names
     assert len({str(case) for case in found}) == len(found)
-    assert len(cases(names, ["float32"], ["forward"], CPU, quick=True)) == len(names)
+    assert len(cases(names, ["float32"], ["both"], CPU, quick=True)) == len(names)
 
 
 def test_on_a_gpu_the_sizes_are_those_that_the_op_declares():
     found = cases(list(kernels.OPS), ["bfloat16"], ["forward"], torch.device("cuda"), quick=False)
-    assert [dict(case.dims) for case in found if case.op.name == "layernorm"] == [
-        dict(dims) for dims in kernels.OPS["layernorm"].bench
-    ]
+    mine = [case.dims for case in found if case.op.name == "layernorm"]
+    declared = kernels.OPS["layernorm"].bench
+    assert mine[0] == declared[0] and len(mine) == len(declared) and all(dict(dims) in declared for dims in mine)
+
+
+def test_sizes_come_by_what_they_add_to_those_before():
+    sizes = [dict(T=1024, D=64), dict(T=2048, D=64), dict(T=16384, D=64), dict(T=4096, D=64), dict(T=1024, D=128)]
+    assert [(s["T"], s["D"]) for s in ops.by_worth(sizes)] == [
+        (1024, 64), (16384, 64), (4096, 64), (2048, 64), (1024, 128)
+    ]  # fmt: skip
+    assert ops.apart(dict(T=8, cache="int8"), dict(T=8)) == 2.0
+
+
+def test_an_op_that_moves_work_forward_is_compared_in_both_alone():
+    op = kernels.OPS["linear_cross_entropy"]
+    assert ops.directions_of(op, ops.DIRECTIONS) == ["both"] and ops.directions_of(op, ["backward"]) == []
+    assert ops.directions_of(kernels.OPS["layernorm"], ops.DIRECTIONS) == list(ops.DIRECTIONS)
+
+
+def test_backward_of_further_sizes_comes_last():
+    found = cases(["layernorm"], ["bfloat16"], ops.DIRECTIONS, torch.device("cuda"), quick=False)
+    assert [case.direction for case in found[:5]] == ["forward", "backward", "both", "forward", "both"]
+    assert {case.direction for case in found[-4:]} == {"backward"}
+
+
+def test_a_row_says_what_a_copy_of_this_run_would_have_reached():
+    case = Case(kernels.OPS["layernorm"], dict(M=64, N=64), "float32", "forward", CPU)
+    sheet, seen = Ceilings({}, 8e12, 8e12, "datasheet", 0.0), Ceilings({}, 4e12, 4e12, "measured here", 0.25)
+    arguments = (case, {"reference": case.op.reference}, QUICK, sheet, Log(None, console=False), facts(CPU), 1, seen)
+    (row,) = run_case(*arguments)
+    assert row["of_measured"] == pytest.approx(2 * row["roofline"]) and row["measured_source"] == "measured here"
+
+
+def test_peers_are_there_only_where_they_can_run():
+    cuda = torch.device("cuda")
+    assert "flex" in peers.of("attention", cuda) and "flex" not in peers.of("attention", cuda, compiled=False)
+    assert "sdpa cudnn" not in peers.of("attention", CPU) and "sdpa cudnn" in peers.of("attention", cuda)
+    absent = peers.Peer(print, "no_such_module", "no-such-package")
+    assert not absent.can_run(cuda, True) and set(peers.PEERS) <= set(kernels.OPS)
+
+
+def test_torchs_chunked_loss_chunks(monkeypatch):
+    """Only with options: without them it makes all the logits at once."""
+    asked = {}
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *a, **k: asked.update(k), raising=False)
+    monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", lambda: "options", raising=False)
+    peers.linear_cross_entropy_chunked(torch.empty(1, 1), torch.empty(1, 1), torch.empty(1))
+    assert asked == {"options": "options"}
 
 
 def test_truth_too_large_for_memory_is_told_at_smaller_sizes():
@@ -401,7 +446,19 @@ def test_every_op_is_timed_and_checked_on_gpu(name, direction):
 
 
 def test_cases_beyond_the_budget_are_named_and_do_not_fail_the_page(tmp_path, capsys):
-    assert ops.main(["--only=layernorm,rmsnorm", "--quick", "--device=cpu", "--budget_s=0", f"--out={tmp_path}"]) == 0
+    assert (
+        ops.main(
+            [
+                "--only=layernorm,rmsnorm",
+                "--quick",
+                "--device=cpu",
+                "--dtype=float32",
+                "--budget_s=0",
+                f"--out={tmp_path}",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "6 cases not begun within 0 s: layernorm forward float32" in said and "rmsnorm both float32" in said
     notes = [json.loads(row)["text"] for row in (tmp_path / "ops.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ What the machine does with works of a known length stands in tests/test_timing.p
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,14 @@ import pytest
 import torch
 
 from bench import timing
-from bench.timing import CudaStopwatch, Settings, Stopwatch, Work
+from bench.timing import CudaStopwatch, Settings, Stopwatch, Work, summarize
 
 
 class Machine:
     """A host and a GPU. The GPU does in order what it is given, and begins nothing before the host has let it go."""
 
     def __init__(self) -> None:
-        self.host_ms, self.gpu_done_ms = 0.0, 0.0
+        self.host_ms, self.gpu_done_ms, self.beside_done_ms = 0.0, 0.0, 0.0
         self.captured: list[float] | None = None  # kernels of the graph that is being made
         self.captures, self.refused, self.debug = 0, "", 0
         self.submit_ms = 0.0  # of the host, for each kernel of a graph
@@ -32,8 +33,12 @@ class Machine:
         else:
             self.captured.append(gpu_ms)
 
+    def enqueue_beside(self, gpu_ms: float) -> None:
+        """On a stream that is not timed."""
+        self.beside_done_ms = max(self.beside_done_ms, self.host_ms) + gpu_ms
+
     def wait(self, *_: Any) -> None:
-        self.host_ms = max(self.host_ms, self.gpu_done_ms)
+        self.host_ms = max(self.host_ms, self.gpu_done_ms, self.beside_done_ms)
 
     def event(self, **_: Any) -> Any:
         machine = self
@@ -42,7 +47,10 @@ class Machine:
             at = 0.0
 
             def synchronize(self) -> None:
-                machine.wait()
+                machine.host_ms = max(machine.host_ms, self.at)
+
+            def query(self) -> bool:
+                return self.at <= machine.host_ms
 
         return Event()
 
@@ -101,6 +109,13 @@ def sampler(run: Callable[[], Any]) -> tuple[Callable[[], float], str]:
     return sample, facts["method"]
 
 
+def outside(run: Callable[[], Any], ms: float) -> str | None:
+    """What is said of work that lies outside of the timed span."""
+    watch = CudaStopwatch.__new__(CudaStopwatch)
+    watch.device = torch.device("cpu")
+    return watch.look_outside([Work(run, (), lambda seed: None)], summarize([ms] * 8, method="events"))
+
+
 @pytest.mark.parametrize("submit_ms", [0.0, 0.00005, 0.002, 0.02])
 def test_a_graph_is_timed_without_the_time_to_submit_it(machine, submit_ms):
     """A thousand kernels of 2 us: however long the host takes to enqueue them, the GPU takes as long as it does."""
@@ -110,8 +125,15 @@ def test_a_graph_is_timed_without_the_time_to_submit_it(machine, submit_ms):
 
 
 def test_a_kernel_is_timed_without_the_time_to_launch_it(machine):
-    sample, method = sampler(lambda: machine.enqueue(0.7, 0.9))
-    assert method == "events" and sample() == pytest.approx(0.7)
+    sample, method = sampler(lambda: machine.enqueue(2.7, 3.9))
+    assert method == "events" and sample() == pytest.approx(2.7)
+
+
+def test_a_host_that_slows_down_after_it_was_measured_does_not_enter(machine):
+    host_ms = [0.1]
+    sample, method = sampler(lambda: [machine.enqueue(1.5, host_ms[0]) for _ in range(2)])
+    host_ms[0] = 5.0
+    assert method == "events" and sample() == pytest.approx(3.0)
 
 
 def test_after_a_capture_that_failed_there_is_no_other(machine):
@@ -135,3 +157,17 @@ def test_work_that_waits_for_the_gpu_is_not_captured_and_costs_the_others_nothin
     assert "called a synchronizing CUDA operation" in sampler(waits)[1]
     assert machine.captures == 0 and machine.debug == 0
     assert sampler(lambda: machine.enqueue(0.01))[1].startswith("graph of ")
+
+
+def test_a_host_of_uneven_speed_is_no_work_on_another_stream(machine):
+    """An op of 0.115 ms for which the host takes 0.05 to 0.4 ms was once said to be busy for 0.250."""
+    spans = itertools.cycle([0.05, 0.1, 0.2, 0.25, 0.4])
+    assert outside(lambda: machine.enqueue(0.115, next(spans)), 0.115) is None
+
+
+def test_work_on_another_stream_is_seen(machine):
+    def elsewhere() -> None:
+        machine.enqueue(0.01, 0.02)
+        machine.enqueue_beside(0.5)
+
+    assert "after the stream that is timed had ended" in (outside(elsewhere, 0.01) or "")

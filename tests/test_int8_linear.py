@@ -9,12 +9,12 @@ import torch
 from oracle import DTYPES, relative_error
 from torch import Tensor
 
+from bench.peers import PEERS
 from kernels._triton import Launcher, launching
 from kernels.int8_linear import (
     FEW_ROWS,
     INT8_LINEAR,
     MOST_ROWS,
-    PEERS,
     cost,
     inputs,
     int8_linear_reference,
@@ -326,12 +326,12 @@ def test_fp64_is_for_the_reference():
 # ---- what is compared with it
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", PEERS["int8_linear"])
 def test_peers_do_the_same_work(name):
-    arguments = inputs(4, 64, 96, dtype=torch.bfloat16)
+    arguments, peer = inputs(4, 64, 96, dtype=torch.bfloat16), PEERS["int8_linear"][name].run
     truth = int8_linear_reference(*doubled(arguments))
-    assert relative_error(PEERS[name](*arguments), truth) < 0.01
-    assert relative_error(PEERS[name](*arguments[:3]), int8_linear_reference(*doubled(arguments[:3]))) < 0.01
+    assert relative_error(peer(*arguments), truth) < 0.01
+    assert relative_error(peer(*arguments[:3]), int8_linear_reference(*doubled(arguments[:3]))) < 0.01
 
 
 @pytest.mark.parametrize("dims", INT8_LINEAR.bench, ids=str)

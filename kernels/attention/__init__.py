@@ -17,12 +17,9 @@ Vaswani et al., arXiv:1706.03762; grouped heads: Ainslie et al., arXiv:2305.1324
 "FlashAttention", arXiv:2205.14135.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import Cost, Op, differentiable, require
@@ -135,36 +132,6 @@ def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0,
     )
 
 
-def _sdpa(backend: str | None) -> Callable[..., Tensor]:
-    """torch's fused attention, by the backend named or by torch's own choice; causal, as the benches are."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, backend))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with chosen:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
-
-    return run
-
-
-@functools.cache
-def _compiled_flex(T: int, S: int, device: torch.device) -> tuple[Callable[..., Tensor], object]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = create_block_mask(lambda b, h, t, s: t + S - T >= s, None, None, T, S, device=device)
-    return torch.compile(flex_attention), mask
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's FlexAttention, compiled, with the causal block mask made beforehand."""
-    function, mask = _compiled_flex(q.shape[1], k.shape[1], q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
 ATTENTION = Op(
     name="attention",
     reference=attention_reference,
@@ -185,10 +152,6 @@ ATTENTION = Op(
         dict(B=4, T=4096, S=4096, H=8, G=4, D=256),
     ),
     cost=cost,
-    peers={
-        "sdpa": _sdpa(None), "sdpa cudnn": _sdpa("CUDNN_ATTENTION"), "sdpa flash": _sdpa("FLASH_ATTENTION"),
-        "flex": _flex,
-    },
     variants={"gluon": attention_gluon},
     summary="softmax(q k^T / sqrt(D) where the key is seen) v",
 )  # fmt: skip

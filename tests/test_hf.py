@@ -18,7 +18,8 @@ from gptfast.config import PRESETS, GPTConfig
 from gptfast.hf import __main__ as command
 from gptfast.hf import gguf as gguf_file
 from gptfast.model import GPT
-from gptfast.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
+from gptfast.tokenizer import BPETokenizer, CharTokenizer
+from gptfast.tokenizer_json import GPT2_PATTERN
 
 transformers = pytest.importorskip("transformers")
 

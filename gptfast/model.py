@@ -156,7 +156,10 @@ class Attention(nn.Module):
         self.config, self.ops, self.layer = config, ops, layer
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.c_attn = Linear(config.n_embd, width, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.attention_width, config.n_embd, bias=config.bias)
+        for name in ("q_norm", "k_norm"):
+            weight = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
+            self.register_parameter(name, weight)
 
     def forward(
         self,
@@ -170,10 +173,11 @@ class Attention(nn.Module):
         H, G = config.n_head, config.kv_heads
         qkv = self.c_attn(x).view(B, T, H + 2 * G, config.head_dim)
         q, k, v = qkv.split((H, G, G), dim=2)
+        in_rotary = rotation is not None and not config.qk_norm_weight  # which has no weight
+        if config.qk_norm and not in_rotary:
+            q, k = ops.rmsnorm(q, self.q_norm, config.qk_epsilon), ops.rmsnorm(k, self.k_norm, config.qk_epsilon)
         if rotation is not None:
-            q, k = ops.rotary(q, k, *rotation, qk_norm=config.qk_norm)
-        elif config.qk_norm:
-            q, k = ops.rmsnorm(q), ops.rmsnorm(k)
+            q, k = ops.rotary(q, k, *rotation, qk_norm=config.qk_norm and in_rotary, eps=config.qk_epsilon)
         dropout = config.dropout if self.training else 0.0
         if cache is not None:
             out = cache.attend(self.layer, q, k, v)

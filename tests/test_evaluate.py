@@ -17,7 +17,8 @@ from gptfast import checkpoint, cli, hf
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.model import GPT, IGNORED
-from gptfast.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer
+from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from gptfast.tokenizer_json import GPT2_PATTERN
 from train import evaluate
 from train.evaluate import Evaluate, Subject, measure
 from train.prepare import prepare

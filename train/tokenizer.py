@@ -18,15 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptfast import cli
+from gptfast.chat.conversation import SPECIAL_TOKENS
 from gptfast.cli import UserError
 from gptfast.tokenizer import BYTE_LETTERS, GPT4_PATTERN, BPETokenizer, find_bpe
 from train.documents import Documents
 
-# Named as in nanochat: the beginning of a document, and who speaks in a conversation.
-SPECIAL_TOKENS = (
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
-    "<|python_end|>", "<|output_start|>", "<|output_end|>",
-)  # fmt: skip
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 BASELINES = ("gpt2", "cl100k_base")
 

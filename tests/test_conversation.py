@@ -37,7 +37,10 @@ def S(text: str) -> dict[str, Any]:
 CALL, OUT = ("python", "12*7"), ("python_output", "84")
 # messages, and what they become: $ for a special token and + for what is learnt stand first in each piece
 GOLDEN: list[tuple[list[dict[str, Any]], list[str]]] = [
-    ([U("Hi"), A("Hello")], ["$bos", "$user_start", "Hi", "$user_end", "$assistant_start", "+Hello", "+$assistant_end"]),
+    (
+        [U("Hi"), A("Hello")],
+        ["$bos", "$user_start", "Hi", "$user_end", "$assistant_start", "+Hello", "+$assistant_end"],
+    ),
     ([U("Hi")], ["$bos", "$user_start", "Hi", "$user_end"]),
     ([U(""), A("")], ["$bos", "$user_start", "$user_end", "$assistant_start", "+$assistant_end"]),
     (

@@ -268,7 +268,8 @@ def _template() -> str:
         "{%- if message['content'] is string -%}{{- plain(message['content']) -}}{%- else -%}",
         "{%- for part in message['content'] -%}",
         *(
-            f"{{%- if part['type'] == '{kind}' -%}}{{{{- '{first}' + plain(part['text']) + '{last}' -}}}}{{%- endif -%}}"
+            f"{{%- if part['type'] == '{kind}' -%}}"
+            f"{{{{- '{first}' + plain(part['text']) + '{last}' -}}}}{{%- endif -%}}"
             for kind, (first, last) in {"text": ("", ""), **ENCLOSED}.items()
         ),
         "{%- endfor -%}{%- endif -%}",

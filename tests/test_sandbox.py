@@ -183,7 +183,7 @@ def test_where_there_is_none_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> No
     ran: list[object] = []
     monkeypatch.setattr(page, "why_not", lambda kind: "not here")
     monkeypatch.setattr(page.subprocess, "Popen", lambda *a, **k: ran.append(a))
-    with pytest.raises(UserError, match="install bubblewrap.*bubblewrap: not here; namespaces: not here"):
+    with pytest.raises(UserError, match=r"install bubblewrap.*bubblewrap: not here; namespaces: not here"):
         Sandbox()
     assert not ran
 

@@ -23,6 +23,7 @@ PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 ROOM = "/tmp"  # where the new root is put together; the machine's own /tmp is hidden by it, in this namespace alone
+CODE = f"{ROOM}/main.py"  # in the room's own /tmp
 DEVICES = ("null", "zero", "urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -104,15 +105,15 @@ def limit(task: dict[str, Any]) -> None:
 def become(task: dict[str, Any]) -> None:
     """This process becomes an interpreter that runs the code."""
     os.chdir("/tmp")
-    with open("/tmp/main.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+    with open(CODE, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(task["code"])
-    with open("/tmp/stdin", "w", encoding="utf-8", errors="surrogatepass") as file:
+    with open("stdin", "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(task["stdin"])
-    os.dup2(os.open("/tmp/stdin", os.O_RDONLY), 0)
-    os.unlink("/tmp/stdin")
+    os.dup2(os.open("stdin", os.O_RDONLY), 0)
+    os.unlink("stdin")
     limit(task)
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    os.execve(task["python"], [task["python"], "-I", "-S", "-B", "/tmp/main.py"], environment)
+    os.execve(task["python"], [task["python"], "-I", "-S", "-B", CODE], environment)
 
 
 def wait_for(child: int) -> int:

@@ -439,10 +439,14 @@ class BPETokenizer:
         return made
 
     def _hugging_face_config(self) -> dict[str, Any]:
+        from gptfast.chat.conversation import SPECIAL_TOKENS, TEMPLATE
+
         beginning = next((name for name in BEGINNINGS if name in self.special_tokens), None)
+        can_chat = set(SPECIAL_TOKENS) <= self.special_tokens.keys()
         return {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": beginning, "eos_token": beginning,
             "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+            **({"chat_template": TEMPLATE} if can_chat else {}),
         }  # fmt: skip
 
 

@@ -11,6 +11,8 @@
     python -m train.prepare mine --source=folder                   documents: .parquet, .jsonl (also .gz) or .txt files
     python -m train.prepare mine --source=hf:user/name             any data set of the hub; --subset, --split, --column
     python -m train.prepare mine --source=URL --tokenizer=folder   a file to download, in tokens of train.tokenizer
+    python -m train.prepare chat --source=FILE.jsonl               checks and counts conversations, with --tokenizer=
+                                                                   folder their tokens; hf:user/name fetches them
 
 A text: the vocabulary of characters is the distinct ones in code point order; the first 90% of the characters are
 train.bin, the rest val.bin, each uint16 little-endian and nothing else. For tinyshakespeare the files are nanoGPT's,
@@ -45,6 +47,7 @@ from gptfast import cli
 from gptfast.cli import UserError
 from gptfast.data import header, inspect, itemsize
 from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
+from train import conversations
 from train.documents import Documents, Shape, builder_of, make_shards, replace
 from train.download import download, sha256_of
 
@@ -111,7 +114,10 @@ def prepare_as(config: PrepareConfig) -> Path:
         raise UserError(f"{config.name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
     folder = Path(config.data_dir) / config.name
     try:
-        if config.name in READY and not config.source:
+        if config.name == "chat":
+            which = dict(subset=config.subset, split=config.split, tokenizer=config.tokenizer)
+            conversations.prepare(config.source, folder, **which)
+        elif config.name in READY and not config.source:
             _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):
             text, origin = _text(config.name, folder, config.source or None)

@@ -19,16 +19,12 @@ from pathlib import Path
 
 from gptfast import cli
 from gptfast.blanks import shortened
+from gptfast.chat.conversation import SPECIAL_TOKENS
 from gptfast.cli import UserError
 from gptfast.tokenizer import GPT4_PATTERN, BPETokenizer, find_bpe
 from gptfast.tokenizer_json import BYTE_LETTERS
 from train.documents import Documents
 
-# Named as in nanochat: the beginning of a document, and who speaks in a conversation.
-SPECIAL_TOKENS = (
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
-    "<|python_end|>", "<|output_start|>", "<|output_end|>",
-)  # fmt: skip
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 BASELINES = ("gpt2", "cl100k_base")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,37 +21,6 @@ from .cli import UserError
 from .config import GPTConfig
 
 IGNORED = -1  # a target that counts for nothing
-
-
-def relu2(x: Tensor) -> Tensor:
-    """The square of the positive part (So et al., "Primer", arXiv:2109.08668)."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _ReLU2.apply(x)
-    return F.relu(x).square()
-
-
-class _ReLU2(torch.autograd.Function):
-    """The same in fewer passes over memory: torch would keep both x and its positive part, and mask by comparison."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (dy * positive).mul_(2)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's own GELU, by tanh; Hugging Face calls it gelu_new."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
 
 
 class Cache(Protocol):
@@ -90,8 +59,9 @@ class Documents(NamedTuple):
 class Linear(nn.Linear):
     """x @ weight^T + bias in x's dtype, whatever the dtype of the weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Norm(nn.Module):
@@ -191,21 +161,30 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, wider between them; with swiglu a third one gates those (Shazeer, arXiv:2002.05202)."""
+    """Two layers, wider between them; with swiglu a third one gates those (Shazeer, arXiv:2002.05202).
 
-    def __init__(self, config: GPTConfig) -> None:
+    Where the activation is a kernel it adds the first layer's bias, whose gradient then needs no pass of its own.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.activation = ACTIVATIONS.get(config.activation)
+        self.dropout, self.ops, self.kind = config.dropout, ops, config.activation
+        self.fuses_bias = ops.chosen["activation"][0] != "reference"
         self.c_fc = Linear(config.n_embd, config.hidden_width, bias=config.bias)
         if config.activation == "swiglu":
             self.c_gate = Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.c_proj = Linear(config.hidden_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = F.silu(self.c_gate(x)) * self.c_fc(x) if self.activation is None else self.activation(self.c_fc(x))
-        out = self.c_proj(wide)
+        gate, gate_bias = self._widen(self.c_gate, x) if self.kind == "swiglu" else (None, None)
+        out = self.c_proj(self.ops.activation(*self._widen(self.c_fc, x), gate, gate_bias, self.kind))
         return F.dropout(out, self.dropout) if self.training and self.dropout else out
+
+    def _widen(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer's product with x, and the bias that is left to add."""
+        if self.fuses_bias and type(layer) is Linear:
+            return layer(x, with_bias=False), layer.bias
+        return layer(x), None
 
 
 class Block(nn.Module):
@@ -217,7 +196,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.ln_1, self.attn = Norm(config, ops), Attention(config, ops, layer)
-        self.ln_2, self.mlp = Norm(config, ops), MLP(config)
+        self.ln_2, self.mlp = Norm(config, ops), MLP(config, ops)
         places = 2 * layer + 1, 2 * layer + 2
         shift = config.token_shift and config.block_shift
         self.shift_1, self.shift_2 = (Shift(config, 1, place) if shift else NoShift() for place in places)

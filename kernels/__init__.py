@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import _triton
+from .activation import ACTIVATION
 from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
 from .decode_attention import DECODE_ATTENTION
@@ -28,8 +29,8 @@ from .rotary import ROTARY
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
-        NEWTON_SCHULZ, DECODE_ATTENTION, INT8_LINEAR,
+        LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, ACTIVATION, CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY, NEWTON_SCHULZ, DECODE_ATTENTION, INT8_LINEAR,
     )
 }  # fmt: skip
 IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")

@@ -194,7 +194,9 @@ def test_gradients_only_where_asked(op):
 @each_differentiable_op
 def test_reference_gradients(op):
     """The oracle itself: the reference's gradients against finite differences in fp64."""
-    smallest = min((d for d in op.parity if all(d.values())), key=lambda d: sum(v for v in d.values() if v is not True))
+    smallest = min(
+        (d for d in op.parity if all(d.values())), key=lambda d: sum(v for v in d.values() if type(v) is int)
+    )
     arguments = differentiated(doubled(op.inputs(**smallest, dtype=torch.float64)))
     assert torch.autograd.gradcheck(op.reference, arguments, fast_mode=True)
 

@@ -155,6 +155,7 @@ def split_matrices(model: GPT, team: Team) -> None:
         config, n_head=config.n_head // ways, n_kv_head=config.kv_heads // ways, head_size=config.head_dim
     )
     for block in blocks:
+        block.mlp.fuses_bias = False  # a rank's part of the bias is the layer's to add
         for p in block.attn.c_attn.parameters():
             p.data = by_rank(p.data, stacked_rows("x.c_attn.x", p.shape, config), ways)
         parallelize_module(block, team.mesh["tensor"], plan)

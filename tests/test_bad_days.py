@@ -75,8 +75,8 @@ def test_the_update_does_not_happen_and_the_batch_is_kept(
     """The post-mortem holds the weights before the update, and the batches that spoil it when tried again."""
     forward, calls = GPT.forward, []
 
-    def poisoned(self: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = forward(self, tokens, targets)
+    def poisoned(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **how: str) -> torch.Tensor:
+        loss = forward(self, tokens, targets, **how)
         if self.training:
             calls.append((tokens, targets))
             if len(calls) == 2 * 7 + 1:  # iteration 7
@@ -109,11 +109,11 @@ def test_skipped_updates_are_counted_and_too_many_in_a_row_stop(
 ) -> None:
     forward, calls, bad = GPT.forward, [], {3, 8, 9}
 
-    def poisoned(self: GPT, *batch: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: GPT, *batch: torch.Tensor, **how: str) -> torch.Tensor:
         if self.training:
             calls.append(batch)
         nan = self.training and (len(calls) - 1) // 2 in bad
-        return forward(self, *batch) * (math.nan if nan else 1.0)
+        return forward(self, *batch, **how) * (math.nan if nan else 1.0)
 
     monkeypatch.setattr(GPT, "forward", poisoned)
     flags = [*flags, "--nonfinite=skip", "--max_skips=2"]

@@ -305,20 +305,6 @@ def cost(M: int, N: int, *, kind: str = "gelu", bias: bool = True, itemsize: int
     )
 
 
-def _torch(
-    h: Tensor,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    kind: str = "gelu",
-) -> Tensor:
-    """What a plain MLP calls, in h's dtype throughout."""
-    h = h if bias is None else h + bias
-    if gate is not None:
-        return F.silu(gate if gate_bias is None else gate + gate_bias) * h
-    return F.relu(h).square() if kind == "relu2" else F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
 ACTIVATION = Op(
     name="activation",
     reference=activation_reference,
@@ -334,6 +320,5 @@ ACTIVATION = Op(
         dict(M=8192, N=11008, kind="swiglu", bias=False),
     ),
     cost=cost,
-    peers={"torch": _torch},
     summary="gelu, gelu_tanh, relu2 of h + bias, or silu(gate) * h",
 )  # fmt: skip

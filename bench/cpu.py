@@ -117,7 +117,7 @@ def plain_step(path: Path) -> Step:
 
 def our_step(tokens: Tensor, dtype: torch.dtype, compiled: bool) -> Step:
     """Our training step in `dtype`; `compiled` puts forward, backward, clipping and AdamW into one graph."""
-    model = GPT(CONFIG, kernels.load("reference"), dtype)
+    model = GPT(CONFIG, kernels.load("cpu"), dtype)
     with contextlib.redirect_stdout(io.StringIO()):  # the table of groups
         optimizer = adamw(model, **ADAMW)
     batches, parameters = Batches(tokens, BATCH_SIZE, CONFIG.block_size), list(model.parameters())

@@ -118,7 +118,7 @@ def plain_step(path: Path) -> Run:
 
 def our_step(tokens: Tensor, dtype: torch.dtype, compiled: bool) -> Run:
     """Our training step in `dtype`; `compiled` puts forward, backward and clipping into one graph."""
-    model = GPT(CONFIG, kernels.load("reference"), dtype)
+    model = GPT(CONFIG, kernels.load("cpu"), dtype)
     with contextlib.redirect_stdout(io.StringIO()):  # the table of groups
         optimizer = adamw(model, **ADAMW)
     batches = Batches(tokens, BATCH_SIZE, CONFIG.block_size)

@@ -161,7 +161,7 @@ def makers(config: GPTConfig, device: torch.device, compiled: str, rungs: bool, 
     if device.type == "cpu":
         native, _ = compute_dtype("cpu")
         dtypes = dict.fromkeys((torch.float32, native))
-        found = [ours(config, kernels.load("reference"), "reference eager", dtype, "no") for dtype in dtypes]
+        found = [ours(config, kernels.load("cpu"), "eager", dtype, "no") for dtype in dtypes]
         if is_gpt2(config):
             found.append(plain(config, "plain eager", torch.float32, "no"))
         if is_gpt2(config) and config.bias and has_transformers:

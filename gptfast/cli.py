@@ -150,7 +150,7 @@ def choose_ops(name: str, device: str) -> Ops:
     import kernels
 
     if name == "auto" and torch.cuda.is_available() and not device.startswith("cuda"):
-        name = "reference"  # auto would choose for the GPU that this run does not use
+        name = "cpu"  # auto would choose for the GPU that this run does not use
     try:
         return kernels.load(name)
     except (RuntimeError, ValueError) as error:

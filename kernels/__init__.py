@@ -3,7 +3,7 @@
 Letters, everywhere: B batch, T query positions, S key positions, H query heads, G key/value heads, D head dim, C model
 dim, V vocabulary, M rows (B * T), N row length, K contracted axis. Attention tensors are (B, T, H, D).
 
-    ops = kernels.load("auto")                              # triton on CUDA, reference elsewhere
+    ops = kernels.load("auto")                              # triton on CUDA, elsewhere what CPUs are fast in
     ops = kernels.load("interpret")                         # the same kernels on CPU tensors: for parity, not speed
     ops = kernels.load("triton", layernorm="reference")     # ablation
     y = ops.layernorm(x, weight, bias); print(ops)
@@ -33,7 +33,7 @@ OPS: dict[str, Op] = {
         LINEAR_CROSS_ENTROPY, NEWTON_SCHULZ, DECODE_ATTENTION, INT8_LINEAR,
     )
 }  # fmt: skip
-IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "interpret")
 
 __all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]
 
@@ -57,8 +57,9 @@ class Ops:
 def load(implementation: str = "auto", **per_op: str) -> Ops:
     """Choose an implementation for every op, and another for those named by keyword.
 
-    'reference' is plain PyTorch, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto'
-    triton where it can run and the reference elsewhere. An op may have variants beside these, as attention has 'gluon'.
+    'reference' is the definition in plain PyTorch, 'cpu' an op's faster path for CPUs, or the reference where it has
+    none, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto' triton where it can run and
+    'cpu' elsewhere. An op may have variants beside these, as attention has 'gluon'.
     Raises ValueError for a name that does not exist, RuntimeError for an explicit choice that cannot run here: nothing
     falls back in silence.
     """
@@ -71,6 +72,8 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
     _known("implementation", implementation, (*IMPLEMENTATIONS, *op.variants))
     if implementation == "reference":
         return "reference", "asked for", op.reference
+    if implementation == "cpu":
+        return _on_cpu(op, "asked for")
     kernel = op.variants.get(implementation, op.triton)
     obstacle = "it has no kernel yet" if kernel is None else _triton.MISSING or ""
     if implementation == "interpret":
@@ -82,9 +85,15 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
         chosen = implementation != "auto"
         return implementation if chosen else "triton", "asked for" if chosen else "CUDA is available", kernel
     if implementation != "auto":
-        others = "'auto', 'reference' or 'interpret'"
+        others = "'auto', 'cpu', 'reference' or 'interpret'"
         raise RuntimeError(f"{op.name}: {implementation!r} cannot run: {obstacle}; use {others}")
-    return "reference", obstacle, op.reference
+    return _on_cpu(op, obstacle)
+
+
+def _on_cpu(op: Op, why: str) -> tuple[str, str, Callable[..., Any]]:
+    if op.cpu is None:
+        return "reference", f"{why}; it has no other path for CPUs", op.reference
+    return "cpu", why, op.cpu
 
 
 def _interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,16 +41,33 @@ from .prims import (
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalize the last axis of x (..., N) to zero mean and unit variance; scale by weight (N,), shift by bias (N,).
 
-    Computes in at least fp32 and returns x's dtype. torch's own layer_norm is the formula above in one pass and
-    accumulates in fp32 (fp64 for fp64), so the definition and the CPU fallback can be the same call; on a CPU it also
-    takes a 16-bit x beside fp32 parameters as they are, which saves writing x in fp32 and back.
+    Computes in at least fp32 and returns x's dtype. Raises ValueError for a wrong shape, dtype or device.
     """
     _check(x, weight, bias)
-    shape, given = x.shape[-1:], [p for p in (weight, bias) if p is not None]
-    if x.device.type == "cpu" and x.dtype.itemsize <= 4 and all(p.dtype == torch.float32 for p in given):
-        return F.layer_norm(x, shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
+    centered = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    centered = centered - centered.mean(-1, keepdim=True)  # the mean of a row far from zero was rounded
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def layernorm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """layernorm_reference for CPUs, in torch's one call.
+
+    It takes a 16-bit x beside fp32 parameters as it is, which saves writing x in fp32 and back; but then it would sum
+    the gradients of the parameters in 16 bits. Where they are wanted, x is made fp32 first. The gradient of a row of
+    one column is 0 but for rounding, which torch's is not.
+    """
+    _check(x, weight, bias)
+    if x.shape[-1] == 1:
+        return layernorm_reference(x, weight, bias, eps)
+    parameters = [p for p in (weight, bias) if p is not None]
+    learned = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    if not learned and x.dtype.itemsize == 2 and all(p.dtype == torch.float32 for p in parameters):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias, eps).to(x.dtype)
 
 
 def add_layernorm_reference(
@@ -60,6 +77,15 @@ def add_layernorm_reference(
     check_residual(x, residual)
     h = x + residual
     return layernorm_reference(h, weight, bias, eps), h
+
+
+def add_layernorm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """add_layernorm_reference for CPUs."""
+    check_residual(x, residual)
+    h = x + residual
+    return layernorm_cpu(h, weight, bias, eps), h
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -369,6 +395,7 @@ def add_cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost,
 LAYERNORM = Op(
     name="layernorm",
     reference=layernorm_reference,
+    cpu=layernorm_cpu,
     triton=layernorm_triton,
     inputs=inputs,
     parity=(
@@ -388,6 +415,7 @@ ADD_LAYERNORM = dataclasses.replace(
     LAYERNORM,
     name="add_layernorm",
     reference=add_layernorm_reference,
+    cpu=add_layernorm_cpu,
     triton=add_layernorm_triton,
     inputs=add_inputs,
     parity=(

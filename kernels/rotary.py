@@ -40,28 +40,48 @@ def rotary_reference(
     Computes in at least fp32. With `qk_norm` every head vector has unit root mean square (no weight) before `scale`.
     """
     _check(q, k, cos, sin)
-
     wide = torch.promote_types(q.dtype, torch.float32)
-    c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale  # (T, 1, D/2): over batch and heads
+    c, s = cos.to(wide)[:, None, :], sin.to(wide)[:, None, :]  # (T, 1, D/2): over batch and heads
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = _pairs(_normalized(x.to(wide), eps) if qk_norm else x.to(wide), interleaved)
+        return (scale * _joined(a * c - b * s, b * c + a * s, interleaved)).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def rotary_cpu(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    qk_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """rotary_reference for CPUs in few passes over memory, forward and backward. Tables learn through the reference."""
+    _check(q, k, cos, sin)
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if learned or torch.compiler.is_compiling():  # a compiler fuses the passes of the reference
+        return rotary_reference(q, k, cos, sin, qk_norm=qk_norm, eps=eps, scale=scale, interleaved=interleaved)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale
     c, s = _joined(c, c, interleaved), _joined(-s, s, interleaved)
-    flags = eps if qk_norm else None, interleaved
-    learned = torch.is_grad_enabled() and (c.requires_grad or s.requires_grad)
-    if q.device.type == "cpu" and not learned and not torch.compiler.is_compiling():
-        rotated = _OnCPU.apply(q.to(wide), k.to(wide), c, s, *flags)
-    else:
-        rotated = _formula(q.to(wide), c, s, *flags), _formula(k.to(wide), c, s, *flags)
-    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
+    found = _OnCPU.apply(q.to(wide), k.to(wide), c, s, eps if qk_norm else None, interleaved)
+    return found[0].to(q.dtype), found[1].to(k.dtype)
 
 
-def _formula(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool) -> Tensor:
+def _rotated(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool) -> Tensor:
     """x (B, T, H, D), normalized unless eps is None, times cos; and with its pairs exchanged times -sin and sin."""
     y = x if eps is None else _normalized(x, eps)
     return torch.addcmul(y * c, _exchanged(y, interleaved), s)
 
 
 class _OnCPU(torch.autograd.Function):
-    """The same with the gradient of the head of this page written out, in fewer passes over memory than torch's
-    takes. Twice differentiable, since backward forms the norm anew.
+    """The rotation of q and k with the gradient of the head of this page written out. Twice differentiable, since
+    backward forms the norm anew.
     """
 
     @staticmethod
@@ -70,7 +90,7 @@ class _OnCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, c, s)
         ctx.flags = eps, interleaved
-        return _formula(q, c, s, eps, interleaved), _formula(k, c, s, eps, interleaved)
+        return _rotated(q, c, s, eps, interleaved), _rotated(k, c, s, eps, interleaved)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +98,7 @@ class _OnCPU(torch.autograd.Function):
         eps, interleaved = ctx.flags
 
         def back(dy: Tensor, x: Tensor) -> Tensor:
-            g = _formula(dy, c, -s, None, interleaved)  # by minus the angle
+            g = _rotated(dy, c, -s, None, interleaved)  # by minus the angle
             if eps is None:
                 return g
             rstd = _rstd(x, eps)
@@ -365,6 +385,7 @@ def cost(B: int, T: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost
 ROTARY = Op(
     name="rotary",
     reference=rotary_reference,
+    cpu=rotary_cpu,
     triton=rotary_triton,
     inputs=inputs,
     parity=(

@@ -37,6 +37,14 @@ def test_a_row_far_from_zero_keeps_its_variance():
     assert relative_error(interpreted(x, weight), truth) < 1e-3
 
 
+def test_the_reference_keeps_a_variance_that_rounding_the_mean_would_swamp():
+    """Mean 4e4 and steps of 1/256, the last that fp32 tells apart there: the mean is off by as much as the spread."""
+    x = 4e4 + torch.randint(-1, 2, (4, 768)) / 256
+    weight = torch.ones(768)
+    truth = layernorm_reference(x.double(), weight.double())
+    assert relative_error(layernorm_reference(x, weight), truth) < 1e-6
+
+
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
 def test_fp32_parameters_beside_16_bit_activations(x_dtype):
     """As the model has them: master weights in fp32, activations in 16 bits; gradients come in each one's dtype."""

@@ -21,10 +21,19 @@ def test_reference_is_the_reference():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: nothing is missing")
-def test_auto_without_a_gpu_is_the_reference_and_says_why():
+def test_auto_without_a_gpu_is_the_path_for_cpus_and_says_why():
     ops = kernels.load("auto")
-    assert ops.layernorm is OPS["layernorm"].reference
-    assert "layernorm" in repr(ops) and "no CUDA device" in repr(ops)
+    assert ops.layernorm is OPS["layernorm"].cpu and ops.chosen["layernorm"] == ("cpu", "no CUDA device")
+    assert ops.newton_schulz is OPS["newton_schulz"].reference
+    assert "no CUDA device; it has no other path for CPUs" in repr(ops)
+
+
+def test_the_path_for_cpus_is_the_reference_where_an_op_has_no_other():
+    ops = kernels.load("cpu", rotary="reference")
+    for name, op in OPS.items():
+        cpu = None if name == "rotary" else op.cpu
+        assert getattr(ops, name) is (cpu or op.reference)
+        assert ops.chosen[name][0] == ("cpu" if cpu else "reference")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: 'triton' can run")

@@ -17,10 +17,10 @@ from . import _triton
 from .activation import ACTIVATION
 from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
+from .cross_entropy.linear import LINEAR_CROSS_ENTROPY
 from .decode_attention import DECODE_ATTENTION
 from .int8_linear import INT8_LINEAR
 from .layernorm import ADD_LAYERNORM, LAYERNORM
-from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .newton_schulz import NEWTON_SCHULZ
 from .op import Cost, Op, allow_interpretation
 from .rmsnorm import ADD_RMSNORM, RMSNORM

@@ -30,6 +30,7 @@ try:  # Gluon is experimental: it comes and goes with the version of Triton, and
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.experimental.gluon.language.nvidia import hopper as gl_hopper
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy as gl_async_copy
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     HAS_GLUON = True
@@ -44,6 +45,7 @@ class Launcher:
     launch: Callable[..., Any]  # (kernel, grid, *args, **kwargs)
     arch: int = 0  # compute capability times ten; 0 asks for the most conservative tiles
     multiprocessors: int = 1  # so that persistent programs stride even on small tensors
+    gluon: bool = True  # whether it takes kernels in Gluon
 
 
 _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
@@ -113,7 +115,13 @@ if HAS_GLUON:
     gluon_jit = GluonKernel
 
 else:
-    gluon_jit, gl, gl_hopper, GluonDescriptor = jit, tl, None, None  # inert: no version without Gluon is fit for them
+    gluon_jit, gl, gl_hopper, gl_async_copy, GluonDescriptor = (
+        jit,
+        tl,
+        None,
+        None,
+        None,
+    )  # inert: no version without Gluon is fit for them
 
 
 class triton:  # under the name that kernels know: Triton's own functions take 5 us a call on the host

@@ -229,7 +229,7 @@ def interpreting(
 
     The pages choose their tiles for a GPU of compute capability arch / 10 with so many multiprocessors.
     """
-    return launching(Launcher(partial(_launch, guard), arch, multiprocessors))
+    return launching(Launcher(partial(_launch, guard), arch, multiprocessors, gluon=False))
 
 
 def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:

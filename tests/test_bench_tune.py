@@ -14,8 +14,9 @@ from bench.timing import Settings, Verdict, summarize
 from bench.tune import Trial, climb, direction_of, distinct, entries, main, neighbours, read_dims, short
 from gptfast.cli import UserError
 from gptfast.log import Log, facts
+from kernels.cross_entropy.rows import TILES as CROSS_ENTROPY_TILES
 from kernels.layernorm import TILES
-from kernels.prims import CROSS_ENTROPY_TILES, RowTile
+from kernels.prims import RowTile
 
 pytestmark = pytest.mark.triton
 
@@ -147,7 +148,7 @@ def test_the_line_to_commit_names_the_table_that_two_pages_share(name):
     case = Case(kernels.OPS[name], kernels.OPS[name].bench[0], "bfloat16", "forward", torch.device("cpu"))
     (rows,) = entries(kernels.OPS[name])
     line = tune.line_to_commit(rows, rows.value, case, {"hardware": {"name": "a GPU"}, "command": "tune"})
-    assert line.startswith("kernels.prims: CROSS_ENTROPY_TILES['rows'] = RowTiles(")
+    assert line.startswith("kernels.cross_entropy.rows: TILES['rows'] = RowTiles(")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

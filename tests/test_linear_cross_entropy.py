@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import linear_cross_entropy as page
 from kernels._triton import launching, skip
+from kernels.cross_entropy import linear as page
 
 OP = kernels.OPS["linear_cross_entropy"]
 kernel = kernels.load("reference", linear_cross_entropy="interpret").linear_cross_entropy

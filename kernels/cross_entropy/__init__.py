@@ -21,18 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import jit, launcher, launching, tl, triton
-from .op import Cost, Op, differentiable, require
-from .prims import (
-    CROSS_ENTROPY_TILES,
-    Criterion,
-    as_rows,
-    check_criterion,
-    cross_entropy_rows,
-    load_logits,
-    logits_gradient,
-    require_kernel_dtype,
-)
+from .._triton import jit, launcher, launching, tl, triton
+from ..op import Cost, Op, differentiable, require
+from ..prims import as_rows, require_kernel_dtype
+from .rows import TILES as ROW_TILES
+from .rows import Criterion, check_criterion, cross_entropy_rows, load_logits, logits_gradient
 
 
 def cross_entropy_reference(
@@ -123,9 +116,6 @@ def _row_scale(dloss: Tensor, kept: Tensor, M: int, reduction: str) -> Tensor:
     return (dloss / kept if reduction == "mean" else dloss).expand(M)
 
 
-TILES = CROSS_ENTROPY_TILES  # kept in prims.py, for linear_cross_entropy launches the same kernel
-
-
 def _forward(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
     vocab_size: int, reduction: str,
@@ -144,7 +134,7 @@ def _backward(
     M, N = rows.shape
     dlogits = torch.empty((M, N), dtype=logits.dtype, device=logits.device)
     if M:
-        scale, tile = _row_scale(dloss, kept, M, reduction), TILES["rows"].choose(N)
+        scale, tile = _row_scale(dloss, kept, M, reduction), ROW_TILES["rows"].choose(N)
         cross_entropy_bwd_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
             rows, targets.contiguous(), scale, maximum, log_sum, dlogits, rows.stride(0), scale.stride(0), M, N,
             vocab_size, ignore_index, label_smoothing, z_loss, softcap or 1.0,

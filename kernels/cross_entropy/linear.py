@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import launcher, skip
-from .op import Cost, Op, differentiable, require
-from .prims import CROSS_ENTROPY_TILES, Criterion, check_criterion, cross_entropy_rows, require_kernel_dtype
+from .._triton import launcher, skip
+from ..op import Cost, Op, differentiable, require
+from ..prims import require_kernel_dtype
+from .rows import Criterion, check_criterion, cross_entropy_rows
 
 # (logits (m, N), targets (m,), criterion, scale (m,) or None) -> loss (m,); scale * gradient overwrites the logits
 RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None], Tensor]
@@ -131,9 +132,6 @@ class Task(NamedTuple):
     def early(self) -> bool:
         """Whether forward finds the gradients, which it can where backward need only scale them by one number."""
         return self.reduction != "none" and (self.needs_dx or self.needs_dweight)
-
-
-TILES = CROSS_ENTROPY_TILES  # kept in prims.py, for cross_entropy launches the same kernel
 
 
 def _pass(

@@ -16,7 +16,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import arch, jit, multiprocessors, tl

@@ -37,6 +37,7 @@ from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
 from kernels import Ops
 from train import score
+from train.files import decoded
 from train.tasks import Where, judged
 
 NatsPerRow = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> (B,), summed over targets that count
@@ -220,9 +221,11 @@ def read_documents(config: Evaluate) -> list[str]:
     """The text file as one document; or the documents of a split, decoded."""
     if config.text:
         try:
-            documents = [Path(config.text).read_text("utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            documents = [decoded(Path(config.text).read_bytes(), Path(config.text))]
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"--text={config.text}: cannot read it ({reason}); name a text file") from None
     else:
         folder = Path(config.data_dir) / config.dataset

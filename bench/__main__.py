@@ -101,9 +101,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "pages:\n" + "\n".join(f"  {name:10s} {about}" for name, about in pages().items())
     parser.add_argument("--only", help="pages, comma-separated: peaks,ops")
-    parser.add_argument(
-        "--quick", action="store_true", help="one size of each thing: 4 minutes on a GPU"
-    )
+    parser.add_argument("--quick", action="store_true", help="one size of each thing: 4 minutes on a GPU")
     parser.add_argument("--out", type=Path, help="folder of rows and figures (default: results/<machine>)")
     arguments = parser.parse_args(argv)
     return campaign(arguments.only, arguments.quick, arguments.out)

@@ -35,30 +35,46 @@ class Stage:
     page: str = ""  # to run instead of bench.<name>
     module: str = ""  # to run instead of any page
     flags: tuple[str, ...] = ("--out={out}",)
-    quick: tuple[str, ...] = ("--quick",)
+    quick: tuple[str, ...] | None = ("--quick",)  # added with --quick; None: the stage is left out then
+    quick_s: float = 25  # its limit with --quick
+
+    def command(self, quick: bool, out: Path) -> list[str]:
+        start = [self.module] if self.module else ["bench", self.page or self.name]
+        flags = (*self.flags, *((self.quick or ()) if quick else ()))
+        return [sys.executable, "-m", *start, *(flag.format(out=out) for flag in flags)]
+
+    def seconds(self, quick: bool) -> float:
+        return self.quick_s if quick and self.quick is not None else self.limit_s
 
 
+# The worthiest first: within 4 minutes the ops and the first models are there, all of it within 9 on a cold machine.
+# With --quick all of it takes 4. A page's own budget ends it 10 seconds before it would be stopped.
 GPU = (
-    Stage("peaks", 40), Stage("ops", 160, flags=("--out={out}", "--budget_s=145")),
-    Stage("model", 180, flags=("--out={out}", "--budget_s=160")),
-    Stage("optim", 60, flags=("--out={out}", "--sizes=768,1600,4096", "--budget_s=45")),
-    Stage("decode", 110, flags=("--out={out}", "--models=gpt2", "--context=1024", "--budget_s=90")),
-    Stage("plots", 25),
+    Stage("peaks", 25), Stage("warm", 60, flags=("--budget_s=50",), quick=("--quick", "--budget_s=25"), quick_s=35),
+    Stage("ops", 125, flags=("--out={out}", "--budget_s=105"), quick=("--quick", "--budget_s=30"), quick_s=45),
+    Stage("model", 130, flags=("--out={out}", "--budget_s=105"), quick=("--quick", "--budget_s=30"), quick_s=50),
+    Stage("profile", 45, flags=("--out={out}", "--budget_s=20"), quick=("--quick", "--budget_s=15"), quick_s=30),
+    Stage("decode", 65, flags=("--out={out}", "--models=gpt2", "--context=1024", "--budget_s=45"),
+        quick=("--quick", "--budget_s=20"), quick_s=35),
+    Stage("optim", 35, flags=("--out={out}", "--sizes=768,1600,4096", "--budget_s=25"), quick=None),
+    Stage("plots", 20, quick_s=20),
     # Last and alone: kernels that no GPU may have run yet. One that never ends costs nothing but itself.
-    Stage("unproven", 25, "ops",
+    Stage("unproven", 25, "ops", quick=None,
         flags=("--out={out}", "--variants=gluon", "--direction=forward", "--no-compile", "--budget_s=15")),
 )  # fmt: skip
 CPU = (
-    Stage("peaks", 40), Stage("ops", 130, flags=("--out={out}", "--direction=both", "--budget_s=105")),
-    Stage("model", 50), Stage("decode", 120, flags=("--out={out}", "--new=64", "--budget_s=40")),
-    Stage("optim", 35, flags=("--out={out}", "--quick"), quick=()),
-    Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",)),
-    Stage("aot", 30, module="kernels.aot", flags=(), quick=()), Stage("plots", 25),
+    Stage("peaks", 40), Stage("ops", 130, flags=("--out={out}", "--direction=both", "--budget_s=105"), quick_s=130),
+    Stage("model", 50, quick_s=50), Stage("profile", 40, flags=("--out={out}", "--budget_s=20"), quick_s=40),
+    Stage("decode", 100, flags=("--out={out}", "--new=64", "--budget_s=40"), quick_s=100),
+    Stage("optim", 35, flags=("--out={out}", "--quick"), quick=(), quick_s=35),
+    Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",), quick_s=45),
+    Stage("aot", 30, module="kernels.aot", flags=(), quick=(), quick_s=30), Stage("plots", 25),
 )  # fmt: skip
 NEEDS_GPU = (
     "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",
     "ms/iter, tokens/s, mfu, mfu_palm, hfu and peak memory of GPT-2 124M to 1558M, and the ladder of kernels",
     "decode tokens/s and mbu",
+    "where a training step's time goes, kernel by kernel, and when the GPU waits for the host",
     "tile tables: python -m bench tune",
     "tests that say 'CUDA' in the reason for which they were skipped",
 )
@@ -85,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "pages:\n" + "\n".join(f"  {name:10s} {about}" for name, about in pages().items())
     parser.add_argument("--only", help="pages, comma-separated: peaks,ops")
-    parser.add_argument("--quick", action="store_true", help="one size of each thing, fewer samples")
+    parser.add_argument("--quick", action="store_true", help="one size of each thing: 4 minutes on a GPU")
     parser.add_argument("--out", type=Path, help="folder of rows and figures (default: results/<machine>)")
     arguments = parser.parse_args(argv)
     return campaign(arguments.only, arguments.quick, arguments.out)
@@ -103,11 +119,10 @@ def campaign(only: str | None, quick: bool, out: Path | None) -> int:
     on_gpu = torch.cuda.is_available()
     machine = hardware("cuda" if on_gpu else "cpu")
     out = out or results.folder(machine)
-    stages = chosen(GPU if on_gpu else CPU, only)
+    stages = chosen(GPU if on_gpu else CPU, only, quick)
     print(f"bench: {machine['name']} -> {out}")
-    print(
-        f"bench: {', '.join(stage.name for stage in stages)}; at most {sum(s.limit_s for s in stages) / 60:.1f} minutes"
-    )
+    minutes = sum(stage.seconds(quick) for stage in stages) / 60
+    print(f"bench: {', '.join(stage.name for stage in stages)}; at most {minutes:.1f} minutes")
     started, ends = time.monotonic(), {}
     for number, stage in enumerate(stages, 1):
         print(f"\nbench: [{number}/{len(stages)}] {stage.name}, {time.monotonic() - started:.0f} s gone", flush=True)
@@ -123,8 +138,12 @@ def campaign(only: str | None, quick: bool, out: Path | None) -> int:
     return 0 if all(end == "done" for end in ends.values()) and len(ends) == len(stages) else 1
 
 
-def chosen(stages: Sequence[Stage], only: str | None) -> list[Stage]:
-    """The stages that exist, or of them those that `only` names. UserError names one that there is not."""
+def chosen(stages: Sequence[Stage], only: str | None, quick: bool = False) -> list[Stage]:
+    """The stages that exist, or of them those that `only` names; with `quick` those that have a short form.
+
+    UserError names one that there is not.
+    """
+    stages = [stage for stage in stages if only or not quick or stage.quick is not None]
     there = {stage.name: stage for stage in stages if stage.module or (stage.page or stage.name) in pages()}
     if only is None:
         return list(there.values())
@@ -137,14 +156,13 @@ def chosen(stages: Sequence[Stage], only: str | None) -> list[Stage]:
 
 def run_stage(stage: Stage, quick: bool, out: Path) -> str:
     """Run one stage in its own process, so that its memory is free again for the next. Returns how it ended."""
-    command = [sys.executable, "-m", *([stage.module] if stage.module else ["bench", stage.page or stage.name])]
-    command += [flag.format(out=out) for flag in (*stage.flags, *(stage.quick if quick else ()))]
-    process = subprocess.Popen(command, cwd=HERE.parent)
+    process = subprocess.Popen(stage.command(quick, out), cwd=HERE.parent)
+    limit_s = stage.seconds(quick)
     try:
-        code = process.wait(stage.limit_s)
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         _stop(process)
-        return f"stopped after its {stage.limit_s:.0f} s; the rows so far are kept"
+        return f"stopped after its {limit_s:.0f} s; the rows so far are kept"
     except KeyboardInterrupt:
         _stop(process)
         return "interrupted"

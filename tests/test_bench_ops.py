@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
 from bench import __main__ as campaign
-from bench import ops, peers
+from bench import ops, peers, warm
 from bench.failures import FAILURES
 from bench.ops import Case, cases, fitted, halved, run_case, variants
 from bench.peaks import Ceilings, from_rows
@@ -259,13 +261,43 @@ def test_an_op_without_a_gradient_is_timed_forward_whatever_is_asked_of_the_othe
 def test_campaign_stages_are_pages_that_exist():
     for stages in (campaign.GPU, campaign.CPU):
         names = [stage.name for stage in campaign.chosen(stages, None)]
-        assert names[:2] == ["peaks", "ops"]
-        assert sum(stage.limit_s for stage in stages) <= 10 * 60
-        budgets = [(stage, flag) for stage in stages for flag in stage.flags if flag.startswith("--budget_s=")]
-        assert all(float(flag.partition("=")[2]) <= stage.limit_s - 10 for stage, flag in budgets)
+        assert names == [stage.name for stage in stages] and names[0] == "peaks"
     assert [stage.name for stage in campaign.chosen(campaign.GPU, "ops,peaks")] == ["peaks", "ops"]
     with pytest.raises(UserError, match="did you mean peaks"):
         campaign.chosen(campaign.GPU, "peak")
+
+
+@pytest.mark.parametrize("quick, minutes", [(False, 9), (True, 4)])
+def test_the_budgets_of_the_gpu_campaign_add_up(quick, minutes):
+    """Each page's own budget ends it before it is stopped; ops and models have begun after four minutes."""
+    stages = campaign.chosen(campaign.GPU, None, quick)
+    assert sum(stage.seconds(quick) for stage in stages) <= 60 * minutes
+    before = itertools.accumulate(stage.seconds(quick) for stage in stages)
+    begun = [stages[0].name] + [stage.name for stage, at in zip(stages[1:], before, strict=False) if at < 4 * 60]
+    assert {"peaks", "ops", "model"} <= set(begun)
+    for stage in (*stages, *campaign.CPU):
+        last = [flag for flag in stage.command(quick, Path("x")) if flag.startswith("--budget_s=")][-1:]
+        assert all(float(flag.partition("=")[2]) <= stage.seconds(quick) - 10 for flag in last), stage
+
+
+def test_what_is_warmed_is_every_case_once():
+    todo = warm.commands(3, None, True, True, 50.0)
+    shares = [ops._share(flag.partition("=")[2]) for command in todo for flag in command if flag.startswith("--warm=")]
+    assert shares == [(0, 3), (1, 3), (2, 3)] and "--quick" in todo[0]
+    with pytest.raises(UserError, match="expected I/N"):
+        ops._share("3/3")
+
+
+def test_warming_stops_with_its_budget_and_is_no_failure(capsys):
+    quick, slow = [sys.executable, "-c", ""], [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert warm.run([quick, slow], 1.0) == 0
+    assert "1 of 2 processes" in capsys.readouterr().out
+
+
+def test_a_share_runs_its_cases_and_writes_nothing(tmp_path, capsys):
+    flags = ["--only=layernorm,rmsnorm", "--quick", "--device=cpu", "--dtype=float32", f"--out={tmp_path}"]
+    assert ops.main([*flags, "--warm=0/2"]) == 0
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
 def test_the_flags_of_every_stage_are_those_of_its_page(capsys):
@@ -274,7 +306,7 @@ def test_the_flags_of_every_stage_are_those_of_its_page(capsys):
             with pytest.raises(SystemExit):
                 campaign.main([stage.page or stage.name, "--help"])
             known = set(re.findall(r"--[a-z_-]+", capsys.readouterr().out.partition("options:")[2]))
-            assert {flag.partition("=")[0] for flag in (*stage.flags, *stage.quick)} <= known, stage
+            assert {flag.partition("=")[0] for flag in (*stage.flags, *(stage.quick or ()))} <= known, stage
 
 
 def test_a_page_that_does_not_even_die_holds_nobody_up(monkeypatch):

@@ -1,0 +1,214 @@
+"""What a step should take, part by part, before it runs: declared costs over rates that the machine has shown.
+
+    python -m bench predict --model=gpt2 --batch_size=16 --out=results/nvidia-h200
+    python -m bench predict --model=gpt2-xl --device="H100 SXM"      # no rows: the datasheet, at a stated efficiency
+
+Attention, norms, rotary and the loss go at the rate of our op's row nearest in size. The rest goes at the rate of a
+profile of that machine, of another implementation or model than the one predicted: products by their FLOPs, activation
+and optimizer by their bytes, and what has no declared cost by tokens, width and layers. Where there is neither, a part
+takes its time on the roofline over EFFICIENCY. Beside it stands the measured profile of the step, where there is one,
+so that a missed prediction shows its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptfast import mfu
+from gptfast.cli import UserError, nearest
+from gptfast.config import PRESETS, GPTConfig
+from gptfast.log import Row, facts
+from kernels import Cost
+
+from . import costs, results
+from .peaks import DTYPES, Ceilings, from_rows
+
+EFFICIENCY = 0.7  # of the roofline, for what no row of the machine is about
+OPS_OF = {"attention": ("attention",), "rotary": ("rotary",), "loss": ("cross_entropy",)}
+UNDECLARED = ("sums", "casts", "copies", "other")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step: predicted milliseconds, from what, and measured ones where there is a profile."""
+
+    name: str
+    ms: float
+    source: str
+    measured_ms: float | None = None
+
+    @property
+    def missed(self) -> float | None:
+        """How much longer it was predicted than it took: 0.1 is a tenth too long."""
+        return self.ms / self.measured_ms - 1 if self.measured_ms else None
+
+
+def predict(
+    config: GPTConfig, B: int, T: int, dtype: str, rows: Sequence[Row], ceilings: Ceilings, impl: str = "triton",
+    name: str | None = None,
+) -> list[Part]:  # fmt: skip
+    """The parts of a training step of `config`, the longest first. `rows`: of the machine, any kinds."""
+    declared = costs.of_step(config, B, T, DTYPES[dtype].itemsize)
+    ops = [
+        r for r in rows if r["what"] == "op" and r["impl"] == impl and r["direction"] == "both" and r["dtype"] == dtype
+    ]
+    profiles = [r for r in rows if r["what"] == "profile" and r["direction"] == "train" and r["dtype"] == dtype]
+    about = (name, impl, {"B": B, "T": T})
+    own = next((r for r in profiles if (r["name"], r["impl"], r["dims"]) == about), None)
+    others = [r for r in profiles if r is not own and r["name"] in PRESETS]
+    other = min(others, key=lambda r: _unlike(r, name, B * T), default=None)
+    measured = {part["part"]: part["ms"] for part in own["parts"]} if own else {}
+    found = []
+    for part, cost in declared.items():
+        ms, source = (
+            _of_op(part, config, cost, ops) or _of_profile(part, cost, other) or _roofline(cost, dtype, ceilings)
+        )
+        found.append(Part(part, ms, source, measured.get(part)))
+    if other is not None:
+        scale = _bulk(config, B * T) / _bulk(_config(other), other["dims"]["B"] * other["dims"]["T"])
+        for part in other["parts"]:
+            if part["part"] in UNDECLARED:
+                source = f"as in the profile of {other['name']} by {other['impl']}"
+                found.append(Part(part["part"], part["ms"] * scale, source, measured.get(part["part"])))
+    listed = {part.name for part in found}
+    found += [Part(part, 0.0, "not foreseen", ms) for part, ms in measured.items() if part not in listed]
+    return sorted(found, key=lambda part: -max(part.ms, part.measured_ms or 0.0))
+
+
+def _of_op(part: str, config: GPTConfig, cost: Cost, ops: Sequence[Row]) -> tuple[float, str] | None:
+    """By the rate of our own op: FLOP/s of attention, bytes/s of what streams."""
+    names = (f"add_{config.norm}", config.norm) if part == "norms" else OPS_OF.get(part, ())
+    shaped = {
+        "D": config.head_dim,
+        "H": config.n_head,
+        "N": config.n_embd,
+        "V": config.vocab_size,
+        "T": config.block_size,
+    }
+    rows = [row for row in ops if row["name"] in names[:1]] or [row for row in ops if row["name"] in names]
+    if not rows:
+        return None
+    row = min(rows, key=lambda r: sum(abs(math.log2(r["dims"][x] / y)) for x, y in shaped.items() if x in r["dims"]))
+    by_flops = part == "attention"
+    share = cost.flops / row["flops"] if by_flops else cost.bytes / row["bytes"]
+    rate = f"{row['tflops']:.0f} TFLOP/s" if by_flops else f"{row['gbs']:,.0f} GB/s"
+    return row["ms_p50"] * share, f"{rate} of {results.label(row)}"
+
+
+def _of_profile(part: str, cost: Cost, other: Row | None) -> tuple[float, str] | None:
+    """By the rate at which another step on this machine did the same part."""
+    if other is None:
+        return None
+    seen = next((row for row in other["parts"] if row["part"] == part), None)
+    theirs = costs.of_step(_config(other), other["dims"]["B"], other["dims"]["T"], DTYPES[other["dtype"]].itemsize).get(
+        part
+    )
+    if seen is None or theirs is None or not seen["ms"]:
+        return None
+    by_flops = part == "GEMMs"
+    share = cost.flops / theirs.flops if by_flops else cost.bytes / theirs.bytes
+    rate = theirs.flops / seen["ms"] / 1e9 if by_flops else theirs.bytes / seen["ms"] / 1e6
+    unit = f"{rate:.0f} TFLOP/s" if by_flops else f"{rate:,.0f} GB/s"
+    return seen["ms"] * share, f"{unit} in the profile of {other['name']} by {other['impl']}"
+
+
+def _roofline(cost: Cost, dtype: str, ceilings: Ceilings) -> tuple[float, str]:
+    flops, memory = ceilings.flops.get(dtype), ceilings.bytes_per_s
+    ms = 1e3 * max(cost.flops / flops if flops else 0.0, cost.bytes / memory if memory else 0.0)
+    return ms / EFFICIENCY, f"{EFFICIENCY:.0%} of the roofline, {ceilings.source}"
+
+
+def _unlike(row: Row, name: str | None, tokens: int) -> tuple[bool, float]:
+    return row["name"] != name, abs(math.log2(row["dims"]["B"] * row["dims"]["T"] / tokens))
+
+
+def _config(row: Row) -> GPTConfig:
+    return padded(PRESETS[row["name"]])
+
+
+def _bulk(config: GPTConfig, tokens: int) -> float:
+    return float(tokens * config.n_embd * config.n_layer)
+
+
+def padded(config: GPTConfig) -> GPTConfig:
+    """As the bench trains it: no dropout, the vocabulary a multiple of 64."""
+    V = config.vocab_size
+    return dataclasses.replace(config, dropout=0.0, vocab_size=-(-V // 64) * 64 if V > 1024 else V)
+
+
+def table(parts: Sequence[Part], wall: Row | None = None) -> list[str]:
+    """The parts as lines, with their sum and how far it is from what was measured."""
+    lines = [f"{'part':16s} {'predicted':>10s} {'measured':>10s} {'missed':>8s}  from"]
+    for part in parts:
+        measured = "" if part.measured_ms is None else f"{part.measured_ms:7.3f} ms"
+        missed = "" if part.missed is None else f"{part.missed:+8.0%}"
+        lines.append(f"{part.name:16s} {part.ms:7.3f} ms {measured:>10s} {missed:>8s}  {part.source}")
+    total = sum(part.ms for part in parts)
+    lines.append(f"{'all kernels':16s} {total:7.3f} ms")
+    if wall is not None:
+        lines[-1] += f" {wall['busy_ms']:7.3f} ms {total / wall['busy_ms'] - 1:+8.0%}"
+        lines.append(
+            f"{'wall clock':16s} {'':10s} {wall['ms_p50']:7.3f} ms: the GPU idled for {wall['idle_ms']:.3f} ms of it"
+        )
+    return lines
+
+
+def by_datasheet(device: str) -> Ceilings:
+    """The ceilings of a named device. UserError for one that gptfast/mfu.py does not know."""
+    peak = mfu.peak(device)
+    if peak is None or peak.bytes_per_s is None:
+        raise UserError(f"--device={device}: no such datasheet in gptfast/mfu.py; 'H100 SXM' is one; --out names rows")
+    rates = {"float32": peak.tf32 or peak.fp32, "bfloat16": peak.bf16, "float16": peak.fp16}
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    return Ceilings(known, peak.bytes_per_s, peak.bytes_per_s, f"datasheet of {peak.device}", 0.0)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench predict", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--model", default="gpt2", help=f"of {', '.join(PRESETS)}")
+    add("--batch_size", type=int, default=16, help="sequences")
+    add("--block_size", type=int, help="tokens a sequence (default: the model's)")
+    add("--dtype", default="bfloat16", choices=list(DTYPES))
+    add("--impl", default="triton", help="whose op rows and whose measured profile to set beside it")
+    add("--device", help="a datasheet to predict from, as 'H100 SXM', instead of rows")
+    add("--out", type=Path, help="folder of a machine's rows (default: results/<this machine>)")
+    arguments = parser.parse_args(argv)
+    if arguments.model not in PRESETS:
+        raise UserError(f"--model={arguments.model} is unknown{nearest(arguments.model, PRESETS)}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
+    config = padded(PRESETS[arguments.model])
+    T = arguments.block_size or config.block_size
+    config = dataclasses.replace(config, block_size=T)
+    rows: list[Row] = []
+    if arguments.device:
+        ceilings = by_datasheet(arguments.device)
+    else:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = arguments.out or results.folder(facts(here)["hardware"])
+        rows = [row for row in results.read_all([folder]) if row.get("valid", True)]
+        found = from_rows(row for row in rows if row["what"] == "peak")
+        if found is None:
+            raise UserError(f"{folder}: no row of a copy; run python -m bench peaks, or name a datasheet by --device")
+        ceilings = found
+    B = arguments.batch_size
+    parts = predict(config, B, T, arguments.dtype, rows, ceilings, arguments.impl, arguments.model)
+    print(f"{arguments.model} B={B} T={T} {arguments.dtype}, a training step with AdamW by {arguments.impl}")
+    print("\n".join(table(parts, _wall(rows, arguments.model, arguments.impl, {"B": B, "T": T}))))
+    return 0
+
+
+def _wall(rows: Sequence[Row], name: str, impl: str, dims: Mapping[str, int]) -> Row | None:
+    about = ("profile", name, impl, "train", dims)
+    return next(
+        (r for r in rows if (r["what"], r.get("name"), r.get("impl"), r.get("direction"), r.get("dims")) == about), None
+    )

@@ -131,6 +131,8 @@ class Muon(_Plain):
         D = W where O and W have one sign, else 0, with cautious (Chen et al. 2025, https://arxiv.org/abs/2510.12402)
         W = W - lr weight_decay D - lr sqrt(max(1, m / n)) O               D is W without cautious
 
+    That is KellerJordan's rule. nanochat decays by lr sqrt(max(1, m / n)) too: with decay_by_shape.
+
     Matrices of one shape, or of that shape turned, in whatever layers, are stacked and orthogonalized together, so that
     a step is a handful of batched products. A parameter that holds several matrices one above the other (queries, keys
     and values in c_attn) names their row counts in the group's `rows`, and each is orthogonalized alone.
@@ -191,7 +193,8 @@ class Muon(_Plain):
         updates = _lerp(grads, means, group["momentum"]) if group["nesterov"] else means
         decays = isinstance(decay, Tensor) or decay != 0.0
         decay = rate * decay
-        if decays and not group["cautious"]:
+        by_shape = group.get("decay_by_shape", False)  # not in the checkpoints of older versions
+        if decays and not (group["cautious"] or by_shape):
             torch._foreach_mul_(params, 1 - decay)
 
         stacks: dict[Shape, list[tuple[Tensor, Tensor, Tensor]]] = {}  # (m, n) -> (weights, update, square) of each
@@ -203,13 +206,17 @@ class Muon(_Plain):
         directions = self._orthogonalized(fresh, group["steps"])
         for (m, n), triples in stacks.items():
             matrices, _, squares = zip(*triples, strict=True)
+            scale = max(1.0, m / n) ** 0.5
+            its_decay = decay * scale if by_shape else decay
             direction = directions[m, n].to(matrices[0].dtype)
             if group["normalize"]:
                 direction = _even_out(direction, squares, group["beta2"], allowed)
             if decays and group["cautious"]:
                 weights = torch.stack(matrices)
-                _subtract_(matrices, weights * (weights * direction > 0), decay)
-            _subtract_(matrices, direction, rate * max(1.0, m / n) ** 0.5)
+                _subtract_(matrices, weights * (weights * direction > 0), its_decay)
+            elif decays and by_shape:
+                torch._foreach_mul_(matrices, 1 - its_decay)
+            _subtract_(matrices, direction, rate * scale)
 
     def _orthogonalized(self, updates: dict[Shape, list[Tensor]], steps: int) -> dict[Shape, Tensor]:
         """For each shape (m, n) the directions (B, m, n) of its updates; (n, m) goes the same way, turned."""
@@ -300,6 +307,7 @@ _MUON_DEFAULTS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "weight_decay": 0.0,
         "cautious": False,  # decay a weight only where the update shrinks it too
+        "decay_by_shape": False,  # the decay of a tall matrix grows as its update does
         "normalize": False,  # NorMuon
         "beta2": 0.95,  # of NorMuon
         "steps": 5,
@@ -321,6 +329,7 @@ def muon(
     betas: tuple[float, float] = (0.8, 0.95),
     weight_decay: float = 0.0,
     cautious: bool = False,
+    decay_by_shape: bool = False,
     normalize: bool = False,
     steps: int = 5,
     matrix_kind: str = "muon",
@@ -354,6 +363,7 @@ def muon(
             "momentum": momentum,
             "weight_decay": weight_decay,
             "cautious": cautious,
+            "decay_by_shape": decay_by_shape,
             "normalize": normalize,
             "steps": steps,
         }

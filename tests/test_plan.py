@@ -147,8 +147,14 @@ def test_an_optimizer_follows_the_schedule() -> None:
     matrices = next(group for group in optimizer.param_groups if group["kind"] == "muon")
     assert matrices["weight_decay"] == pytest.approx(config.weight_decay * dial.half_cosine(675, 1000))
     assert matrices["momentum"] == pytest.approx(dial.momentum(675, 1000))
-    assert matrices["cautious"] and matrices["normalize"]
+    assert matrices["cautious"] and matrices["normalize"] and matrices["decay_by_shape"]
     assert dial.follow(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
+
+
+def test_a_rate_of_zero_follows_the_trapezoid() -> None:
+    config = Pretrain(schedule="trapezoid", learning_rate=0.0, min_lr=0.0, warmup_iters=2, lr_decay_iters=10)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+    assert [dial.follow(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
 
 
 # ---- train.pretrain --depth

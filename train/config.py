@@ -74,6 +74,7 @@ class Pretrain:
     matrix_lr: float = 0.02  # Muon's highest rate, which follows the schedule of learning_rate
     head_lr: float | None = None  # AdamW's highest rate for an untied head beside Muon; default learning_rate
     cautious: bool = False  # Muon decays a weight only where the update shrinks it too
+    decay_by_shape: bool = False  # Muon decays tall matrices by sqrt(rows / columns) more, as nanochat; --depth sets it
     normalize: bool = False  # Muon evens out the rows of its updates (NorMuon)
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # trapezoid: up, level, down; with Muon's momentum and decay
     warmdown_ratio: float = 0.65  # the part of lr_decay_iters in which the trapezoid goes down to min_lr

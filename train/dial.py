@@ -174,6 +174,7 @@ def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
         lr_decay_iters=config.max_iters if "max_iters" in chosen else found.iterations,
         optimizer="muon",
         cautious=True,
+        decay_by_shape=True,
         normalize=True,
         learning_rate=found.embedding_lr,
         head_lr=found.head_lr,
@@ -201,7 +202,7 @@ def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -
         rate = loop.learning_rate(iteration, config)
     else:
         end = config.lr_decay_iters
-        floor = config.min_lr / config.learning_rate
+        floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
         rate = config.learning_rate * trapezoid(iteration, end, config.warmup_iters, config.warmdown_ratio, floor)
         for group in optimizer.param_groups:
             if group.get("kind") == "muon":

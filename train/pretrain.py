@@ -288,6 +288,7 @@ def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
     optimizer = muon(
         model, model.config, matrix_lr=config.matrix_lr, embedding_lr=rate, scalar_lr=rate, betas=betas,
         head_lr=rate if config.head_lr is None else config.head_lr, weight_decay=decay, cautious=config.cautious,
+        decay_by_shape=config.decay_by_shape,
         normalize=config.normalize, newton_schulz=model.ops.newton_schulz,
     )  # fmt: skip
     for group in optimizer.param_groups:

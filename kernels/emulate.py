@@ -206,6 +206,9 @@ class _View:
     def permute(self, order: Sequence[int]) -> "_View":
         return _View(self.program, self.buffer, self.tensor.permute(tuple(order)))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> "_View":
+        return _View(self.program, self.buffer, self.tensor.narrow(dim, int(start), length))
+
     def load(self, layout: Any) -> Tensor:
         self.program.step()
         role = self.program.running
@@ -243,7 +246,7 @@ class _Product:
         a, b = (x.tensor if isinstance(x, _View) else x for x in (self.a, self.b))
         self.value = a.float() @ b.float()
         if self.acc is not None:
-            self.value += self.acc
+            self.value = self.value + (self.acc.value if isinstance(self.acc, _Product) else self.acc)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ProtocolError("a product of matrices is used before it has been waited for")
@@ -318,7 +321,9 @@ class _Barriers:
         barrier.bytes += nbytes
         barrier.arrive(self.program, self.program.running.tick(), 1)
 
-    def arrive(self, barrier: _Barrier, *, count: int = 1) -> None:
+    def arrive(self, barrier: _Barrier, *, count: int = 1, pred: Any = True) -> None:
+        if not pred:
+            return
         self.program.step()
         barrier.arrive(self.program, self.program.running.tick(), count)
 
@@ -354,7 +359,12 @@ class _Copies:
 
         self.program.copies.append(land)
 
-    def async_copy_shared_to_global(self, target: _Descriptor, corner: Sequence, source: _View) -> None:
+    def reduce_add(self, target: _Descriptor, corner: Sequence, source: _View) -> None:
+        self.async_copy_shared_to_global(target, corner, source, add=True)
+
+    def async_copy_shared_to_global(
+        self, target: _Descriptor, corner: Sequence, source: _View, add: bool = False
+    ) -> None:
         _same_shape(target, source)
         self.program.step()
         role, agent = self.program.running, next(self.program.agents)
@@ -366,7 +376,7 @@ class _Copies:
 
         def land() -> None:
             there, here = target.overlap(corner, source.tensor)
-            there.copy_(here)
+            there.add_(here) if add else there.copy_(here)
             landed[agent] = 1
 
         self.program.copies.append(land)
@@ -437,6 +447,8 @@ class _Hopper:
         for operand in (a, b):
             if isinstance(operand, _View):
                 operand.buffer.reading(role.clock, agent)
+                if not operand.buffer.fenced:
+                    raise ProtocolError("a product may not see what was stored in shared memory: no fence between them")
         product = _Product(agent, a, b, acc if use_acc else None)
         role.products.append(product)
         self.program.products.append(role.number)
@@ -488,7 +500,8 @@ def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         float32=torch.float32, bfloat16=torch.bfloat16, int64=torch.int64,
         BlockedLayout=layout, SwizzledSharedLayout=layout, NVMMADistributedLayout=layout,
-        DotOperandLayout=layout, SliceLayout=layout,
+        NVMMASharedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+        range=lambda start, stop, **_: range(int(start), int(stop)),
         program_id=lambda axis: torch.tensor(program.index[axis], dtype=torch.int32),
         num_programs=lambda axis: grid[axis],
         static_range=range, cdiv=lambda a, b: -(-a // b),
@@ -498,7 +511,7 @@ def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
         arange=lambda start, stop, layout: torch.arange(start, stop, dtype=torch.int32),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
         exp2=torch.exp2, log2=torch.log2, convert_layout=lambda x, layout: x,
-        allocate_shared_memory=allocate_shared_memory, store=store, load=load, num_warps=lambda: 4,
+        allocate_shared_memory=allocate_shared_memory, store=store, load=load, int32=torch.int32, num_warps=lambda: 4,
         warp_specialize=warp_specialize,
     )  # fmt: skip
 
@@ -559,6 +572,8 @@ def _emulated(kernel: Any, language: dict[types.ModuleType, Any]) -> Callable:
     def replaced(value: Any) -> Any:
         if isinstance(value, types.ModuleType):
             return language.get(value, value)
+        if hasattr(value, "emulated"):
+            return getattr(language[gl_hopper].tma, value.emulated)
         return emulated(value) if hasattr(value, "fn") else value
 
     return emulated(kernel)

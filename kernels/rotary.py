@@ -84,13 +84,19 @@ class _OnCPU(torch.autograd.Function):
     backward forms the norm anew.
     """
 
+    generate_vmap_rule = True  # torch.func reaches through it
+
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool
+        q: Tensor, k: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, c, s)
-        ctx.flags = eps, interleaved
         return _rotated(q, c, s, eps, interleaved), _rotated(k, c, s, eps, interleaved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, eps, interleaved = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.flags = eps, interleaved
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -264,8 +264,13 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored.
 
-        `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`.
+        `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`. Raises ValueError for targets
+        of another shape.
         """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: expected the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
+            )
         x = self.hidden(tokens, cu_seqlens=cu_seqlens)
         weight = self.lm_head.weight.to(x.dtype)
         return self.ops.linear_cross_entropy(

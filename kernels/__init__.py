@@ -79,7 +79,7 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
     if implementation == "interpret":
         if kernel is None or obstacle:
             raise RuntimeError(f"{op.name} cannot be interpreted: {obstacle}")
-        return "interpret", "asked for", _interpreted(kernel)
+        return "interpret", "asked for", _Interpreted(kernel)
     obstacle = obstacle or _no_gpu()
     if kernel is not None and not obstacle:
         chosen = implementation != "auto"
@@ -96,20 +96,25 @@ def _on_cpu(op: Op, why: str) -> tuple[str, str, Callable[..., Any]]:
     return "cpu", why, op.cpu
 
 
-def _interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
+class _Interpreted:
+    """A kernel's function on CPU tensors, interpreted. An object, so that a model that holds it can be pickled."""
 
-    from .interpret import interpreting
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        allow_interpretation()
+        self.kernel = kernel
 
-    allow_interpretation()
+    def __reduce__(self) -> tuple:
+        return _Interpreted, (self.kernel,)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
         if torch.compiler.is_compiling():  # the compiled graph holds the custom op, whose CPU implementation interprets
-            return kernel(*args, **kwargs)
-        with interpreting():
-            return kernel(*args, **kwargs)
+            return self.kernel(*args, **kwargs)
+        from .interpret import interpreting
 
-    return run
+        with interpreting():
+            return self.kernel(*args, **kwargs)
 
 
 def _no_gpu() -> str:

@@ -59,12 +59,17 @@ class _OnCPU(torch.autograd.Function):
     differentiable, since backward forms rstd anew.
     """
 
+    generate_vmap_rule = True  # torch.func reaches through it
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         y = x * _rstd(x, eps)
         return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -1,5 +1,8 @@
 """Which implementation runs is a value: chosen by name, printed with its reason, never changed in silence."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -50,6 +53,33 @@ def test_per_op_choice():
     assert ops.rmsnorm is OPS["rmsnorm"].reference
     x, weight = torch.randn(3, 8), torch.ones(8)
     torch.testing.assert_close(ops.layernorm(x, weight), OPS["layernorm"].reference(x, weight))
+
+
+@pytest.mark.parametrize("choice", ["reference", "cpu", "interpret"])
+def test_a_choice_can_be_pickled(choice):
+    ops = kernels.load(choice)
+    assert b"rmsnorm" in pickle.dumps(ops)
+    again = copy.copy(ops.rmsnorm)  # taken apart and rebuilt as a pickle is
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(again(x), OPS["rmsnorm"].reference(x))
+
+
+def test_the_paths_for_cpus_are_within_reach_of_torch_func():
+    """Per-example gradients, as torch.func takes them."""
+    x, weight = torch.randn(3, 4, 8), torch.rand(8)
+    cos, sin = torch.randn(2, 4, 4)
+    for ops in (kernels.load("cpu"), kernels.load("reference")):
+
+        def loss(weight, x, ops=ops):
+            y = ops.layernorm(ops.rmsnorm(x, weight), weight)
+            return (
+                ops.rotary(y[None, :, None], y[None, :, None], cos, sin, qk_norm=True)[0].square().sum(-1).log().sum()
+            )
+
+        found = torch.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+        each = [torch.autograd.grad(loss(w := weight.clone().requires_grad_(), row), w)[0] for row in x]
+        assert found.norm() > 0.1
+        torch.testing.assert_close(found, torch.stack(each))
 
 
 @pytest.mark.parametrize("arguments, choices, hint", [

@@ -42,6 +42,18 @@ MUTANTS = {
         "bias not added": (
             "    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
     },
+    "rmsnorm": {
+        "mean over the padded row": ("tl.sum(x * x, axis=1)[:, None] / N", "tl.sum(x * x, axis=1)[:, None] / BLOCK_N"),
+        "weight not applied": ("y *= tl.load(weight_ptr + n", "y *= 1.0 + 0.0 * tl.load(weight_ptr + n"),
+        "gradient of the norm dropped": ("(g - xhat * (tl.sum(g * xhat, axis=1)[:, None] / N))", "g"),
+        "weight left out of g": ("            g = dy * weight\n", "            g = dy\n"),
+        "dweight of the last block only": ("dweight += tl.sum(dy * xhat, axis=0)[None, :]",
+                                           "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
+        "rows of dy as those of x": ("dy_ptr + m * dy_stride_m + n, mask", "dy_ptr + m * x_stride_m + n, mask"),
+        "rows walked by one": ("tl.num_programs(0) * BLOCK_M, num_stages", "tl.num_programs(0), num_stages"),
+        "partial rows not summed": (
+            "sum_partial_rows(partial, dweight", "sum_partial_rows(partial[:, :1].contiguous(), dweight"),
+    },
     "newton_schulz": {
         "mirror image not written": ("    if row != column:\n", "    if row == column:\n"),
         "mirror image not transposed": ("tl.store(mirrored, tl.trans(out)", "tl.store(mirrored, out"),

@@ -231,6 +231,14 @@ def test_reference_gradients(op):
 
 
 @each_op
+def test_on_meta_tensors_the_interpreter_has_shapes_alone(op):
+    arguments = op.inputs(**op.parity[-1], dtype=torch.float16, device="meta")
+    plain = run(op.reference, a_case(op, torch.float16))
+    for f, p in zip(run(kernel_of(op), arguments), plain, strict=True):
+        assert (f.device.type, f.shape, f.dtype) == ("meta", p.shape, p.dtype)
+
+
+@each_op
 def test_cpu_tensors_are_refused_outside_the_interpreter(op):
     with pytest.raises(ValueError, match="needs CUDA tensors"):
         op.triton(*a_case(op))

@@ -4,7 +4,10 @@ import pytest
 import torch
 from oracle import doubled, relative_error, run
 
+import kernels
 from kernels.rmsnorm import RMSNORM, rmsnorm_cpu, rmsnorm_reference
+
+interpreted = kernels.load("reference", rmsnorm="interpret").rmsnorm
 
 
 @pytest.mark.parametrize("function", [rmsnorm_reference, rmsnorm_cpu])
@@ -12,6 +15,14 @@ def test_it_is_the_formula(function):
     x, weight = RMSNORM.inputs(M=9, N=33, dtype=torch.float64)
     formula = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
     torch.testing.assert_close(function(x, weight), formula, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 1.0])
+@pytest.mark.parametrize("function", [rmsnorm_cpu, interpreted], ids=["cpu", "kernel"])
+def test_eps(function, eps):
+    x, weight = RMSNORM.inputs(M=5, N=48, dtype=torch.float32)
+    x = x * 1e-3  # small enough for every eps here to matter
+    assert relative_error(function(x, weight, eps), rmsnorm_reference(x.double(), weight.double(), eps)) < 1e-6
 
 
 @pytest.mark.parametrize("function", [rmsnorm_reference, rmsnorm_cpu])

@@ -330,8 +330,9 @@ ACTIVATION = Op(
     triton=activation_triton,
     inputs=inputs,
     parity=(
-        dict(M=1, N=1), dict(M=5, N=65, kind="swiglu"), dict(M=0, N=9), dict(M=3, N=1023, kind="relu2", bias=False),
-        dict(M=9, N=33, kind="gelu_tanh"), dict(M=2, N=2050, kind="swiglu", bias=False), dict(M=11, N=129),
+        dict(M=1, N=1), dict(M=5, N=65, kind="swiglu"), dict(M=9, N=33, kind="gelu_tanh"),
+        dict(M=3, N=1023, kind="relu2", bias=False), dict(M=0, N=9), dict(M=2, N=2050, kind="swiglu", bias=False),
+        dict(M=70, N=129),
     ),
     domain=dict(M=range(12), N=(*range(1, 70), 129, 1024, 1030), kind=KINDS, bias=(True, False)),
     bench=(

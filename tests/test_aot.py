@@ -39,7 +39,7 @@ def test_the_report_says_what_the_compiler_says(name):
 @pytest.mark.parametrize("arch", list(aot.CHIPS))
 @pytest.mark.parametrize("name", WITH_KERNEL)
 def test_recorded_launches_cover_forward_and_backward(name, arch):
-    """An op launches something in its forward pass, and the ops of a page at their bench sizes all its backward kernels."""
+    """An op launches something in its forward pass; the ops of a page, at bench sizes, all its backward kernels."""
 
     def home_of(op):
         return ".".join(op.reference.__module__.split(".")[:2])

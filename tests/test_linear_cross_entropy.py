@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutants import mutated
 from oracle import DTYPES, check_parity, doubled, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels._triton import launching, skip
 from kernels.cross_entropy import linear as page
+from kernels.interpret import interpreting
 
 OP = kernels.OPS["linear_cross_entropy"]
 kernel = kernels.load("reference", linear_cross_entropy="interpret").linear_cross_entropy
@@ -295,3 +297,29 @@ def test_wrong_arguments_are_named(function, wrong, message):
 def test_fp64_is_for_references():
     with pytest.raises(ValueError, match="x: expected fp32, fp16 or bf16"):
         kernel(*doubled(a_case(torch.float32)))
+
+
+MUTANTS = {
+    "dweight of the last chunk": ("_add_product(dweight, z, x_part, i == 0", "_add_product(dweight, z, x_part, True"),
+    "scale of the first chunk for all": ("scale.split(rows)[i]", "scale.split(rows)[0].expand(x_part.shape[0])"),
+    "dx of the first chunk alone": ("out=dx.split(rows)[i]", "out=dx[: len(z)]"),
+    "mean over ignored rows too": ("(targets != task.criterion.ignore_index).sum", "(targets == targets).sum"),
+    "cotangent forgotten": ("dloss / divisor)", "1 / divisor)"),
+    "padding multiplied too": ("padded.narrow(1, 0, V)", "padded.narrow(1, 1, V)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
+    mutant = mutated(page, *MUTANTS[mistake], tmp_path, monkeypatch).linear_cross_entropy_triton
+
+    def function(*args, **options):
+        with interpreting():
+            return mutant(*args, **options)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        for reduction in ("mean", "none"):
+            options = dict(reduction=reduction, label_smoothing=0.1)
+            op = replace(OP, reference=functools.partial(reference, **options))
+            run = functools.partial(function, **options, **chunked(9, torch.float32))
+            check_parity(op, run, a_case(torch.float32), reduction)

@@ -54,6 +54,22 @@ MUTANTS = {
         "partial rows not summed": (
             "sum_partial_rows(partial, dweight", "sum_partial_rows(partial[:, :1].contiguous(), dweight"),
     },
+    "activation": {
+        "bias not added": ("n, mask, _load_row(bias_ptr + n, n < N, HAS_BIAS))", "n, mask, 0.0)"),
+        "backward without the bias": ("a = _load_biased(h_ptr + m * h_stride_m + n, mask, bias)",
+                                      "a = _load_biased(h_ptr + m * h_stride_m + n, mask, 0.0)"),
+        "rows taken as contiguous": ("_load_biased(h_ptr + m * h_stride_m + n, mask, bias)",
+                                     "_load_biased(h_ptr + m * N + n, mask, bias)"),
+        "mask off by one": ("mask = (m < M) & (n < N)\n    a", "mask = (m < M) & (n <= N)\n    a"),
+        "density lost in gelu's slope": ("a * 0.39894228040143268", "0.0 * a * 0.39894228040143268"),
+        "cubic term lost in gelu_tanh's slope": ("+ 0.2140644488178 * a * a", "+ 0.071354816272600 * a * a"),
+        "half of relu2's slope": ("da = 2.0 * tl.where", "da = 1.0 * tl.where"),
+        "silu's own slope lost": ("dg = a * (s + g * ds)", "dg = a * s"),
+        "gate's bias not added": ("_load_row(gate_bias_ptr + n, n < N, HAS_GATE_BIAS))", "0.0)"),
+        "sums of the last block only": ("dbias += tl.where(m < M, dh, 0.0)", "dbias = tl.where(m < M, dh, 0.0)"),
+        "partial rows shared": ("row = p.to(tl.int64) * N + n", "row = n"),
+        "partial sums of both biases in one place": ("row += programs.to(tl.int64) * N", "row += 0"),
+    },
     "newton_schulz": {
         "mirror image not written": ("    if row != column:\n", "    if row == column:\n"),
         "mirror image not transposed": ("tl.store(mirrored, tl.trans(out)", "tl.store(mirrored, out"),

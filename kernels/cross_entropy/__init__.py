@@ -62,10 +62,12 @@ def cross_entropy_reference(
 
 
 def _check(logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str) -> None:
-    shape = tuple(logits.shape)
-    require(len(shape) == 2 and shape[1] > 0, f"logits: expected (M, N) with N >= 1, got {shape}")
-    require(logits.is_floating_point(), f"logits: expected a floating dtype, got {logits.dtype}")
-    check_criterion(targets, logits.shape[0], logits.shape[1], logits.device, criterion, reduction, "logits")
+    shape = logits.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"logits: expected (M, N) with N >= 1, got {tuple(shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits: expected a floating dtype, got {logits.dtype}")
+    check_criterion(targets, shape[0], shape[1], logits.device, criterion, reduction, "logits")
 
 
 @jit

@@ -27,8 +27,8 @@ from ..op import Cost, Op, differentiable, require
 from ..prims import require_kernel_dtype
 from .rows import Criterion, check_criterion, cross_entropy_rows
 
-# (logits (m, N), targets (m,), criterion, scale (m,) or None) -> loss (m,); scale * gradient overwrites the logits
-RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None], Tensor]
+# (logits (m, N), targets (m,), criterion, scale (m,) or None, loss (m,)): fills loss; scale * gradient goes over logits
+RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None, Tensor], None]
 
 
 def linear_cross_entropy_reference(
@@ -87,14 +87,18 @@ def _check(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float | None, vocab_size: int | None, reduction: str,
 ) -> Criterion:  # fmt: skip
-    shape, weight_shape = tuple(x.shape), tuple(weight.shape)
-    require(len(shape) == 2, f"x: expected (M, C), got {shape}")
-    require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
-    fits = len(weight_shape) == 2 and weight_shape[0] > 0 and weight_shape[1] == shape[1]
-    require(fits, f"weight: expected (V, {shape[1]}) with V >= 1 for x {shape}, got {weight_shape}")
-    mixed = weight.dtype != x.dtype and not _autocasts(x)
-    require(not mixed, f"weight: {weight.dtype}, but x has {x.dtype}; cast one to the other")
-    require(weight.device == x.device, f"weight: on {weight.device}, but x is on {x.device}")
+    shape, weight_shape = x.shape, weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"x: expected (M, C), got {tuple(shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    if len(weight_shape) != 2 or weight_shape[0] == 0 or weight_shape[1] != shape[1]:
+        expected = f"(V, {shape[1]}) with V >= 1 for x {tuple(shape)}"
+        raise ValueError(f"weight: expected {expected}, got {tuple(weight_shape)}")
+    if weight.dtype != x.dtype and not _autocasts(x):
+        raise ValueError(f"weight: {weight.dtype}, but x has {x.dtype}; cast one to the other")
+    if weight.device != x.device:
+        raise ValueError(f"weight: on {weight.device}, but x is on {x.device}")
     V = weight.shape[0]
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V if vocab_size is None else vocab_size)
     check_criterion(targets, x.shape[0], V, x.device, criterion, reduction, "x")
@@ -158,7 +162,7 @@ def _pass(
         z = padded if task.pitch == V else padded.narrow(1, 0, V)
         torch.mm(x_part, weight.t(), out=z)
         scale_part = None if scale is None else scale.split(rows)[i]
-        loss_part.copy_(task.rows_loss(padded, targets_part, task.criterion, scale_part))
+        task.rows_loss(padded, targets_part, task.criterion, scale_part, loss_part)
         if scale is not None and task.needs_dx:
             torch.mm(z, weight, out=dx.split(rows)[i])
         if scale is not None and task.needs_dweight:
@@ -208,12 +212,14 @@ def _backward(
     return scaled[0], scaled[1]
 
 
-def _rows_loss_reference(logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+def _rows_loss_reference(
+    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
+) -> None:
     """A RowsLoss in plain torch, for so many rows at a time that their fp32 softmax stays in cache."""
     rows = logits.shape[0] if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
     scales = repeat(None) if scale is None else scale.split(rows)
     blocks = zip(logits.split(rows), targets.split(rows), scales, strict=False)
-    return torch.cat([_softmax_loss(z, target, criterion, factor) for z, target, factor in blocks])
+    loss.copy_(torch.cat([_softmax_loss(z, target, criterion, factor) for z, target, factor in blocks]))
 
 
 def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
@@ -275,9 +281,11 @@ class _Chunked(torch.autograd.Function):
         return dx if task.needs_dx else None, dweight if task.needs_dweight else None, None, None, None, None
 
 
-def _rows_loss_kernel(logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+def _rows_loss_kernel(
+    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
+) -> None:
     """A RowsLoss by the kernel that cross_entropy shares."""
-    return cross_entropy_rows(logits, targets.contiguous(), criterion, scale)[0]
+    cross_entropy_rows(logits, targets.contiguous(), criterion, scale, loss)
 
 
 def _kernel_task(

@@ -34,13 +34,17 @@ def check_criterion(
     such a row is NaN.
     """
     V = criterion.vocab_size
-    require(targets.shape == (M,), f"targets: expected shape {(M,)} for the rows of {rows}, got {tuple(targets.shape)}")
-    require(targets.dtype in (torch.int32, torch.int64), f"targets: expected int32 or int64, got {targets.dtype}")
-    require(targets.device == device, f"targets: on {targets.device}, but {rows} is on {device}")
+    if targets.shape != (M,):
+        raise ValueError(f"targets: expected shape {(M,)} for the rows of {rows}, got {tuple(targets.shape)}")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets: expected int32 or int64, got {targets.dtype}")
+    if targets.device != device:
+        raise ValueError(f"targets: on {targets.device}, but {rows} is on {device}")
     require(1 <= V <= N, "vocab_size: expected at least 1 and at most the number of logits")
     require(0 <= criterion.label_smoothing <= 1, "label_smoothing: expected 0 to 1")
     require(criterion.softcap is None or criterion.softcap > 0, "softcap: expected None or a number above 0")
-    require(reduction in ("none", "mean", "sum"), f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and M:
         low, high = targets.aminmax()
         if low.item() >= 0 and high.item() < V:
@@ -162,14 +166,16 @@ TILES = {"rows": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 2048, 4, lon
 
 
 def cross_entropy_rows(
-    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None = None
+    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None = None, loss: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, maximum and log sum_v exp(s - maximum), each (M,) fp32, of logits (M, N) and targets (M,), rows contiguous.
 
-    With a scale (M,) fp32, the gradient times it is written over the logits. Ignored rows are not read.
+    With a scale (M,) fp32, the gradient times it is written over the logits. Ignored rows are not read. `loss` is where
+    to put it, unless in new memory.
     """
     M, N = logits.shape
-    loss, maximum, log_sum = (torch.empty(M, dtype=torch.float32, device=logits.device) for _ in range(3))
+    loss = torch.empty(M, dtype=torch.float32, device=logits.device) if loss is None else loss
+    maximum, log_sum = torch.empty_like(loss), torch.empty_like(loss)
     if M == 0:
         return loss, maximum, log_sum
     tile, factor = TILES["rows"].choose(N), loss if scale is None else scale

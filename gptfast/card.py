@@ -130,7 +130,7 @@ def _environment(stages: Sequence[Stage], dollars_per_hour: float | None) -> str
     first = [stage.run[0] for stage in stages if stage.run]
     cost = "cost: - (give --dollars_per_hour)"
     total = _total(stages)
-    if dollars_per_hour is not None and total is not None:
+    if total is not None and dollars_per_hour is not None:
         cost = f"cost: {total / 3600 * dollars_per_hour:,.2f} $ of training at {dollars_per_hour:g} $ per hour"
     data = dict.fromkeys(str(row.get("config", {}).get(key)) for row in first for key in ("dataset", "mixture"))
     named = ", ".join(name for name in data if name not in ("None", "")) or MISSING

@@ -15,8 +15,9 @@ import kernels
 from gptfast.cli import UserError, run
 from gptfast.log import Log
 from gptfast.model import GPT
-from gptfast.optim import groups_table, muon
-from train import loop, speedrun
+from gptfast.optim import groups_table, muon, set_learning_rate
+from gptfast.step import Step, language_model
+from train import speedrun
 from train.prepare import prepare
 from train.speedrun import PRESETS, Speedrun
 
@@ -104,7 +105,7 @@ def test_the_seed_changes_the_training_batches_and_never_the_evaluated_windows(d
         evaluated.append(torch.cat([tokens for tokens, _ in batches]))
         return torch.tensor(0.0)
 
-    monkeypatch.setattr(loop, "evaluate", remember)
+    monkeypatch.setattr(speedrun, "mean_loss", remember)
     first_batches = []
     for seed in (1, 2):
         made, log = build(data_dir, tmp_path, f"--seed={seed}")
@@ -194,9 +195,10 @@ def test_muon_beats_adamw_at_the_same_steps(data_dir, tmp_path, seed):
         made, _ = build(data_dir, tmp_path / "out", f"--seed={seed}", "--iters=50")
         made.optimizer = make(made)
         losses = []
+        step = Step(language_model(made.model), made.optimizer)
         for i in range(50):
-            loop.set_learning_rate(made.optimizer, 1 - i / 50)
-            losses.append(loop.step(made.model, made.optimizer, made.batches).item())
+            set_learning_rate(made.optimizer, 1 - i / 50)
+            losses.append(step(made.batches).item())
         return sum(losses[-10:])
 
     def adamw(rate: float):
@@ -209,14 +211,14 @@ def test_muon_beats_adamw_at_the_same_steps(data_dir, tmp_path, seed):
 
 
 def test_ctrl_c_leaves_rows_and_a_report(data_dir, tmp_path, monkeypatch, capsys):
-    step = loop.step
+    step = Step.__call__
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args):
         if len(rows_of(tmp_path, "step")) == 7:
             raise KeyboardInterrupt
-        return step(*args, **kwargs)
+        return step(*args)
 
-    monkeypatch.setattr(loop, "step", interrupted)
+    monkeypatch.setattr(Step, "__call__", interrupted)
     assert go(data_dir, tmp_path, "--iters=60") == 130
     assert "stopped after 7 of 60 updates" in capsys.readouterr().out
     assert len(rows_of(tmp_path, "step")) == 7
@@ -303,7 +305,7 @@ def test_an_out_dir_that_cannot_be_written_is_named(data_dir, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "step", lambda *args, **kwargs: torch.tensor(math.nan))
+    monkeypatch.setattr(Step, "__call__", lambda *_: torch.tensor(math.nan))
     assert go(data_dir, tmp_path, "--iters=9", "--eval_interval=0") == 2
     assert "the loss is nan at update 0" in capsys.readouterr().err
 

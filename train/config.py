@@ -55,6 +55,7 @@ class Pretrain:
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
+    cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
     resume: str = ""  # go on from out_dir: latest (which starts anew where there is none), best, or a step's number

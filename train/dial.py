@@ -22,6 +22,7 @@ import torch
 from gptfast import mfu
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.optim import set_learning_rate, set_scheduled
 from train import loop
 from train.config import Pretrain
 
@@ -204,9 +205,9 @@ def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -
         rate = config.learning_rate * trapezoid(iteration, end, config.warmup_iters, config.warmdown_ratio, floor)
         for group in optimizer.param_groups:
             if group.get("kind") == "muon":
-                group["momentum"] = momentum(iteration, end, config.warmdown_ratio)
-                group["weight_decay"] = config.weight_decay * half_cosine(iteration, end)
-    loop.set_learning_rate(optimizer, rate)
+                set_scheduled(group, "momentum", momentum(iteration, end, config.warmdown_ratio))
+                set_scheduled(group, "weight_decay", config.weight_decay * half_cosine(iteration, end))
+    set_learning_rate(optimizer, rate)
     return rate
 
 

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,10 +36,12 @@ from gptfast.optim import adamw, groups_table, muon
 from gptfast.packing import PackedBatches, document_starts
 from gptfast.parallel import launch
 from gptfast.parallel.team import Team, join
+from gptfast.step import Batch, Step, language_model, no_graph
+from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import GPT2_VOCAB, bos_of, load_tokenizer, read_meta
 from train import dial, loop, plan
 from train.config import Pretrain
-from train.guard import Batch, Guard, Refused, Stopped, Stopper
+from train.guard import Guard, Refused, Stopped, Stopper
 from train.presets import PRESETS
 
 EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
@@ -65,6 +67,9 @@ class Run:
     iteration: int = 0  # the next one
     best_val_loss: float = math.inf
     position: dict[str, Any] = field(default_factory=dict)  # of the random streams, where `iteration` begins
+    position_before: dict[str, Any] = field(default_factory=dict)  # and where the one before it began
+    cuda_graph: bool = False
+    step: Step | None = None
     saved: int = -1  # the iteration that the last checkpoint stands at
 
 
@@ -164,12 +169,24 @@ def start(config: Pretrain, team: Team) -> Run:
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
         bos=bos,
         batches=batches,
+        cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=bos is not None),
     )
     if saved is not None:
         restore(run, saved)
     if team.size > 1:  # each draws dropout of its own, tensor ranks the same
         torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
     return run
+
+
+def choose_graph(asked: bool | None, device: str, team: Team, dtype: torch.dtype, *, documents: bool) -> bool:
+    """Whether an update is one CUDA graph; says so, and why. Raises UserError where it is asked for and cannot be."""
+    obstacle = no_graph(device, ranks=team.size, dtype=dtype, documents=documents)
+    if asked and obstacle:
+        raise UserError(f"--cuda_graph=True: {obstacle}; leave it out")
+    chosen = asked is not False and obstacle is None
+    why = obstacle or ("as asked" if asked is not None else "one GPU and batches of one shape")
+    print(f"cuda_graph: {'an update is one CUDA graph' if chosen else 'no'}, {why}")
+    return chosen
 
 
 def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
@@ -343,8 +360,14 @@ def train(run: Run, log: Log) -> None:
         checkpoint.Saver(background=run.config.async_save) as saver,
         tracker(run.config) as track,
     ):
+        first = run.iteration
         try:
-            iterate(run, log, stopper, saver, track)
+            try:
+                iterate(run, log, stopper, saver, track)
+            except Stopped:
+                if run.step is not None:
+                    run.step.settle()
+                raise
         except Stopped as stop:
             if run.saved != run.iteration:
                 save(run, saver)
@@ -354,6 +377,8 @@ def train(run: Run, log: Log) -> None:
                 raise
             sys.exit(128 + stop.signum)
         except Refused as refusal:
+            if first + run.guard.heard - 1 < run.iteration:  # heard one update late, and no other was taken since
+                run.iteration, run.position = run.iteration - 1, run.position_before
             folder = Path(run.config.out_dir) / "post-mortem"
             refused = {"reason": str(refusal), "batches": refusal.batches}
             write(run, saver, folder, {**described(run), "refused": refused}, keep=1)
@@ -368,22 +393,20 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     meter = Meter(run)
     if config.compile:
         print("compiling the model... (takes a ~minute)")
-    settings: dict[str, Any] = dict(
-        accumulation=run.team.share(config.gradient_accumulation_steps), clip=config.grad_clip, guard=run.guard
-    )
-    step: Callable[[Iterator[Batch]], torch.Tensor]
-    if run.team.size > 1:
-        step = lambda batches: loop.parallel_step(run.optimizer, batches, **settings)
-    else:
-        step = loop.make_step(run.model, run.optimizer, scaler=run.scaler, compiled=config.compile, **settings)
-        run.optimizer.register_step_pre_hook(stopper.hold)
+    run.step = step = Step(
+        language_model(run.called), run.optimizer, accumulation=run.team.share(config.gradient_accumulation_steps),
+        clip=config.grad_clip, scaler=run.scaler, guard=run.guard, team=run.team,
+        compiled=config.compile and run.team.size == 1, graph=run.cuda_graph, before_update=stopper.hold,
+    )  # fmt: skip
     for run.iteration in range(first, config.max_iters + 1):
+        run.position_before = run.position
         run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
         stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
         rate = dial.follow(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters
         if run.iteration % config.eval_interval == 0 or is_last or config.eval_only:
             meter.pause()
+            step.settle()
             losses = evaluate(run, log)
             track.log(wandb_row(run.iteration, losses, rate, meter.mfu_palm))
             if config.eval_only:
@@ -397,16 +420,29 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
             if is_last and config.whole_val:
                 evaluate_whole_split(run, log)
             meter.resume()
-        skipped = run.guard.skipped
         loss = step(run.batches)
         meter.iterations += 1
-        if run.guard.skipped > skipped:
-            text = f"iteration {run.iteration}: update skipped, {run.guard.last_reason}; {run.guard.skipped} so far"
-            log.say(text)
-            log.row("note", step=run.iteration, text=text)
-        elif run.iteration % config.log_interval == 0:
+        due = run.iteration % config.log_interval == 0
+        if due:
+            step.settle()
+        skipped = tell_skipped(run, log, first)
+        if due and run.iteration not in skipped:
             meter.report(loss.item(), rate, log)
+    step.settle()
+    tell_skipped(run, log, first)
     stopper.hold()
+
+
+def tell_skipped(run: Run, log: Log, first: int) -> list[int]:
+    """Say which iterations were passed over, as far as the guard has heard of them and not told; returns them."""
+    skipped = []
+    while run.guard.news:
+        ordinal, reason = run.guard.news.pop(0)
+        skipped.append(first + ordinal)
+        text = f"iteration {first + ordinal}: {reason}"
+        log.say(text)
+        log.row("note", step=first + ordinal, text=text)
+    return skipped
 
 
 def evaluate(run: Run, log: Log) -> dict[str, float]:
@@ -419,7 +455,7 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
             batches = Batches(tokens, *sizes, seed=EVAL_SEED, device=run.device)
         else:
             batches = PackedBatches(tokens, *sizes, bos=run.bos, device=run.device)
-        losses[split] = loop.evaluate(run.called, islice(batches, run.config.eval_iters), run.team).item()
+        losses[split] = mean_loss(run.called, islice(batches, run.config.eval_iters), run.team).item()
         if isinstance(batches, PackedBatches):
             batches.close()
     log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -436,7 +472,7 @@ def evaluate_whole_split(run: Run, log: Log) -> float:
     if run.bos is not None:
         bos = run.bos
         windows = ((x, y, document_starts(x, bos)) for x, y in windows)
-    loss = loop.evaluate(run.called, windows, run.team).item()
+    loss = mean_loss(run.called, windows, run.team).item()
     count = count_windows(tokens, block_size)
     log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")
     log.row("eval", step=run.iteration, whole_val_loss=loss, windows=count)

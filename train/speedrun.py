@@ -33,10 +33,11 @@ from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_spli
 from gptfast.engine import generate
 from gptfast.log import Log, facts
 from gptfast.model import GPT
-from gptfast.optim import Muon, groups_table, muon
+from gptfast.optim import Muon, groups_table, muon, set_learning_rate, set_scheduled
+from gptfast.step import Step, language_model, no_graph
+from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import load_tokenizer, read_meta
 from kernels.newton_schulz import POLAR_EXPRESS
-from train import loop
 from train.prepare import prepare
 
 EVAL_SEED = 0  # every evaluation of every run sees the same windows
@@ -90,6 +91,7 @@ class Speedrun:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
     compile: bool = False  # compile with torch.compile: faster steps after a slow start
+    cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on a GPU
     peak_tflops: float = 0.0  # dense peak to reckon MFU against, for a device whose peak is not known
 
     def __post_init__(self) -> None:
@@ -284,7 +286,10 @@ def initialize(model: GPT) -> None:
 def train(run: Run, log: Log) -> None:
     """Updates until `iters`, with rows, progress lines and evaluations in between."""
     config = run.config
-    model = torch.compile(run.model) if config.compile else run.model
+    graph = choose_graph(config, run, log)
+    step = Step(
+        language_model(run.model), run.optimizer, accumulation=config.accumulation, compiled=config.compile, graph=graph
+    )
     peak = mfu.peak_of(torch.device(run.device), config.peak_tflops or None)
     console_interval = math.ceil(config.iters / CONSOLE_LINES)
     since = 0  # updates since the last row
@@ -295,7 +300,7 @@ def train(run: Run, log: Log) -> None:
             evaluate(run, log)
             clock += time.perf_counter() - paused
         schedule(run.optimizer, run.iteration, config)
-        loss = loop.step(model, run.optimizer, run.batches, accumulation=config.accumulation)
+        loss = step(run.batches)
         since += 1
         if run.iteration % config.log_interval == 0 or run.iteration == config.iters - 1:
             loss_now = loss.item()  # waits for the device
@@ -312,13 +317,24 @@ def train(run: Run, log: Log) -> None:
         run.iteration += 1
 
 
+def choose_graph(config: Speedrun, run: Run, log: Log) -> bool:
+    """Whether an update is one CUDA graph; says so. Raises UserError where it is asked for and cannot be."""
+    obstacle = no_graph(run.device, ranks=1, dtype=run.model.dtype, documents=False)
+    if config.cuda_graph and obstacle:
+        raise UserError(f"--cuda_graph=True: {obstacle}; leave it out")
+    chosen = config.cuda_graph is not False and obstacle is None
+    log.say(f"cuda_graph: {'an update is one CUDA graph' if chosen else 'no'}{f', {obstacle}' if obstacle else ''}")
+    return chosen
+
+
 def schedule(optimizer: Muon, iteration: int, config: Speedrun) -> None:
     """Gives every group the rates, momentum and weight decay of this update."""
-    loop.set_learning_rate(optimizer, rate_factor(iteration, config))
+    set_learning_rate(optimizer, rate_factor(iteration, config))
     for group in optimizer.param_groups:
         if group["name"] == "matrices":
-            group["momentum"] = momentum(iteration, config)
-            group["weight_decay"] = weight_decay(iteration, config)
+            if group["kind"] == "muon":
+                set_scheduled(group, "momentum", momentum(iteration, config))
+            set_scheduled(group, "weight_decay", weight_decay(iteration, config))
 
 
 def rate_factor(iteration: int, config: Speedrun) -> float:
@@ -363,7 +379,7 @@ def evaluate(run: Run, log: Log) -> None:
     losses = {}
     for split, tokens in run.splits.items():
         windows = Batches(tokens, config.batch_size, config.block_size, seed=EVAL_SEED, device=run.device)
-        losses[split] = loop.evaluate(run.model, islice(windows, config.eval_iters)).item()
+        losses[split] = mean_loss(run.model, islice(windows, config.eval_iters)).item()
     log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
     log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
 
@@ -378,7 +394,7 @@ def finish(run: Run, log: Log) -> None:
     windows = count_windows(run.splits["val"], config.block_size)
     batch_size = max(config.batch_size, 4096 // config.block_size)
     whole = whole_split(run.splits["val"], config.block_size, batch_size=batch_size, device=run.device)
-    loss = loop.evaluate(run.model, whole).item()
+    loss = mean_loss(run.model, whole).item()
     log.say(f"whole validation split: val loss {loss:.4f} over {windows} windows of {config.block_size}")
     log.row("eval", step=run.iteration, whole_val_loss=loss, windows=windows)
     log.row(

@@ -6,6 +6,7 @@ before.
 
     python -m gptfast.report out-speedrun                   # its metrics.jsonl -> report.md and PNGs beside it
     python -m gptfast.report results/*/ops.jsonl --out_dir=report
+    python -m gptfast.report out-base out-sft out-rl --card # one page on all stages of a model (gptfast/card.py)
 """
 
 from __future__ import annotations
@@ -394,10 +395,19 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")
+    parser.add_argument("--card", action="store_true", help="a report card over folders, one for each stage")
+    parser.add_argument(
+        "--dollars_per_hour", "--dollars-per-hour", type=float, help="price of the machine, on the card"
+    )
     options = parser.parse_args(argv)
     logs = [path / "metrics.jsonl" if path.is_dir() else path for path in options.paths]
     out_dir = options.out_dir or logs[0].parent
     out_dir.mkdir(parents=True, exist_ok=True)
+    if options.card:
+        from gptfast import card
+
+        print(card.write(options.paths, out_dir, options.dollars_per_hour))
+        return
     print(write_report(read(logs), out_dir))
 
 

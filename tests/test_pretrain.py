@@ -277,9 +277,8 @@ def test_evaluation_time_is_not_iteration_time(
 
         return run
 
-    make_step = loop.make_step
-    monkeypatch.setattr(loop, "evaluate", taking(3600, loop.evaluate))
-    monkeypatch.setattr(loop, "make_step", lambda *args, **settings: taking(1, make_step(*args, **settings)))
+    monkeypatch.setattr(pretrain, "mean_loss", taking(3600, evaluate))
+    monkeypatch.setattr(Step, "__call__", taking(1, Step.__call__))
     monkeypatch.setattr(pretrain, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert cli.run(pretrain.main, [*flags, "--eval_interval=1", "--log_interval=2"]) == 0
     shown = re.findall(r"^iter (\d): .* time (.*)ms", capsys.readouterr().out, re.MULTILINE)
@@ -290,7 +289,7 @@ def test_checkpoints_only_when_better_unless_always(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     losses = itertools.chain.from_iterable((loss, loss) for loss in (4.0, 3.0, 3.5, 2.0))  # train and val
-    monkeypatch.setattr(loop, "evaluate", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(pretrain, "mean_loss", lambda *_: torch.tensor(next(losses)))
     fixed = [*flags, "--eval_interval=1", "--max_iters=3", "--whole_val=False", "--always_save_checkpoint=False"]
     assert cli.run(pretrain.main, fixed) == 0
     assert checkpoints(tmp_path / "out") == ["ckpt-000001", "ckpt-000003"]
@@ -369,10 +368,10 @@ def test_documents_are_packed_and_resume_exactly(
     """Every batch, of evaluations and of the whole split too, says where its documents start."""
     forward, seen = GPT.forward, []
 
-    def watched(self: GPT, x: torch.Tensor, y: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def watched(self: GPT, x: torch.Tensor, y: torch.Tensor, cu_seqlens: torch.Tensor, **how: str) -> torch.Tensor:
         assert torch.equal(cu_seqlens, document_starts(x, 256)) and len(cu_seqlens) > 1 + len(x)
         seen.append(self.training)
-        return forward(self, x, y, cu_seqlens)
+        return forward(self, x, y, cu_seqlens, **how)
 
     monkeypatch.setattr(GPT, "forward", watched)
     whole = f"--out_dir={tmp_path / 'whole'}"
@@ -392,7 +391,8 @@ def test_a_refused_update_of_documents_is_kept(
     packed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, *b: forward(self, *b) * (math.nan if self.training else 1.0))
+    nan = lambda self: math.nan if self.training else 1.0
+    monkeypatch.setattr(GPT, "forward", lambda self, *batch, **how: forward(self, *batch, **how) * nan(self))
     assert "not a number" in refusal([*packed, "--async_save=True"], capsys)
     (batch,) = checkpoint.load(tmp_path / "out" / "post-mortem").meta["refused"]["batches"]
     assert [part.shape for part in batch[:2]] == [(4, 64)] * 2 and torch.equal(

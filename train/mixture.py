@@ -2,13 +2,13 @@
 
     mixture = Mixture([Part("gsm8k", examples, 4.0), Part("identity", others, 1.0)], seed=1)
     batches = ConversationBatches(mixture, chat, batch_size=8, block_size=2048, device="cuda", rank=0, ranks=8)
-    x, y, cu_seqlens = next(batches)                       # as those of gptfast.packing; y is -1 where nothing is learnt
+    x, y, cu_seqlens = next(batches)                   # as those of gptfast.packing; y is -1 where nothing is learnt
 
 An epoch takes `repeats` times the conversations of each part, in an order that seed and epoch determine. A part whose
 repeats are no whole number goes on where the epoch before stopped, so that no conversation falls behind.
 
-Rows are packed best-fit: always the longest conversation of a buffer that still fits, and padding after that, a BOS at a
-time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over rows, each but the
+Rows are packed best-fit: always the longest conversation of a buffer that still fits, and after that padding, a BOS at
+a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over rows, each but the
 first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt is left out and
 counted, so that no batch is without a target and no loss 0 / 0. No conversation sees another (cu_seqlens).
 """
@@ -29,7 +29,7 @@ from gptfast.chat.conversation import Chat
 from gptfast.cli import UserError
 from gptfast.data import to_device
 from gptfast.model import IGNORED
-from gptfast.packing import PackedBatch, document_starts
+from gptfast.packing import PackedBatch
 from train.tasks import Example, Where, find
 
 BUFFER = 100  # pieces of conversations to choose from
@@ -111,7 +111,7 @@ class Piece(NamedTuple):
     """What goes into a row as one: a conversation or, if that is longer than a row, a part of it."""
 
     part: int
-    index: int
+    which: int  # of its conversations
     number: int  # which piece of the conversation
     length: int  # tokens
 
@@ -148,7 +148,8 @@ class ConversationBatches:
         self._waiting.append(self._thread.submit(self._pack_batch))
         tokens = torch.from_numpy(rows)
         x, y = tokens[0, :, :-1].contiguous(), tokens[1, :, 1:].contiguous()
-        starts = document_starts(x, self.chat.bos)
+        is_start = tokens[2, :, :-1].flatten().nonzero().flatten()
+        starts = torch.cat((is_start, is_start.new_tensor([x.numel()])))
         return PackedBatch(
             to_device(x, self.device), to_device(y, self.device), to_device(starts, self.device, torch.int32)
         )
@@ -204,13 +205,13 @@ class ConversationBatches:
         self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
 
     def _pack_batch(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """ids and targets (2, batch_size, block_size + 1) int64, and the state after them."""
-        rows = np.empty((2, self.batch_size, self.block_size + 1), np.int64)
+        """ids, targets, 1 where a document starts (3, batch_size, block_size + 1) int64; and the state after them."""
+        rows = np.empty((3, self.batch_size, self.block_size + 1), np.int64)
         for rank in range(self.ranks):
-            rows[0], rows[1] = self.chat.bos, IGNORED
+            rows[0], rows[1], rows[2] = self.chat.bos, IGNORED, 0
             kept = rows if rank == self.rank else rows.copy()
             for i in range(self.batch_size):
-                self._pack_row(kept[0, i], kept[1, i])
+                self._pack_row(*kept[:, i])
             if rank == self.rank:
                 mine = kept.copy()
         state = {
@@ -219,8 +220,8 @@ class ConversationBatches:
         }  # fmt: skip
         return mine, state
 
-    def _pack_row(self, ids: np.ndarray, targets: np.ndarray) -> None:
-        """Fills a row (block_size + 1,), which holds padding, with what fits best."""
+    def _pack_row(self, ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> None:
+        """Fills a row (block_size + 1,), which holds padding, with what fits best; the padding is a document too."""
         filled = 0
         while True:
             self._fill_buffer()
@@ -229,19 +230,21 @@ class ConversationBatches:
                 break
             piece = max(fitting, key=lambda piece: piece.length)  # the first of equals
             self._buffer.remove(piece)
-            tokens, mask = self._pieces(piece.part, piece.index)[piece.number]
+            tokens, mask = self._pieces(piece.part, piece.which)[piece.number]
             end = filled + piece.length
             ids[filled:end] = tokens
+            starts[filled] = 1
             targets[filled:end] = np.where(mask, tokens, IGNORED)
             self._counts["targets"] += sum(mask)
             self._forget(piece)
             filled = end
             if not self._buffer and self._place == len(self._order):
                 break  # the next epoch begins in a row of its own
+        starts[filled : filled + 1] = 1
         self._counts["rows"] += 1
 
     def _fill_buffer(self) -> None:
-        """Takes conversations until there is a choice, or the epoch is over; the next begins when the buffer is empty."""
+        """Takes conversations until there is a choice, or the epoch is over; the next begins with an empty buffer."""
         if not self._buffer and self._place == len(self._order):
             self._epoch, self._place = self._epoch + 1, 0
             self._order = self.mixture.order(self._epoch)
@@ -281,8 +284,8 @@ class ConversationBatches:
 
     def _forget(self, piece: Piece) -> None:
         """Keeps what was rendered only as long as a piece of it waits."""
-        if not any((other.part, other.index) == (piece.part, piece.index) for other in self._buffer):
-            self._rendered.pop((piece.part, piece.index), None)
+        if not any((other.part, other.which) == (piece.part, piece.which) for other in self._buffer):
+            self._rendered.pop((piece.part, piece.which), None)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -116,8 +116,9 @@ def prepare_as(config: PrepareConfig) -> Path:
     folder = Path(config.data_dir) / config.name
     try:
         if config.name == "chat":
-            which = dict(subset=config.subset, split=config.split, tokenizer=config.tokenizer)
-            conversations.prepare(config.source, folder, **which)
+            conversations.prepare(
+                config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
+            )
         elif config.name in READY and not config.source:
             _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):

@@ -13,6 +13,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import _command as _command  # first, so that Ctrl-C is one line from here on
 from . import _triton
 from .activation import ACTIVATION
 from .attention import ATTENTION

@@ -33,7 +33,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from . import OPS
+from . import OPS, _command
 from ._triton import Launcher, launching
 from .op import Op
 
@@ -473,4 +473,4 @@ def write_report(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command.run(main))

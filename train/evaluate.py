@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
     documents = read_documents(config)
     results = []
     for name in filter(None, config.models.split(",")):
-        subject = open_subject(name.strip(), ops, dtype, device)
+        subject = open_subject(name.strip(), ops, dtype, device, context=config.context)
         results.append(
             measure(subject, documents, device, context=config.context, stride=config.stride, batch=config.batch_size)
         )
@@ -334,13 +334,17 @@ def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
 # ---- the models
 
 
-def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str) -> Subject:
-    """The model and tokenizer of `source`: ours, or of a layout that ours takes; any other through transformers."""
+def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str, *, context: int = 0) -> Subject:
+    """The model and tokenizer of `source`: ours, or of a layout that ours takes; any other through transformers.
+
+    `context` is taken for that of a model that states none. Weights are safetensors and no code of an author's runs:
+    raises UserError for a model that has nothing else.
+    """
     folder = hf.find(source)
     reason = hf.why_not(folder)
     if reason:
         print(f"{source} runs through transformers: {reason}")
-        return _through_transformers(source, folder, dtype, device)
+        return _through_transformers(source, folder, dtype, device, context)
     model = hf.load(source, ops, dtype=dtype).to(device).eval()
     return Subject(
         source, model.num_params(non_embedding=False), model.config.block_size, _tokenizer(source, folder),
@@ -357,19 +361,35 @@ def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([model.ops.linear_cross_entropy(row, weight, wanted, **settings) for row, wanted in rows])
 
 
-def _through_transformers(source: str, folder: Path, dtype: torch.dtype, device: str) -> Subject:
-    transformers = _import_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+def _through_transformers(source: str, folder: Path, dtype: torch.dtype, device: str, context: int) -> Subject:
+    auto = _import_transformers().AutoModelForCausalLM
+    model = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(tokens).logits
         per_token = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
         return per_token.sum(1)
 
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is None:
+    stated = getattr(model.config, "max_position_embeddings", None) or context
+    if not stated:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return Subject(source, model.num_parameters(), context, _tokenizer(source, folder), nats)
+    return Subject(source, model.num_parameters(), stated, _tokenizer(source, folder), nats)
+
+
+def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:
+    """What transformers makes of the folder's data alone."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        reason = _first_line(error)
+        raise UserError(
+            f"{source}: transformers cannot load it ({type(error).__name__}: {reason}); gptfast runs no code that "
+            "comes with a model, and reads weights from safetensors only"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no reason given"])[0][:200]
 
 
 def _tokenizer(source: str, folder: Path) -> Encoder:
@@ -379,14 +399,14 @@ def _tokenizer(source: str, folder: Path) -> Encoder:
         if not (folder / "tokenizer_config.json").is_file():
             raise
         print(f"{source}'s tokenizer runs through transformers: {error}")
-        return TheirTokenizer(folder)
+        return TheirTokenizer(source, folder)
 
 
 class TheirTokenizer:
     """A tokenizer of transformers as an Encoder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = _import_transformers().AutoTokenizer.from_pretrained(folder)
+    def __init__(self, source: str, folder: Path) -> None:
+        self._tokenizer = _from_pretrained(_import_transformers().AutoTokenizer, source, folder)
         first, last = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.bos: int | None = last if first is None else first
 

@@ -197,7 +197,7 @@ def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: 
 
 def sheet(rows: Sequence[Row]) -> Ceilings | None:
     """The datasheet of the machine of these rows, where there is one."""
-    hardware = next((row["hardware"] for row in rows if "hardware" in row), {"name": ""})
+    hardware = next((row["hardware"] for row in rows if "hardware" in row), dict[str, Any](name=""))
     peak = mfu.peak(hardware["name"], memory_gb=(hardware.get("memory_bytes") or 0) / 2**30)
     if peak is None or peak.bytes_per_s is None or hardware.get("kind") != "cuda":
         return None

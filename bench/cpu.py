@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from bench import timing
+from bench import stats, timing
 from gptfast import cli
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.data import Batches
@@ -167,7 +167,7 @@ def _report(samples: dict[str, list[float]], log: Log) -> None:
     base, tokens_per_step = samples["plain float32"], BATCH_SIZE * CONFIG.block_size
     print(f"{'':20} {'p20':>8} {'median':>8} {'p80':>8} {'faster than plain':>20}")
     for variant, values in samples.items():
-        (impl, dtype), ratio = variant.split(), timing.compare(values, base)
+        (impl, dtype), ratio = variant.split(), stats.compare(values, base)
         found = timing.summarize(values, method="perf_counter", threads=torch.get_num_threads(), cold=False)
         print(
             f"{impl:9} {dtype:10} {found.ms_p20:8.2f} {found.ms_p50:8.2f} {found.ms_p80:8.2f}"

@@ -32,7 +32,8 @@ from kernels.newton_schulz import KERNEL_PRODUCTS, POLAR_EXPRESS, REFERENCE_PROD
 from . import results
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES
-from .timing import Settings, Truth, Work, compare, interleave, stopwatch, summarize
+from .stats import compare
+from .timing import Settings, Truth, Work, interleave, stopwatch, summarize
 
 A, B, C = POLAR_EXPRESS[0]
 SAMPLE_MS = 20.0  # a sample is as many steps in a row as fill this

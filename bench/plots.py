@@ -5,38 +5,29 @@
     python -m bench.plots --readme=models       # the table that the README shows, as Markdown; also --readme=ops
 
 Each figure names the hardware, date, commit and, where it shows one, the convention of MFU. A folder with a row that is
-damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: each op against
-size, the ladder of kernels, MFU and tokens/s by model, decoding, and the loss of training runs against time.
+damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: an overview of
+all ops, each op against size, rooflines, the ladder of kernels, MFU and tokens/s by model, where the time of a step
+goes, decoding, and the loss of training runs against time.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptfast import cli, report
+from gptfast import cli, mfu, report
 from gptfast.cli import UserError
 from gptfast.log import Row
 from gptfast.rows import file_name
 
 from . import results
+from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, styles
+from .peaks import Ceilings, from_rows
 
 Value = Callable[[Row], float]
-DIRECTIONS = ("forward", "backward", "both")
-COMPUTE_BOUND = 16  # FLOPs per byte from which an op is shown in TFLOP/s: above those that stream, below products
-STYLES = {"triton": (report.BLUE, "o"), "reference": ("#888888", "s"), "compile": (report.ORANGE, "^")}
-OTHERS = (
-    (report.GREEN, "v"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "P"),
-    ("#56B4E9", "X"),
-    (report.RED, "*"),
-    ("#332288", "<"),
-)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -72,80 +63,7 @@ def with_numbers(rows: Iterable[Row], *fields: str) -> list[Row]:
     return [row for row in rows if all(isinstance(row.get(field), int | float) for field in fields)]
 
 
-def by(rows: Iterable[Row], *fields: str) -> dict[tuple, list[Row]]:
-    """Rows grouped by these fields, in order of appearance."""
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row.get(field) for field in fields), []).append(row)
-    return found
-
-
-def in_flops(rows: Sequence[Row]) -> bool:
-    """Whether these rows of an op are about arithmetic rather than memory."""
-    return statistics.median(row["flops"] / max(row["bytes"], 1) for row in rows) >= COMPUTE_BOUND
-
-
-def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Color and marker by implementation: ours the same in every figure."""
-    rest = [name for name in dict.fromkeys(names) if name not in STYLES]
-    return {**STYLES, **{name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}}
-
-
 # ---- figures ---------------------------------------------------------------------------------------------------------
-def op_figure(rows: Sequence[Row], path: Path) -> Path:
-    """TFLOP/s or GB/s of one op against size: a panel for each direction and dtype, with the roofline."""
-    name, flops = rows[0]["name"], in_flops(rows)
-    field, unit = ("tflops", "TFLOP/s") if flops else ("gbs", "GB/s")
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    shown = [direction for direction in DIRECTIONS if any(row["direction"] == direction for row in rows)]
-    figure, axes = report.new_grid(f"{name}: {unit} by size", len(shown), len(dtypes))
-    look, used = styles(row["impl"] for row in rows), {}
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
-    for (direction, dtype), mine in by(rows, "direction", "dtype").items():
-        axis = axes[shown.index(direction)][dtypes.index(dtype)]
-        sizes = sorted((row["flops" if flops else "bytes"], report.dims(row)) for row in rows if row["dtype"] == dtype)
-        places = {label: i for i, label in enumerate(dict.fromkeys(label for _, label in sizes))}
-        for (impl,), points in by(mine, "impl").items():
-            points = sorted(points, key=lambda row: places[report.dims(row)])
-            beside = 0.06 * (impls.index(impl) - (len(impls) - 1) / 2)  # so that equal figures do not hide each other
-            x, y = [places[report.dims(row)] + beside for row in points], [row.get(field) for row in points]
-            color, marker = look[impl]
-            used[impl] = axis.plot(x, y, marker=marker, color=color, markersize=5, linewidth=1.0, label=impl)[0]
-        roof = {
-            places[report.dims(row)]: row[field] / row["roofline"]
-            for row in mine
-            if row.get("roofline") and row.get(field)
-        }
-        for place, height in roof.items():
-            bar = axis.plot([place - 0.35, place + 0.35], [height] * 2, color="black", linewidth=1.2, linestyle="--")
-            used["roofline"] = bar[0]
-        labels, shared = told_apart(list(places))
-        axis.set(title=", ".join([direction, dtype, *shared]), xlim=(-0.5, len(places) - 0.5), ylim=(0, None))
-        crowded = len(places) > 6
-        labels = [label if crowded else two_a_line(label) for label in labels]
-        axis.set_xticks(range(len(places)), labels, fontsize=7, rotation=90 if crowded else 0)
-    for row_of_axes in axes:
-        row_of_axes[0].set_ylabel(unit)
-    figure.legend(used.values(), used, loc="outside upper right", ncols=min(5, len(used)), frameon=False, fontsize=8)
-    source = next((row["roofline_source"] for row in rows if row.get("roofline_source")), None)
-    notes = [f"roofline: {source}"] if source else []
-    return report.save(
-        figure, path, rows, notes=[*notes, "both: forward and backward in one; GB/s of compulsory bytes"]
-    )
-
-
-def told_apart(labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that tell labels apart, and those that all of them have: 'T=1 D=64', 'T=1 D=80' -> D=64, D=80; T=1."""
-    words = [label.split(" ") for label in labels]
-    shared = [word for word in words[0] if all(word in other for other in words)] if len(words) > 1 else []
-    return [" ".join(word for word in mine if word not in shared) for mine in words], shared
-
-
-def two_a_line(label: str) -> str:
-    words = label.split(" ")
-    return "\n".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
-
-
 def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
     """One model's rungs: the reference, then one kernel more at each; in % of peak where a peak is known."""
     rows = sorted(rows, key=lambda row: row["rung"])
@@ -243,8 +161,13 @@ def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> list[Path]:
     """Draw all that a machine's rows hold, into its folder."""
     made: list[Path | None] = []
-    for (name,), rows in by(with_numbers(valid(bench, "op"), "flops", "bytes"), "name").items():
-        made.append(op_figure(rows, folder / f"op-{file_name(name)}.png"))
+    measured = from_rows(row for row in bench if row["what"] == "peak")
+    ops = with_numbers(valid(bench, "op"), "flops", "bytes")
+    for (name,), rows in by(ops, "name").items():
+        made.append(op_figure(rows, folder / f"op-{file_name(name)}.png", measured))
+    if ops:
+        made += [overview_figure(ops, folder / "overview.png", measured), *rooflines(ops, bench, folder, measured)]
+    made += profiles(bench, folder)
     models = with_numbers(valid(bench, "model"), "parameters")
     for (name,), rows in by((row for row in models if row.get("rung") is not None), "name").items():
         if len(rows) > 1:
@@ -263,6 +186,37 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
             report.loss_figure(run, folder / f"loss-{file_name(results.slug({'name': report.run_name(run)}))}.png")
         )
     return [path for path in made if path]
+
+
+def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: Ceilings | None) -> list[Path]:
+    """Every row of our ops as a point, and every part of a profiled step whose work is declared."""
+    mine = next((impl for impl in ("triton", "reference") if any(row["impl"] == impl for row in ops)), "")
+    points = [{**row, "label": row["name"], "ms": row["ms_p50"]} for row in ops if row["impl"] == mine and row["flops"]]
+    roofs = [roof for roof in (sheet(ops), measured) if roof is not None]
+    made = []
+    if points:
+        made.append(roofline_figure(points, folder / "roofline-ops.png", f"Ops by {mine}", roofs, ops))
+    for row in bench:
+        parts = [part for part in row["parts"] if part.get("tflops")] if row["what"] == "profile" else []
+        points = [
+            {"label": part["part"], "ms": part["ms"], "flops": part["tflops"] * part["ms"] * 1e9,
+             "bytes": part["gbs"] * part["ms"] * 1e6} for part in parts if part["gbs"]
+        ]  # fmt: skip
+        if len(points) > 1 and row["direction"] == "train" and row["impl"] == mine:
+            title, path = f"{row['name']}: parts of a step by {mine}", folder / f"roofline-{row['name']}.png"
+            made.append(roofline_figure(points, path, title, roofs, [row]))
+    return made
+
+
+def sheet(rows: Sequence[Row]) -> Ceilings | None:
+    """The datasheet of the machine of these rows, where there is one."""
+    hardware = next((row["hardware"] for row in rows if "hardware" in row), dict[str, Any](name=""))
+    peak = mfu.peak(hardware["name"], memory_gb=(hardware.get("memory_bytes") or 0) / 2**30)
+    if peak is None or peak.bytes_per_s is None or hardware.get("kind") != "cuda":
+        return None
+    return Ceilings(
+        {"bfloat16": peak.bf16 or 0.0}, peak.bytes_per_s, peak.bytes_per_s, f"datasheet of {peak.device}", 0.0
+    )
 
 
 def between(row: Row) -> bool:

@@ -112,6 +112,8 @@ class Change:
     new_ms: float
     ratio: float
     verdict: str  # 'slower', 'faster', 'same', 'invalid'
+    old: Row
+    new: Row
 
 
 def label(row: Row) -> str:
@@ -140,7 +142,7 @@ def _change(old: Row, new: Row, threshold: float) -> Change:
         verdict = "faster"
     else:
         verdict = "same"
-    return Change(label(new), old["ms_p50"], new["ms_p50"], ratio, verdict)
+    return Change(label(new), old["ms_p50"], new["ms_p50"], ratio, verdict, old, new)
 
 
 def _low(row: Row) -> float:

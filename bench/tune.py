@@ -32,7 +32,8 @@ from kernels import Op
 from . import results
 from .failures import FAILURES
 from .ops import Case
-from .timing import Settings, Timing, Verdict, Work, compare, stopwatch
+from .stats import compare
+from .timing import Settings, Timing, Verdict, Work, stopwatch
 
 ROUNDS = 8  # moves from neighbour to neighbour, at most
 GAIN = 1.01  # a move must gain a hundredth, and be different beyond doubt (99%)

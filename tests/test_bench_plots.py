@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import plots
+from bench import figures, plots
 from bench.plots import main
 from gptfast import report
 
@@ -78,38 +78,68 @@ def texts(figure: Any) -> str:
 RUNGS = [model("reference", 100e3, 0), model("+layernorm", 150e3, 1), model("triton", 200e3, 2)]
 
 
-def test_an_op_is_drawn_against_size_beside_its_peers_under_its_roofline(tmp_path, drawn):
-    rows = [op("triton", 4096, 2000.0), op("torch", 4096, 1000.0), op("triton", 64, 500.0)]
+def test_an_op_is_drawn_along_its_growing_axis_beside_its_peers_under_its_roofline(tmp_path, drawn):
+    rows = [op("triton", 4096, 2000.0), op("torch", 4096, 1000.0), op("triton", 64, 500.0), op("triton", 512, 900.0)]
     rows.append(op("torch", 64, 9e9, valid=False, invalid_reason="faster than light"))
     assert main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"]) == 0
     (axis,) = drawn["op-layernorm.png"].axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
-    assert lines["triton"] == [500.0, 2000.0] and lines["torch"] == [1000.0]
-    assert [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "--"] == [
-        [pytest.approx(3350)] * 2
-    ] * 2
-    assert axis.get_ylabel() == "GB/s" and [t.get_text() for t in axis.get_xticklabels()] == ["M=64", "M=4096"]
+    assert lines["triton"] == [500.0, 900.0, 2000.0] and lines["torch"] == [1000.0]
+    (roof,) = [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "--"]
+    assert roof == [pytest.approx(3350)] * 3
+    assert axis.get_ylabel() == "GB/s" and axis.get_xscale() == "log" and axis.get_xlabel() == "M"
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["64", "512", "4k"]
     for fact in (
         GPU,
         "2026-11-21",
         "commit 0123456789",
-        "both, bfloat16, N=768",
+        "both bfloat16 N=768",
         "datasheet of Test",
         "compulsory bytes",
+        "2.00x",
     ):
         assert fact in texts(drawn["op-layernorm.png"])
 
 
+def test_sizes_that_are_each_of_their_own_are_bars():
+    sizes = [dict(M=8, N=4, K=2), dict(M=8, N=16, K=3)]
+    assert figures.series(sizes) == (None, {}, sizes)
+    layers = [dict(B=16384 // T, T=T, S=T, H=32, D=64) for T in (512, 4096, 1024)] + [
+        dict(B=1, T=1024, S=1024, H=1, D=1)
+    ]
+    axis, lines, alone = figures.series(layers)
+    assert axis == "T" and [dims["T"] for dims in lines["H=32 D=64"]] == [512, 1024, 4096] and alone == layers[3:]
+
+
+def test_peers_that_ran_the_same_code_are_told_once():
+    rows = [op("triton", 64, 100.0), op("sdpa", 64, 50.5), op("sdpa cudnn", 64, 50.0), op("sdpa flash", 64, 30.0)]
+    told = [row["impl"] for row in figures.same_code_once(rows)]
+    assert told == ["triton", "sdpa cudnn = sdpa", "sdpa flash"]
+    rows[1]["ms_p50"] *= 1.2
+    assert len(figures.same_code_once(rows)) == 4
+
+
+def test_the_overview_has_the_ratio_to_the_best_peer_and_the_rooflines_a_point_a_row(tmp_path, drawn):
+    rows = [op("triton", 4096, 2000.0), op("torch", 4096, 1000.0), op("liger", 4096, 1600.0)]
+    assert main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"]) == 0
+    left, right = drawn["overview.png"].axes
+    assert [bar.get_x() + bar.get_width() for bar in left.patches] == [pytest.approx(1.25)]
+    assert [bar.get_width() for bar in right.patches] == [pytest.approx(100 * rows[0]["roofline"])]
+    (axis,) = drawn["roofline-ops.png"].axes
+    (x,), (y,) = axis.lines[0].get_data()
+    assert (x, y) == (rows[0]["flops"] / rows[0]["bytes"], rows[0]["flops"] / rows[0]["ms_p50"] / 1e9)
+
+
 def test_labels_keep_what_tells_sizes_apart():
-    assert plots.told_apart(["B=1 T=1 D=64", "B=1 T=1 D=80"]) == (["D=64", "D=80"], ["B=1", "T=1"])
-    assert plots.told_apart(["M=5 N=7"]) == (["M=5 N=7"], [])
-    assert plots.told_apart(["M=5", "M=7 weight=False"]) == (["M=5", "M=7 weight=False"], [])
+    assert figures.told_apart(["B=1 T=1 D=64", "B=1 T=1 D=80"]) == (["D=64", "D=80"], ["B=1", "T=1"])
+    assert figures.told_apart(["M=5 N=7"]) == (["M=5 N=7"], [])
+    assert figures.told_apart(["M=5", "M=7 weight=False"]) == (["M=5", "M=7 weight=False"], [])
 
 
 def test_products_are_shown_in_flops(tmp_path, drawn):
     rows = [{**op("triton", 64, 10.0), "flops": 10**12}]
     main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"])
-    assert drawn["op-layernorm.png"].axes[0].get_ylabel() == "TFLOP/s"
+    assert drawn["op-layernorm.png"].axes[0].get_xlabel() == "TFLOP/s"  # a single size is a bar
 
 
 def test_the_ladder_has_its_rungs_in_order_with_times_and_gains(tmp_path, drawn):
@@ -167,7 +197,7 @@ def test_a_folder_with_a_bad_row_gives_an_error_and_no_figure_and_others_are_dra
     assert main([f"--root={tmp_path}"]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
-    assert pngs(broken) == [] and pngs(whole) == ["op-layernorm.png"]
+    assert pngs(broken) == [] and pngs(whole) == ["op-layernorm.png", "overview.png", "roofline-ops.png"]
 
 
 def test_the_readme_tables_come_from_the_newest_valid_rows(tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
+from bench import history, results
 from bench.compare import main as compare_main
 from gptfast.cli import UserError
 from gptfast.log import SCHEMA, check_row
@@ -121,6 +121,62 @@ def test_compare_exit_codes(tmp_path, capsys):
     assert "slower    +50.0%" in capsys.readouterr().out
     assert compare_main([old, slower, "--threshold=0.6"]) == 0
     assert compare_main([old, invalid]) == 1  # not 'faster'
+
+
+GRAPH = {"method": "graph of 64", "software": {"torch": "2.11.0"}, "state_after": {"sm_mhz": 1980, "throttle": []}}
+
+
+@pytest.mark.parametrize(
+    ("change", "peer_ms", "cause", "why"),
+    [
+        ({}, 1.0, "real", ""),
+        ({}, 1.02, "real", ""),
+        ({"method": "graph of 32"}, 1.0, "real", ""),
+        ({"method": "events"}, 1.0, "method", "method was graph, is events"),
+        ({"software": {"torch": "2.12.0"}}, 1.0, "versions", "torch 2.11.0 -> 2.12.0"),
+        ({"state_after": {"sm_mhz": 1500, "throttle": []}}, 1.0, "hardware", "sm_mhz 1980 -> 1500"),
+        ({"state_after": {"sm_mhz": 1980, "throttle": ["hot"]}}, 1.0, "hardware", "throttled: hot"),
+        ({}, 1.45, "hardware", "peers moved by +45.0% as well"),
+    ],
+)
+def test_a_slower_row_is_told_why(tmp_path, capsys, change, peer_ms, cause, why):
+    old = str(write(tmp_path / "old.jsonl", row(1.0, **GRAPH), row(1.0, impl="torch", **GRAPH)))
+    new = str(write(tmp_path / "new.jsonl", row(1.5, **{**GRAPH, **change}), row(peer_ms, impl="torch", **GRAPH)))
+    summary = tmp_path / "summary.json"
+    code = compare_main([old, new, f"--json={summary}", "--threshold=0.3"])
+    assert code == (cause == "real")
+    told = json.loads(summary.read_text())
+    ours = next(c for c in told["changes"] if " triton " in c["label"])
+    assert (ours["cause"], told["exit_code"]) == (cause, code) and why in ours["why"]
+    assert f"[{cause}" in capsys.readouterr().out
+
+
+def test_medians_apart_within_their_noise_are_noise(tmp_path, capsys):
+    old, new = (str(write(tmp_path / f"{ms}.jsonl", row(ms, spread=0.5, **GRAPH))) for ms in (1.0, 1.2))
+    assert compare_main([old, new]) == 0
+    assert "[noise: the intervals" in capsys.readouterr().out
+
+
+def test_history_goes_through_git_and_finds_what_moved(tmp_path, capsys):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "machine").mkdir()
+    git("init", "-q")
+    for day, ms in enumerate((1.0, 2.0, 0.5), 1):
+        new = row(ms, date=f"2026-11-0{day}T00:00:00+00:00", commit=f"{day}" * 40)
+        write(tmp_path / "machine" / "ops.jsonl", new, row(1.0, impl="torch"))
+        git("add", "-A")
+        git("commit", "-qm", "rows")
+    cases = history.histories(history.through_git(tmp_path / "machine"))
+    assert [[r["ms_p50"] for r in case] for case in cases] == [[1.0, 2.0, 0.5], [1.0]]
+    assert history.main([str(tmp_path / "machine"), "--impl=triton"]) == 0
+    said = capsys.readouterr().out
+    assert "-50.0%" in said and "1111111..3333333" in said and (tmp_path / "machine" / "history-layernorm.png").exists()
+    assert history.main([str(tmp_path / "machine"), "--plain"]) == 0
+    with pytest.raises(UserError, match="no timed rows"):
+        history.main([str(tmp_path / "machine"), "--name=attention"])
 
 
 def test_machines_are_compared_only_when_asked(tmp_path):

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from bench import timing
-from bench.timing import Settings, Truth, Work, compare, interleave, judge, median_interval, roofline, stopwatch
+from bench.stats import compare, median_interval
+from bench.timing import Settings, Truth, Work, interleave, judge, roofline, stopwatch
 
 QUICK = Settings(samples=8, most_samples=8, warmup_s=0.0, budget_s=0.0)
 N = 64

@@ -28,7 +28,7 @@ from gptfast.optim import adamw, set_learning_rate
 from gptfast.packing import document_starts
 from gptfast.step import Step, evaluate, language_model
 from gptfast.tokenizer import BPETokenizer
-from train import loop, pretrain
+from train import build, loop, pretrain, trainer
 from train.config import Pretrain
 from train.prepare import prepare
 from train.presets import PRESETS
@@ -131,8 +131,8 @@ def test_mfu_line_of_nanogpts_char_model_on_an_a100() -> None:
     rate = 64 * 256 / 33.22e-3
     used = mfu.utilization(rate, config, 256, peak=mfu.peak("A100 SXM 40GB"), dtype=torch.bfloat16)
     assert 100 * used["mfu_palm"] == pytest.approx(11.217, abs=5e-4)
-    assert pretrain.log_line(10, 2.34567, 33.219, used["mfu_palm"]) == "iter 10: loss 2.3457, time 33.22ms, mfu 11.22%"
-    assert pretrain.log_line(0, 4.2, 5.0, None) == "iter 0: loss 4.2000, time 5.00ms, mfu n/a"
+    assert trainer.log_line(10, 2.34567, 33.219, used["mfu_palm"]) == "iter 10: loss 2.3457, time 33.22ms, mfu 11.22%"
+    assert trainer.log_line(0, 4.2, 5.0, None) == "iter 0: loss 4.2000, time 5.00ms, mfu n/a"
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> GPT:
@@ -277,9 +277,9 @@ def test_evaluation_time_is_not_iteration_time(
 
         return run
 
-    monkeypatch.setattr(pretrain, "mean_loss", taking(3600, evaluate))
+    monkeypatch.setattr(trainer, "mean_loss", taking(3600, evaluate))
     monkeypatch.setattr(Step, "__call__", taking(1, Step.__call__))
-    monkeypatch.setattr(pretrain, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert cli.run(pretrain.main, [*flags, "--eval_interval=1", "--log_interval=2"]) == 0
     shown = re.findall(r"^iter (\d): .* time (.*)ms", capsys.readouterr().out, re.MULTILINE)
     assert shown == [("0", "1000.00"), ("2", "1000.00"), ("4", "1000.00")]
@@ -289,7 +289,7 @@ def test_checkpoints_only_when_better_unless_always(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     losses = itertools.chain.from_iterable((loss, loss) for loss in (4.0, 3.0, 3.5, 2.0))  # train and val
-    monkeypatch.setattr(pretrain, "mean_loss", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(trainer, "mean_loss", lambda *_: torch.tensor(next(losses)))
     fixed = [*flags, "--eval_interval=1", "--max_iters=3", "--whole_val=False", "--always_save_checkpoint=False"]
     assert cli.run(pretrain.main, fixed) == 0
     assert checkpoints(tmp_path / "out") == ["ckpt-000001", "ckpt-000003"]
@@ -435,7 +435,7 @@ def test_a_vocabulary_of_byte_pairs_is_rounded_up(
     train.write_bytes(train.read_bytes() + (300).to_bytes(2, "little"))
     capsys.readouterr()
     assert "token id 300, but vocab_size is 257" in refusal(packed, capsys)
-    assert pretrain.rounded(50257, None, 64) == 50304 and pretrain.rounded(65, {"kind": "char"}, 64) == 65
+    assert build.rounded(50257, None, 64) == 50304 and build.rounded(65, {"kind": "char"}, 64) == 65
 
 
 # ---- mistakes: one line, exit code 2, nothing lost

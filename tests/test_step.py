@@ -167,6 +167,28 @@ def test_a_spike_is_refused_on_the_device() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_compiled_step_refuses_too() -> None:
+    """The one graph of a CPU: the norm that it returns is the gradient's, clipped or not, and NaN is seen."""
+    norms = []
+
+    class Watch(Guard):
+        def record(self, loss: float, norm: float, taken: bool, batches: list) -> None:
+            norms.append(norm)
+            super().record(loss, norm, taken, batches)
+
+    for compiled in (False, True):
+        model = build()
+        optimizer = optimizer_of("adamw", model)
+        step = Step(language_model(model), optimizer, clip=0.5, guard=Watch("skip"), compiled=compiled)
+        step(iter(batches(1)))
+        before = model.transformer["h"][0].mlp.c_fc.weight.detach().clone()
+        model.lm_head.weight.data[0] = math.inf
+        step(iter(batches(1)))
+        step.settle()
+        assert torch.equal(model.transformer["h"][0].mlp.c_fc.weight, before)
+    assert norms[2] == pytest.approx(norms[0], rel=1e-4) and not math.isfinite(norms[1] + norms[3])
+
+
 def test_what_cannot_be_captured_is_refused() -> None:
     model = build()
     with pytest.raises(ValueError, match="leave graph out"):

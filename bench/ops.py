@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, made_current, nearest
+from gptfast.cli import UserError, check_ranges, made_current, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import compute_dtype
 from kernels import Cost, Op
@@ -423,7 +423,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    arguments = parser.parse_args(argv)
+    arguments = check_ranges(parser.parse_args(argv))
     started = time.monotonic()
     asked = _chosen("--variants", arguments.variants, known) if arguments.variants else []
     having = [op.name for op in kernels.OPS.values() if not asked or set(asked) & op.variants.keys()]

@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=30, help="samples of each variant")
     parser.add_argument("--compile", action="store_true", help="also time the step compiled")
     parser.add_argument("--out", type=Path, help="file that the rows are appended to")
-    arguments = parser.parse_args(argv)
+    arguments = cli.check_ranges(parser.parse_args(argv))
     if arguments.rounds < 1:
         raise cli.UserError(f"rounds is {arguments.rounds}; give 1 or more")
     compare(arguments.rounds, arguments.compile, arguments.out)

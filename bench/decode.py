@@ -35,7 +35,7 @@ from torch import Tensor
 
 import kernels
 from gptfast import mfu
-from gptfast.cli import UserError, made_current, nearest
+from gptfast.cli import UserError, check_ranges, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
@@ -465,7 +465,7 @@ def main(argv: Sequence[str]) -> int:
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--quick", action="store_true", help="one size of the first model, 64 new tokens")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    arguments = parser.parse_args(argv)
+    arguments = check_ranges(parser.parse_args(argv))
     device, models = made_current(arguments.device), [name for name in arguments.models.split(",") if name]
     for name in models:
         if name not in PRESETS:

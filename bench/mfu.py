@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch
 
-from gptfast import mfu
+from gptfast import cli, mfu
 from gptfast.cli import UserError, nearest
 from gptfast.config import PRESETS, GPTConfig
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         flag = unknown[0].partition("=")[0]
         raise UserError(f"unknown flag {flag}{nearest(flag, parser.flags())}")
+    cli.check_ranges(arguments)
     if arguments.devices:
         print(device_table())
         return

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import kernels
 from gptfast import mfu
-from gptfast.cli import UserError, made_current, nearest
+from gptfast.cli import UserError, check_ranges, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.log import Log, Row, facts, gpu_state
 from gptfast.model import GPT, IGNORED, compute_dtype
@@ -495,7 +495,7 @@ def main(argv: Sequence[str]) -> int:
     add("--cuda_graph", type=boolean, default=True, help="time CUDA graphs too (default: True)")
     add("--quick", action="store_true", help="the first model, without its ladder")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    arguments = parser.parse_args([_underscored(argument) for argument in argv])
+    arguments = check_ranges(parser.parse_args([_underscored(argument) for argument in argv]))
     device = made_current(arguments.device)
     check_arguments(arguments, device)
     if device.type == "cuda":

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, made_current, nearest
+from gptfast.cli import UserError, check_ranges, made_current, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import compute_dtype
 from kernels import Cost, Op
@@ -463,7 +463,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     parser.add_argument("--warm", metavar="I/N", help="only compile and run once the I-th of N shares; no rows")
-    arguments = parser.parse_args(argv)
+    arguments = check_ranges(parser.parse_args(argv))
     started = time.monotonic()
     asked = _chosen("--variants", arguments.variants, known) if arguments.variants else []
     having = [op.name for op in kernels.OPS.values() if not asked or set(asked) & op.variants.keys()]

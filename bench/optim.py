@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, made_current, nearest
+from gptfast.cli import UserError, check_ranges, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.log import Log, Row, facts
 from gptfast.optim import Muon
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one model, one size, fewer samples")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    arguments = parser.parse_args(argv)
+    arguments = check_ranges(parser.parse_args(argv))
     started = time.monotonic()
     device, models = made_current(arguments.device), [name for name in arguments.models.split(",") if name]
     if device.type == "cuda" and not on_gpu:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gptfast import mfu
-from gptfast.cli import UserError, made_current
+from gptfast.cli import UserError, check_ranges, made_current
 from gptfast.log import Log, Row, facts
 
 from . import results
@@ -259,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--quick", action="store_true", help="one size of each")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    arguments = parser.parse_args(argv)
+    arguments = check_ranges(parser.parse_args(argv))
     device, dtypes = made_current(arguments.device), chosen_dtypes(arguments.dtype)
     out = arguments.out or results.folder(facts(device)["hardware"])
     with Log(out, name="peaks.jsonl") as log:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptfast.cli import check_ranges
 from gptfast.config import PRESETS
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -231,11 +232,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("nvlink_gbs", "network_gbs", "reached", "hop_us", "newton_schulz_tflops"):
         parser.add_argument(f"--{name}", type=float, default=getattr(standard, name), help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("results/scaling"), help="folder (default %(default)s)")
-    settings = vars(parser.parse_args(argv))
+    settings = vars(check_ranges(parser.parse_args(argv)))
     out: Path = settings.pop("out")
-    for name, value in settings.items():
-        if not value > 0:
-            parser.error(f"--{name}={value}: must be above 0")
     cluster = replace(standard, **settings)
     parts = [*(table(work, cluster) for work in WORKLOADS), "Checked against published runs:", *checks(cluster)]
     text = "\n\n".join(parts)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import kernels
-from gptfast.cli import UserError, nearest
+from gptfast.cli import UserError, check_ranges, nearest
 from gptfast.log import Log, Row, facts, now
 from kernels import Op
 
@@ -262,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--arch", type=int, help="without a GPU: compile for 80, 90 or 100 (default: 90)")
     parser.add_argument("--samples", type=int, default=60, help="of each candidate, at least")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    arguments = parser.parse_args(argv)
+    arguments = check_ranges(parser.parse_args(argv))
     if arguments.op not in tunable:
         raise UserError(f"nothing to tune under the name {arguments.op}{nearest(arguments.op, tunable)}")
     op = kernels.OPS[arguments.op]

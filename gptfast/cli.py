@@ -17,6 +17,7 @@ earlier ones, wherever they stand. tyro converts values and writes `--help`, wit
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -36,6 +37,26 @@ if TYPE_CHECKING:
     from kernels import Ops
 
 Config = TypeVar("Config")
+
+
+# What a number may be, by the name of its flag, which means the same in every command; others may be anything that
+# 64 bits hold, and finite. Whatever depends on more than the number is the command's to check.
+ANY_INT, ANY_FLOAT = (-(2**63), 2**63 - 1), (-(10.0**30), 10.0**30)
+COUNT, SHARE, POSITIVE = (1, 2**40), (0.0, 1.0), (10.0**-12, 10.0**18)
+LIMITS: dict[str, tuple[float, float]] = {
+    "threads": (1, 4096), "processes": (0, 4096), "world_size": (1, 10**6), "n_gpu": (1, 10**6), "rounds": (1, 10**6),
+    "seed": (0, 2**63 - 1), "n_layer": (1, 10**5), "n_head": (1, 10**5), "n_kv_head": (1, 10**5),
+    "head_dim": (1, 10**5), "n_embd": (1, 10**6), "mlp_width": (1, 10**7), "depth": (0, 10**4),
+    "block_size": (1, 2**31 - 1), "batch_size": (1, 2**31 - 1), "vocab_size": (0, 2**31 - 1),
+    "context": (0, 2**31 - 1), "stride": (0, 2**31 - 1),
+    "num_samples": (0, 10**6), "max_new_tokens": (1, 10**9), "sample_tokens": (0, 10**9), "top_k": (0, 2**31 - 1),
+    "temperature": (0.0, 10.0**6), "dropout": SHARE, "val_fraction": SHARE, "ratio": POSITIVE, "samples": COUNT,
+    "memory_gb": POSITIVE, "power_w": POSITIVE, "peak_tflops": POSITIVE, "tokens_per_s": POSITIVE,
+    "ms_per_iter": POSITIVE, "nvlink_gbs": POSITIVE, "network_gbs": POSITIVE, "reached": (10.0**-6, 1.0),
+    "hop_us": (0.0, 10.0**9), "memory_gbs": POSITIVE, "newton_schulz_tflops": POSITIVE,
+    "budget_s": (0.0, float("inf")),
+}  # fmt: skip
+SHOWN = 80  # characters of what was typed that an error repeats
 
 
 class UserError(ValueError):
@@ -70,7 +91,10 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: no file can have so long a name: {_shown(str(error.filename))}", file=sys.stderr)
+            return 2
         if not (failures or _is_broken(sys.stdout)):
             raise
         code = 1
@@ -139,6 +163,29 @@ def parse(
         _help(config_type, base, presets or {}, positional)
     typed_values = {key: _convert(config_type, key, text) for key, text in flags}
     return dataclasses.replace(base, **typed_values)  # type: ignore[type-var]
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raises UserError for a number that no flag `name` can mean, such as infinity, or more threads than there are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least, most = LIMITS.get(name, ANY_INT if isinstance(value, int) else ANY_FLOAT)
+    if not least <= value <= most:
+        shown = f"{value:g}" if isinstance(value, float) else str(value) if abs(value) < 10**40 else "a longer number"
+        if value > most:
+            limit = f"at most {most:,}"
+        elif value < least:
+            limit = "above 0" if least == POSITIVE[0] else f"at least {least:,}"
+        else:
+            limit = "a number"
+        raise UserError(f"--{name}={shown}: must {'not be negative' if value < 0 == least else f'be {limit}'}")
+
+
+def check_ranges(arguments: argparse.Namespace) -> argparse.Namespace:
+    """`arguments`, all of whose numbers are in range. Raises UserError."""
+    for name, value in vars(arguments).items():
+        check_range(name, value)
+    return arguments
 
 
 def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
@@ -235,7 +282,7 @@ def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], li
         name, equals, text = argument[2:].partition("=")
         key = name.replace("-", "_")
         if key not in types:
-            raise UserError(f"unknown flag --{name}{nearest(key, types, '--')}")
+            raise UserError(f"unknown flag --{_shown(name)}{nearest(key, types, '--')}")
         if not equals:
             is_switch = types[key] is bool and (not rest or rest[0].lower() not in ("true", "false"))
             if not is_switch and (not rest or rest[0].startswith("--")):
@@ -251,8 +298,8 @@ def _preset_name(word: str, presets: Mapping[str, Any]) -> str:
         if name in presets:
             return name
     if not presets:
-        raise UserError(f"unexpected argument {word}; flags are typed --key=value")
-    raise UserError(f"unknown preset {word}{nearest(stem, presets)}")
+        raise UserError(f"unexpected argument {_shown(word)}; flags are typed --key=value")
+    raise UserError(f"unknown preset {_shown(word)}{nearest(stem, presets)}")
 
 
 def _convert(config_type: type, key: str, text: str) -> Any:
@@ -269,8 +316,13 @@ def _convert(config_type: type, key: str, text: str) -> Any:
                 flag, args=[f"--{key}={text}"], config=(tyro.conf.FlagConversionOff,), add_help=False
             )
     except SystemExit:
-        raise UserError(f"--{key}={text}: expected {_type_name(expected)}") from None
+        raise UserError(f"--{key}={_shown(text)}: expected {_type_name(expected)}") from None
+    check_range(key, getattr(parsed, key))
     return getattr(parsed, key)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _type_name(expected: Any) -> str:

@@ -113,6 +113,9 @@ def stream(engine: Engine, requests: list[Request], prompt: str) -> str:
             first, early = time.perf_counter(), sum(len(request.tokens) for request in requests)
         while queue:
             print(queue[0].text[shown:], end="", flush=True)
+            if queue[0].finish_reason == "error":
+                print()
+                raise UserError(f"a sample ended: {queue[0].error}")
             shown = len(queue[0].text)
             if queue[0].finish_reason is None:
                 break

@@ -9,6 +9,7 @@ import pytest
 
 from bench import scaling
 from bench.scaling import METHODS, PUBLISHED, WORKLOADS, Cluster
+from gptfast.cli import UserError
 
 CLUSTER = Cluster()
 
@@ -65,5 +66,5 @@ def test_the_page_writes_table_and_figure(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "scaling.md").read_text().startswith("Predicted by") and (
         tmp_path / "scaling.png"
     ).stat().st_size
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--nvlink_gbs=0: must be above 0"):
         scaling.main(["--nvlink_gbs=0"])

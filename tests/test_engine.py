@@ -274,9 +274,12 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
     with torch.no_grad():
         model.transformer["ln_f"].weight[3] = torch.nan
     engine = Engine(model)
-    engine.submit([1], GREEDY)
+    request = engine.submit([1], GREEDY)
+    engine.step()
+    assert request.finish_reason == "error" and "logits are not numbers" in request.error and request.tokens == []
+    assert_empty(engine)
     with pytest.raises(ValueError, match="logits are not numbers"):
-        engine.step()
+        generate(model, torch.tensor([[1]]), 3)
 
 
 def test_a_penalty_strikes_what_occurred() -> None:
@@ -363,11 +366,11 @@ def test_corner_cases_of_a_request() -> None:
         ([1], dict(stop="a"), "stop: expected a tuple"),
         ([1], dict(stop=("",)), "stop: an empty string"),
         ([1], dict(max_tokens=-1), "max_tokens: must not be negative, got -1"),
-        ([1], dict(temperature=-0.1), "temperature: must be 0 or more"),
-        ([1], dict(temperature=float("nan")), "temperature: must be 0 or more"),
+        ([1], dict(temperature=-0.1), "temperature: must be 0, or 1e-06 to"),
+        ([1], dict(temperature=float("nan")), "temperature: must be 0, or 1e-06 to"),
         ([1], dict(top_k=-1), "top_k: must not be negative"),
         ([1], dict(top_p=0.0), "top_p: must be above 0"),
-        ([1], dict(repetition_penalty=0.0), "repetition_penalty: must be above 0"),
+        ([1], dict(repetition_penalty=0.0), "repetition_penalty: must be 1e-06 to"),
     ],
 )
 def test_bad_requests_name_the_argument(prompt: Sequence[int], sampling: dict, message: str) -> None:

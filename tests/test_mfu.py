@@ -393,12 +393,12 @@ def test_bench_mfu_prints_na_and_the_reason_where_no_peak_is_known(capsys: pytes
     [
         (["--device=H100 SXM"], "give --tokens_per_s"),
         (["--ms_per_iter=3", "--device=H100 SXM"], "--batch_size"),
-        (["--tokens_per_s=0"], "--tokens_per_s=0 must be above 0"),
+        (["--tokens_per_s=0"], "--tokens_per_s=0: must be above 0"),
         (["--tokens_per_s=many"], "invalid float value: 'many'"),
         (["--tokens_per_s=1e5", "--model=gtp2"], "unknown model gtp2; did you mean gpt2?"),
         (["--tokens_per_s=1e5", "--devise=H100"], "unknown flag --devise; did you mean --device"),
         (["--tokens_per_s=1e5", "--n_head=7"], "n_embd is 768, which 7 heads do not divide"),
-        (["--tokens_per_s=1e5", "--peak_tflops=-1"], "--peak_tflops=-1 must be above 0"),
+        (["--tokens_per_s=1e5", "--peak_tflops=-1"], "--peak_tflops=-1: must be above 0"),
     ],
 )
 def test_bench_mfu_errors_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -316,7 +316,7 @@ def test_the_table_of_what_fits() -> None:
     ("flags", "message"),
     [
         (["RTX 9999"], "RTX 9999 is not in the peak table"),
-        (["--n_gpu=0"], "--n_gpu=0: must be above 0"),
+        (["--n_gpu=0"], "--n_gpu=0: must be at least 1"),
         (["--assumed_mfu=40"], "--assumed_mfu=40.0: must be above 0 and at most 1"),
         (["--depth=-3"], "--depth=-3: must not be negative"),
     ],

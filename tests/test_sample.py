@@ -88,7 +88,7 @@ def test_a_prompt_from_a_file(out_dir: Path, tmp_path: Path, capsys: pytest.Capt
         ("--out_dir=/nowhere", "no checkpoint in /nowhere"),
         ("--init_from=gpt5", "gpt5: no such folder"),
         ("--num_samples=0", "--num_samples=0: must be at least 1"),
-        ("--temperature=-1", "--temperature=-1.0: must not be negative"),
+        ("--temperature=-1", "--temperature=-1: must not be negative"),
         ("--top_p=0", "--top_p=0.0: must be above 0"),
         ("--repetition_penalty=0", "--repetition_penalty=0.0: must be above 0"),
         ("--quantize=int3", "--quantize=int3: expected none or int8"),

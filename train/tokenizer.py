@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptfast import cli
+from gptfast.aside import folder_aside
 from gptfast.blanks import shortened
 from gptfast.chat.conversation import SPECIAL_TOKENS
 from gptfast.cli import UserError
-from gptfast.tokenizer import GPT4_PATTERN, BPETokenizer, find_bpe
+from gptfast.tokenizer import ENCODING, GPT4_PATTERN, BPETokenizer, find_bpe
 from gptfast.tokenizer_json import BYTE_LETTERS
 from train.documents import Documents
 
@@ -81,9 +82,14 @@ def train(config: TokenizerConfig) -> BPETokenizer:
         raise UserError(f"--tokenizer={folder}: it is there already; choose another folder, or remove it")
     started = time.perf_counter()
     text = Text(config, for_training=True)
-    tokenizer = train_bpe(text, config.vocab_size)
-    seconds = time.perf_counter() - started
-    tokenizer.save(folder)
+    try:
+        with folder_aside(folder, first=ENCODING) as building:  # made before the work, if it can be
+            tokenizer = train_bpe(text, config.vocab_size)
+            seconds = time.perf_counter() - started
+            tokenizer.save(building)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--tokenizer={folder}: cannot write there ({reason}); choose another folder") from None
     print(f"read {text.characters:,} characters, {text.bytes:,} bytes; {text.bytes / 1e6 / seconds:.2f} MB/s")
     print(f"wrote {folder}: {tokenizer.vocab_size:,} tokens, the longest {max(map(len, tokenizer.ranks))} bytes")
     return tokenizer

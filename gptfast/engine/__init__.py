@@ -46,17 +46,23 @@ __all__ = ["Engine", "KVCache", "Request", "Sampling", "Update", "Weights", "gen
 MOST_SLOTS = 32  # of generate(): rows beyond wait until one is done
 
 
+Reason = Literal["stop", "length", "cancelled", "error"]
+NOT_NUMBERS = "the logits are not numbers: the model has diverged, or overflows its dtype"
+
+
 class Request:
     """One prompt and what became of it. `tokens` are the new ones; `text` is theirs, if the engine has a tokenizer.
 
-    `finish_reason` is None while it waits and runs, then "stop" (a stop token or string), "length" or "cancelled".
+    `finish_reason` is None while it waits and runs, then "stop" (a stop token or string), "length", "cancelled", or
+    "error", with what went wrong in `error`: such a request ends alone, and the others go on as without it.
     """
 
     def __init__(self, prompt: list[int], sampling: Sampling, stream: TextStream | None) -> None:
         self.prompt, self.sampling = prompt, sampling
         self.tokens: list[int] = []
         self.text = ""
-        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self.finish_reason: Reason | None = None
+        self.error = ""
         self._stream = stream
         self._random = random.Random(random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed)
         self._uniforms: list[float] = []
@@ -83,9 +89,8 @@ class Engine:
     `weights` is how the matrices are kept: "model" (the dtype of the model's activations), on a CPU also "float16" and
     "int8"; "auto" chooses, and `why` says what and why. The cache is contiguous or, with a `page_size`, a pool of
     `pages`; `kv_storage` "int8" or "fp8" rounds it. A `draft` GPT with the same vocabulary guesses `guesses` tokens a
-    step. With a tokenizer, prompts may be text, stop strings are known, and ids that it has no
-    token for are never drawn.
-    On CUDA the step is one CUDA graph. Raises ValueError, naming the argument, for what does not fit.
+    step. With a tokenizer, prompts may be text, stop strings are known, and ids without a token are never
+    drawn. On CUDA the step is one CUDA graph. Raises ValueError, naming the argument, for what does not fit.
     """
 
     def __init__(
@@ -184,8 +189,13 @@ class Engine:
             sliding = [request for request in self.running if self._slides(request)]
             self._decode()
             for request in sliding:
-                logits = self._main.reread(request.prompt + request.tokens)
-                self._take(request, self._draw(logits[None], [request]).tolist())
+                try:
+                    logits = self._main.reread(request.prompt + request.tokens)
+                    drawn = self._draw(logits[None], [request]).tolist()
+                except Exception as error:
+                    self._fail(request, error)
+                    continue
+                self._take(request, drawn)
         return list(self._updates.values())
 
     @property
@@ -220,12 +230,21 @@ class Engine:
             key = tuple(request.prompt)
             if not self._reserve(slot, self._room(request), read[key][0] if key in read else None):
                 break  # those behind wait too, or a request for many pages might never be let in
-            if key not in read:
-                read[key] = slot, self._read(slot, request)
             self._slots[slot] = self._waiting.popleft()
+            if key not in read:
+                try:
+                    read[key] = slot, self._read(slot, request)
+                except Exception as error:  # such as want of memory for a long prompt
+                    self._fail(request, error)
+                    continue
             admitted.append((request, read[key][1]))
         for request, logits in admitted:  # after the cloning, since the first token may be the last
-            self._take(request, self._draw(logits[None], [request]).tolist())
+            try:
+                drawn = self._draw(logits[None], [request]).tolist()
+            except Exception as error:
+                self._fail(request, error)
+                continue
+            self._take(request, drawn)
         return bool(admitted)
 
     def _slides(self, request: Request) -> bool:
@@ -262,9 +281,14 @@ class Engine:
         rows, requests = [slot for slot, _ in within], [request for _, request in within]
         held = dict(within)
         newest = [[held[slot].tokens[-1] if slot in held else 0] for slot in range(len(self._slots))]
-        tokens = self._guess(torch.tensor(newest, device=self._device), rows, requests)
-        logits, guesses = self._main.step(tokens)[rows], tokens[rows, 1:]
-        drawn = [self._draw(logits[:, i], requests, guesses[:, :i]) for i in range(1 + self._guesses)]
+        try:
+            tokens = self._guess(torch.tensor(newest, device=self._device), rows, requests)
+            logits, guesses = self._main.step(tokens)[rows], tokens[rows, 1:]
+            drawn = [self._draw(logits[:, i], requests, guesses[:, :i]) for i in range(1 + self._guesses)]
+        except Exception:
+            for cache in self._caches[1:]:  # nothing was taken, so nothing may have advanced
+                cache.lengths.copy_(self.cache.lengths)
+            raise
         taken = [
             right[: self._count_right(request, right, guessed)]
             for request, right, guessed in zip(requests, torch.stack(drawn, 1).tolist(), guesses.tolist(), strict=True)
@@ -323,10 +347,16 @@ class Engine:
         return drawn.to(self._device)
 
     def _take(self, request: Request, tokens: list[int]) -> None:
-        """Add the new tokens to `request`, up to the one that ends it."""
+        """Add the new tokens to `request`, up to the one that ends it; what goes wrong with them ends it alone."""
+        try:
+            self._add(request, tokens)
+        except Exception as error:
+            self._fail(request, error)
+
+    def _add(self, request: Request, tokens: list[int]) -> None:
         update, stream = self._updates.setdefault(request, Update(request)), request._stream
         for token in tokens:
-            require(token >= 0, "model: its logits are not numbers; it has diverged, or overflows its dtype")
+            require(token >= 0, NOT_NUMBERS)
             if token in request.sampling.stop_tokens:
                 return self._finish(request, "stop")
             request.tokens.append(token)
@@ -344,9 +374,16 @@ class Engine:
         request.text += text
         self._updates[request].text += text
 
-    def _finish(self, request: Request, reason: Literal["stop", "length", "cancelled"]) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
+        """End `request` because of `error`, in one line of `request.error`."""
+        request.error = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        self._updates.setdefault(request, Update(request))
+        if request in self._slots:
+            self._finish(request, "error")
+
+    def _finish(self, request: Request, reason: Reason) -> None:
         request.finish_reason = reason
-        if request._stream is not None and reason != "cancelled":
+        if request._stream is not None and reason not in ("cancelled", "error"):
             self._add_text(request, request._stream.flush())
         slot = self._slots.index(request)
         self._slots[slot] = None
@@ -390,5 +427,7 @@ def generate(
     ]
     while engine.busy:
         engine.step()
+        for request in requests:
+            require(request.finish_reason != "error", request.error)
     new = torch.tensor([request.tokens for request in requests], dtype=tokens.dtype, device=tokens.device)
     return torch.cat((tokens, new.view(len(tokens), max_new_tokens)), dim=1)

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from kernels.op import require
 
+LEAST, MOST = 1e-6, 1e6  # of temperatures and penalties
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks for. Raises ValueError, naming the field, for what cannot be drawn."""
+    """What a request asks for. Raises ValueError, naming the field, for what cannot be drawn.
+
+    A temperature or a penalty near 0 would make infinities of logits; so near that is refused.
+    """
 
     max_tokens: int = 256  # new tokens at most; 0 gives none
     temperature: float = 1.0  # logits are divided by it; 0 always takes the likeliest token
@@ -31,14 +36,29 @@ class Sampling:
     stop: tuple[str, ...] = ()  # the first occurrence of any of them ends the text and is left out
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            require(is_whole or (name == "seed" and value is None), f"{name}: expected a whole number, got {value!r}")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(is_number, f"{name}: expected a number, got {value!r}")
         require(self.max_tokens >= 0, f"max_tokens: must not be negative, got {self.max_tokens}")
-        require(0 <= self.temperature < float("inf"), f"temperature: must be 0 or more, got {self.temperature}")
+        warmth, penalty = self.temperature, self.repetition_penalty
+        require(
+            warmth == 0 or LEAST <= warmth <= MOST, f"temperature: must be 0, or {LEAST:g} to {MOST:g}, got {warmth}"
+        )
         require(self.top_k >= 0, f"top_k: must not be negative, got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p: must be above 0 and at most 1, got {self.top_p}")
-        penalty = self.repetition_penalty
-        require(0 < penalty < float("inf"), f"repetition_penalty: must be above 0, got {penalty}")
-        require(not isinstance(self.stop, str), "stop: expected a tuple of strings, got one string")
-        require(all(self.stop), "stop: an empty string stops before the first token; leave it out")
+        require(LEAST <= penalty <= MOST, f"repetition_penalty: must be {LEAST:g} to {MOST:g}, got {penalty}")
+        tokens, strings = self.stop_tokens, self.stop
+        require(not isinstance(strings, str), "stop: expected a tuple of strings, got one string")
+        are_ids = isinstance(tokens, tuple | list) and all(isinstance(token, int) for token in tokens)
+        require(are_ids, f"stop_tokens: expected a tuple of token ids, got {tokens!r}")
+        are_strings = isinstance(strings, tuple | list) and all(isinstance(string, str) for string in strings)
+        require(are_strings, f"stop: expected a tuple of strings, got {strings!r}")
+        require(all(strings), "stop: an empty string stops before the first token; leave it out")
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

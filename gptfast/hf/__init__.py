@@ -22,6 +22,7 @@ from torch import Tensor
 
 import kernels
 from gptfast import checkpoint
+from gptfast.aside import folder_aside
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.hf import tokenizer_files
@@ -34,6 +35,7 @@ __all__ = ["LAYOUTS", "PUBLISHED", "find", "load", "load_tokenizer", "save", "wh
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # openai-community's on the hub, by their short names
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+STALE = (INDEX, tokenizer_files.FILE, tokenizer_files.CONFIG, "ranks.tiktoken", "encoding.json")  # of an earlier export
 FETCHED = ("*config.json", "*.safetensors", INDEX, "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
@@ -98,24 +100,29 @@ def save(
     """Writes `model` as transformers keeps it: config.json, model.safetensors, generation_config.json, the tokenizer's.
 
     `layout`: gpt2, llama or qwen3; auto takes the first that can express the model. `dtype` is that of the stored
-    weights. What the model's vocabulary has beyond the tokenizer's is padding, and is left out. Returns the folder.
-    Raises UserError, before a byte is written, for a model that the layout cannot express.
+    weights. What the model's vocabulary has beyond the tokenizer's is padding, and is left out. Returns the folder,
+    which is at every instant wholly the old model, wholly the new one, or none. Raises UserError, before a byte is
+    written, for a model that the layout cannot express, and for a folder of checkpoints.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     settings, weights = exported(model, layout, model.config.vocab_size if tokenizer is None else tokenizer.vocab_size)
     ids = tokenizer_files.special_ids(tokenizer)
     folder = Path(folder)
+    if (folder / checkpoint.MANIFEST).exists() or _is_ours(folder):
+        raise UserError(f"{folder} holds a checkpoint, which an export would spoil; choose another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", settings | ids | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_json(folder / "generation_config.json", ids)
-        if tokenizer is not None:
-            tokenizer_files.write(tokenizer, folder)
-        stored = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
-        save_file(_unshared(stored), folder / SINGLE, metadata={"format": "pt"})
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror or error}); choose another folder") from None
+        with folder_aside(folder, first="config.json", stale=STALE) as building:
+            if tokenizer is not None:
+                tokenizer_files.write(tokenizer, building)
+            stored = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+            save_file(_unshared(stored), building / SINGLE, metadata={"format": "pt"})
+            _write_json(building / "generation_config.json", ids)
+            _write_json(building / "config.json", settings | ids | {"dtype": str(dtype).removeprefix("torch.")})
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {folder} ({reason}); choose another folder") from None
     return folder
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.aside import file_aside
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.hf import exported
@@ -49,17 +50,26 @@ def write(
     exact one is refused unless `gelu_as_tanh` accepts logits that differ by some 1e-3. Raises UserError, before a byte
     is written, for a model or tokenizer that llama.cpp has not.
     """
-    import gguf
-    import numpy as np
-
     if dtype not in KINDS:
         raise UserError(f"dtype {dtype}: a GGUF file holds float32, float16 or bfloat16 here")
     settings, weights = exported(model, layout)
     arch = settings["model_type"]
     _check_activation(settings, gelu_as_tanh)
     described = _describe_tokenizer(tokenizer, model.config.vocab_size)
+    with file_aside(Path(path)) as building:
+        _write(building, path, model, weights, described, arch=arch, dtype=dtype, name=name)
+    return Path(path)
+
+
+def _write(
+    building: Path, path: str | Path, model: GPT, weights: Weights, described: dict[str, Any], *, arch: str,
+    dtype: torch.dtype, name: str,
+) -> None:  # fmt: skip
+    import gguf
+    import numpy as np
+
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], model.config.n_layer)
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(building, arch)
     writer.add_name(name)
     _add_settings(writer, model.config, arch)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32 else f"MOSTLY_{KINDS[dtype]}"])
@@ -78,7 +88,6 @@ def write(
         writer.close()
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}); choose another file") from None
-    return Path(path)
 
 
 def _check_activation(settings: dict[str, Any], gelu_as_tanh: bool) -> None:

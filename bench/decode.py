@@ -85,7 +85,7 @@ def fresh(config: GPTConfig, device: torch.device) -> GPT:
     """A model with the same random weights at every call, as this device runs it."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = GPT(config, kernels.load("auto" if device.type == "cuda" else "reference")).eval()
+        model = GPT(config, kernels.load("auto" if device.type == "cuda" else "cpu")).eval()
     if device.type != "cpu":
         model.dtype = torch.bfloat16
     return model

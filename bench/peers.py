@@ -78,6 +78,20 @@ def sdpa(backend: str | None) -> Function:
     return run
 
 
+def activation(
+    h: Tensor,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    kind: str = "gelu",
+) -> Tensor:
+    """What a plain MLP calls, in h's dtype throughout."""
+    h = h if bias is None else h + bias
+    if gate is not None:
+        return F.silu(gate if gate_bias is None else gate + gate_bias) * h
+    return F.relu(h).square() if kind == "relu2" else F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
 @functools.cache
 def _compiled_flex(T: int, S: int, device: torch.device) -> tuple[Function, object]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -256,5 +270,6 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
         "torch chunked": Peer(linear_cross_entropy_chunked, there=hasattr(torch.nn, "LinearCrossEntropyOptions")),
         "liger": _liger(liger_linear_cross_entropy),
     },
+    "activation": {"torch": Peer(activation)},
     "int8_linear": {"dequantize, linear": Peer(dequantize_then_linear), "int8pack": Peer(int8pack)},
 }  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 from gptfast import cli, mfu, report
 from gptfast.cli import UserError
 from gptfast.log import Row
+from gptfast.rows import file_name
 
 from . import results
 from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, styles
@@ -57,6 +58,11 @@ def valid(rows: Iterable[Row], what: str) -> list[Row]:
     return [row for row in rows if row["what"] == what and row.get("valid", True)]
 
 
+def with_numbers(rows: Iterable[Row], *fields: str) -> list[Row]:
+    """The rows that have a number in each of these fields."""
+    return [row for row in rows if all(isinstance(row.get(field), int | float) for field in fields)]
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
     """One model's rungs: the reference, then one kernel more at each; in % of peak where a peak is known."""
@@ -66,7 +72,9 @@ def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
     values = [100 * row["mfu"] if known else row["tokens_per_s"] for row in rows]
     bars = axis.barh(range(len(rows)), values, color=["#888888", *[report.BLUE] * (len(rows) - 1)], height=0.65)
     axis.bar_label(
-        bars, [f" {row['ms_p50']:.1f} ms  {rows[0]['ms_p50'] / row['ms_p50']:.2f}x" for row in rows], fontsize=8
+        bars,
+        [f" {row['ms_p50']:.1f} ms  {rows[0]['ms_p50'] / max(row['ms_p50'], 1e-9):.2f}x" for row in rows],
+        fontsize=8,
     )
     axis.set_yticks(range(len(rows)), [row["impl"] for row in rows])
     axis.invert_yaxis()
@@ -77,7 +85,7 @@ def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
 
 def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
     """mfu and, as a line above it, mfu_palm of every model and implementation, against this machine's peak."""
-    rows = [row for row in rows if row.get("mfu") is not None]
+    rows = with_numbers(rows, "mfu", "mfu_palm")
     if not rows:
         return None
     mfu, palm = lambda row: 100 * row["mfu"], lambda row: 100 * row["mfu_palm"]
@@ -132,7 +140,8 @@ def model_bars(
 
 
 def peak_label(row: Row) -> str:
-    return f"{row['peak_flops'] / 1e12:.4g} TFLOP/s, {row['peak_kind']}: {row['peak_device']}"
+    peak = "n/a" if row.get("peak_flops") is None else f"{row['peak_flops'] / 1e12:.4g}"
+    return f"{peak} TFLOP/s, {row.get('peak_kind')}: {row.get('peak_device')}"
 
 
 def workload(rows: Sequence[Row]) -> str:
@@ -153,25 +162,29 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
     """Draw all that a machine's rows hold, into its folder."""
     made: list[Path | None] = []
     measured = from_rows(row for row in bench if row["what"] == "peak")
-    ops = valid(bench, "op")
+    ops = with_numbers(valid(bench, "op"), "flops", "bytes")
     for (name,), rows in by(ops, "name").items():
-        made.append(op_figure(rows, folder / f"op-{name}.png", measured))
+        made.append(op_figure(rows, folder / f"op-{file_name(name)}.png", measured))
     if ops:
         made += [overview_figure(ops, folder / "overview.png", measured), *rooflines(ops, bench, folder, measured)]
     made += profiles(bench, folder)
-    models = valid(bench, "model")
+    models = with_numbers(valid(bench, "model"), "parameters")
     for (name,), rows in by((row for row in models if row.get("rung") is not None), "name").items():
         if len(rows) > 1:
-            made.append(ladder_figure(rows, folder / f"ladder-{name}.png"))
-    ends = [row for row in models if "parameters" in row and not between(row)]
+            made.append(ladder_figure(rows, folder / f"ladder-{file_name(name)}.png"))
+    ends = [row for row in models if not between(row)]
     if ends:
         made += [mfu_figure(ends, folder / "model-mfu.png"), tokens_figure(ends, folder / "model-tokens.png")]
     for (name,), rows in by(valid(bench, "decode"), "name").items():
         title = f"{name}: decoded tokens/s"
-        made.append(report.comparison_figure(rows, folder / f"decode-{name}.png", title, "tokens_per_s", "tokens/s"))
+        made.append(
+            report.comparison_figure(rows, folder / f"decode-{file_name(name)}.png", title, "tokens_per_s", "tokens/s")
+        )
     for log in logs:
         run = report.last_run(log)
-        made.append(report.loss_figure(run, folder / f"loss-{results.slug({'name': report.run_name(run)})}.png"))
+        made.append(
+            report.loss_figure(run, folder / f"loss-{file_name(results.slug({'name': report.run_name(run)}))}.png")
+        )
     return [path for path in made if path]
 
 
@@ -214,13 +227,13 @@ def between(row: Row) -> bool:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 def models_table(rows: Sequence[Row]) -> str:
     """Training steps: one line for each machine, model and implementation."""
-    rows = [row for row in valid(rows, "model") if "parameters" in row and not between(row)]
+    rows = [row for row in with_numbers(valid(rows, "model"), "parameters") if not between(row)]
     percent = lambda name: lambda row: None if row.get(name) is None else f"{100 * row[name]:.1f} %"
     memory = lambda row: None if row.get("memory_bytes") is None else f"{row['memory_bytes'] / 2**30:.1f}"
     columns: report.Columns = {
         "machine": machine, "model": "name", "implementation": "impl", "dtype": "dtype", "sizes": report.dims,
         "ms/iter": "ms_p50", "tokens/s": "tokens_per_s", "mfu": percent("mfu"), "mfu_palm": percent("mfu_palm"),
-        "hfu": percent("hfu"), "of peak": lambda row: row["peak_kind"] if row.get("mfu") is not None else None,
+        "hfu": percent("hfu"), "of peak": lambda row: row.get("peak_kind") if row.get("mfu") is not None else None,
         "GiB": memory, "measured": provenance,
     }  # fmt: skip
     return report.table(rows, columns)
@@ -229,7 +242,7 @@ def models_table(rows: Sequence[Row]) -> str:
 def ops_table(rows: Sequence[Row]) -> str:
     """Forward and backward of every op at the largest size that was measured, beside the fastest peer."""
     picked = []
-    for group in by(valid(rows, "op"), "hardware_name", "name", "dtype").values():
+    for group in by(with_numbers(valid(rows, "op"), "flops", "bytes"), "hardware_name", "name", "dtype").values():
         mine = [row for row in group if row["direction"] == "both"]
         largest = max((row["bytes"] for row in mine), default=None)
         mine = [row for row in mine if row["bytes"] == largest]
@@ -239,9 +252,10 @@ def ops_table(rows: Sequence[Row]) -> str:
             picked.append(
                 {**ours, "peer": min(peers, key=lambda row: row["ms_p50"], default=None), "flop": in_flops(mine)}
             )
-    rate = lambda row: f"{report.number(row['tflops'])} TFLOP/s" if row["flop"] else f"{report.number(row['gbs'])} GB/s"
+    tflops, gbs = lambda row: report.number(row.get("tflops")), lambda row: report.number(row.get("gbs"))
+    rate = lambda row: f"{tflops(row)} TFLOP/s" if row["flop"] else f"{gbs(row)} GB/s"
     against = lambda row: (
-        row["peer"] and f"{row['peer']['impl']}, {row['peer']['ms_p50'] / row['ms_p50']:.2f}x our time"
+        row["peer"] and f"{row['peer']['impl']}, {row['peer']['ms_p50'] / max(row['ms_p50'], 1e-9):.2f}x our time"
     )
     columns: report.Columns = {
         "machine": machine, "op": "name", "sizes": report.dims, "dtype": "dtype", "ours": "impl", "ms": "ms_p50",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.cli import UserError
-from gptfast.log import Row, check_row
+from gptfast.log import Row
+from gptfast.rows import parse
 
 ROOT = Path(__file__).resolve().parents[1] / "results"
 
@@ -55,15 +56,11 @@ def read_all(paths: Iterable[str | Path]) -> list[Row]:
 
 def _row(path: Path, number: int, line: str) -> Row:
     try:
-        return check_row(json.loads(line, parse_constant=_no_constant))
+        return parse(line)
     except json.JSONDecodeError:
         raise UserError(f"{path}:{number}: not JSON; the line is damaged or cut off: delete it") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}:{number}: {error}; delete the line or measure again") from None
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_one_machine(path: Path, rows: Sequence[Row]) -> None:

@@ -27,7 +27,7 @@ import torch
 import kernels
 from gptfast.cli import UserError, nearest
 from gptfast.log import Log, Row, facts, now
-from kernels import Op, prims
+from kernels import Op
 
 from . import results
 from .failures import FAILURES
@@ -69,7 +69,7 @@ class Entry:
 def entries(op: Op) -> list[Entry]:
     """Every entry of TILES in the page of an op, or in the modules of its package."""
     assert op.triton is not None
-    page = op.triton.__module__
+    page = ".".join(op.triton.__module__.split(".")[:2])  # the package, of an op that is a page in one
     found: list[Entry] = []
     for name, module in sorted(sys.modules.items()):
         if (name == page or name.startswith(f"{page}.")) and isinstance(getattr(module, "TILES", None), dict):
@@ -242,20 +242,12 @@ def climb(case: Case, arch: int, entry: Entry, settings: Settings, log: Log, com
     return best
 
 
-def place(entry: Entry) -> tuple[str, str]:
-    """The module and the name under which the entry's table is written: two pages may share one that prims.py has."""
-    table = sys.modules[entry.module].TILES
-    shared = [name for name, value in vars(prims).items() if value is table]
-    return (prims.__name__, shared[0]) if shared else (entry.module, "TILES")
-
-
 def line_to_commit(entry: Entry, value: Any, case: Case, common: Row) -> str:
     """The assignment for the page, with the GPU, date and command that a table of tiles must bear."""
-    page, table = place(entry)
     keys = "".join(f"[{key!r}]" for key in entry.path)
     sizes = " ".join(f"{letter}={size}" for letter, size in case.dims.items())
     where = f"{common['hardware']['name']}, {now()[:10]}, {case.direction} {case.dtype} {sizes}"
-    return f"{page}: {table}{keys} = {short(value)}  # {where}: `{common['command']}`"
+    return f"{entry.module}: TILES{keys} = {short(value)}  # {where}: `{common['command']}`"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

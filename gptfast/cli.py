@@ -20,11 +20,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from gptfast import leave_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -39,22 +43,73 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)` and returns the exit code: the int that it returns, or 0; 2 for a UserError, which is one line
-    on stderr; 130 for Ctrl-C.
+    """Runs `main(argv)` and returns the exit code: the int that it returns or exits with, or 0; 2 for a UserError and
+    130 for Ctrl-C, 1 where the output cannot be written; of these each is one line on stderr.
     """
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout is None:  # closed; its descriptor must not become that of a file
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is no reason to stop
+    failures = _noted_failures(sys.stdout)
     try:
-        code = main(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+        try:
+            code = main(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # --help, and argparse's errors
+            if not isinstance(end.code, int | None):
+                raise
+            code = end.code
         sys.stdout.flush()
+    except UserError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `| head`, has seen enough; nothing more can be printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code = 130
+    except OSError:
+        if not (failures or _is_broken(sys.stdout)):
+            raise
+        code = 1
+    if failures or _is_broken(sys.stdout):
+        failure = failures[0] if failures else OSError(errno.EIO, "it is closed")
+        if not isinstance(failure, BrokenPipeError):  # the reader, such as `| head`, has seen enough
+            print(f"error: cannot write the output: {failure.strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # or Python would try once more as it leaves
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     return code if isinstance(code, int) else 0
+
+
+def _noted_failures(stream: Any) -> list[OSError]:
+    """A list that fills with what goes wrong when the real stdout is written: argparse, for one, keeps it to itself."""
+    failures: list[OSError] = []
+
+    def noted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                return method(*arguments)
+            except OSError as error:
+                failures.append(error)
+                raise
+
+        return call
+
+    if stream is sys.__stdout__:
+        stream.write, stream.flush = noted(stream.write), noted(stream.flush)
+    return failures
+
+
+def _is_broken(stream: Any) -> bool:
+    """Whether what was printed cannot be written."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def parse(
@@ -150,7 +205,7 @@ def choose_ops(name: str, device: str) -> Ops:
     import kernels
 
     if name == "auto" and torch.cuda.is_available() and not device.startswith("cuda"):
-        name = "reference"  # auto would choose for the GPU that this run does not use
+        name = "cpu"  # auto would choose for the GPU that this run does not use
     try:
         return kernels.load(name)
     except (RuntimeError, ValueError) as error:

@@ -22,6 +22,7 @@ class GPTConfig:
     n_head: int = 12  # H
     n_kv_head: int | None = None  # G, heads of keys and values; None means n_head
     n_embd: int = 768  # C
+    head_size: int | None = None  # D, of each head; None means n_embd / n_head
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -32,6 +33,7 @@ class GPTConfig:
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     mlp_width: int | None = None  # between the MLP's two layers; None means 4 n_embd
     qk_norm: bool = False  # RMS-normalize each query and key
+    qk_norm_weight: bool = False  # with qk_norm, multiply by a weight of each dimension of a head, as Qwen3 does
     token_shift: bool = False  # each position also sees the one before it (the embedding two), channel by channel
     block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
     tied: bool = True  # the head's weight is the token embedding
@@ -44,13 +46,23 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """D = C / H."""
-        return self.n_embd // self.n_head
+        """D, which is C / H unless head_size says otherwise."""
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def attention_width(self) -> int:
+        """H · D: of all queries of a token, and of what attention gives."""
+        return self.n_head * self.head_dim
 
     @property
     def hidden_width(self) -> int:
         """What the MLP is wide between its two layers."""
         return 4 * self.n_embd if self.mlp_width is None else self.mlp_width
+
+    @property
+    def qk_epsilon(self) -> float:
+        """The same of the norm of queries and keys, which is always an RMS norm."""
+        return 1e-6 if self.norm_eps is None else self.norm_eps
 
     @property
     def epsilon(self) -> float:
@@ -62,9 +74,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             _require(getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1")
         _require(
-            self.n_embd % self.n_head == 0,
+            self.head_size is not None or self.n_embd % self.n_head == 0,
             "n_embd",
-            f"is {self.n_embd}, which {self.n_head} heads do not divide; change n_embd or n_head",
+            f"is {self.n_embd}, which {self.n_head} heads do not divide; change n_embd or n_head, or set head_size",
         )
         _require(
             self.kv_heads >= 1 and self.n_head % self.kv_heads == 0,
@@ -78,10 +90,14 @@ class GPTConfig:
             _require(
                 getattr(self, name) in known, name, f"is {getattr(self, name)!r}; choose one of {', '.join(known)}"
             )
+        _require(self.head_dim >= 1, "head_size", f"is {self.head_size}; it must be at least 1")
+        _require(
+            self.qk_norm or not self.qk_norm_weight, "qk_norm_weight", "is of qk_norm, which is off; set qk_norm too"
+        )
         _require(
             self.position != "rope" or self.head_dim % 2 == 0,
-            "n_embd",
-            f"/ n_head is {self.head_dim}; rotary positions need an even head size",
+            "n_embd" if self.head_size is None else "head_size",
+            f"{'/ n_head ' * (self.head_size is None)}is {self.head_dim}; rotary positions need an even head size",
         )
         for name in ("norm_eps", "rope_base"):
             value = getattr(self, name)

@@ -17,10 +17,10 @@ refused instead of trained on. A large split is several files, `train-00000.bin`
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def inspect(path: str | Path) -> TokenFile:
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tokens:
-    """The tokens of a split, named by its file `train.bin`; where there is none, of the files `*train*.bin` in order.
+    """The tokens of a split, named by its file `train.bin`; where there is none, of its files in order (see of_split).
 
     (len,) int64 in memory up to IN_MEMORY_BYTES, mapped from the disk beyond (see TokenFile.map). A split in memory is
     checked whole: size and sha256 against meta.json where it lists them, every id against `vocab_size`, the length
@@ -123,14 +123,12 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int
     for file in files:
         _check_manifest(file, meta)
     if len({file.itemsize for file in files}) > 1:
-        raise UserError(
-            f"the files {path.with_name(f'*{path.stem}*.bin')} differ in bytes per token; prepare them again"
-        )
+        raise UserError(f"the {path.stem} files of {path.parent} differ in bytes per token; prepare them again")
     is_small = sum(file.count * file.itemsize for file in files) <= IN_MEMORY_BYTES
     parts = [_read(file, meta) if is_small else file.map() for file in files]
     if vocab_size is not None:
         for file, part in zip(files, parts, strict=True):
-            largest = int(part.max()) if is_small else _sampled_largest(file)
+            largest = _largest(part) if is_small else _sampled_largest(file)
             if largest >= vocab_size:
                 raise UserError(
                     f"{file.path} has token id {largest}, but vocab_size is {vocab_size}; "
@@ -264,12 +262,21 @@ def _llmc(path: Path, start: bytes) -> TokenFile | None:
 
 def _shard_paths(path: Path, meta: dict[str, Any]) -> list[Path]:
     """The files of a split that has no file `path`; all those that meta.json lists must be there."""
-    pattern = f"*{path.stem}*.bin"
-    listed = [name for name in meta.get("files", {}) if fnmatch(name, pattern)]
-    paths = sorted(path.parent / name for name in listed) or sorted(path.parent.glob(pattern))
+    there = [name for name in meta.get("files", {}) if of_split(name, path.stem)]
+    if not there and path.parent.is_dir():
+        there = [each.name for each in path.parent.iterdir() if of_split(each.name, path.stem)]
+    paths = sorted(path.parent / name for name in there)
     if not paths:
         raise UserError(f"no token file {path}; make it: {_prepare(path)}")
     return paths
+
+
+def of_split(name: str, split: str) -> bool:
+    """Whether a file of this name holds a part of the split: train-00000.bin, any_train.bin, fineweb_train_000001.bin.
+
+    The split is a whole word and, but for a number, the last: retrieval_train.bin is of train, and not of val.
+    """
+    return re.search(rf"(?:^|[^A-Za-z0-9]){re.escape(split)}(?:[-_.]?[0-9]+)?\.bin$", name) is not None
 
 
 def _check_manifest(file: TokenFile, meta: dict[str, Any]) -> None:
@@ -302,6 +309,12 @@ def _expected(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     files = meta.get("files", {})
     entry = files.get(path.name, {}) if isinstance(files, dict) else {}
     return entry if isinstance(entry, dict) else {}
+
+
+def _largest(part: Tensor) -> int:
+    """The largest id of tokens in memory; one past 2^31 was read as a negative number."""
+    smallest = int(part.min())
+    return smallest + 2**32 if smallest < 0 else int(part.max())
 
 
 def _sampled_largest(file: TokenFile) -> int:

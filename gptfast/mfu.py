@@ -443,7 +443,9 @@ def flops_per_token(
     a flash backward makes again (5 products instead of 4); with `recompute_blocks`, the forward pass of the blocks
     (activation checkpointing); with `recompute_logits`, the logits (a fused loss that does not keep them).
     """
-    scores = 2 * config.n_layer * config.n_embd * mean_keys(T, causal, window)  # q.k of all layers; p.v costs the same
+    scores = (
+        2 * config.n_layer * config.attention_width * mean_keys(T, causal, window)
+    )  # q.k of all layers; p.v costs the same
     weights = block_params(config) + lm_head_params(config)
     model = 3 * (2 * weights + 2 * scores)
     again = (
@@ -453,7 +455,7 @@ def flops_per_token(
     )
     return Flops(
         mfu=model,
-        palm=6 * palm_params(config) + 12 * config.n_layer * config.n_embd * T,
+        palm=6 * palm_params(config) + 12 * config.n_layer * config.attention_width * T,
         hfu=model + again,
     )
 
@@ -470,8 +472,9 @@ def mean_keys(T: int, causal: bool = True, window: int | None = None) -> float:
 
 def block_params(config: GPTConfig) -> int:
     """Weights of the blocks' linear layers: qkv, attention output, and the two of the MLP, or three with swiglu."""
-    C, kv_width, layers = config.n_embd, config.kv_heads * config.head_dim, 3 if config.activation == "swiglu" else 2
-    return config.n_layer * (C * (C + 2 * kv_width) + C * C + layers * C * config.hidden_width)
+    C, Q, kv_width = config.n_embd, config.attention_width, config.kv_heads * config.head_dim
+    layers = 3 if config.activation == "swiglu" else 2
+    return config.n_layer * (C * (Q + 2 * kv_width) + Q * C + layers * C * config.hidden_width)
 
 
 def lm_head_params(config: GPTConfig) -> int:
@@ -480,12 +483,12 @@ def lm_head_params(config: GPTConfig) -> int:
 
 def palm_params(config: GPTConfig) -> int:
     """N of nanoGPT's 6N: every parameter but the position embedding, and of token embedding and lm_head one."""
-    C, kv_width = config.n_embd, config.kv_heads * config.head_dim
+    C, Q, kv_width = config.n_embd, config.attention_width, config.kv_heads * config.head_dim
     layernorm, hidden_layers = config.norm == "layernorm", 2 if config.activation == "swiglu" else 1
     per_norm = (layernorm or config.norm_weight) + (layernorm and config.bias)
-    vectors = (2 * config.n_layer + 1) * C * per_norm
+    vectors = (2 * config.n_layer + 1) * C * per_norm + 2 * config.n_layer * config.head_dim * config.qk_norm_weight
     if config.bias:
-        vectors += config.n_layer * ((C + 2 * kv_width) + C + hidden_layers * config.hidden_width + C)
+        vectors += config.n_layer * ((Q + 2 * kv_width) + C + hidden_layers * config.hidden_width + C)
     return block_params(config) + lm_head_params(config) + vectors
 
 

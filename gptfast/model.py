@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,37 +21,6 @@ from .cli import UserError
 from .config import GPTConfig
 
 IGNORED = -1  # a target that counts for nothing
-
-
-def relu2(x: Tensor) -> Tensor:
-    """The square of the positive part (So et al., "Primer", arXiv:2109.08668)."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _ReLU2.apply(x)
-    return F.relu(x).square()
-
-
-class _ReLU2(torch.autograd.Function):
-    """The same in fewer passes over memory: torch would keep both x and its positive part, and mask by comparison."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (dy * positive).mul_(2)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's own GELU, by tanh; Hugging Face calls it gelu_new."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu2": relu2}
 
 
 class Cache(Protocol):
@@ -90,8 +59,9 @@ class Documents(NamedTuple):
 class Linear(nn.Linear):
     """x @ weight^T + bias in x's dtype, whatever the dtype of the weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Norm(nn.Module):
@@ -156,7 +126,10 @@ class Attention(nn.Module):
         self.config, self.ops, self.layer = config, ops, layer
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.c_attn = Linear(config.n_embd, width, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.attention_width, config.n_embd, bias=config.bias)
+        for name in ("q_norm", "k_norm"):
+            weight = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
+            self.register_parameter(name, weight)
 
     def forward(
         self,
@@ -170,10 +143,11 @@ class Attention(nn.Module):
         H, G = config.n_head, config.kv_heads
         qkv = self.c_attn(x).view(B, T, H + 2 * G, config.head_dim)
         q, k, v = qkv.split((H, G, G), dim=2)
+        in_rotary = rotation is not None and not config.qk_norm_weight  # which has no weight
+        if config.qk_norm and not in_rotary:
+            q, k = ops.rmsnorm(q, self.q_norm, config.qk_epsilon), ops.rmsnorm(k, self.k_norm, config.qk_epsilon)
         if rotation is not None:
-            q, k = ops.rotary(q, k, *rotation, qk_norm=config.qk_norm)
-        elif config.qk_norm:
-            q, k = ops.rmsnorm(q), ops.rmsnorm(k)
+            q, k = ops.rotary(q, k, *rotation, qk_norm=config.qk_norm and in_rotary, eps=config.qk_epsilon)
         dropout = config.dropout if self.training else 0.0
         if cache is not None:
             out = cache.attend(self.layer, q, k, v)
@@ -187,21 +161,30 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, wider between them; with swiglu a third one gates those (Shazeer, arXiv:2002.05202)."""
+    """Two layers, wider between them; with swiglu a third one gates those (Shazeer, arXiv:2002.05202).
 
-    def __init__(self, config: GPTConfig) -> None:
+    Where the activation is a kernel it adds the first layer's bias, whose gradient then needs no pass of its own.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.activation = ACTIVATIONS.get(config.activation)
+        self.dropout, self.ops, self.kind = config.dropout, ops, config.activation
+        self.fuses_bias = ops.chosen["activation"][0] != "reference"
         self.c_fc = Linear(config.n_embd, config.hidden_width, bias=config.bias)
         if config.activation == "swiglu":
             self.c_gate = Linear(config.n_embd, config.hidden_width, bias=config.bias)
         self.c_proj = Linear(config.hidden_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = F.silu(self.c_gate(x)) * self.c_fc(x) if self.activation is None else self.activation(self.c_fc(x))
-        out = self.c_proj(wide)
+        gate, gate_bias = self._widen(self.c_gate, x) if self.kind == "swiglu" else (None, None)
+        out = self.c_proj(self.ops.activation(*self._widen(self.c_fc, x), gate, gate_bias, self.kind))
         return F.dropout(out, self.dropout) if self.training and self.dropout else out
+
+    def _widen(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer's product with x, and the bias that is left to add."""
+        if self.fuses_bias and type(layer) is Linear:
+            return layer(x, with_bias=False), layer.bias
+        return layer(x), None
 
 
 class Block(nn.Module):
@@ -213,7 +196,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
         self.ln_1, self.attn = Norm(config, ops), Attention(config, ops, layer)
-        self.ln_2, self.mlp = Norm(config, ops), MLP(config)
+        self.ln_2, self.mlp = Norm(config, ops), MLP(config, ops)
         places = 2 * layer + 1, 2 * layer + 2
         shift = config.token_shift and config.block_shift
         self.shift_1, self.shift_2 = (Shift(config, 1, place) if shift else NoShift() for place in places)
@@ -276,16 +259,24 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos().to(device, torch.float32), persistent=False)
         self.register_buffer("sin", angle.sin().to(device, torch.float32), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, *, reduction: str = "mean"
+    ) -> Tensor:
         """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored.
 
-        `cu_seqlens` as in `hidden`.
+        `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`. Raises ValueError for targets
+        of another shape.
         """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: expected the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
+            )
         x = self.hidden(tokens, cu_seqlens=cu_seqlens)
         weight = self.lm_head.weight.to(x.dtype)
         return self.ops.linear_cross_entropy(
-            x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap
-        )
+            x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap,
+            reduction=reduction,
+        )  # fmt: skip
 
     def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`."""

@@ -6,6 +6,7 @@ before.
 
     python -m gptfast.report out-speedrun                   # its metrics.jsonl -> report.md and PNGs beside it
     python -m gptfast.report results/*/ops.jsonl --out_dir=report
+    python -m gptfast.report out-base out-sft out-rl --card # one page on all stages of a model (gptfast/card.py)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.cli import UserError, run
-from gptfast.log import Row, check_row
+from gptfast.log import Row
+from gptfast.rows import code, file_name, markdown, parse
 
 MFU_CONVENTION = {
     "mfu": "mfu: model FLOPs, causal attention counted once, over the dense peak",
@@ -51,8 +54,8 @@ def read(paths: Iterable[Path | str]) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                rows.append(check_row(json.loads(line)))
-            except ValueError as error:
+                rows.append(parse(line))
+            except (ValueError, TypeError) as error:
                 if number == len(lines) and isinstance(error, json.JSONDecodeError):
                     continue  # what a killed run was writing
                 raise UserError(f"{path}:{number}: not a row: {error}; remove that line") from None
@@ -136,7 +139,7 @@ def table(rows: Iterable[Row], columns: Columns) -> str:
     getters = [(lambda row, key=get: row.get(key)) if isinstance(get, str) else get for get in columns.values()]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = (number(get(row), 4).replace("|", "\\|").replace("\n", " ") for get in getters)
+        cells = (markdown(number(get(row), 4)) for get in getters)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -157,9 +160,11 @@ def new_figure(title: str, panels: int = 1) -> tuple[Any, list[Any]]:
 
 def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
     """A figure with rows x columns panels; those of a column share the x axis. No display is needed."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is no formula
     figure = Figure(figsize=(8 if columns == 1 else 5.5 * columns, 3.2 + 1.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, sharex="col", squeeze=False)
@@ -177,7 +182,14 @@ def save(
     """Writes a PNG with the caption of its rows beneath, then the notes; returns its path."""
     text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 125) for note in notes)])
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.02, ha="left")
-    figure.savefig(path, dpi=130)
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # so that a link is replaced, and not what it points to
+    try:
+        figure.savefig(aside, dpi=130, format="png")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}); choose another folder") from None
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 
@@ -299,7 +311,7 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
     if not rows:
         return []
     first = rows[0]
-    sections = [f"# {run_name(rows)}", _verdict(rows), caption(rows[:1])]
+    sections = [f"# {markdown(run_name(rows))}", _verdict(rows), _facts(rows[:1])]
     figures = (
         ("Loss against time", loss_figure(rows, out_dir / "loss.png")),
         ("Throughput", throughput_figure(rows, out_dir / "throughput.png")),
@@ -322,8 +334,13 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
     steps = of_kind(rows, "step")
     known = [name for name in ("mfu", "mfu_palm") if any(_finite(row.get(name)) for row in steps)]
     means = [f"{name}: {_median(steps, name, percent=True)} (median)" for name in ("mfu", "mfu_palm")]
-    facts = [f"command: `{first['command']}`", *means, *(MFU_CONVENTION[name] for name in known)]
+    facts = [f"command: {code(first['command'])}", *means, *(MFU_CONVENTION[name] for name in known)]
     return [*sections, "## Facts", "\n".join(f"- {fact}" for fact in facts), _config_table(first)]
+
+
+def _facts(rows: Sequence[Row]) -> str:
+    """The caption, as Markdown."""
+    return "\n".join(markdown(line) for line in caption(rows).splitlines())
 
 
 def _verdict(rows: list[Row]) -> str:
@@ -356,7 +373,7 @@ def _median(rows: Sequence[Row], key: str, percent: bool = False) -> str:
 
 def _config_table(row: Row) -> str:
     settings = {key: value for key, value in row.get("config", {}).items() if not isinstance(value, dict | list)}
-    return "Settings: " + ", ".join(f"{key}={value}" for key, value in settings.items()) if settings else ""
+    return "Settings: " + ", ".join(markdown(f"{key}={value}") for key, value in settings.items()) if settings else ""
 
 
 def _bench_sections(rows: Sequence[Row], out_dir: Path) -> list[str]:
@@ -365,9 +382,9 @@ def _bench_sections(rows: Sequence[Row], out_dir: Path) -> list[str]:
     for what, name in dict.fromkeys((row["what"], row["name"]) for row in rows):
         mine = [row for row in rows if (row["what"], row["name"]) == (what, name)]
         value, unit = next(pair for pair in BENCH_VALUES if any(_finite(row.get(pair[0])) for row in mine))
-        path = comparison_figure(mine, out_dir / f"{what}-{name}.png", f"{name}: {unit}", value, unit)
-        sections += [f"## {name}", caption(mine), table(mine, BENCH_COLUMNS)]
-        sections += [f"![{name}]({path.name})"] if path else []
+        path = comparison_figure(mine, out_dir / f"{what}-{file_name(name)}.png", f"{name}: {unit}", value, unit)
+        sections += [f"## {markdown(name)}", _facts(mine), table(mine, BENCH_COLUMNS)]
+        sections += [f"![{markdown(name)}]({path.name})"] if path else []
     return sections
 
 
@@ -394,10 +411,19 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")
+    parser.add_argument("--card", action="store_true", help="a report card over folders, one for each stage")
+    parser.add_argument(
+        "--dollars_per_hour", "--dollars-per-hour", type=float, help="price of the machine, on the card"
+    )
     options = parser.parse_args(argv)
     logs = [path / "metrics.jsonl" if path.is_dir() else path for path in options.paths]
     out_dir = options.out_dir or logs[0].parent
     out_dir.mkdir(parents=True, exist_ok=True)
+    if options.card:
+        from gptfast import card
+
+        print(card.write(options.paths, out_dir, options.dollars_per_hour))
+        return
     print(write_report(read(logs), out_dir))
 
 

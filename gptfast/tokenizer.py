@@ -17,6 +17,8 @@ import base64
 import binascii
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,16 +28,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from gptfast import tokenizer_json
+from gptfast.blanks import LONG, Blanks
 from gptfast.cli import UserError
+from gptfast.tokenizer_json import BYTE_LETTERS
 
 if TYPE_CHECKING:
     import tiktoken
 
 LARGEST_VOCAB = 2**16  # of ids that fit uint16
 
-# How text is cut before merging. GPT-2's (Radford et al., 2019), as tiktoken writes it, and GPT-4's with numbers cut
-# into at most 2 digits instead of 3, which spares a small vocabulary hundreds of ids (as in nanochat).
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# How text is cut before merging: GPT-4's, with numbers cut into at most 2 digits instead of 3, which spares a small
+# vocabulary hundreds of ids (as in nanochat).
 GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
@@ -71,6 +75,9 @@ class Tokenizer(Protocol):
 
         Bits per byte is a loss over these bytes, and so compares models of different tokenizers.
         """
+
+    def holes(self) -> Tensor:
+        """The ids below vocab_size that no token has, in order, (len,) int64."""
 
     @property
     def fingerprint(self) -> str:
@@ -193,6 +200,9 @@ class CharTokenizer:
     def token_bytes(self) -> Tensor:
         return torch.tensor([len(char.encode("utf-8", "surrogatepass")) for char in self.chars])
 
+    def holes(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
     @cached_property
     def fingerprint(self) -> str:
         return _sha256(["char", self.chars])
@@ -216,24 +226,47 @@ class BPETokenizer:
     is possible.
     """
 
-    def __init__(self, name: str = "gpt2", *, encoding: tiktoken.Encoding | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "gpt2",
+        *,
+        encoding: tiktoken.Encoding | None = None,
+        written: Sequence[str] = (),
+        normalization: str = "",
+    ) -> None:
         self.name = name
         self.is_named = encoding is None  # and so can be described by its name alone
+        self.written, self.normalization = tuple(sorted(written)), normalization
         self._encoding = encoding or _named_encoding(name)
+        self._blanks = Blanks.of(self.pattern)
+        self._at_written = re.compile(f"({'|'.join(map(re.escape, self.written))})") if self.written else None
 
     @classmethod
     def from_ranks(
-        cls, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], pattern: str = GPT4_PATTERN
+        cls,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        pattern: str = GPT4_PATTERN,
+        written: Sequence[str] = (),
+        normalization: str = "",
     ) -> BPETokenizer:
         """`ranks`: the id of each token, in the order in which they are merged; all 256 single bytes are among them.
 
-        `special_tokens` have ids that no rank has. Raises UserError if a byte is missing or an id is given twice.
+        `special_tokens` have ids that no rank has; text is encoded into those of them that are `written`, and into no
+        other. `normalization`: NFC composes characters first. Raises UserError if a byte is missing, an id is given
+        twice, or one of the others is none of these.
         """
         ids = [*ranks.values(), *special_tokens.values()]
         if any(bytes([byte]) not in ranks for byte in range(256)) or len(set(ids)) < len(ids) or min(ids) < 0:
             raise UserError(
                 "not the ranks of a byte-level BPE: each of the 256 bytes needs an id, and each id one token"
             )
+        if max(ids) > _largest_id(len(ids)):
+            raise UserError(
+                f"a tokenizer of {len(ids)} tokens has the id {max(ids)}; copy or train the tokenizer again"
+            )
+        if normalization not in ("", "NFC") or not set(written) <= set(special_tokens):
+            raise UserError("not a tokenizer that gptfast knows: its normalization or its written tokens are strange")
         tiktoken = _import_tiktoken("a BPE tokenizer")
         try:
             encoding = tiktoken.Encoding(
@@ -241,7 +274,7 @@ class BPETokenizer:
             )
         except ValueError as error:  # the regular expression does not compile
             raise UserError(f"cannot split text by {pattern!r}: {_first_line(error)}") from None
-        return cls("bpe", encoding=encoding)
+        return cls("bpe", encoding=encoding, written=written, normalization=normalization)
 
     @property
     def vocab_size(self) -> int:
@@ -266,11 +299,39 @@ class BPETokenizer:
         return next((self.special_tokens[name] for name in BEGINNINGS if name in self.special_tokens), None)
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens in `text` are encoded as ordinary text, so that a prompt cannot forge one.
+        """Special tokens in `text` are encoded as ordinary text, so that a prompt cannot forge one, but for `written`.
 
-        Half of a surrogate pair is no character and becomes U+FFFD.
+        Half of a surrogate pair is no character and becomes U+FFFD. Raises UserError for text that the pattern of a
+        tokenizer of strangers cannot split.
         """
-        return self._encoding.encode_ordinary(text)
+        if self.normalization:
+            text = unicodedata.normalize(self.normalization, text)
+        if self._at_written is None:
+            return self._merged(text)
+        parts = self._at_written.split(text)  # at odd places the tokens, each by its name
+        return [
+            token
+            for i, part in enumerate(parts)
+            for token in ([self._encoding._special_tokens[part]] if i % 2 else self._merged(part))
+        ]
+
+    def _merged(self, text: str) -> list[int]:
+        encoding = self._encoding
+        try:
+            if self._blanks is None or len(text) < LONG:
+                return encoding.encode_ordinary(text)
+            return [
+                token
+                for piece, is_whole in self._blanks.pieces(text)
+                for token in (encoding._encode_single_piece(piece) if is_whole else encoding.encode_ordinary(piece))
+            ]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's, which is no Exception
+                raise
+        raise UserError(
+            f"the {self.name} tokenizer's pattern cannot split a text of {len(text):,} characters, perhaps for a "
+            "run of blanks; shorten it"
+        )
 
     def encode_document(self, text: str) -> list[int]:
         """The ids of `text` with BOS in front. Raises UserError if the vocabulary has no BOS."""
@@ -294,17 +355,30 @@ class BPETokenizer:
         lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
         ranks = self._encoding._mergeable_ranks
         lengths[torch.tensor(list(ranks.values()))] = torch.tensor(list(map(len, ranks)))
+        for name in self.written:
+            lengths[self.special_tokens[name]] = len(name.encode())
         return lengths
+
+    def holes(self) -> Tensor:
+        is_hole = torch.ones(self.vocab_size, dtype=torch.bool)
+        is_hole[[*self._encoding._mergeable_ranks.values(), *self.special_tokens.values()]] = False
+        return is_hole.nonzero().flatten()
 
     @cached_property
     def fingerprint(self) -> str:
-        return _sha256([self.pattern, sorted(self.special_tokens.items()), self._tokens()])
+        return _sha256([self.pattern, sorted(self.special_tokens.items()), self._tokens(), *self._extras().items()])
 
     def to_json(self) -> dict[str, Any]:
         if self.is_named:
             return {"kind": "tiktoken", "name": self.name}
         special_tokens = self.special_tokens
-        return {"kind": "bpe", "pattern": self.pattern, "special_tokens": special_tokens, "tokens": self._tokens()}
+        description = {"kind": "bpe", "pattern": self.pattern, "special_tokens": special_tokens}
+        return description | self._extras() | {"tokens": self._tokens()}
+
+    def _extras(self) -> dict[str, Any]:
+        """What few tokenizers have, and the description of the others does not mention."""
+        extras = {"written": list(self.written), "normalization": self.normalization}
+        return {name: value for name, value in extras.items() if value}
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files to `folder`:
@@ -318,7 +392,7 @@ class BPETokenizer:
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
         encoding = {
             "pattern": self.pattern, "special_tokens": self.special_tokens,
-            "vocab_size": self.vocab_size, "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size, "fingerprint": self.fingerprint, **self._extras(),
         }  # fmt: skip
         (folder / RANKS).write_text("".join(lines), "ascii")
         (folder / HUGGING_FACE).write_text(self._hugging_face().to_str(pretty=True), "utf-8")
@@ -339,7 +413,7 @@ class BPETokenizer:
 
     def _hugging_face(self) -> Any:
         """The same as a tokenizers.Tokenizer. Raises UserError if its ids have gaps, which that cannot express."""
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
         def written(token: bytes) -> str:
             return "".join([BYTE_LETTERS[byte] for byte in token])
@@ -354,16 +428,25 @@ class BPETokenizer:
         )
         made.decoder = decoders.ByteLevel()
         special_tokens = dict(sorted(self.special_tokens.items(), key=lambda item: item[1]))
-        made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens])
+        if self.normalization:
+            made.normalizer = normalizers.NFC()
+        for name in special_tokens:
+            is_special = name not in self.written
+            add = made.add_special_tokens if is_special else made.add_tokens
+            add([AddedToken(name, special=is_special, normalized=False)])
         if {name: made.token_to_id(name) for name in special_tokens} != special_tokens:
             raise UserError(f"the ids of {self.name} have gaps, which {HUGGING_FACE} cannot hold; use gpt2 or your own")
         return made
 
     def _hugging_face_config(self) -> dict[str, Any]:
+        from gptfast.chat.conversation import SPECIAL_TOKENS, TEMPLATE
+
         beginning = next((name for name in BEGINNINGS if name in self.special_tokens), None)
+        can_chat = set(SPECIAL_TOKENS) <= self.special_tokens.keys()
         return {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": beginning, "eos_token": beginning,
             "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+            **({"chat_template": TEMPLATE} if can_chat else {}),
         }  # fmt: skip
 
 
@@ -394,16 +477,6 @@ def load_bpe(folder: str | Path) -> BPETokenizer:
     raise UserError(f"no tokenizer in {folder}: give a folder with {ENCODING} or {HUGGING_FACE}")
 
 
-def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in Hugging Face's files: itself if it prints, else one from 256 on."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTE_LETTERS = _byte_letters()
-
-
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens whose merge gives `token`: what is left when all merges of a lower rank are done."""
     parts = [bytes([byte]) for byte in token]
@@ -418,42 +491,21 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
 def _from_hugging_face(path: Path) -> BPETokenizer:
     """The tokenizer of a tokenizer.json whose model is byte-level BPE, as those of GPT-2, Llama 3 and ours are."""
     content = _read_json(path)
+    ranks, special_tokens, pattern, written, normalization = tokenizer_json.read(content, path)
     try:
-        return BPETokenizer.from_ranks(*_ranks_of(content, path), _pattern_of(content, path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {_first_line(error)}); copy it again") from None
-
-
-def _pattern_of(content: dict[str, Any], path: Path) -> str:
-    steps = content["pre_tokenizer"] or {}
-    steps = {step["type"]: step for step in steps.get("pretokenizers", [steps]) if step}
-    byte_level = steps.get("ByteLevel", {})
-    is_plain = content["model"]["type"] == "BPE" and byte_level and not content["normalizer"]
-    if not is_plain or byte_level["add_prefix_space"]:
-        raise UserError(f"{path} is not a plain byte-level BPE; gptfast reads those of the GPT-2 and Llama 3 families")
-    if steps.keys() == {"ByteLevel"} and byte_level.get("use_regex", True):
-        return GPT2_PATTERN
-    if steps.keys() == {"ByteLevel", "Split"} and "Regex" in steps["Split"]["pattern"]:
-        return steps["Split"]["pattern"]["Regex"]
-    raise UserError(f"{path} splits text by {', '.join(steps)}; gptfast knows ByteLevel, and Split before it")
-
-
-def _ranks_of(content: dict[str, Any], path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ranks and special tokens."""
-    vocab = content["model"]["vocab"]
-    special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
-    byte_of = {letter: byte for byte, letter in BYTE_LETTERS.items()}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
-    merged = [vocab[left + right] for left, right in merges]
-    if merged != sorted(merged):
-        raise UserError(f"{path} merges in another order than that of its ids, which tiktoken cannot")
-    ordinary = {token: rank for token, rank in vocab.items() if token not in special_tokens}
-    return {bytes([byte_of[letter] for letter in token]): rank for token, rank in ordinary.items()}, special_tokens
+        tokenizer = BPETokenizer.from_ranks(ranks, special_tokens, pattern, written, normalization)
+        tokenizer_json.prove(content, path, tokenizer.encode)
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    return tokenizer
 
 
 def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
     """From what `to_json` gives: pattern, special tokens, and the tokens in base64 by id."""
     pattern, specials, tokens = map(description.get, ("pattern", "special_tokens", "tokens"))
+    written, normalization = description.get("written", []), description.get("normalization", "")
+    if not (isinstance(written, list) and all(isinstance(name, str) for name in written)):
+        raise _unknown_description(description)
     if not (isinstance(pattern, str) and isinstance(specials, dict) and isinstance(tokens, str)):
         raise _unknown_description(description)
     if not all(isinstance(rank, int) for rank in specials.values()):
@@ -462,10 +514,13 @@ def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
         ordinary = [base64.b64decode(token, validate=True) for token in tokens.split(" ")]
     except (binascii.Error, ValueError):
         raise UserError("the tokens of a tokenizer are damaged: not base64; prepare the data again") from None
-    return BPETokenizer.from_ranks({token: rank for rank, token in enumerate(ordinary) if token}, specials, pattern)
+    ranks = {token: rank for rank, token in enumerate(ordinary) if token}
+    return BPETokenizer.from_ranks(ranks, specials, pattern, written, normalization)
 
 
 def _unknown_description(description: Any) -> UserError:
+    if description is None:
+        return UserError("there is no tokenizer: the model was imported without; import it with, or give token ids")
     return UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
 
 
@@ -473,7 +528,10 @@ def _read_ranks(path: Path) -> str:
     """The tokens of a rank file, in the form of `to_json`."""
     try:
         rows = [line.split(" ") for line in path.read_text("ascii").splitlines()]
-        tokens = [""] * (1 + max(int(rank) for _, rank in rows))
+        largest = max(int(rank) for _, rank in rows)
+        if largest > _largest_id(len(rows)):
+            raise ValueError(f"id {largest} for {len(rows)} tokens")
+        tokens = [""] * (1 + largest)
         for token, rank in rows:
             tokens[int(rank)] = token
     except (OSError, ValueError) as error:
@@ -481,6 +539,11 @@ def _read_ranks(path: Path) -> str:
             f"cannot read the ranks {path} ({_first_line(error)}); copy or train the tokenizer again"
         ) from None
     return " ".join(tokens)
+
+
+def _largest_id(tokens: int) -> int:
+    """What ids may reach before the tables that they index are too large to be meant."""
+    return 4 * tokens + 1_000_000
 
 
 def _read_json(path: Path) -> dict[str, Any]:

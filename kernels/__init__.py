@@ -3,7 +3,7 @@
 Letters, everywhere: B batch, T query positions, S key positions, H query heads, G key/value heads, D head dim, C model
 dim, V vocabulary, M rows (B * T), N row length, K contracted axis. Attention tensors are (B, T, H, D).
 
-    ops = kernels.load("auto")                              # triton on CUDA, reference elsewhere
+    ops = kernels.load("auto")                              # triton on CUDA, elsewhere what CPUs are fast in
     ops = kernels.load("interpret")                         # the same kernels on CPU tensors: for parity, not speed
     ops = kernels.load("triton", layernorm="reference")     # ablation
     y = ops.layernorm(x, weight, bias); print(ops)
@@ -13,13 +13,15 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import _command as _command  # first, so that Ctrl-C is one line from here on
 from . import _triton
+from .activation import ACTIVATION
 from .attention import ATTENTION
 from .cross_entropy import CROSS_ENTROPY
+from .cross_entropy.linear import LINEAR_CROSS_ENTROPY
 from .decode_attention import DECODE_ATTENTION
 from .int8_linear import INT8_LINEAR
 from .layernorm import ADD_LAYERNORM, LAYERNORM
-from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .newton_schulz import NEWTON_SCHULZ
 from .op import Cost, Op, allow_interpretation
 from .rmsnorm import ADD_RMSNORM, RMSNORM
@@ -28,11 +30,11 @@ from .rotary import ROTARY
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY,
-        NEWTON_SCHULZ, DECODE_ATTENTION, INT8_LINEAR,
+        LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, ACTIVATION, CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY, NEWTON_SCHULZ, DECODE_ATTENTION, INT8_LINEAR,
     )
 }  # fmt: skip
-IMPLEMENTATIONS = ("auto", "reference", "triton", "interpret")
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "interpret")
 
 __all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]
 
@@ -56,8 +58,9 @@ class Ops:
 def load(implementation: str = "auto", **per_op: str) -> Ops:
     """Choose an implementation for every op, and another for those named by keyword.
 
-    'reference' is plain PyTorch, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto'
-    triton where it can run and the reference elsewhere. An op may have variants beside these, as attention has 'gluon'.
+    'reference' is the definition in plain PyTorch, 'cpu' an op's faster path for CPUs, or the reference where it has
+    none, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto' triton where it can run and
+    'cpu' elsewhere. An op may have variants beside these, as attention has 'gluon'.
     Raises ValueError for a name that does not exist, RuntimeError for an explicit choice that cannot run here: nothing
     falls back in silence.
     """
@@ -70,36 +73,49 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
     _known("implementation", implementation, (*IMPLEMENTATIONS, *op.variants))
     if implementation == "reference":
         return "reference", "asked for", op.reference
+    if implementation == "cpu":
+        return _on_cpu(op, "asked for")
     kernel = op.variants.get(implementation, op.triton)
     obstacle = "it has no kernel yet" if kernel is None else _triton.MISSING or ""
     if implementation == "interpret":
         if kernel is None or obstacle:
             raise RuntimeError(f"{op.name} cannot be interpreted: {obstacle}")
-        return "interpret", "asked for", _interpreted(kernel)
+        return "interpret", "asked for", _Interpreted(kernel)
     obstacle = obstacle or _no_gpu()
     if kernel is not None and not obstacle:
         chosen = implementation != "auto"
         return implementation if chosen else "triton", "asked for" if chosen else "CUDA is available", kernel
     if implementation != "auto":
-        others = "'auto', 'reference' or 'interpret'"
+        others = "'auto', 'cpu', 'reference' or 'interpret'"
         raise RuntimeError(f"{op.name}: {implementation!r} cannot run: {obstacle}; use {others}")
-    return "reference", obstacle, op.reference
+    return _on_cpu(op, obstacle)
 
 
-def _interpreted(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
+def _on_cpu(op: Op, why: str) -> tuple[str, str, Callable[..., Any]]:
+    if op.cpu is None:
+        return "reference", f"{why}; it has no other path for CPUs", op.reference
+    return "cpu", why, op.cpu
 
-    from .interpret import interpreting
 
-    allow_interpretation()
+class _Interpreted:
+    """A kernel's function on CPU tensors, interpreted. An object, so that a model that holds it can be pickled."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        allow_interpretation()
+        self.kernel = kernel
+
+    def __reduce__(self) -> tuple:
+        return _Interpreted, (self.kernel,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
         if torch.compiler.is_compiling():  # the compiled graph holds the custom op, whose CPU implementation interprets
-            return kernel(*args, **kwargs)
-        with interpreting():
-            return kernel(*args, **kwargs)
+            return self.kernel(*args, **kwargs)
+        from .interpret import interpreting
 
-    return run
+        with interpreting():
+            return self.kernel(*args, **kwargs)
 
 
 def _no_gpu() -> str:

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from . import OPS, _triton, load
+from . import OPS, _command, _triton, load
 
 
 def rows() -> list[tuple[str, str, list[str]]]:
@@ -60,4 +60,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command.run(main))

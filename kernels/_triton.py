@@ -6,6 +6,7 @@ which makes a page's own forward function serve as its shape function.
 """
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -27,12 +28,20 @@ except ImportError as error:
     MISSING = f"Triton is not installed ({error})"
 
 try:  # Gluon is experimental: it comes and goes with the version of Triton, and its pages name those they are fit for
+    from triton._C.libtriton import ir as gl_ir
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonJITFunction
+    from triton.experimental.gluon.language._core import builtin as gl_builtin
     from triton.experimental.gluon.language.nvidia import hopper as gl_hopper
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy as gl_async_copy
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    HAS_GLUON = True
+    # What the pages need of it, which other versions had not, or not yet.
+    HAS_GLUON = (
+        "worker_num_regs" in inspect.signature(gl.warp_specialize).parameters
+        and hasattr(gl_hopper, "warpgroup_mma_wait")
+        and hasattr(gl_ir, "DESCRIPTOR_REDUCE_KIND")
+    )
 except ImportError:
     HAS_GLUON = False
 
@@ -44,6 +53,7 @@ class Launcher:
     launch: Callable[..., Any]  # (kernel, grid, *args, **kwargs)
     arch: int = 0  # compute capability times ten; 0 asks for the most conservative tiles
     multiprocessors: int = 1  # so that persistent programs stride even on small tensors
+    gluon: bool = True  # whether it takes kernels in Gluon
 
 
 _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
@@ -92,7 +102,7 @@ else:
         constexpr = object
 
     class _AbsentKernel:
-        def __init__(self, fn: Callable) -> None:
+        def __init__(self, fn: Callable, **options: Any) -> None:
             self.__name__, self.__doc__ = fn.__name__, fn.__doc__
 
         def __getitem__(self, grid: Any) -> Callable:
@@ -113,7 +123,8 @@ if HAS_GLUON:
     gluon_jit = GluonKernel
 
 else:
-    gluon_jit, gl, gl_hopper, GluonDescriptor = jit, tl, None, None  # inert: no version without Gluon is fit for them
+    gluon_jit, gl, gl_hopper, gl_async_copy = jit, tl, None, None  # inert: no version without Gluon is fit for them
+    GluonDescriptor, gl_builtin, gl_ir = None, lambda function: function, None
 
 
 class triton:  # under the name that kernels know: Triton's own functions take 5 us a call on the host

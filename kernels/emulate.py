@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._triton import GluonDescriptor, GluonKernel, Launcher, gl, gl_hopper, launching, tl
+from ._triton import GluonDescriptor, GluonKernel, Launcher, gl, gl_async_copy, gl_hopper, launching, tl
 from .interpret import OutOfBounds, interpreting
 
 
@@ -55,6 +55,7 @@ class _Role:
         self.until: Callable[[], bool] | None = None  # what it waits for
         self.awaits: tuple[_Barrier, int] | None = None  # and if that is a barrier, which, and the parity
         self.products: list[_Product] = []  # not waited for yet
+        self.fetches: list[list[Clock]] = [[]]  # copies into shared memory by group, the last not committed yet
         self.stores: list[Clock] = []  # copies out of shared memory begun, with their clocks once they have landed
 
     def tick(self) -> Clock:
@@ -205,6 +206,15 @@ class _View:
     def permute(self, order: Sequence[int]) -> "_View":
         return _View(self.program, self.buffer, self.tensor.permute(tuple(order)))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> "_View":
+        return _View(self.program, self.buffer, self.tensor.narrow(dim, int(start), length))
+
+    def load(self, layout: Any) -> Tensor:
+        self.program.step()
+        role = self.program.running
+        self.buffer.reading(role.clock, role.number)
+        return self.tensor.clone()
+
     def store(self, value: Tensor) -> None:
         if (value.shape, value.dtype) != (self.tensor.shape, self.tensor.dtype):
             raise ProtocolError(f"a store of {value.dtype}{list(value.shape)} to {list(self.tensor.shape)}")
@@ -236,7 +246,7 @@ class _Product:
         a, b = (x.tensor if isinstance(x, _View) else x for x in (self.a, self.b))
         self.value = a.float() @ b.float()
         if self.acc is not None:
-            self.value += self.acc
+            self.value = self.value + (self.acc.value if isinstance(self.acc, _Product) else self.acc)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ProtocolError("a product of matrices is used before it has been waited for")
@@ -270,6 +280,30 @@ class _Pointer:
     def __add__(self, offset: Any) -> "_Pointer":
         return _Pointer(self.tensor, self.offset + offset)
 
+    @property
+    def dtype(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(element_ty=self.tensor.dtype)
+
+    def places(self, mask: Tensor | None, program: _Program, what: str) -> Tensor:
+        """Where the elements that are not masked lie in the tensor's storage."""
+        offset = torch.as_tensor(self.offset)
+        found = offset if mask is None else offset[torch.as_tensor(mask).expand(offset.shape)]
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
+        if found.numel() and not 0 <= found.min() <= found.max() < size:
+            raise OutOfBounds(f"{what} out of bounds in program {program.index}")
+        return found
+
+    @property
+    def flat(self) -> Tensor:
+        """The elements that an offset counts, whatever the strides of the tensor."""
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
+        return self.tensor.as_strided((size,), (1,))
+
+    def values(self, mask: Tensor | None, other: Any, program: _Program) -> Tensor:
+        found = torch.full_like(torch.as_tensor(self.offset), other, dtype=self.tensor.dtype)
+        there = self.flat[self.places(mask, program, "load")]
+        return there if mask is None else found.masked_scatter(torch.as_tensor(mask).expand(found.shape), there)
+
 
 class _Barriers:
     """gl_hopper.mbarrier"""
@@ -287,7 +321,9 @@ class _Barriers:
         barrier.bytes += nbytes
         barrier.arrive(self.program, self.program.running.tick(), 1)
 
-    def arrive(self, barrier: _Barrier, *, count: int = 1) -> None:
+    def arrive(self, barrier: _Barrier, *, count: int = 1, pred: Any = True) -> None:
+        if not pred:
+            return
         self.program.step()
         barrier.arrive(self.program, self.program.running.tick(), count)
 
@@ -323,7 +359,12 @@ class _Copies:
 
         self.program.copies.append(land)
 
-    def async_copy_shared_to_global(self, target: _Descriptor, corner: Sequence, source: _View) -> None:
+    def reduce_add(self, target: _Descriptor, corner: Sequence, source: _View) -> None:
+        self.async_copy_shared_to_global(target, corner, source, add=True)
+
+    def async_copy_shared_to_global(
+        self, target: _Descriptor, corner: Sequence, source: _View, add: bool = False
+    ) -> None:
         _same_shape(target, source)
         self.program.step()
         role, agent = self.program.running, next(self.program.agents)
@@ -335,7 +376,7 @@ class _Copies:
 
         def land() -> None:
             there, here = target.overlap(corner, source.tensor)
-            there.copy_(here)
+            there.add_(here) if add else there.copy_(here)
             landed[agent] = 1
 
         self.program.copies.append(land)
@@ -346,6 +387,39 @@ class _Copies:
         for landed in role.stores:
             _join(role.clock, landed)
         role.stores = [landed for landed in role.stores if not landed]
+
+
+class _AsyncCopies:
+    """gl_async_copy: copies by groups, which one role waits for in the order in which it has committed them."""
+
+    def __init__(self, program: _Program) -> None:
+        self.program = program
+
+    def async_copy_global_to_shared(self, target: _View, source: _Pointer, mask: Tensor | None = None) -> None:
+        self.program.step()
+        role, agent = self.program.running, next(self.program.agents)
+        target.buffer.writing(role.tick(), agent)
+        target.tensor.fill_(torch.nan)  # until it lands, and where it is masked
+        landed: Clock = {}
+        role.fetches[-1].append(landed)
+
+        def land() -> None:
+            target.tensor.copy_(source.values(mask, torch.nan, self.program))
+            landed[agent] = 1
+
+        self.program.copies.append(land)
+
+    def commit_group(self) -> None:
+        self.program.running.fetches.append([])
+
+    def wait_group(self, num_outstanding: int = 0) -> None:
+        role = self.program.running
+        done = role.fetches[: max(0, len(role.fetches) - 1 - num_outstanding)]
+        self.program.step(lambda: all(landed for group in done for landed in group))
+        for group in done:
+            for landed in group:
+                _join(role.clock, landed)
+            group.clear()
 
 
 def _same_shape(descriptor: _Descriptor, view: _View) -> None:
@@ -373,6 +447,8 @@ class _Hopper:
         for operand in (a, b):
             if isinstance(operand, _View):
                 operand.buffer.reading(role.clock, agent)
+                if not operand.buffer.fenced:
+                    raise ProtocolError("a product may not see what was stored in shared memory: no fence between them")
         product = _Product(agent, a, b, acc if use_acc else None)
         role.products.append(product)
         self.program.products.append(role.number)
@@ -402,18 +478,20 @@ def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
         program.buffers.extend(buffers)
         return _Array([_View(program, buffer, buffer.tensor) for buffer in buffers])
 
-    def store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
-        places = pointer.offset[mask]
-        if places.numel() and not 0 <= places.min() <= places.max() < pointer.tensor.numel():
-            raise OutOfBounds(f"store out of bounds in program {program.index}")
-        pointer.tensor.view(-1)[places] = value[mask].to(pointer.tensor.dtype)
+    def store(pointer: _Pointer, value: Any, mask: Tensor | None = None) -> None:
+        places = pointer.places(mask, program, "store")
+        value = torch.as_tensor(value, dtype=pointer.tensor.dtype).expand(torch.as_tensor(pointer.offset).shape)
+        pointer.flat[places] = value if mask is None else value[mask]
+
+    def load(pointer: _Pointer, mask: Tensor | None = None, other: Any = 0) -> Tensor:
+        return pointer.values(mask, other, program)
 
     def warp_specialize(
         roles: Sequence[tuple[Callable, tuple]], warps: Sequence[int], registers: Sequence[int]
     ) -> None:
         program.fork([partial(function, *arguments) for function, arguments in roles])
 
-    def layout(*parameters: Any) -> tuple:
+    def layout(*parameters: Any, **_: Any) -> tuple:
         return parameters
 
     def pairwise(function: Callable) -> Callable:
@@ -421,7 +499,9 @@ def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
 
     return types.SimpleNamespace(
         float32=torch.float32, bfloat16=torch.bfloat16, int64=torch.int64,
-        NVMMADistributedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+        BlockedLayout=layout, SwizzledSharedLayout=layout, NVMMADistributedLayout=layout,
+        NVMMASharedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+        range=lambda start, stop, **_: range(int(start), int(stop)),
         program_id=lambda axis: torch.tensor(program.index[axis], dtype=torch.int32),
         num_programs=lambda axis: grid[axis],
         static_range=range, cdiv=lambda a, b: -(-a // b),
@@ -431,7 +511,8 @@ def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
         arange=lambda start, stop, layout: torch.arange(start, stop, dtype=torch.int32),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
         exp2=torch.exp2, log2=torch.log2, convert_layout=lambda x, layout: x,
-        allocate_shared_memory=allocate_shared_memory, store=store, warp_specialize=warp_specialize,
+        allocate_shared_memory=allocate_shared_memory, store=store, load=load, int32=torch.int32, num_warps=lambda: 4,
+        warp_specialize=warp_specialize,
     )  # fmt: skip
 
 
@@ -463,7 +544,9 @@ def _launch(seed: int, watch: Callable, kernel: Any, grid: Any, *args: Any, **kw
     for index in itertools.product(*map(range, grid)):
         program = _Program(index, f"{seed} {index}")
         language = _language(program, grid)
-        _emulated(kernel, {gl: language, tl: language, gl_hopper: _Hopper(program)})(**bound.arguments)
+        _emulated(
+            kernel, {gl: language, tl: language, gl_hopper: _Hopper(program), gl_async_copy: _AsyncCopies(program)}
+        )(**bound.arguments)
         watch(program.products)
     return None
 
@@ -489,6 +572,8 @@ def _emulated(kernel: Any, language: dict[types.ModuleType, Any]) -> Callable:
     def replaced(value: Any) -> Any:
         if isinstance(value, types.ModuleType):
             return language.get(value, value)
+        if hasattr(value, "emulated"):
+            return getattr(language[gl_hopper].tma, value.emulated)
         return emulated(value) if hasattr(value, "fn") else value
 
     return emulated(kernel)

@@ -130,7 +130,7 @@ def int8_linear_fwd_kernel_rows(
             rows += (tl.load(here, k < tl.where(first + r < N, rest, 0), other=0),)
         sums = ()  # type: tuple
         for i in tl.static_range(M):
-            here = x_ptr + i * x_stride_m.to(tl.int64) + start + low
+            here = x_ptr + tl.full((), i, tl.int64) * x_stride_m + start + low
             halves = tl.join(tl.load(here, low < rest, other=0.0), tl.load(here + 8, low + 8 < rest, other=0.0))
             x = halves.permute(0, 2, 1).reshape(BLOCK_K // 16, 16).to(tl.float32)
             for r in tl.static_range(ROWS):

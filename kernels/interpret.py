@@ -207,16 +207,23 @@ class Guard:
         raise Race(f"{self.kernel}: programs {self.programs[first]} and {self.programs[second]} {what}")
 
 
-def _extents(arguments: Any) -> Iterator[tuple[int, int]]:
-    """The byte range of each tensor: of the view, not of its storage, so that walking off a slice is seen."""
+def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
+    """The tensors given to a launch, those of descriptors and tuples too."""
     for value in arguments:
         if isinstance(value, TensorDescriptor):
             value = value.base
-        if isinstance(value, torch.Tensor) and value.numel():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _extents(arguments: Any) -> Iterator[tuple[int, int]]:
+    """The byte range of each tensor: of the view, not of its storage, so that walking off a slice is seen."""
+    for value in _tensors(arguments):
+        if value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             yield value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
-        elif isinstance(value, (tuple, list)):
-            yield from _extents(value)
 
 
 # ---- launching
@@ -229,7 +236,7 @@ def interpreting(
 
     The pages choose their tiles for a GPU of compute capability arch / 10 with so many multiprocessors.
     """
-    return launching(Launcher(partial(_launch, guard), arch, multiprocessors))
+    return launching(Launcher(partial(_launch, guard), arch, multiprocessors, gluon=False))
 
 
 def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:
@@ -237,6 +244,11 @@ def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: 
     known = {name: value for name, value in kwargs.items() if name in signature.parameters}  # no num_warps and such
     bound = signature.bind(*args, **known)
     bound.apply_defaults()
+    devices = {t.device for t in _tensors(bound.arguments.values())}
+    if all(device.type == "meta" for device in devices):
+        return  # results have shapes and no values
+    if elsewhere := [device for device in devices if device.type != "cpu"]:
+        raise ValueError(f"{kernel.__name__}: kernels are interpreted on CPU tensors, one is on {elsewhere[0]}")
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     guard = make_guard(kernel.__name__, bound.arguments.values())
     with _language(guard) as builder:

@@ -16,22 +16,24 @@ reduction: the scheme of NVIDIA Apex's and Triton's tutorial kernels, without th
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import jit, multiprocessors, tl, triton
+from ._triton import arch, jit, multiprocessors, tl
 from .op import Cost, Op, differentiable
 from .prims import (
+    NORM_BACKWARD,
     RowTile,
     RowTiles,
-    as_rows,
     check_residual,
-    check_row,
     check_rows,
     load_sum,
+    loop_tile,
     require_kernel_dtype,
+    rows_of,
     sum_partial_rows,
 )
 
@@ -39,16 +41,33 @@ from .prims import (
 def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalize the last axis of x (..., N) to zero mean and unit variance; scale by weight (N,), shift by bias (N,).
 
-    Computes in at least fp32 and returns x's dtype. torch's own layer_norm is the formula above in one pass and
-    accumulates in fp32 (fp64 for fp64), so the definition and the CPU fallback can be the same call; on a CPU it also
-    takes a 16-bit x beside fp32 parameters as they are, which saves writing x in fp32 and back.
+    Computes in at least fp32 and returns x's dtype. Raises ValueError for a wrong shape, dtype or device.
     """
     _check(x, weight, bias)
-    shape, given = x.shape[-1:], [p for p in (weight, bias) if p is not None]
-    if x.device.type == "cpu" and x.dtype.itemsize <= 4 and all(p.dtype == torch.float32 for p in given):
-        return F.layer_norm(x, shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
+    centered = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    centered = centered - centered.mean(-1, keepdim=True)  # the mean of a row far from zero was rounded
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def layernorm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """layernorm_reference for CPUs, in torch's one call.
+
+    It takes a 16-bit x beside fp32 parameters as it is, which saves writing x in fp32 and back; but then it would sum
+    the gradients of the parameters in 16 bits. Where they are wanted, x is made fp32 first. The gradient of a row of
+    one column is 0 but for rounding, which torch's is not.
+    """
+    _check(x, weight, bias)
+    if x.shape[-1] == 1:
+        return layernorm_reference(x, weight, bias, eps)
+    parameters = [p for p in (weight, bias) if p is not None]
+    learned = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    if not learned and x.dtype.itemsize == 2 and all(p.dtype == torch.float32 for p in parameters):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias, eps).to(x.dtype)
 
 
 def add_layernorm_reference(
@@ -60,16 +79,24 @@ def add_layernorm_reference(
     return layernorm_reference(h, weight, bias, eps), h
 
 
+def add_layernorm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """add_layernorm_reference for CPUs."""
+    check_residual(x, residual)
+    h = x + residual
+    return layernorm_cpu(h, weight, bias, eps), h
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_rows(x)
-    check_row("weight", weight, x)
-    if bias is not None:
-        check_row("bias", bias, x)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight: expected a tensor (N,), got {weight!r}; without scale and shift, give ones")
+    check_rows(x, weight=weight, bias=bias)
 
 
 @jit
 def layernorm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, statistics_ptr,
     x_stride_m, residual_stride_m, M, N, eps,
     ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -80,20 +107,20 @@ def layernorm_fwd_kernel(
     x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)
     if ADD:
         tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), mask)
-    mean = tl.sum(x, axis=1)[:, None] / N
+    mean = tl.div_rn(tl.sum(x, axis=1)[:, None], N * 1.0)  # rounded: x - mean is exactly 0 where N is 1
     centered = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)
     y = centered * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask)
-    tl.store(mean_ptr + m, mean, m < M)
-    tl.store(rstd_ptr + m, rstd, m < M)
+    tl.store(statistics_ptr + m, mean, m < M)
+    tl.store(statistics_ptr + M + m, rstd, m < M)
 
 
 @jit
 def layernorm_fwd_kernel_long(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, x_stride_m, residual_stride_m, N, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, statistics_ptr, x_stride_m, residual_stride_m, M, N, eps,
     ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes one row too long for registers, reading it three times, the last two from cache."""
@@ -106,7 +133,7 @@ def layernorm_fwd_kernel_long(
         if ADD:
             tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
         total += x
-    mean = tl.sum(total, axis=0) / N
+    mean = tl.div_rn(tl.sum(total, axis=0), N * 1.0)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -121,32 +148,35 @@ def layernorm_fwd_kernel_long(
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
         tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), n < N)
-    tl.store(mean_ptr + m, mean)
-    tl.store(rstd_ptr + m, rstd)
+    tl.store(statistics_ptr + m, mean)
+    tl.store(statistics_ptr + M + m, rstd)
 
 
 @jit
 def layernorm_bwd_kernel(
-    dy_ptr, dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, statistics_ptr, dx_ptr, partial_ptr,
     dy_stride_m, dh_stride_m, x_stride_m, M, N,
-    ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight and dbias."""
+    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight and dbias.
+
+    Triton pipelines loads that feed no matrix product only in a loop that asks for it.
+    """
     p = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)[None, :]
     weight = tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((1, BLOCK_N), tl.float32)
     dbias = tl.zeros((1, BLOCK_N), tl.float32)
-    for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+    for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         m = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
         mask = (m < M) & (n < N)
         x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + m * dy_stride_m + n, mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + m, m < M, other=0.0)
-        rstd = tl.load(rstd_ptr + m, m < M, other=0.0)
+        mean = tl.load(statistics_ptr + m, m < M, other=0.0)
+        rstd = tl.load(statistics_ptr + M + m, m < M, other=0.0)
         xhat = tl.where(mask, (x - mean) * rstd, 0.0)
         g = dy * weight
-        mean_g = tl.sum(g, axis=1)[:, None] / N
+        mean_g = tl.div_rn(tl.sum(g, axis=1)[:, None], N * 1.0)
         mean_gx = tl.sum(g * xhat, axis=1)[:, None] / N
         dx = rstd * (g - mean_g - xhat * mean_gx)
         if ADD:
@@ -156,21 +186,22 @@ def layernorm_bwd_kernel(
         if HAS_BIAS:
             dbias += tl.sum(dy, axis=0)[None, :]
     row = p.to(tl.int64) * N
-    tl.store(dweight_ptr + row + n, dweight, n < N)
+    tl.store(partial_ptr + row + n, dweight, n < N)
     if HAS_BIAS:
-        tl.store(dbias_ptr + row + n, dbias, n < N)
+        row += tl.num_programs(0).to(tl.int64) * N
+        tl.store(partial_ptr + row + n, dbias, n < N)
 
 
 @jit
 def layernorm_bwd_kernel_input(
-    dy_ptr, dh_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_stride_m, dh_stride_m, x_stride_m, N,
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, statistics_ptr, dx_ptr, dy_stride_m, dh_stride_m, x_stride_m, M, N,
     ADD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program finds dx of one row too long for registers, reading it twice, the second time from cache."""
     m = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
-    mean = tl.load(mean_ptr + m)
-    rstd = tl.load(rstd_ptr + m)
+    mean = tl.load(statistics_ptr + m)
+    rstd = tl.load(statistics_ptr + M + m)
     sum_g = tl.zeros((BLOCK_N,), tl.float32)
     sum_gx = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
@@ -180,7 +211,7 @@ def layernorm_bwd_kernel_input(
         g = dy * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         sum_g += g
         sum_gx += tl.where(n < N, g * (x - mean) * rstd, 0.0)
-    mean_g = tl.sum(sum_g, axis=0) / N
+    mean_g = tl.div_rn(tl.sum(sum_g, axis=0), N * 1.0)
     mean_gx = tl.sum(sum_gx, axis=0) / N
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -195,7 +226,7 @@ def layernorm_bwd_kernel_input(
 
 @jit
 def layernorm_bwd_kernel_weight(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, dy_stride_m, x_stride_m, M, N,
+    dy_ptr, x_ptr, statistics_ptr, partial_ptr, dy_stride_m, x_stride_m, M, N,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program sums a block of columns over every num_programs(0)-th row: a piece of one partial row."""
@@ -207,107 +238,108 @@ def layernorm_bwd_kernel_weight(
         m = row.to(tl.int64)
         x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
-        dweight += dy * (x - tl.load(mean_ptr + m)) * tl.load(rstd_ptr + m)
+        dweight += dy * (x - tl.load(statistics_ptr + m)) * tl.load(statistics_ptr + M + m)
         dbias += dy
     row = p.to(tl.int64) * N
-    tl.store(dweight_ptr + row + n, dweight, n < N)
+    tl.store(partial_ptr + row + n, dweight, n < N)
     if HAS_BIAS:
-        tl.store(dbias_ptr + row + n, dbias, n < N)
+        row += tl.num_programs(0).to(tl.int64) * N
+        tl.store(partial_ptr + row + n, dbias, n < N)
 
 
 # Rows up to `whole` columns are held in registers, `per_warp` columns to a warp; longer ones are walked in blocks. From
-# registers and spills of the compiled code (results/aot.json): forward at 65536 columns spills 152 B, backward at 16384
-# 232 B. The long forward takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the
-# second and third read. No row here has been timed on a GPU yet.
-TILES = {
-    "forward": RowTiles(whole=32768, per_warp=512, long=RowTile(1, 16384, 32, long=True)),
-    "backward": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 4096, 8, long=True)),
+# registers and spills of the compiled code (results/aot.json): forward at 65536 columns spills 152 B. The long forward
+# takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the second and third read.
+# Forward, NVIDIA H200, 2026-11-26, 65536x768 in bf16: 52.6 us with 1,024 columns to a warp, 56.2 us with 512.
+TILES: dict[str, Any] = {
+    "forward": RowTiles(whole=32768, per_warp=1024, long=RowTile(1, 16384, 32, long=True)),
+    "backward": NORM_BACKWARD,
 }
 
 
 def _normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, weight, add = as_rows(x), weight.contiguous(), residual is not None
-    other = as_rows(residual) if residual is not None else rows
-    M, N = rows.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h (y again where there is no residual), and mean and rstd in one tensor (2, M)."""
+    N, add = x.shape[-1], residual is not None
+    M = x.numel() // N
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    h = torch.empty_like(y) if add else y.new_empty(0)
+    h = torch.empty_like(y) if add else y
+    statistics = x.new_empty((2, M), dtype=torch.float32)
     if M:
-        block = TILES["forward"].choose(N)
-        pointers = rows, other, weight, weight if bias is None else bias.contiguous(), y, h, mean, rstd
-        strides = rows.stride(0), other.stride(0)
-        flags = dict(ADD=add, HAS_BIAS=bias is not None, BLOCK_N=block.block_n, num_warps=block.num_warps)
-        if block.long:
-            layernorm_fwd_kernel_long[(M,)](*pointers, *strides, N, eps, **flags)
+        rows, stride = rows_of(x, N)
+        other, other_stride = (rows, stride) if residual is None else rows_of(residual, N)
+        weight = weight.contiguous()
+        arguments = (
+            rows, other, weight, weight if bias is None else bias.contiguous(), y, h, statistics,
+            stride, other_stride, M, N, eps,
+        )  # fmt: skip
+        tile = TILES["forward"].choose(N)
+        flags = dict(ADD=add, HAS_BIAS=bias is not None, BLOCK_N=tile.block_n, num_warps=tile.num_warps)
+        if tile.long:
+            layernorm_fwd_kernel_long[(M,)](*arguments, **flags)
         else:
-            grid = (triton.cdiv(M, block.block_m),)
-            layernorm_fwd_kernel[grid](*pointers, *strides, M, N, eps, **flags, BLOCK_M=block.block_m)
-    return y, h, mean, rstd
+            layernorm_fwd_kernel[(-(-M // tile.block_m),)](*arguments, BLOCK_M=tile.block_m, **flags)
+    return y, h, statistics
 
 
 def _differentiate(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dy, weight, has_bias, add = as_rows(h), as_rows(dy), weight.contiguous(), bias is not None, dh is not None
-    other = as_rows(dh) if dh is not None else dy
-    M, N = rows.shape
+    N, add, has_bias = h.shape[-1], dh is not None, bias is not None
+    M, weight = h.numel() // N, weight.contiguous()
     dx, dweight = torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(weight)
-    dbias = torch.empty_like(bias) if bias is not None else weight.new_empty(0)
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     if M == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    block = TILES["backward"].choose(N)
-    programs = block.programs(M, multiprocessors(h))
-    partial = torch.empty((1 + has_bias, programs, N), dtype=torch.float32, device=h.device)
-    sums = partial[0], partial[-1]
-    strides = dy.stride(0), other.stride(0), rows.stride(0)
-    size = dict(BLOCK_N=block.block_n, num_warps=block.num_warps)
-    if block.long:
-        layernorm_bwd_kernel_input[(M,)](dy, other, rows, weight, mean, rstd, dx, *strides, N, ADD=add, **size)
-        layernorm_bwd_kernel_weight[(programs, triton.cdiv(N, block.block_n))](
-            dy, rows, mean, rstd, *sums, dy.stride(0), rows.stride(0), M, N, HAS_BIAS=has_bias, **size
-        )
-    else:
+    (rows, stride), (dy, dy_stride) = rows_of(h, N), rows_of(dy, N)
+    other, other_stride = (dy, dy_stride) if dh is None else rows_of(dh, N)
+    tile = loop_tile(TILES["backward"], N, h.itemsize, arch(h))
+    programs, size = tile.programs(M, multiprocessors(h)), dict(BLOCK_N=tile.block_n, num_warps=tile.num_warps)
+    partial = h.new_empty((1 + has_bias, programs, N), dtype=torch.float32)
+    if N <= tile.block_n:
         layernorm_bwd_kernel[(programs,)](
-            dy, other, rows, weight, mean, rstd, dx, *sums, *strides, M, N,
-            ADD=add, HAS_BIAS=has_bias, BLOCK_M=block.block_m, **size,
+            dy, other, rows, weight, statistics, dx, partial, dy_stride, other_stride, stride, M, N,
+            ADD=add, HAS_BIAS=has_bias, BLOCK_M=tile.block_m, STAGES=tile.num_stages, **size,
         )  # fmt: skip
-    sum_partial_rows(partial[0], dweight)
-    if has_bias:
-        sum_partial_rows(partial[1], dbias)
+    else:
+        layernorm_bwd_kernel_input[(M,)](
+            dy, other, rows, weight, statistics, dx, dy_stride, other_stride, stride, M, N, ADD=add, **size
+        )
+        layernorm_bwd_kernel_weight[(programs, -(-N // tile.block_n))](
+            dy, rows, statistics, partial, dy_stride, stride, M, N, HAS_BIAS=has_bias, **size
+        )
+    sum_partial_rows(partial, dweight, dbias if has_bias else None)
     return dx, dweight, dbias
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, mean, rstd = _normalize(x, None, weight, bias, eps)
-    return y, mean, rstd
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, statistics = _normalize(x, None, weight, bias, eps)
+    return y, statistics
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _differentiate(dy, None, x, weight, bias, mean, rstd)
+    return _differentiate(dy, None, x, weight, bias, statistics)
 
 
 def _add_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _normalize(x, residual, weight, bias, eps)
 
 
 def _add_backward(
-    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _differentiate(dy, dh, h, weight, bias, mean, rstd)
+    return _differentiate(dy, dh, h, weight, bias, statistics)
 
 
-_layernorm = differentiable(
-    "layernorm", _forward, _backward, save=lambda inputs, output: (*inputs[:3], output[1], output[2])
-)
+_layernorm = differentiable("layernorm", _forward, _backward, save=lambda inputs, output: (*inputs[:3], output[1]))
 _add_layernorm = differentiable(
     "add_layernorm", _add_forward, _add_backward, outputs=2,
-    save=lambda inputs, output: (output[1], inputs[2], inputs[3], output[2], output[3]),
+    save=lambda inputs, output: (output[1], inputs[2], inputs[3], output[2]),
     spread=lambda dx, dweight, dbias: (dx, dx, dweight, dbias),
 )  # fmt: skip
 
@@ -363,6 +395,7 @@ def add_cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost,
 LAYERNORM = Op(
     name="layernorm",
     reference=layernorm_reference,
+    cpu=layernorm_cpu,
     triton=layernorm_triton,
     inputs=inputs,
     parity=(
@@ -382,6 +415,7 @@ ADD_LAYERNORM = dataclasses.replace(
     LAYERNORM,
     name="add_layernorm",
     reference=add_layernorm_reference,
+    cpu=add_layernorm_cpu,
     triton=add_layernorm_triton,
     inputs=add_inputs,
     parity=(

@@ -31,6 +31,7 @@ class Op:
     domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
+    cpu: Callable[..., Any] | None = None  # a faster path for CPUs, same signature; tested against the reference
     variants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # other kernels of ours, asked for by name
     summary: str = ""  # the formula in one line, for the table of ops
     differentiable: bool = True  # False: neither the reference nor the kernels give gradients

@@ -16,36 +16,42 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import jit, multiprocessors, tl, triton
+from ._triton import arch, jit, multiprocessors, tl
 from .op import Cost, Op, differentiable
 from .prims import (
+    NORM_BACKWARD,
     RowTile,
     RowTiles,
-    as_rows,
     check_residual,
-    check_row,
     check_rows,
     load_sum,
+    loop_tile,
     require_kernel_dtype,
+    rows_of,
     sum_partial_rows,
 )
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """Scale the last axis of x (..., N) to unit root mean square, then by weight (N,). Returns x's dtype.
+    """Scale the last axis of x (..., N) to unit root mean square, then by weight (N,).
 
-    Computes in at least fp32; torch's rms_norm is the formula above. On a CPU it is put together from a dozen passes
-    over memory, and the same formula with its gradient written out takes half as long.
+    Computes in at least fp32 and returns x's dtype. Raises ValueError for a wrong shape, dtype or device.
     """
-    _check(x, weight)
+    check_rows(x, weight=weight)
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight.to(h.dtype)).to(x.dtype)
+
+
+def rmsnorm_cpu(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """rmsnorm_reference for CPUs in few passes over memory, which take half as long."""
+    check_rows(x, weight=weight)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y, weight = x.to(wide), None if weight is None else weight.to(wide)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _OnCPU.apply(y, weight, eps).to(x.dtype)
-    return F.rms_norm(y, x.shape[-1:], weight, eps).to(x.dtype)
+    if torch.compiler.is_compiling():
+        return rmsnorm_reference(x, weight, eps)  # its compiler fuses the passes
+    return _OnCPU.apply(x.to(wide), None if weight is None else weight.to(wide), eps).to(x.dtype)
 
 
 class _OnCPU(torch.autograd.Function):
@@ -53,12 +59,17 @@ class _OnCPU(torch.autograd.Function):
     differentiable, since backward forms rstd anew.
     """
 
+    generate_vmap_rule = True  # torch.func reaches through it
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         y = x * _rstd(x, eps)
         return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -74,7 +85,12 @@ class _OnCPU(torch.autograd.Function):
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, which stays with length 1."""
-    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+    N = x.shape[-1]
+    if N <= 8192:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / N
+    else:  # longer rows lose digits in vector_norm, which adds one after another: 2e-5 at a million
+        mean = x.square().mean(-1, keepdim=True)
+    return torch.rsqrt(mean + eps)
 
 
 def add_rmsnorm_reference(
@@ -86,10 +102,13 @@ def add_rmsnorm_reference(
     return rmsnorm_reference(h, weight, eps), h
 
 
-def _check(x: Tensor, weight: Tensor | None) -> None:
-    check_rows(x)
-    if weight is not None:
-        check_row("weight", weight, x)
+def add_rmsnorm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """add_rmsnorm_reference for CPUs."""
+    check_residual(x, residual)
+    h = x + residual
+    return rmsnorm_cpu(h, weight, eps), h
 
 
 @jit
@@ -139,16 +158,19 @@ def rmsnorm_fwd_kernel_long(
 
 @jit
 def rmsnorm_bwd_kernel(
-    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, dy_stride_m, dh_stride_m, x_stride_m, M, N,
-    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride_m, dh_stride_m, x_stride_m, M, N,
+    ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight."""
+    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight.
+
+    Triton pipelines loads that feed no matrix product only in a loop that asks for it.
+    """
     p = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)[None, :]
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((1, BLOCK_N), tl.float32)
-    for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+    for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         m = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
         mask = (m < M) & (n < N)
         rstd = tl.load(rstd_ptr + m, m < M, other=0.0)
@@ -163,7 +185,7 @@ def rmsnorm_bwd_kernel(
             dx += tl.load(dh_ptr + m * dh_stride_m + n, mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), mask)
     if HAS_WEIGHT:
-        tl.store(dweight_ptr + p.to(tl.int64) * N + n, dweight, n < N)
+        tl.store(partial_ptr + p.to(tl.int64) * N + n, dweight, n < N)
 
 
 @jit
@@ -197,7 +219,7 @@ def rmsnorm_bwd_kernel_input(
 
 @jit
 def rmsnorm_bwd_kernel_weight(
-    dy_ptr, x_ptr, rstd_ptr, dweight_ptr, dy_stride_m, x_stride_m, M, N, BLOCK_N: tl.constexpr
+    dy_ptr, x_ptr, rstd_ptr, partial_ptr, dy_stride_m, x_stride_m, M, N, BLOCK_N: tl.constexpr
 ):
     """One program sums a block of columns over every num_programs(0)-th row: a piece of one partial row."""
     p = tl.program_id(0)
@@ -207,65 +229,69 @@ def rmsnorm_bwd_kernel_weight(
         m = row.to(tl.int64)
         x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
         dweight += tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32) * x * tl.load(rstd_ptr + m)
-    tl.store(dweight_ptr + p.to(tl.int64) * N + n, dweight, n < N)
+    tl.store(partial_ptr + p.to(tl.int64) * N + n, dweight, n < N)
 
 
-# From registers and spills of the compiled code (results/aot.json): forward at 512 columns to a warp spills 8 B on
-# sm_80, where ptxas aims for 32 registers. No row here has been timed on a GPU yet.
-TILES = {
-    "forward": RowTiles(whole=32768, per_warp=1024, long=RowTile(1, 8192, 32, long=True)),
-    "backward": RowTiles(whole=8192, per_warp=256, long=RowTile(1, 4096, 8, long=True)),
+# By compute capability: at 512 columns to a warp the code for sm_80, where ptxas aims for 32 registers, spills 8 B.
+# Forward, NVIDIA H200, 2026-11-26, 65536x768 in bf16: 50.8 us with 512 columns to a warp, 51.4 us with 1,024.
+TILES: dict[str, Any] = {
+    "forward": {
+        80: RowTiles(whole=32768, per_warp=1024, long=RowTile(1, 8192, 32, long=True)),
+        90: RowTiles(whole=32768, per_warp=512, long=RowTile(1, 8192, 32, long=True)),
+    },
+    "backward": NORM_BACKWARD,
 }
 
 
 def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows, add = as_rows(x), residual is not None
-    other = as_rows(residual) if residual is not None else rows
-    M, N = rows.shape
-    y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(M, dtype=torch.float32)
-    h = torch.empty_like(y) if add else y.new_empty(0)
+    """y, h (y again where there is no residual), rstd."""
+    N, add = x.shape[-1], residual is not None
+    M = x.numel() // N
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = torch.empty_like(y) if add else y
+    rstd = x.new_empty(M, dtype=torch.float32)
     if M:
-        block = TILES["forward"].choose(N)
+        rows, stride = rows_of(x, N)
+        other, other_stride = (rows, stride) if residual is None else rows_of(residual, N)
+        tile = TILES["forward"][90 if arch(x) >= 90 else 80].choose(N)
         pointers = rows, other, rows if weight is None else weight.contiguous(), y, h, rstd
-        strides = rows.stride(0), other.stride(0)
-        flags = dict(ADD=add, HAS_WEIGHT=weight is not None, BLOCK_N=block.block_n, num_warps=block.num_warps)
-        if block.long:
-            rmsnorm_fwd_kernel_long[(M,)](*pointers, *strides, N, eps, **flags)
+        flags = dict(ADD=add, HAS_WEIGHT=weight is not None, BLOCK_N=tile.block_n, num_warps=tile.num_warps)
+        if tile.long:
+            rmsnorm_fwd_kernel_long[(M,)](*pointers, stride, other_stride, N, eps, **flags)
         else:
-            grid = (triton.cdiv(M, block.block_m),)
-            rmsnorm_fwd_kernel[grid](*pointers, *strides, M, N, eps, **flags, BLOCK_M=block.block_m)
+            grid = (-(-M // tile.block_m),)
+            rmsnorm_fwd_kernel[grid](*pointers, stride, other_stride, M, N, eps, BLOCK_M=tile.block_m, **flags)
     return y, h, rstd
 
 
 def _differentiate(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows, dy, add, has_weight = as_rows(h), as_rows(dy), dh is not None, weight is not None
-    other = as_rows(dh) if dh is not None else dy
-    M, N = rows.shape
+    N, add, has_weight = h.shape[-1], dh is not None, weight is not None
+    M = h.numel() // N
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dweight = torch.empty(N if has_weight else 0, dtype=h.dtype if weight is None else weight.dtype, device=h.device)
+    dweight = h.new_empty(0) if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
     if M == 0:
         return dx, dweight.zero_()
-    block = TILES["backward"].choose(N)
-    programs = block.programs(M, multiprocessors(h))
-    partial = torch.empty((programs, N) if has_weight else (0, N), dtype=torch.float32, device=h.device)
-    strides = dy.stride(0), other.stride(0), rows.stride(0)
+    (rows, stride), (dy, dy_stride) = rows_of(h, N), rows_of(dy, N)
+    other, other_stride = (dy, dy_stride) if dh is None else rows_of(dh, N)
     scale = rows if weight is None else weight.contiguous()
-    size = dict(BLOCK_N=block.block_n, num_warps=block.num_warps)
-    if block.long:
+    tile = loop_tile(TILES["backward"], N, h.itemsize, arch(h))
+    programs, size = tile.programs(M, multiprocessors(h)), dict(BLOCK_N=tile.block_n, num_warps=tile.num_warps)
+    partial = h.new_empty((1, programs, N), dtype=torch.float32) if has_weight else rstd
+    if N <= tile.block_n:
+        rmsnorm_bwd_kernel[(programs,)](
+            dy, other, rows, scale, rstd, dx, partial, dy_stride, other_stride, stride, M, N,
+            ADD=add, HAS_WEIGHT=has_weight, BLOCK_M=tile.block_m, STAGES=tile.num_stages, **size,
+        )  # fmt: skip
+    else:
         rmsnorm_bwd_kernel_input[(M,)](
-            dy, other, rows, scale, rstd, dx, *strides, N, ADD=add, HAS_WEIGHT=has_weight, **size
+            dy, other, rows, scale, rstd, dx, dy_stride, other_stride, stride, N, ADD=add, HAS_WEIGHT=has_weight, **size
         )
         if has_weight:
-            rmsnorm_bwd_kernel_weight[(programs, triton.cdiv(N, block.block_n))](
-                dy, rows, rstd, partial, dy.stride(0), rows.stride(0), M, N, **size
+            rmsnorm_bwd_kernel_weight[(programs, -(-N // tile.block_n))](
+                dy, rows, rstd, partial, dy_stride, stride, M, N, **size
             )
-    else:
-        rmsnorm_bwd_kernel[(programs,)](
-            dy, other, rows, scale, rstd, dx, partial, *strides, M, N,
-            ADD=add, HAS_WEIGHT=has_weight, BLOCK_M=block.block_m, **size,
-        )  # fmt: skip
     if has_weight:
         sum_partial_rows(partial, dweight)
     return dx, dweight
@@ -298,7 +324,7 @@ _add_rmsnorm = differentiable(
 
 def rmsnorm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """rmsnorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
-    _check(x, weight)
+    check_rows(x, weight=weight)
     require_kernel_dtype("x", x)
     return _rmsnorm(x, weight, eps)
 
@@ -308,7 +334,7 @@ def add_rmsnorm_triton(
 ) -> tuple[Tensor, Tensor]:
     """add_rmsnorm_reference in one pass over memory: reads x and residual, writes y and h. Deterministic."""
     check_residual(x, residual)
-    _check(x, weight)
+    check_rows(x, weight=weight)
     require_kernel_dtype("x", x)
     return _add_rmsnorm(x, residual, weight, eps)
 
@@ -346,6 +372,7 @@ def add_cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cos
 RMSNORM = Op(
     name="rmsnorm",
     reference=rmsnorm_reference,
+    cpu=rmsnorm_cpu,
     triton=rmsnorm_triton,
     inputs=inputs,
     parity=(
@@ -365,6 +392,7 @@ ADD_RMSNORM = dataclasses.replace(
     RMSNORM,
     name="add_rmsnorm",
     reference=add_rmsnorm_reference,
+    cpu=add_rmsnorm_cpu,
     triton=add_rmsnorm_triton,
     inputs=add_inputs,
     parity=(

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl, triton
-from .op import Cost, Op, differentiable, require
+from ._triton import jit, tl
+from .op import Cost, Op, differentiable
+from .prims import require_kernel_dtype
 
 
 def rotary_reference(
@@ -40,37 +41,63 @@ def rotary_reference(
     Computes in at least fp32. With `qk_norm` every head vector has unit root mean square (no weight) before `scale`.
     """
     _check(q, k, cos, sin)
-
     wide = torch.promote_types(q.dtype, torch.float32)
-    c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale  # (T, 1, D/2): over batch and heads
+    c, s = cos.to(wide)[:, None, :], sin.to(wide)[:, None, :]  # (T, 1, D/2): over batch and heads
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = _pairs(_normalized(x.to(wide), eps) if qk_norm else x.to(wide), interleaved)
+        return (scale * _joined(a * c - b * s, b * c + a * s, interleaved)).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def rotary_cpu(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    qk_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """rotary_reference for CPUs in few passes over memory, forward and backward. Tables learn through the reference."""
+    _check(q, k, cos, sin)
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if learned or torch.compiler.is_compiling():  # a compiler fuses the passes of the reference
+        return rotary_reference(q, k, cos, sin, qk_norm=qk_norm, eps=eps, scale=scale, interleaved=interleaved)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale
     c, s = _joined(c, c, interleaved), _joined(-s, s, interleaved)
-    flags = eps if qk_norm else None, interleaved
-    learned = torch.is_grad_enabled() and (c.requires_grad or s.requires_grad)
-    if q.device.type == "cpu" and not learned and not torch.compiler.is_compiling():
-        rotated = _OnCPU.apply(q.to(wide), k.to(wide), c, s, *flags)
-    else:
-        rotated = _formula(q.to(wide), c, s, *flags), _formula(k.to(wide), c, s, *flags)
-    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
+    found = _OnCPU.apply(q.to(wide), k.to(wide), c, s, eps if qk_norm else None, interleaved)
+    return found[0].to(q.dtype), found[1].to(k.dtype)
 
 
-def _formula(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool) -> Tensor:
+def _rotated(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool) -> Tensor:
     """x (B, T, H, D), normalized unless eps is None, times cos; and with its pairs exchanged times -sin and sin."""
     y = x if eps is None else _normalized(x, eps)
     return torch.addcmul(y * c, _exchanged(y, interleaved), s)
 
 
 class _OnCPU(torch.autograd.Function):
-    """The same with the gradient of the head of this page written out, in fewer passes over memory than torch's
-    takes. Twice differentiable, since backward forms the norm anew.
+    """The rotation of q and k with the gradient of the head of this page written out. Twice differentiable, since
+    backward forms the norm anew.
     """
+
+    generate_vmap_rule = True  # torch.func reaches through it
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool
+        q: Tensor, k: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, c, s)
+        return _rotated(q, c, s, eps, interleaved), _rotated(k, c, s, eps, interleaved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, eps, interleaved = inputs
+        ctx.save_for_backward(*tensors)
         ctx.flags = eps, interleaved
-        return _formula(q, c, s, eps, interleaved), _formula(k, c, s, eps, interleaved)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +105,7 @@ class _OnCPU(torch.autograd.Function):
         eps, interleaved = ctx.flags
 
         def back(dy: Tensor, x: Tensor) -> Tensor:
-            g = _formula(dy, c, -s, None, interleaved)  # by minus the angle
+            g = _rotated(dy, c, -s, None, interleaved)  # by minus the angle
             if eps is None:
                 return g
             rstd = _rstd(x, eps)
@@ -257,7 +284,7 @@ TILES = {"elements": 2048, "elements_per_warp": 512}
 
 def tile(D: int) -> tuple[int, int, int]:
     """Head vectors and pairs of a program's block, and its warps."""
-    block_d = triton.next_power_of_2(D // 2)
+    block_d = 1 << (int(D) // 2 - 1).bit_length()  # Triton's own arithmetic on the host takes 1.5 us a call
     block_m = max(1, TILES["elements"] // (2 * block_d))
     return block_m, block_d, max(1, min(8, 2 * block_m * block_d // TILES["elements_per_warp"]))
 
@@ -273,10 +300,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, cos, sin = _rows(q), _rows(k), cos.contiguous(), sin.contiguous()
     (B, T, H, D), G = q.shape, k.shape[2]
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
     if q.numel() + k.numel():
         block_m, block_d, num_warps = tile(D)
-        rotary_fwd_kernel[(triton.cdiv(T * H, block_m) + triton.cdiv(T * G, block_m), B)](
+        rotary_fwd_kernel[(-(-T * H // block_m) - (-T * G // block_m), B)](
             q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], T, H, G, D, eps, scale,
             QK_NORM=qk_norm, INTERLEAVED=interleaved, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=num_warps,
         )  # fmt: skip
@@ -290,10 +317,10 @@ def _backward(
     dq_out, dk_out, tables = _rows(dq_out), _rows(dk_out), (cos.contiguous(), sin.contiguous())
     x_q, x_k = _rows(dq_out if q is None else q), _rows(dk_out if k is None else k)
     (B, T, H, D), G = dq_out.shape, dk_out.shape[2]
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq_out, dk_out))
+    dq, dk = (x.new_empty(x.shape) for x in (dq_out, dk_out))
     if dq.numel() + dk.numel():
         block_m, block_d, num_warps = tile(D)
-        rotary_bwd_kernel[(triton.cdiv(T * H, block_m) + triton.cdiv(T * G, block_m), B)](
+        rotary_bwd_kernel[(-(-T * H // block_m) - (-T * G // block_m), B)](
             dq_out, dk_out, x_q, x_k, *tables, dq, dk, *dq_out.stride()[:3], *dk_out.stride()[:3],
             *x_q.stride()[:3], *x_k.stride()[:3], T, H, G, D, eps, scale,
             QK_NORM=qk_norm, INTERLEAVED=interleaved, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=num_warps,
@@ -343,7 +370,7 @@ def rotary_triton(
     Slices of a fused projection are read where they lie; the results are contiguous. Deterministic.
     """
     _check(q, k, cos, sin)
-    require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
+    require_kernel_dtype("q", q)
     learned = cos.requires_grad or sin.requires_grad
     return _rotary(q, k, cos, sin, qk_norm, eps, scale, interleaved, learned)
 
@@ -365,6 +392,7 @@ def cost(B: int, T: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost
 ROTARY = Op(
     name="rotary",
     reference=rotary_reference,
+    cpu=rotary_cpu,
     triton=rotary_triton,
     inputs=inputs,
     parity=(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import OPS
+from . import OPS, _command
 from .aot import CHIPS
 from .interpret import Guard, interpreting
 from .op import Cost, Op
@@ -202,4 +202,4 @@ def write_report(found: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command.run(main))

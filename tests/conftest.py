@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-FUZZ_EXAMPLES = 300
+FUZZ_EXAMPLES = 100
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -38,7 +38,7 @@ def run(
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     if cotangents is None:
         generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     wanted = leaves(arguments)
     pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     found, seeds = ([pair[i] for pair in pairs] for i in range(2))
@@ -87,12 +87,12 @@ def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 32) -> list[tupl
 
         def jitter(a: Any, g: torch.Generator = generator) -> Any:
             is_float = isinstance(a, Tensor) and a.is_floating_point()
-            return a * (1 + 0.01 * torch.randn(a.shape, generator=g)).to(a.dtype) if is_float else a
+            return a * (1 + 0.01 * torch.randn(a.shape, generator=g)).to(a) if is_float else a
 
         near = [jitter(a) for a in arguments]
         shapes = op.reference(*near)
         outputs = list(shapes) if isinstance(shapes, tuple) else [shapes]
-        cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+        cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
         same, truth = run(op.reference, near, cotangents), run(op.reference, doubled(near), cotangents)
         norms.append([t.norm().item() for t in truth])
         errors.append([relative_error(s, t) for s, t in zip(same, truth, strict=True)])

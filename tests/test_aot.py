@@ -39,14 +39,40 @@ def test_the_report_says_what_the_compiler_says(name):
 @pytest.mark.parametrize("arch", list(aot.CHIPS))
 @pytest.mark.parametrize("name", WITH_KERNEL)
 def test_recorded_launches_cover_forward_and_backward(name, arch):
-    """An op launches something in its forward pass, and at its bench sizes every backward kernel of its own page."""
-    op = OPS[name]
-    found = {launch.kernel.__name__ for dims in op.bench for launch in aot.launches(op, dict(dims), arch)}
-    home = ".".join(op.reference.__module__.split(".")[:2])
+    """An op launches something in its forward pass; the ops of a page, at bench sizes, all its backward kernels."""
+
+    def home_of(op):
+        return ".".join(op.reference.__module__.split(".")[:2])
+
+    home = home_of(OPS[name])
+    cases = [(op, dict(dims)) for op in OPS.values() if home_of(op) == home for dims in op.bench]
+    found = {launch.kernel.__name__ for op, dims in cases for launch in aot.launches(op, dims, arch)}
     pages = [vars(page) for path, page in sys.modules.items() if f"{path}.".startswith(f"{home}.")]
     backward = {key for page in pages for key, value in page.items() if isinstance(value, jit) and "_bwd_kernel" in key}
     assert any("_bwd_" not in kernel for kernel in found)
     assert backward <= found
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_the_compiler_can_read_every_parity_case(name):
+    """Also where every size, stride and count is 1, and so a Python integer; `make aot` compiles them whole."""
+    assert aot.parity_failures([name], aot.read_launch) == []
+
+
+@jit
+def _striding_kernel(x_ptr, out_ptr, x_stride, N, BLOCK: tl.constexpr):
+    """One program takes each x_stride-th element, with an offset in int64: an integer of Python has no `to`."""
+    n = tl.arange(0, BLOCK)
+    tl.store(out_ptr + n, tl.load(x_ptr + n * x_stride.to(tl.int64), n < N))
+
+
+def test_a_scalar_of_one_that_is_taken_for_a_tensor_is_found():
+    x = torch.empty(8, device="meta")
+    launch = aot.Launch(_striding_kernel, (x, x, 3, 8), dict(BLOCK=8))
+    aot.read_launch(launch, 90)
+    assert aot.of_ones(launch).args[2:] == (1, 1)
+    with pytest.raises(aot.triton.CompilationError, match="has no attribute 'to'"):
+        aot.read_launch(aot.of_ones(launch), 90)
 
 
 CLEAN = aot.Code(

@@ -39,7 +39,7 @@ def tiny_presets(monkeypatch):
 def test_every_variant_of_a_cpu_learns_and_gives_the_loss_of_its_weights():
     chosen = makers(TINY, CPU, "no", rungs=False, full=False, quick=False)
     rows = rows_of(chosen, mfu.Peak.given(1.0))
-    assert "reference eager float32" in rows and "plain eager float32" in rows
+    assert "eager float32" in rows and "plain eager float32" in rows
     assert ("transformers eager float32" in rows) == (importlib.util.find_spec("transformers") is not None)
     for row in rows.values():
         assert row["valid"], row["invalid_reason"]
@@ -50,7 +50,7 @@ def test_every_variant_of_a_cpu_learns_and_gives_the_loss_of_its_weights():
 
 
 def test_without_a_peak_nothing_is_said_about_mfu():
-    row = rows_of(makers(MODERN, CPU, "no", False, False, False)[:1])["reference eager float32"]
+    row = rows_of(makers(MODERN, CPU, "no", False, False, False)[:1])["eager float32"]
     assert row["mfu"] is row["mfu_palm"] is row["hfu"] is row["peak_kind"] is row["peak_flops"] is None
 
 
@@ -100,7 +100,7 @@ def test_a_model_that_does_not_do_its_work_is_invalid(cheat, reason):
 
 
 def test_a_figure_above_the_peak_is_invalid():
-    row = rows_of(makers(TINY, CPU, "no", False, False, False)[:1], mfu.Peak.given(1e-9))["reference eager float32"]
+    row = rows_of(makers(TINY, CPU, "no", False, False, False)[:1], mfu.Peak.given(1e-9))["eager float32"]
     assert not row["valid"] and row["invalid_reason"].startswith("mfu ")
 
 
@@ -116,7 +116,7 @@ def test_a_peer_that_cannot_train_is_named_and_left_out_and_ours_is_not(tmp_path
     honest = makers(TINY, CPU, "no", False, False, False)[0]
     peer = Maker("peer", torch.float32, lambda dtype: Broken(), Broken, ours=False)
     with Log(tmp_path, console=False) as log:
-        assert list(rows_of([honest, peer], log=log)) == ["reference eager float32"]
+        assert list(rows_of([honest, peer], log=log)) == ["eager float32"]
     assert "peer cannot train here: RuntimeError: no such backend" in read(tmp_path / "log.jsonl")[0]["text"]
     with pytest.raises(RuntimeError, match="no such backend"):
         rows_of([honest, dataclasses.replace(peer, ours=True)])

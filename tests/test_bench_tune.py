@@ -14,19 +14,21 @@ from bench.timing import Settings, Verdict, summarize
 from bench.tune import Trial, climb, direction_of, distinct, entries, main, neighbours, read_dims, short
 from gptfast.cli import UserError
 from gptfast.log import Log, facts
+from kernels.cross_entropy.rows import TILES as CROSS_ENTROPY_TILES
 from kernels.layernorm import TILES
-from kernels.prims import CROSS_ENTROPY_TILES, RowTile
+from kernels.prims import RowTile
 
 pytestmark = pytest.mark.triton
 
 LAYERNORM = kernels.OPS["layernorm"]
-SMALL = dict(M=64, N=768)
+SMALL = dict(M=64, N=4096)
 FORWARD = next(entry for entry in entries(LAYERNORM) if str(entry) == "layernorm.forward")
 START = FORWARD.value.per_warp
 
 
 def test_entries_are_the_leaves_of_a_page_or_of_its_package():
-    assert [str(entry) for entry in entries(LAYERNORM)] == ["layernorm.forward", "layernorm.backward"]
+    backward = [f"layernorm.backward.{length}" for length in TILES["backward"]]
+    assert [str(entry) for entry in entries(LAYERNORM)] == ["layernorm.forward", *backward]
     found = [str(entry) for entry in entries(kernels.OPS["attention"])]
     assert "forward.90.128" in found and "backward.dq.80.64" in found
     for name in ("cross_entropy", "linear_cross_entropy"):
@@ -56,7 +58,7 @@ def test_neighbours_are_one_step_away():
 def test_only_what_changes_the_launches_is_tried():
     found = distinct(LAYERNORM, SMALL, 80, torch.bfloat16, FORWARD)
     assert {value.per_warp for value in found} == {FORWARD.value.per_warp // 2, FORWARD.value.per_warp * 2}
-    assert {value.long for value in found} == {FORWARD.value.long}  # no row of 768 is long
+    assert {value.long for value in found} == {FORWARD.value.long}  # no row of 4096 is long
     assert tune.changed_kernels(LAYERNORM, SMALL, 80, torch.bfloat16, FORWARD) == ["layernorm_fwd_kernel"]
 
 
@@ -138,7 +140,7 @@ def test_the_line_to_commit_names_gpu_date_and_command():
     common = {"hardware": {"name": "NVIDIA Test"}, "command": "python -m bench tune layernorm"}
     line = tune.line_to_commit(FORWARD, FORWARD.value, case, common)
     assert line.startswith("kernels.layernorm: TILES['forward'] = RowTiles(whole=")
-    assert "# NVIDIA Test, 20" in line and "forward bfloat16 M=64 N=768: `python -m bench tune layernorm`" in line
+    assert "# NVIDIA Test, 20" in line and "forward bfloat16 M=64 N=4096: `python -m bench tune layernorm`" in line
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
@@ -146,12 +148,12 @@ def test_the_line_to_commit_names_the_table_that_two_pages_share(name):
     case = Case(kernels.OPS[name], kernels.OPS[name].bench[0], "bfloat16", "forward", torch.device("cpu"))
     (rows,) = entries(kernels.OPS[name])
     line = tune.line_to_commit(rows, rows.value, case, {"hardware": {"name": "a GPU"}, "command": "tune"})
-    assert line.startswith("kernels.prims: CROSS_ENTROPY_TILES['rows'] = RowTiles(")
+    assert line.startswith("kernels.cross_entropy.rows: TILES['rows'] = RowTiles(")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_the_gates_are_shown_and_no_speed_is_claimed(capsys):
-    assert main(["layernorm", "--entry=layernorm.forward", "--dims=M=64,N=768", "--arch=80"]) == 0
+    assert main(["layernorm", "--entry=layernorm.forward", "--dims=M=64,N=4096", "--arch=80"]) == 0
     said = capsys.readouterr().out
     assert said.count("sm_80 layernorm.forward RowTiles(") == 1 + len(
         distinct(LAYERNORM, SMALL, 80, torch.bfloat16, FORWARD)

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, check_parity
+from mutants import mutated
+from oracle import DTYPES, check_parity, relative_error
 
 import kernels
-from kernels.interpret import interpreting
-from kernels.prims import Criterion, cross_entropy_rows
+from kernels import cross_entropy as page
+from kernels.cross_entropy import rows
+from kernels.cross_entropy.rows import Criterion, cross_entropy_rows
+from kernels.interpret import OutOfBounds, Race, interpreting
 
 OP = kernels.OPS["cross_entropy"]
 kernel = kernels.load("reference", cross_entropy="interpret").cross_entropy
@@ -204,7 +207,7 @@ def test_nothing_waits_for_the_device():
     from kernels.aot import launches
 
     names = [launch.kernel.__name__ for launch in launches(OP, dict(M=64, V=50304), 90)]
-    assert names == ["cross_entropy_rows_kernel", "cross_entropy_bwd_kernel"]
+    assert names == ["cross_entropy_rows_kernel_hopper", "cross_entropy_bwd_kernel"]
 
 
 def test_ignored_targets_inside_a_compiled_model():
@@ -268,3 +271,59 @@ def test_wrong_arguments_are_named(function, options, message):
     arguments = dict(logits=torch.randn(5, 9), targets=torch.zeros(5, dtype=torch.int64)) | options
     with pytest.raises(ValueError, match=message):
         function(**arguments)
+
+
+# ---- mutants: faults of the kernels that both losses share, and of the backward pass
+
+MUTANTS = {
+    "ignored rows count": (rows, "tl.where(kept, loss, 0.0)", "loss"),
+    "target outside the vocabulary unseen": (rows, "chosen = tl.where(known, chosen, float(\"nan\"))", "chosen += 0.0"),
+    "padding counts": (rows, "return tl.where(real, s, float(\"-inf\"))", "return tl.where(real, s, 0.0)"),
+    "padding gets a gradient": (
+        rows, "tl.where(kept & (v < V), dz, 0.0)\n                tl.store", "dz\n                tl.store"),
+    "maximum never raised": (rows, "larger = tl.maximum(maximum, tl.max(s, axis=1)[:, None])", "larger = maximum"),
+    "old sum not rescaled": (rows, "denominator * tl.exp(maximum - shift)", "denominator"),
+    "smoothing by padded length": (rows, "tl.sum(total, axis=1)[:, None] / V", "tl.sum(total, axis=1)[:, None] / N"),
+    "smoothing lost in the gradient": (rows, "label_smoothing * (hit - 1.0 / V)", "0.0 * (hit - 1.0 / V)"),
+    "z-loss lost in the gradient": (rows, "2.0 * z_loss", "0.0 * z_loss"),
+    "cap's derivative lost": (rows, "ds *= 1.0 - (s / softcap)", "ds *= 1.0 - 0.0 * (s / softcap)"),
+    "a block left out on the way back": (rows, "last = (tl.cdiv(N, BLOCK_N) - 1)", "last = (tl.cdiv(N, BLOCK_N) - 2)"),
+    "backward: ignored rows pulled": (page, "tl.where(kept & (v < V), dz, 0.0)", "tl.where(v < V, dz, 0.0)"),
+    "backward: scale of the first row": (page, "scale_ptr + m * scale_stride_m", "scale_ptr + 0 * m"),
+    "backward: rows taken as contiguous": (page, "logits_ptr + m * logits_stride_m", "logits_ptr + m * N"),
+}  # fmt: skip
+
+
+def check_every_part(launch, module):
+    """In place with all options, and forward then backward: few rows, with padding and apart in memory."""
+    criterion = Criterion(3, 0.9, 0.1, 15.0, 70)
+    for N, extra in ((80, 8), (8209, 0)):
+        criterion = criterion._replace(vocab_size=N - 10)
+        wide = (torch.randn(5, N + extra) * 4).requires_grad_()
+        targets, scale = torch.tensor([0, 3, N - 11, 7, 40]), torch.rand(5) + 0.5
+        options = dict(reduction="none", **criterion._asdict())
+        leaf = wide.detach()[:, :N].double().requires_grad_()
+        expected = reference(leaf, targets, **options)
+        (gradient,) = torch.autograd.grad(expected, leaf, scale.double())
+        with interpreting():
+            logits = wide.detach().clone()[:, :N]
+            loss, *_ = launch(logits, targets, criterion, scale)
+            poisoned, *_ = launch(logits.clone(), torch.full((5,), N), criterion, None)
+            assert poisoned.isnan().all()
+            found = module.cross_entropy_triton(wide[:, :N], targets, **options)
+            (again,) = torch.autograd.grad(found, wide, scale)
+        for f, t in ((loss, expected), (logits, gradient), (again[:, :N], gradient)):
+            assert relative_error(f.detach(), t.detach()) < 4 * torch.finfo(f.dtype).eps
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
+    module, old, new = MUTANTS[mistake]
+    mutant = mutated(module, old, new, tmp_path, monkeypatch)
+    launch = mutant.cross_entropy_rows
+    with pytest.raises((AssertionError, OutOfBounds, Race)):
+        check_every_part(launch, mutant if module is page else page)
+
+
+def test_the_kernels_as_they_are_pass_what_catches_mutants():
+    check_every_part(cross_entropy_rows, page)

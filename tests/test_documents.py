@@ -325,7 +325,7 @@ def test_a_folder_of_other_flags_is_refused(
         prepare_as(flags(jsonl, bpe_folder, tmp_path / "half", **changed))
     jsonl.write_text(jsonl.read_text() + '{"text": "more"}\n')
     with pytest.raises(UserError, match="of other documents"):
-        prepare_as(flags(jsonl, bpe_folder, tmp_path / "half"))
+        prepare_as(flags(jsonl, bpe_folder, tmp_path / "whole"))
 
 
 def test_max_tokens_stops_early(jsonl: Path, bpe_folder: str, whole: Path, tmp_path: Path) -> None:
@@ -368,8 +368,8 @@ def _split(tokens: list[int], bos: int | None) -> list[list[int]]:
         ('{"text": "one"}\n', {}, "1 documents, too few for train and val"),
         ('{"text": ""}\n' * 50, {}, "50 documents, too few"),
         ('{"text": "one"}\n', {"column": "body"}, "no column body; set --column to one of text"),
-        ('{"text": 5}\n', {}, "document 0 is no text but int"),
-        ('{"text": "one"}\n{"text": \n', {}, "stopped .*JSON"),
+        ('{"text": 5}\n', {}, r"a\.jsonl:1: text is no text but int; choose another --column, or mend"),
+        ('{"text": "one"}\n{"text": \n', {}, r"a\.jsonl:2: not JSON in UTF-8"),
         ('{"text": "one"}\n', {"val_fraction": 0.0}, "--val_fraction=0.0"),
         ('{"text": "one"}\n', {"shard_tokens": 0}, "--shard_tokens=0"),
         ('{"text": "one"}\n', {"processes": -1}, "--processes=-1"),

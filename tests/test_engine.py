@@ -27,7 +27,13 @@ MODERN = dataclasses.replace(
     GPT2, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, n_kv_head=1,
     token_shift=True, softcap=5.0,
 )  # fmt: skip
-ARCHITECTURES = {"gpt2": GPT2, "modern": MODERN, "shifted embedding": dataclasses.replace(MODERN, block_shift=False)}
+QWEN3 = dataclasses.replace(MODERN, qk_norm_weight=True, head_size=12, norm_eps=1e-2, token_shift=False)
+ARCHITECTURES = {
+    "gpt2": GPT2,
+    "modern": MODERN,
+    "qwen3": QWEN3,
+    "shifted embedding": dataclasses.replace(MODERN, block_shift=False),
+}
 SHORT = {name: dataclasses.replace(config, block_size=24) for name, config in ARCHITECTURES.items()}
 GREEDY = Sampling(max_tokens=30, temperature=0)
 PROMPTS = ([1, 2, 3], [5] * 10, [4], list(range(24)), list(range(25)), [1, 2, 3], [7, 8])  # of SHORT, 24 is the window

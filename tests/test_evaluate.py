@@ -17,7 +17,8 @@ from gptfast import checkpoint, cli, hf
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.model import GPT, IGNORED
-from gptfast.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer
+from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from gptfast.tokenizer_json import GPT2_PATTERN
 from train import evaluate
 from train.evaluate import Evaluate, Subject, measure
 from train.prepare import prepare
@@ -155,7 +156,7 @@ def test_a_model_that_is_not_ours_runs_through_transformers(
 def test_another_tokenizer_gives_the_same_ids_through_transformers(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     BYTES.save(tmp_path)
-    theirs = evaluate.TheirTokenizer(tmp_path)
+    theirs = evaluate.TheirTokenizer("theirs", tmp_path)
     text = "Grüße, <|bos|> 東京"
     assert theirs.bos == BYTES.bos and theirs.encode(text) == BYTES.encode(text) and theirs.decode([71, 114]) == "Gr"
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 TOP_LEVEL = {
     *MAY_IMPORT, "results", ".ci", ".gitignore", "Makefile", "pyproject.toml", "constraints.txt",
-    "README.md", "LICENSE", "SECURITY.md", "CHANGELOG.md",
+    "README.md", "DESIGN.md", "AGENTS.md", "docs", "LICENSE", "SECURITY.md", "CHANGELOG.md",
 }  # fmt: skip
 NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "interpret", "emulate", "aot", "traffic"}
 OP_MAY_IMPORT = {"_triton", "op", "prims"}

@@ -18,7 +18,8 @@ from gptfast.config import PRESETS, GPTConfig
 from gptfast.hf import __main__ as command
 from gptfast.hf import gguf as gguf_file
 from gptfast.model import GPT
-from gptfast.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
+from gptfast.tokenizer import BPETokenizer, CharTokenizer
+from gptfast.tokenizer_json import GPT2_PATTERN
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,6 +41,9 @@ OURS = {
     ),
     "llama with ReLU² and no norm weight": dataclasses.replace(LLAMA, activation="relu2", norm_weight=False),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
+    "qwen3 with weights, size of heads and eps": dataclasses.replace(
+        LLAMA, qk_norm=True, qk_norm_weight=True, head_size=24, norm_eps=1e-2
+    ),
     "modern": dataclasses.replace(PRESETS["modern"], **{
         field: getattr(GPT2, field) for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
     }),
@@ -55,6 +59,12 @@ THEIRS: dict[str, Any] = {
                             rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
     "llama tied with biases": ("Llama", dict(**SIZES, intermediate_size=96, num_key_value_heads=4, attention_bias=True,
                                              mlp_bias=True, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(**SIZES, intermediate_size=96, num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-2,
+                            rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "llama with heads of its own size": ("Llama", dict(**SIZES, intermediate_size=96, num_key_value_heads=2,
+                                                       head_dim=24)),
+    "nanochat, another eps": ("NanoChat", dict(**SIZES, intermediate_size=256, num_key_value_heads=2,
+                                               rms_norm_eps=1e-2)),
     "nanochat": ("NanoChat", dict(**SIZES, intermediate_size=256, num_key_value_heads=2)),
 }  # fmt: skip
 theirs = pytest.mark.parametrize(("kind", "settings"), THEIRS.values(), ids=THEIRS.keys())
@@ -134,8 +144,8 @@ REFUSED = [
     ({"model_type": "mamba"}, "model_type 'mamba'; gptfast reads gpt2, llama"),
     ({"hidden_size": None}, "lacks hidden_size"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scales its rotary positions (llama3)"),
-    ({"head_dim": 32}, "head_dim=32; gptfast has only head_dim=16"),
-    ({"attention_bias": True}, "mlp_bias=False; gptfast has only mlp_bias=True"),
+    ({"head_dim": 32}, "size mismatch"),
+    ({"attention_bias": True}, "attention_bias=True and mlp_bias=False; gptfast has biases in all"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu; gptfast has silu, relu"),
     ({"hidden_act": "relu"}, "gated by ReLU"),
     ({"model_type": "qwen3"}, "lack model.layers.0.self_attn.q_norm.weight"),

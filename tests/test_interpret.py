@@ -137,6 +137,15 @@ def test_guard_passes_a_right_kernel():
     assert torch.equal(x, out)
 
 
+def test_tensors_of_another_device_are_refused():
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    x = torch.randn(100)
+    with interpreting(), pytest.raises(ValueError, match=r"_copy_kernel: .* CPU tensors, one is on cuda:0"):
+        _copy_kernel[(2,)](x, x.as_subclass(OnGPU), 100, OVER=0, BLOCK_N=64)
+
+
 def test_guard_sees_one_element_too_many():
     x, out = torch.randn(101)[:100], torch.empty(100)  # the storage is long enough: the view is not
     with (

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from oracle import check_parity, relative_error, run
 
 import kernels
+from kernels import aot
 from kernels.layernorm import LAYERNORM, TILES, layernorm_reference, layernorm_triton
+from kernels.prims import loop_tile
 
 interpreted = kernels.load("reference", layernorm="interpret").layernorm
 
@@ -33,6 +35,14 @@ def test_a_row_far_from_zero_keeps_its_variance():
     weight = torch.ones(300)
     truth = layernorm_reference(x.double(), weight.double())
     assert relative_error(interpreted(x, weight), truth) < 1e-3
+
+
+def test_the_reference_keeps_a_variance_that_rounding_the_mean_would_swamp():
+    """Mean 4e4 and steps of 1/256, the last that fp32 tells apart there: the mean is off by as much as the spread."""
+    x = 4e4 + torch.randint(-1, 2, (4, 768)) / 256
+    weight = torch.ones(768)
+    truth = layernorm_reference(x.double(), weight.double())
+    assert relative_error(layernorm_reference(x, weight), truth) < 1e-6
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
@@ -70,6 +80,8 @@ def test_rows_beyond_two_to_the_31(tmp_path):
     (torch.randn(3, 8), torch.ones(8, device="meta"), None, "weight: on meta, but x is on cpu"),
     (torch.randn(()), torch.ones(1), None, r"x: expected \(..., N\) with N >= 1"),
     (torch.randn(3, 0), torch.ones(0), None, r"x: expected \(..., N\) with N >= 1"),
+    (torch.randn(3, 8), None, None, r"weight: expected a tensor \(N,\), got None"),
+    (torch.randn(3, 8), 1.0, None, r"weight: expected a tensor \(N,\), got 1.0"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_named(function, x, weight, bias, message):
     with pytest.raises(ValueError, match=message):
@@ -81,9 +93,29 @@ def test_the_kernel_refuses_fp64():
         layernorm_triton(torch.randn(2, 4, dtype=torch.float64), torch.ones(4))
 
 
-@pytest.mark.parametrize("direction", list(TILES))
-@pytest.mark.parametrize("N", [1, 2, 31, 64, 768, 1024, 1600, 4096, 8192, 16384, 65536])
-def test_a_tile_covers_the_row_or_walks_it(direction, N):
-    block = TILES[direction].choose(N)
+LENGTHS = pytest.mark.parametrize("N", [1, 2, 31, 64, 768, 1024, 1600, 4096, 8192, 8193, 16384, 65536])
+
+
+@LENGTHS
+def test_a_forward_tile_covers_the_row_or_walks_it(N):
+    block = TILES["forward"].choose(N)
     assert block.long or block.block_n >= N
     assert block.block_m * block.block_n <= 32768 and 1 <= block.num_warps <= 32
+
+
+@LENGTHS
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("arch", [0, 80, 90])
+def test_a_backward_tile_is_in_registers_and_its_operands_in_shared_memory(N, itemsize, arch):
+    tile = loop_tile(TILES["backward"], N, itemsize, arch)
+    elements = tile.block_m * tile.block_n
+    assert (tile.block_n >= N) == (N <= 8192) and tile.block_m <= 32
+    assert elements <= 8192 and elements / tile.num_warps / 32 <= 32
+    in_flight = 3 * (tile.num_stages - 1) * elements * itemsize * tile.per_multiprocessor
+    assert in_flight < (160 << 10 if arch < 90 else 224 << 10)
+
+
+def test_the_mean_is_a_rounded_quotient():
+    """The GPU's quick division misses x / 1 by an ulp, and a row of one element would not be its own mean."""
+    for launch in aot.launches(kernels.OPS["layernorm"], dict(M=5, N=1), 90, torch.float32)[:2]:
+        assert "div.rn" in aot.compile_launch(launch, 90).asm["ptx"], launch.kernel.__name__

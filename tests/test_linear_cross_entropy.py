@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutants import mutated
 from oracle import DTYPES, check_parity, doubled, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels._triton import launching, skip
+from kernels.cross_entropy import linear as page
+from kernels.interpret import interpreting
 
 OP = kernels.OPS["linear_cross_entropy"]
 kernel = kernels.load("reference", linear_cross_entropy="interpret").linear_cross_entropy
@@ -221,6 +226,30 @@ def test_compiled_model_with_ignored_targets(function, rows):
         torch.testing.assert_close(*results, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [5, 100], ids=["chunked", "whole"])
+def test_no_trace_on_a_gpu_meets_what_torch_2_11_cannot_trace(rows, monkeypatch):
+    """torch 2.11 raises for addmm with both out_dtype and out= on fake tensors, and only GPUs widen by out_dtype."""
+    addmm, widened = torch.addmm, []
+
+    def as_in_2_11(*args, **kwargs):
+        widened.append(kwargs.get("out_dtype") is not None and kwargs.get("out") is not None)
+        assert not widened[-1], "addmm(out_dtype=..., out=...) on a fake tensor"
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", as_in_2_11)
+    options = -100, 0.0, 0.0, None, 65, "mean", rows, True, True
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, targets = (torch.empty_like(a, device="cuda") for a in a_case(torch.float16))
+        with launching(skip):  # the shape function of the custom op
+            loss, dx, dweight, _ = page._kernel_forward(x, weight, targets, *options)
+            assert (loss.dtype, dx.shape, dweight.shape, dweight.dtype) == (
+                torch.float32, x.shape, weight.shape, torch.float32)  # fmt: skip
+            assert not widened, "a shape function makes no products"
+        task = page.chunked_task(weight, page.Criterion(*options[:5]), "mean", rows, True, True)
+        z = torch.empty(23, 65, dtype=torch.float16, device="cuda")
+        page._add_product(dweight, z, x, False, task.widens)  # as the reference sums chunk upon chunk
+
+
 def test_several_chunks_pass_opcheck():
     x, weight, targets = a_case(torch.float32)
     operator = torch.ops.gptfast.linear_cross_entropy.default
@@ -268,3 +297,29 @@ def test_wrong_arguments_are_named(function, wrong, message):
 def test_fp64_is_for_references():
     with pytest.raises(ValueError, match="x: expected fp32, fp16 or bf16"):
         kernel(*doubled(a_case(torch.float32)))
+
+
+MUTANTS = {
+    "dweight of the last chunk": ("_add_product(dweight, z, x_part, i == 0", "_add_product(dweight, z, x_part, True"),
+    "scale of the first chunk for all": ("scale.split(rows)[i]", "scale.split(rows)[0].expand(x_part.shape[0])"),
+    "dx of the first chunk alone": ("out=dx.split(rows)[i]", "out=dx[: len(z)]"),
+    "mean over ignored rows too": ("(targets != task.criterion.ignore_index).sum", "(targets == targets).sum"),
+    "cotangent forgotten": ("dloss / divisor)", "1 / divisor)"),
+    "padding multiplied too": ("padded.narrow(1, 0, V)", "padded.narrow(1, 1, V)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
+    mutant = mutated(page, *MUTANTS[mistake], tmp_path, monkeypatch).linear_cross_entropy_triton
+
+    def function(*args, **options):
+        with interpreting():
+            return mutant(*args, **options)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        for reduction in ("mean", "none"):
+            options = dict(reduction=reduction, label_smoothing=0.1)
+            op = replace(OP, reference=functools.partial(reference, **options))
+            run = functools.partial(function, **options, **chunked(9, torch.float32))
+            check_parity(op, run, a_case(torch.float32), reduction)

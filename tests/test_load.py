@@ -1,5 +1,8 @@
 """Which implementation runs is a value: chosen by name, printed with its reason, never changed in silence."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -21,10 +24,19 @@ def test_reference_is_the_reference():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: nothing is missing")
-def test_auto_without_a_gpu_is_the_reference_and_says_why():
+def test_auto_without_a_gpu_is_the_path_for_cpus_and_says_why():
     ops = kernels.load("auto")
-    assert ops.layernorm is OPS["layernorm"].reference
-    assert "layernorm" in repr(ops) and "no CUDA device" in repr(ops)
+    assert ops.layernorm is OPS["layernorm"].cpu and ops.chosen["layernorm"] == ("cpu", "no CUDA device")
+    assert ops.newton_schulz is OPS["newton_schulz"].reference
+    assert "no CUDA device; it has no other path for CPUs" in repr(ops)
+
+
+def test_the_path_for_cpus_is_the_reference_where_an_op_has_no_other():
+    ops = kernels.load("cpu", rotary="reference")
+    for name, op in OPS.items():
+        cpu = None if name == "rotary" else op.cpu
+        assert getattr(ops, name) is (cpu or op.reference)
+        assert ops.chosen[name][0] == ("cpu" if cpu else "reference")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: 'triton' can run")
@@ -41,6 +53,33 @@ def test_per_op_choice():
     assert ops.rmsnorm is OPS["rmsnorm"].reference
     x, weight = torch.randn(3, 8), torch.ones(8)
     torch.testing.assert_close(ops.layernorm(x, weight), OPS["layernorm"].reference(x, weight))
+
+
+@pytest.mark.parametrize("choice", ["reference", "cpu", "interpret"])
+def test_a_choice_can_be_pickled(choice):
+    ops = kernels.load(choice)
+    assert b"rmsnorm" in pickle.dumps(ops)
+    again = copy.copy(ops.rmsnorm)  # taken apart and rebuilt as a pickle is
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(again(x), OPS["rmsnorm"].reference(x))
+
+
+def test_the_paths_for_cpus_are_within_reach_of_torch_func():
+    """Per-example gradients, as torch.func takes them."""
+    x, weight = torch.randn(3, 4, 8), torch.rand(8)
+    cos, sin = torch.randn(2, 4, 4)
+    for ops in (kernels.load("cpu"), kernels.load("reference")):
+
+        def loss(weight, x, ops=ops):
+            y = ops.layernorm(ops.rmsnorm(x, weight), weight)
+            return (
+                ops.rotary(y[None, :, None], y[None, :, None], cos, sin, qk_norm=True)[0].square().sum(-1).log().sum()
+            )
+
+        found = torch.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+        each = [torch.autograd.grad(loss(w := weight.clone().requires_grad_(), row), w)[0] for row in x]
+        assert found.norm() > 0.1
+        torch.testing.assert_close(found, torch.stack(each))
 
 
 @pytest.mark.parametrize("arguments, choices, hint", [

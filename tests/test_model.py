@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -120,6 +122,25 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: GPTConfig) -> None:
     targets[:, ::3] = -1
     expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1)
     torch.testing.assert_close(model(tokens, targets), expected)
+
+
+def test_targets_of_another_shape_than_tokens_are_refused() -> None:
+    model, tokens = make(SMALL), tokens_of(SMALL)
+    for targets in (tokens.T, tokens.flatten(), tokens[:, 1:]):
+        with pytest.raises(ValueError, match=r"targets: expected the shape of tokens, \(\d+, \d+\), got"):
+            model(tokens, targets)
+
+
+def test_a_model_with_interpreted_ops_has_a_loss_on_the_meta_device_and_can_be_pickled() -> None:
+    tokens = tokens_of(MODERN)
+    with torch.device("meta"):
+        model = GPT(MODERN, kernels.load("interpret"))
+    loss = model(tokens.to("meta"), tokens.to("meta"))
+    loss.backward()
+    assert loss.device.type == "meta" and all(p.grad.shape == p.shape for p in model.parameters())
+    model = GPT(MODERN, kernels.load("interpret"))
+    assert b"wte" in pickle.dumps(model)
+    assert torch.equal(copy.deepcopy(model)(tokens, tokens), model(tokens, tokens))
 
 
 SHIFTED = dataclasses.replace(MODERN, token_shift=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from gptfast import checkpoint, cli
 from gptfast.model import GPT
-from gptfast.optim import Muon
+from gptfast.optim import Muon, set_learning_rate
 from kernels.newton_schulz import (
     POLAR_EXPRESS,
     QUINTIC,
@@ -24,7 +24,7 @@ from kernels.newton_schulz import (
     iterate,
     newton_schulz_reference,
 )
-from train import loop, pretrain
+from train import build, pretrain
 from train.config import Pretrain
 from train.prepare import prepare
 
@@ -205,7 +205,7 @@ def test_zero_gradient_moves_nothing_and_nan_moves_its_own_matrix_only(options, 
     assert params[2].isfinite().all() and not torch.equal(params[2], before[2])
 
 
-def in_numpy(w, grads, rows, lr, momentum, beta2, weight_decay, cautious, normalize):
+def in_numpy(w, grads, rows, lr, momentum, beta2, weight_decay, cautious, normalize, decay_by_shape):
     """Muon's formulas, a matrix at a time, in float64 numpy."""
     parts = []
     for matrix, *its_grads in zip(*(np.split(a, np.cumsum(rows)[:-1]) for a in (w, *grads)), strict=True):
@@ -219,15 +219,17 @@ def in_numpy(w, grads, rows, lr, momentum, beta2, weight_decay, cautious, normal
                 scaled = o / np.sqrt(square)
                 o = scaled * np.linalg.norm(o) / np.linalg.norm(scaled)
             decayed = np.where(matrix * o > 0, matrix, 0) if cautious else matrix
-            matrix = matrix - lr * weight_decay * decayed - lr * max(1, m / n) ** 0.5 * o
+            own_lr = lr * max(1, m / n) ** 0.5
+            matrix = matrix - (own_lr if decay_by_shape else lr) * weight_decay * decayed - own_lr * o
         parts.append(matrix)
     return np.concatenate(parts)
 
 
+@pytest.mark.parametrize("decay_by_shape", [False, True], ids=["KellerJordan's", "nanochat's"])
 @pytest.mark.parametrize("cautious", [False, True], ids=["plain decay", "cautious decay"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["muon", "normuon"])
 @pytest.mark.parametrize("rows, n", [([6], 4), ([4], 6), ([6, 3, 3], 5), ([5], 5)], ids=str)
-def test_steps_are_numpys(rows, n, normalize, cautious):
+def test_steps_are_numpys(rows, n, normalize, cautious, decay_by_shape):
     p = torch.nn.Parameter(torch.randn(sum(rows), n, dtype=torch.float64))
     grads = [torch.randn(p.shape, dtype=torch.float64) for _ in range(3)]
     settings = {
@@ -237,6 +239,7 @@ def test_steps_are_numpys(rows, n, normalize, cautious):
         "weight_decay": 0.5,
         "cautious": cautious,
         "normalize": normalize,
+        "decay_by_shape": decay_by_shape,
     }
     expected = in_numpy(p.detach().numpy(), [g.numpy() for g in grads], rows, **settings)
     optimizer = Muon([{"kind": "muon", "params": [p], "rows": [rows], **settings}], dtype=torch.float64)
@@ -360,9 +363,9 @@ def test_pretrain_schedules_every_group_alike():
     config = Pretrain(
         optimizer="muon", matrix_lr=0.03, learning_rate=1e-3, n_layer=1, n_head=2, n_embd=16, block_size=8
     )
-    model = GPT(pretrain.architecture_of(config, 11), kernels.load("reference"))
-    optimizer = pretrain.make_optimizer(config, model)
-    loop.set_learning_rate(optimizer, 0.5e-3)
+    model = GPT(build.architecture_of(config, 11), kernels.load("reference"))
+    optimizer = build.make_optimizer(config, model)
+    set_learning_rate(optimizer, 0.5e-3)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"matrices": 0.015, "embeddings": 0.5e-3, "scalars": 0.5e-3})
     assert optimizer.newton_schulz is newton_schulz_reference

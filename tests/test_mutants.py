@@ -30,13 +30,45 @@ MUTANTS = {
         "dweight of the last block only": ("dweight += tl.sum(dy * xhat, axis=0)[None, :]",
                                            "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
         "partial rows of dweight shared": (
-            "row = p.to(tl.int64) * N\n    tl.store(dweight_ptr + row + n, dweight, n < N)",
-                                           "row = 0\n    tl.store(dweight_ptr + row + n, dweight, n < N)"),
+            "row = p.to(tl.int64) * N\n    tl.store(partial_ptr + row + n, dweight, n < N)",
+            "row = 0\n    tl.store(partial_ptr + row + n, dweight, n < N)"),
+        "partial rows of dbias are those of dweight": ("row += tl.num_programs(0).to(tl.int64) * N", "row += 0"),
+        "rstd taken from the means": (
+            "rstd = tl.load(statistics_ptr + M + m, m < M", "rstd = tl.load(statistics_ptr + m, m < M"),
         "partial rows not summed": (
-            "sum_partial_rows(partial[0], dweight)", "sum_partial_rows(partial[0, :1], dweight)"),
+            "sum_partial_rows(partial, dweight", "sum_partial_rows(partial[:, :1].contiguous(), dweight"),
+        "dbias is dweight": ("dbias if has_bias else None)", "dweight if has_bias else None)"),
         "mean of g dropped from dx": ("dx = rstd * (g - mean_g - xhat * mean_gx)", "dx = rstd * (g - xhat * mean_gx)"),
         "bias not added": (
             "    if HAS_BIAS:\n        y += tl.load(bias_ptr", "    if not HAS_BIAS:\n        y += tl.load(bias_ptr"),
+    },
+    "rmsnorm": {
+        "mean over the padded row": ("tl.sum(x * x, axis=1)[:, None] / N", "tl.sum(x * x, axis=1)[:, None] / BLOCK_N"),
+        "weight not applied": ("y *= tl.load(weight_ptr + n", "y *= 1.0 + 0.0 * tl.load(weight_ptr + n"),
+        "gradient of the norm dropped": ("(g - xhat * (tl.sum(g * xhat, axis=1)[:, None] / N))", "g"),
+        "weight left out of g": ("            g = dy * weight\n", "            g = dy\n"),
+        "dweight of the last block only": ("dweight += tl.sum(dy * xhat, axis=0)[None, :]",
+                                           "dweight = tl.sum(dy * xhat, axis=0)[None, :]"),
+        "rows of dy as those of x": ("dy_ptr + m * dy_stride_m + n, mask", "dy_ptr + m * x_stride_m + n, mask"),
+        "rows walked by one": ("tl.num_programs(0) * BLOCK_M, num_stages", "tl.num_programs(0), num_stages"),
+        "partial rows not summed": (
+            "sum_partial_rows(partial, dweight", "sum_partial_rows(partial[:, :1].contiguous(), dweight"),
+    },
+    "activation": {
+        "bias not added": ("n, mask, _load_row(bias_ptr + n, n < N, HAS_BIAS))", "n, mask, 0.0)"),
+        "backward without the bias": ("a = _load_biased(h_ptr + m * h_stride_m + n, mask, bias)",
+                                      "a = _load_biased(h_ptr + m * h_stride_m + n, mask, 0.0)"),
+        "rows taken as contiguous": ("_load_biased(h_ptr + m * h_stride_m + n, mask, bias)",
+                                     "_load_biased(h_ptr + m * N + n, mask, bias)"),
+        "mask off by one": ("mask = (m < M) & (n < N)\n    a", "mask = (m < M) & (n <= N)\n    a"),
+        "density lost in gelu's slope": ("a * 0.39894228040143268", "0.0 * a * 0.39894228040143268"),
+        "cubic term lost in gelu_tanh's slope": ("+ 0.2140644488178 * a * a", "+ 0.071354816272600 * a * a"),
+        "half of relu2's slope": ("da = 2.0 * tl.where", "da = 1.0 * tl.where"),
+        "silu's own slope lost": ("dg = a * (s + g * ds)", "dg = a * s"),
+        "gate's bias not added": ("_load_row(gate_bias_ptr + n, n < N, HAS_GATE_BIAS))", "0.0)"),
+        "sums of the last block only": ("dbias += tl.where(m < M, dh, 0.0)", "dbias = tl.where(m < M, dh, 0.0)"),
+        "partial rows shared": ("row = p.to(tl.int64) * N + n", "row = n"),
+        "partial sums of both biases in one place": ("row += programs.to(tl.int64) * N", "row += 0"),
     },
     "newton_schulz": {
         "mirror image not written": ("    if row != column:\n", "    if row == column:\n"),
@@ -70,7 +102,7 @@ MUTANTS = {
         "few rows: only the last round of K": ("(acc[i * ROWS + r] + tl.sum(", "(0.0 * acc[i * ROWS + r] + tl.sum("),
         "few rows: sums in another order": (
             "tl.join(parts[i], parts[i + 2 ** (LEVELS - 1 - level)])", "tl.join(parts[2 * i], parts[2 * i + 1])"),
-        "few rows: x taken as contiguous": ("i * x_stride_m.to(tl.int64)", "i * K"),
+        "few rows: x taken as contiguous": ("tl.full((), i, tl.int64) * x_stride_m", "i * K"),
         "tiles: scale lost": ("y = acc * tl.load(scale_ptr + i", "y = acc + 0.0 * tl.load(scale_ptr + i"),
         "tiles: bias lost": ("y += tl.load(bias_ptr + i", "y += 0.0 * tl.load(bias_ptr + i"),
         "tiles: bias of the first tile for all": ("tl.load(bias_ptr + i + n", "tl.load(bias_ptr + n"),

@@ -7,12 +7,13 @@ import torch
 import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, check_parity, differentiated, doubled, layouts, leaves, run
+from oracle import DTYPES, check_parity, differentiated, doubled, layouts, leaves, relative_error, run
 from torch import Tensor
 
 import kernels
 
 OPS = [op for op in kernels.OPS.values() if op.triton is not None]
+WITH_CPU = [op for op in kernels.OPS.values() if op.cpu is not None]
 interpreted = kernels.load("interpret", **{o.name: "reference" for o in kernels.OPS.values() if o.triton is None})
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -34,6 +35,34 @@ def a_case(op, dtype=torch.float32):
 def test_parity(op, dims, dtype):
     torch.manual_seed(0)
     check_parity(op, kernel_of(op), op.inputs(**dims, dtype=dtype), str(dims))
+
+
+@each_dtype
+@pytest.mark.parametrize("op, dims", [pytest.param(op, d, id=f"{op.name}-{d}") for op in WITH_CPU for d in op.parity])
+def test_parity_of_the_path_for_cpus(op, dims, dtype):
+    """Also with the parameters in fp32, as training in 16 bits has them."""
+    torch.manual_seed(0)
+    arguments = op.inputs(**dims, dtype=dtype)
+    check_parity(op, op.cpu, arguments, str(dims))
+    if dtype != torch.float32:
+        widened = [a.float() if isinstance(a, Tensor) and a.dim() == 1 else a for a in arguments]
+        check_parity(op, op.cpu, widened, f"{dims}, parameters in fp32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("op", [op for op in OPS if "M" in op.domain and op.differentiable], ids=lambda op: op.name)
+def test_gradients_of_parameters_are_summed_in_fp32(op, path, dtype):
+    """Thousands of rows that add up in one direction, beside parameters in fp32: sums in 16 bits would stand still."""
+    function = getattr(op, path) or op.reference
+    torch.manual_seed(0)
+    dims = {name: 8192 if name == "M" else 40 for name in op.domain if name.isupper()}
+    arguments = [a.float() if isinstance(a, Tensor) and a.dim() == 1 and a.is_floating_point() else a
+                 for a in op.inputs(**dims, dtype=dtype)]  # fmt: skip
+    outputs = function(*differentiated(arguments))
+    ones = [torch.full_like(o, 1 if o.dim() else 8192) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    for f, t in zip(run(function, arguments, ones), run(op.reference, doubled(arguments), ones), strict=True):
+        assert relative_error(f, t) <= torch.finfo(dtype).eps
 
 
 @each_op
@@ -185,7 +214,7 @@ def test_gradients_only_where_asked(op):
         outputs = kernel_of(op)(*frozen)
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         generator = torch.Generator().manual_seed(1)
-        seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
         pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
         (gradient,) = torch.autograd.grad([o for o, _ in pairs], [leaf], [s for _, s in pairs])
         torch.testing.assert_close(gradient, full[n + i], rtol=2e-6, atol=2e-6)
@@ -194,9 +223,19 @@ def test_gradients_only_where_asked(op):
 @each_differentiable_op
 def test_reference_gradients(op):
     """The oracle itself: the reference's gradients against finite differences in fp64."""
-    smallest = min((d for d in op.parity if all(d.values())), key=lambda d: sum(v for v in d.values() if v is not True))
+    smallest = min(
+        (d for d in op.parity if all(d.values())), key=lambda d: sum(v for v in d.values() if type(v) is int)
+    )
     arguments = differentiated(doubled(op.inputs(**smallest, dtype=torch.float64)))
     assert torch.autograd.gradcheck(op.reference, arguments, fast_mode=True)
+
+
+@each_op
+def test_on_meta_tensors_the_interpreter_has_shapes_alone(op):
+    arguments = op.inputs(**op.parity[-1], dtype=torch.float16, device="meta")
+    plain = run(op.reference, a_case(op, torch.float16))
+    for f, p in zip(run(kernel_of(op), arguments), plain, strict=True):
+        assert (f.device.type, f.shape, f.dtype) == ("meta", p.shape, p.dtype)
 
 
 @each_op

@@ -13,7 +13,7 @@ import kernels
 from kernels import rotary
 from kernels._triton import Launcher, launching
 from kernels.interpret import OutOfBounds, Overflow, Race, interpreting
-from kernels.rotary import ROTARY, inputs, rotary_reference, rotary_triton
+from kernels.rotary import ROTARY, inputs, rotary_cpu, rotary_reference, rotary_triton
 
 interpreted = kernels.load("reference", rotary="interpret").rotary
 
@@ -28,7 +28,7 @@ def values_and_gradients(function, q, k, cos, sin, **options):
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
     out = function(q, k, cos, sin, **options)
     generator = torch.Generator().manual_seed(2)
-    seeds = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in out]
+    seeds = [torch.randn(o.shape, generator=generator).to(o) for o in out]
     return [*out, *torch.autograd.grad(out, (q, k), seeds)]
 
 
@@ -52,8 +52,19 @@ def check(function: Callable, options: dict, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options, dtype):
-    check(interpreted, options, dtype)
+@pytest.mark.parametrize("function", [interpreted, rotary_cpu], ids=["kernel", "cpu"])
+def test_options(function, options, dtype):
+    check(function, options, dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_of_the_reference_and_of_the_path_for_cpus(options):
+    """Against finite differences, to the second order."""
+    q, k, cos, sin = inputs(1, 2, 2, 1, 6, dtype=torch.float64)
+    for function in (rotary_reference, rotary_cpu):
+        arguments = (q.requires_grad_(), k.requires_grad_())
+        assert torch.autograd.gradcheck(lambda *x, f=function: f(*x, cos, sin, **options), arguments)
+        assert torch.autograd.gradgradcheck(lambda *x, f=function: f(*x, cos, sin, **options), arguments)
 
 
 SECOND_HALF = "tl.load(x_ptr + D // 2 + d, seen"

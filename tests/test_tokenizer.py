@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from gptfast.cli import UserError
 from gptfast.tokenizer import (
-    GPT2_PATTERN,
     BPETokenizer,
     CharTokenizer,
     find_bpe,
@@ -29,6 +28,7 @@ from gptfast.tokenizer import (
     load_bpe,
     load_tokenizer,
 )
+from gptfast.tokenizer_json import GPT2_PATTERN
 from train.tokenizer import train_bpe
 
 
@@ -391,13 +391,13 @@ def test_gpt2s_pattern_is_tiktokens() -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda c: c["model"].update(type="WordPiece"), "not a plain byte-level BPE"),
-        (lambda c: c.update(normalizer={"type": "NFC"}), "not a plain byte-level BPE"),
-        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "not a plain byte-level BPE"),
-        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "not a plain byte-level BPE"),
+        (lambda c: c["model"].update(type="WordPiece"), "holds a WordPiece"),
+        (lambda c: c.update(normalizer={"type": "NFKC"}), "normalizes text by NFKC"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "puts a blank before a text"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "splits text by Whitespace"),
         (lambda c: c["pre_tokenizer"].update(use_regex=False), "splits text by ByteLevel"),
         (lambda c: c["model"]["merges"].reverse(), "merges in another order"),
-        (lambda c: c["model"]["vocab"].update({"\u4e2d": 999}), "damaged"),
+        (lambda c: c["model"]["vocab"].update({"\u4e2d": 999}), "not of bytes' letters"),
         (lambda c: c["model"].pop("vocab"), "damaged"),
         (lambda c: c.update(model=[]), "damaged"),
         (lambda c: c.clear(), "damaged"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -34,15 +35,15 @@ import numpy as np
 from gptfast.cli import UserError
 from gptfast.data import HEADER, header, itemsize
 from gptfast.tokenizer import BPETokenizer, from_json, read_meta
+from train import files
 from train.download import sha256_of
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
-PACKED = (".gz", ".zst", ".xz", ".bz2")
 BATCH = 64  # documents that are tokenized in one go; of the web 200 kB of text
 SAVED_EVERY_S = 30.0
 
 PROGRESS, MANIFEST = "progress.json", "meta.json"
 SPLITS = ("train", "val")
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, by itself: no character
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,40 @@ class Documents:
 
     @classmethod
     def find(cls, source: str, *, subset: str = "", split: str = "train", column: str = "text") -> Documents:
-        """`source`: hf:user/name, a file, or a folder with files of one kind. Raises UserError if it is none."""
+        """`source`: hf:user/name, a file, or a folder with files of one kind; what is left out of it is printed.
+
+        Raises UserError if it is none of these.
+        """
         if source.startswith("hf:"):
             return cls(source.removeprefix("hf:"), (), "", subset, split, column)
         path = Path(source)
-        if not path.exists():
-            raise UserError(f"cannot read {source}: No such file or directory; give a file, a folder, or hf:user/name")
-        files = sorted(file for file in path.rglob("*") if builder_of(file)) if path.is_dir() else [path]
-        kinds = {builder_of(file) for file in files}
+        if not files.exists(path):
+            raise UserError(
+                f"cannot read {source[:200]}: No such file or directory; give a file, a folder, or hf:user/name"
+            )
+        taken, left_out = files.listed(path) if path.is_dir() else ([path], [])
+        kinds = {files.builder_of(file): file for file in reversed(taken)}
         if len(kinds) != 1 or None in kinds:
-            found = f"{len(kinds)} kinds of files" if len(kinds) > 1 else "none"
-            raise UserError(f"{source} must hold files of one kind of {', '.join(BUILDERS)}; found {found}")
-        builder = str(kinds.pop())
-        sized = tuple((str(file), file.stat().st_size) for file in files)
+            examples = ", ".join(str(file.relative_to(path)) for file in kinds.values())
+            found = f"{len(kinds)} kinds of files, such as {examples}" if len(kinds) > 1 else "none"
+            raise UserError(f"{source} must hold files of one kind of {', '.join(files.BUILDERS)}; found {found}")
+        if left_out:
+            names = [str(file.relative_to(path)) for file in left_out]
+            print(f"{source}: left out {', '.join(names[:10])}{f' and {len(names) - 10} more' * (len(names) > 10)}")
+        builder = str(kinds.popitem()[0])
+        sized = tuple((str(file), file.stat().st_size) for file in taken)
         return cls(source, sized, builder, column="text" if builder == "text" else column)
 
-    def read(self, state: dict[str, Any] | None = None) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    def read(self, state: dict[str, Any] | None = None) -> Iterator[tuple[list[str | None], dict[str, Any]]]:
         """Up to BATCH documents at a time, from where `state` says, each time with the state of what follows.
 
-        Raises UserError that says why it stopped.
+        None stands for a row without a document. Raises UserError that says why it stopped.
         """
+        if self.files:
+            rows = files.read([path for path, _ in self.files], self.builder, self.column, state)
+            while batch := list(itertools.islice(rows, BATCH)):
+                yield [row.text for row in batch], batch[-1].state()
+            return
         with self._explained():
             stream = self._open()
             columns = stream.column_names or [self.column]
@@ -86,26 +101,19 @@ class Documents:
             stream = stream.select_columns([self.column]).batch(BATCH)
             if state is not None:
                 stream.load_state_dict(state)
-            for batch in stream:
-                yield batch[self.column], stream.state_dict()
+            for each in stream:
+                yield each[self.column], stream.state_dict()
 
     def count(self) -> int | None:
-        """How many documents there are, or None where only reading them all would tell."""
-        paths = [path for path, _ in self.files]
+        """How many documents there are at most, or None where only reading them all would tell."""
+        if self.files:
+            return files.count([path for path, _ in self.files], self.builder)
         with self._explained():
-            if not paths:
-                return getattr((self._open().info.splits or {}).get(self.split), "num_examples", None)
-            if self.builder == "text":
-                return len(paths)
-            if self.builder == "parquet":
-                from pyarrow import parquet
-
-                return sum(parquet.read_metadata(path).num_rows for path in paths)
-            return sum(map(_count_lines, paths)) if all(path.endswith(".jsonl") for path in paths) else None
+            return getattr((self._open().info.splits or {}).get(self.split), "num_examples", None)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Makes a UserError of whatever ends the reading."""
+        """Makes a UserError of whatever ends the reading of the hub."""
         try:
             yield
         except UserError:
@@ -124,11 +132,7 @@ class Documents:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors arrive as exceptions
-        if not self.files:
-            return datasets.load_dataset(self.name, self.subset or None, split=self.split, streaming=True)
-        options = {"sample_by": "document"} if self.builder == "text" else {}
-        paths = [path for path, _ in self.files]
-        return datasets.load_dataset(self.builder, data_files=paths, split="train", streaming=True, **options)
+        return datasets.load_dataset(self.name, self.subset or None, split=self.split, streaming=True)
 
 
 @dataclass(frozen=True)
@@ -157,27 +161,35 @@ class Tokenized:
     tokens: dict[str, bytes]
     documents: int
     text_bytes: int
+    empty: int = 0  # of the documents: rows without text, which are left out
+    mended: int = 0  # of the documents: those in which halves of surrogate pairs became U+FFFD
 
 
 def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[str | None]) -> Tokenized:
     """BOS and tokens of each document; those whose number, from `first` on, `every` divides are for val.
 
-    Empty documents are left out, as a BOS alone teaches nothing. Raises UserError for what is no text.
+    Empty documents are left out, as a BOS alone teaches nothing; half of a surrogate pair, which JSON can hold and
+    UTF-8 cannot, becomes U+FFFD. Raises UserError for what is no text.
     """
     found: dict[str, list[int]] = {split: [] for split in SPLITS}
-    text_bytes = 0
+    text_bytes = empty = mended = 0
     for number, text in enumerate(texts, first):
         if not text:
+            empty += 1
             continue
         if not isinstance(text, str):
             raise UserError(f"document {number} is no text but {type(text).__name__}; choose another --column")
+        if HALF.search(text):
+            mended, text = mended + 1, HALF.sub("\ufffd", text)
         found["val" if number % every == 0 else "train"] += tokenizer.encode_document(text)
-        text_bytes += len(text.encode("utf-8", "surrogatepass"))
+        text_bytes += len(text.encode())
     dtype = f"<u{itemsize(tokenizer.vocab_size)}"
-    return Tokenized({split: np.array(ids, dtype).tobytes() for split, ids in found.items()}, len(texts), text_bytes)
+    return Tokenized(
+        {split: np.array(ids, dtype).tobytes() for split, ids in found.items()}, len(texts), text_bytes, empty, mended
+    )
 
 
-Task = tuple[int, list[str], dict[str, Any]]  # number of the first document, documents, state after them
+Task = tuple[int, list[str | None], dict[str, Any]]  # number of the first document, documents, state after them
 
 
 def tokenize_all(
@@ -231,7 +243,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(first: int, texts: list[str]) -> Tokenized:
+def _work(first: int, texts: list[str | None]) -> Tokenized:
     return _worker(first, texts)
 
 
@@ -270,6 +282,8 @@ class Job:
     state: dict[str, Any] | None = None  # where reading goes on
     documents: int = 0
     text_bytes: int = 0
+    empty: int = 0
+    mended: int = 0
     files: dict[str, Any] = field(default_factory=dict)  # the finished ones, as meta.json lists them
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -293,6 +307,8 @@ class Job:
             is_full |= part.tokens >= self.shard_tokens
         self.documents += found.documents
         self.text_bytes += found.text_bytes
+        self.empty += found.empty
+        self.mended += found.mended
         self.state = state
         if is_full or time.monotonic() - self.saved_at > SAVED_EVERY_S:
             self.save()
@@ -307,7 +323,8 @@ class Job:
                 _flush(part.path("part"))
         progress = {
             "settings": self.settings, "state": self.state, "documents": self.documents, "text_bytes": self.text_bytes,
-            "files": self.files, "parts": {split: part.place() for split, part in self.parts.items()},
+            "empty": self.empty, "mended": self.mended, "files": self.files,
+            "parts": {split: part.place() for split, part in self.parts.items()},
         }  # fmt: skip
         replace(self.folder / PROGRESS, json.dumps(progress).encode())
         self.saved_at = time.monotonic()
@@ -371,12 +388,16 @@ def make_shards(
     meta = {
         "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.to_json(), "fingerprint": tokenizer.fingerprint,
         "source": documents.name, "settings": settings, "documents": job.documents, "text_bytes": job.text_bytes,
-        "files": dict(sorted(job.files.items())),
+        "empty_documents": job.empty, "mended_documents": job.mended, "files": dict(sorted(job.files.items())),
     }  # fmt: skip
     replace(folder / MANIFEST, json.dumps(meta, indent=1).encode())
     (folder / PROGRESS).unlink()
     for split in SPLITS:
         print(f"{split} has {job.tokens(split):,} tokens")
+    if job.empty:
+        print(f"{job.empty:,} of {job.documents:,} rows have no text, and are left out")
+    if job.mended:
+        print(f"in {job.mended:,} documents halves of surrogate pairs became U+FFFD")
     print(f"{job.text_bytes / max(job.tokens('train') + job.tokens('val'), 1):.2f} bytes per token")
     return meta
 
@@ -406,15 +427,33 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
         job.rewind()
         return job
     progress = json.loads(path.read_text("utf-8"))
-    _check_same(folder, progress["settings"], settings)
+    _check_same(folder, _but_for_files_to_come(progress, settings), settings)
     parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
     job = Job(
         folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
-        progress["text_bytes"], progress["files"],
+        progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
     )  # fmt: skip
     job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
     return job
+
+
+def _but_for_files_to_come(progress: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a job with those files of `settings` that it has not come to, and the size of the one it is in.
+
+    So a file that stopped the reading can be mended or removed; the reader holds the file that it is in to the last
+    document that it read there.
+    """
+    there, wanted = progress["settings"], settings["documents"]
+    old, state = there["documents"], progress["state"]
+    if not old["files"] or not wanted["files"]:
+        return there
+    done = 0 if state is None else state["file"]
+    current = (
+        [] if state is None or done >= len(wanted["files"]) else [[old["files"][done][0], wanted["files"][done][1]]]
+    )
+    files = [*old["files"][:done], *current, *wanted["files"][done + len(current) :]]
+    return there | {"documents": old | {"files": files}}
 
 
 def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
@@ -463,13 +502,3 @@ def _check_files(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def builder_of(path: Path) -> str | None:
-    """What reads the documents of a file of this name: parquet, json or text; None for others."""
-    return BUILDERS.get(path.with_suffix("").suffix if path.suffix in PACKED else path.suffix)
-
-
-def _count_lines(path: str) -> int:
-    with open(path, "rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))

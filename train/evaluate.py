@@ -3,6 +3,8 @@
     python -m train.evaluate --models=out --text=book.txt
     python -m train.evaluate --models=out-owt-30m,gpt2,gpt2-medium,gpt2-large,gpt2-xl --dataset=openwebtext
     python -m train.evaluate eval_gpt2_all                     GPT-2 124M … 1558M on openwebtext's validation split
+    python -m train.evaluate --models=out-sft,out-rl --tasks=gsm8k,humaneval --task_dir=tasks     (train/score.py)
+    python -m train.evaluate --models=out-sft --tasks=all      every task that can be judged, from the hub
 
 Each model reads the text through its own tokenizer, so losses and perplexities compare only where that is the same one;
 bits per byte compare always. Every token of the text is predicted once, in windows of the model's own context.
@@ -27,12 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import cli, hf
+from gptfast.chat.conversation import Chat
 from gptfast.cli import UserError
 from gptfast.data import load_tokens, parts_of
 from gptfast.log import Log, facts
 from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
 from kernels import Ops
+from train import score
+from train.files import decoded
+from train.tasks import Where, judged
 
 NatsPerRow = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> (B,), summed over targets that count
 
@@ -56,17 +62,25 @@ class Evaluate:
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
     batch_size: int = 8  # windows at once
+    tasks: str = ""  # tasks of train/tasks to be judged by instead of a text: all, or names with commas between
+    task_dir: str = ""  # folder with a folder of files for each task; empty: the Hugging Face hub
+    max_examples: int = 0  # of each task; 0: all
+    samples: int = 1  # answers to each problem, of which one must pass
+    temperature: float = 0.0  # of answers; 0 takes the likeliest token
+    top_k: int = 50  # tokens that an answer is drawn from, at a temperature above 0
+    max_tokens: int = 512  # of an answer
     out_dir: str = ""  # where evaluation.md and evaluation.jsonl go; nowhere if empty
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
-        for name in ("context", "stride"):
+        for name in ("context", "stride", "max_examples", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size={self.batch_size}: must be at least 1")
+        for name in ("batch_size", "samples", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
 
 
 def _on_openwebtext(models: str) -> Evaluate:
@@ -128,10 +142,12 @@ def main(argv: list[str]) -> None:
     dtype, why = cli.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
     ops = cli.choose_ops(config.kernels, device)
+    if config.tasks:
+        return score_tasks(config, ops, dtype, device)
     documents = read_documents(config)
     results = []
     for name in filter(None, config.models.split(",")):
-        subject = open_subject(name.strip(), ops, dtype, device)
+        subject = open_subject(name.strip(), ops, dtype, device, context=config.context)
         results.append(
             measure(subject, documents, device, context=config.context, stride=config.stride, batch=config.batch_size)
         )
@@ -142,6 +158,62 @@ def main(argv: list[str]) -> None:
         write(results, config.out_dir, device)
 
 
+# ---- tasks
+
+
+def score_tasks(config: Evaluate, ops: Ops, dtype: torch.dtype, device: str) -> None:
+    """Prints, and writes to out_dir, how well each model does at each task."""
+    where = Where(config.task_dir)
+    settings = score.Settings(config.samples, config.temperature, config.top_k, config.max_tokens, config.batch_size)
+    examples = []
+    for task in judged(config.tasks):
+        found = task.examples("test", where)
+        examples.append((task, found[: config.max_examples] if config.max_examples else found))
+    scores: dict[str, list[score.Score]] = {}
+    for name in filter(None, map(str.strip, config.models.split(","))):
+        player = open_player(name, ops, dtype, device)
+        scores[name] = [score.measure(player, task, found, settings) for task, found in examples]
+    if not scores:
+        raise UserError("--models is empty; name a folder with a model")
+    print(score.table(scores))
+    if config.out_dir:
+        write_scores(scores, config.out_dir, device)
+
+
+def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score.Player:
+    """The model of `source` as one that can be asked; its tokenizer needs the special tokens of conversations."""
+    folder = hf.find(source)
+    chat = Chat(_tokenizer(source, folder))  # type: ignore[arg-type]
+    reason = hf.why_not(folder)
+    if reason:
+        print(f"{source} runs through transformers: {reason}")
+        theirs = _import_transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return score.Theirs(theirs.to(device).eval(), chat)
+    return score.Ours(hf.load(source, ops, dtype=dtype).to(device).eval(), chat)
+
+
+def write_scores(scores: dict[str, list[score.Score]], out_dir: str, device: str) -> None:
+    """tasks.md, and a row for each model and task in tasks.jsonl."""
+    try:
+        log = Log(out_dir, name="tasks.jsonl")
+        (Path(out_dir) / "tasks.md").write_text(score.table(scores) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
+    with log:
+        for name, found in scores.items():
+            for s in found:
+                log.row(
+                    "summary", name=name, task=s.task, accuracy=s.accuracy, accuracy_error=s.error, chance=s.chance,
+                    examples=s.count, passed=s.passed, **facts(device),
+                )  # fmt: skip
+            core = score.chatcore(found)
+            if core is not None:
+                log.row(
+                    "summary", name=name, task="ChatCORE", accuracy=core[0], accuracy_error=core[1], **facts(device)
+                )
+    print(f"wrote {Path(out_dir) / 'tasks.md'} and {log.path}")
+
+
 # ---- the text
 
 
@@ -149,9 +221,11 @@ def read_documents(config: Evaluate) -> list[str]:
     """The text file as one document; or the documents of a split, decoded."""
     if config.text:
         try:
-            documents = [Path(config.text).read_text("utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            documents = [decoded(Path(config.text).read_bytes(), Path(config.text))]
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"--text={config.text}: cannot read it ({reason}); name a text file") from None
     else:
         folder = Path(config.data_dir) / config.dataset
@@ -260,13 +334,17 @@ def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
 # ---- the models
 
 
-def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str) -> Subject:
-    """The model and tokenizer of `source`: ours, or of a layout that ours takes; any other through transformers."""
+def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str, *, context: int = 0) -> Subject:
+    """The model and tokenizer of `source`: ours, or of a layout that ours takes; any other through transformers.
+
+    `context` is taken for that of a model that states none. Weights are safetensors and no code of an author's runs:
+    raises UserError for a model that has nothing else.
+    """
     folder = hf.find(source)
     reason = hf.why_not(folder)
     if reason:
         print(f"{source} runs through transformers: {reason}")
-        return _through_transformers(source, folder, dtype, device)
+        return _through_transformers(source, folder, dtype, device, context)
     model = hf.load(source, ops, dtype=dtype).to(device).eval()
     return Subject(
         source, model.num_params(non_embedding=False), model.config.block_size, _tokenizer(source, folder),
@@ -283,19 +361,35 @@ def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([model.ops.linear_cross_entropy(row, weight, wanted, **settings) for row, wanted in rows])
 
 
-def _through_transformers(source: str, folder: Path, dtype: torch.dtype, device: str) -> Subject:
-    transformers = _import_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+def _through_transformers(source: str, folder: Path, dtype: torch.dtype, device: str, context: int) -> Subject:
+    auto = _import_transformers().AutoModelForCausalLM
+    model = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(tokens).logits
         per_token = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
         return per_token.sum(1)
 
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is None:
+    stated = getattr(model.config, "max_position_embeddings", None) or context
+    if not stated:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return Subject(source, model.num_parameters(), context, _tokenizer(source, folder), nats)
+    return Subject(source, model.num_parameters(), stated, _tokenizer(source, folder), nats)
+
+
+def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:
+    """What transformers makes of the folder's data alone."""
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        reason = _first_line(error)
+        raise UserError(
+            f"{source}: transformers cannot load it ({type(error).__name__}: {reason}); gptfast runs no code that "
+            "comes with a model, and reads weights from safetensors only"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no reason given"])[0][:200]
 
 
 def _tokenizer(source: str, folder: Path) -> Encoder:
@@ -305,16 +399,20 @@ def _tokenizer(source: str, folder: Path) -> Encoder:
         if not (folder / "tokenizer_config.json").is_file():
             raise
         print(f"{source}'s tokenizer runs through transformers: {error}")
-        return TheirTokenizer(folder)
+        return TheirTokenizer(source, folder)
 
 
 class TheirTokenizer:
     """A tokenizer of transformers as an Encoder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = _import_transformers().AutoTokenizer.from_pretrained(folder)
+    def __init__(self, source: str, folder: Path) -> None:
+        self._tokenizer = _from_pretrained(_import_transformers().AutoTokenizer, source, folder)
         first, last = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.bos: int | None = last if first is None else first
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return self._tokenizer.get_added_vocab()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)

@@ -101,10 +101,11 @@ def memory(config: GPTConfig, batch: int, *, optimizer: str, itemsize: int = 2) 
 def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
     """What is kept for the backward pass, the gradient of the hidden state from the loss included."""
     L, C, K = config.n_layer, config.n_embd, config.kv_heads * config.head_dim
-    rotated = C + K if config.position == "rope" else 0
+    Q = config.attention_width
+    rotated = (Q + K) * ((config.position == "rope") + config.qk_norm_weight)
     wide = (4 if config.activation == "swiglu" else 2) * config.hidden_width
     statistics = (2 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
-    return tokens * (itemsize * (L * (6 * C + 2 * K + rotated + wide) + 2 * C) + 4 * statistics)
+    return tokens * (itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics)
 
 
 def largest_batch(config: GPTConfig, memory_bytes: float, *, optimizer: str) -> int:

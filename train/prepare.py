@@ -11,6 +11,8 @@
     python -m train.prepare mine --source=folder                   documents: .parquet, .jsonl (also .gz) or .txt files
     python -m train.prepare mine --source=hf:user/name             any data set of the hub; --subset, --split, --column
     python -m train.prepare mine --source=URL --tokenizer=folder   a file to download, in tokens of train.tokenizer
+    python -m train.prepare chat --source=FILE.jsonl               checks and counts conversations, with --tokenizer=
+                                                                   folder their tokens; hf:user/name fetches them
 
 A text: the vocabulary of characters is the distinct ones in code point order; the first 90% of the characters are
 train.bin, the rest val.bin, each uint16 little-endian and nothing else. For tinyshakespeare the files are nanoGPT's,
@@ -45,8 +47,10 @@ from gptfast import cli
 from gptfast.cli import UserError
 from gptfast.data import header, inspect, itemsize
 from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
-from train.documents import Documents, Shape, builder_of, make_shards, replace
+from train import conversations
+from train.documents import Documents, Shape, make_shards, replace
 from train.download import download, sha256_of
+from train.files import builder_of, decoded, exists
 
 TRAIN_FRACTION = 0.9
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -111,11 +115,17 @@ def prepare_as(config: PrepareConfig) -> Path:
         raise UserError(f"{config.name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
     folder = Path(config.data_dir) / config.name
     try:
-        if config.name in READY and not config.source:
+        if config.name == "chat":
+            conversations.prepare(
+                config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
+            )
+        elif config.name in READY and not config.source:
             _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):
-            text, origin = _text(config.name, folder, config.source or None)
-            _write_text(folder, text, origin, config.tokenizer or ("gpt2" if config.name == "shakespeare" else "char"))
+            text, origin, sha256 = _text(config.name, folder, config.source or None)
+            _write_text(
+                folder, text, origin, sha256, config.tokenizer or ("gpt2" if config.name == "shakespeare" else "char")
+            )
         else:
             _prepare_documents(folder, config)
     except OSError as error:
@@ -129,7 +139,11 @@ def _is_text(config: PrepareConfig) -> bool:
     if not config.source:
         return config.name not in ON_THE_HUB
     is_remote = config.source.startswith("hf:") or "://" in config.source
-    return not is_remote and not Path(config.source).is_dir() and builder_of(Path(config.source)) in ("text", None)
+    return (
+        not is_remote
+        and not exists(Path(config.source), folder=True)
+        and builder_of(Path(config.source)) in ("text", None)
+    )
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
@@ -198,14 +212,14 @@ def hub_file(repository: str, name: str, endpoint: str | None = None) -> tuple[s
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str]:
-    """The text of a data set, and one line that says where it is from."""
+def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str, str]:
+    """The text of a data set, one line that says where it is from, and the sha256 of the file, or of what was made."""
     if name == "pystdlib":
         if source is not None:
             raise UserError("pystdlib reads the running Python; for a text file choose another name than pystdlib")
         return _pystdlib_text()
     if source is not None:
-        return _read_text(Path(source)), str(source)
+        return _read_text(Path(source), str(source))
     if name not in ("shakespeare_char", "shakespeare"):
         raise UserError(f"unknown data set {name}{cli.nearest(name, DATA_SETS)}; for your own text add --source FILE")
     path = folder / "input.txt"
@@ -214,25 +228,25 @@ def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str]
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, otherwise=otherwise)
     elif sha256_of(path) != SHAKESPEARE_SHA256:
         raise UserError(f"{path} is not tinyshakespeare (sha256 differs); remove it, or use it with --source {path}")
-    return _read_text(path), str(path)
+    return _read_text(path, str(path))
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, origin: str) -> tuple[str, str, str]:
     try:
         if path.stat().st_size > TEXT_BYTES:
             raise UserError(
                 f"{path} has {path.stat().st_size:,} bytes, and a text is read whole; "
                 "put its documents into a .jsonl file, or into a folder of .txt files"
             )
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give an existing text file with --source") from None
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {origin[:200]}: {reason}; give an existing text file with --source") from None
+    return decoded(content, path), origin, hashlib.sha256(content).hexdigest()
 
 
-def _pystdlib_text() -> tuple[str, str]:
-    """The text that this module's docstring describes, and where it is from."""
+def _pystdlib_text() -> tuple[str, str, str]:
+    """The text that this module's docstring describes, where it is from, and its sha256."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     wanted = [path for path in paths if _is_importable(path) and not PYSTDLIB_LEFT_OUT.intersection(path.parts)]
@@ -250,7 +264,8 @@ def _pystdlib_text() -> tuple[str, str]:
     if not texts:
         raise UserError(f"no standard library source in {root}; use a Python that has it, or another data set")
     version = ".".join(map(str, sys.version_info[:3]))
-    return "\n".join(texts), f"{len(texts)} files of the standard library of Python {version}, {root}"
+    text, origin = "\n".join(texts), f"{len(texts)} files of the standard library of Python {version}, {root}"
+    return text, origin, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_importable(path: Path) -> bool:
@@ -258,13 +273,13 @@ def _is_importable(path: Path) -> bool:
     return path.parts[0].removesuffix(".py") in sys.stdlib_module_names
 
 
-def _write_text(folder: Path, text: str, origin: str, tokenizer_name: str) -> None:
+def _write_text(folder: Path, text: str, origin: str, sha256: str, tokenizer_name: str) -> None:
     """Tokenizes, splits and writes; prints the counts that nanoGPT's prepare prints."""
     cut = int(len(text) * TRAIN_FRACTION)
     if cut < 1 or len(text) - cut < 2:
         raise UserError(f"{origin} has {len(text)} characters, too few to train on; give a longer text")
     tokenizer: Tokenizer = CharTokenizer.from_text(text) if tokenizer_name == "char" else find_bpe(tokenizer_name)
-    print(f"read {origin}: sha256 {hashlib.sha256(text.encode()).hexdigest()}")
+    print(f"read {origin}: sha256 {sha256}")
     print(f"length of dataset in characters: {len(text):,}")
     if isinstance(tokenizer, CharTokenizer):
         print(f"all the unique characters: {tokenizer.chars!r}")

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptfast import cli
+from gptfast.blanks import shortened
+from gptfast.chat.conversation import SPECIAL_TOKENS
 from gptfast.cli import UserError
-from gptfast.tokenizer import BYTE_LETTERS, GPT4_PATTERN, BPETokenizer, find_bpe
+from gptfast.tokenizer import GPT4_PATTERN, BPETokenizer, find_bpe
+from gptfast.tokenizer_json import BYTE_LETTERS
 from train.documents import Documents
 
-# Named as in nanochat: the beginning of a document, and who speaks in a conversation.
-SPECIAL_TOKENS = (
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
-    "<|python_end|>", "<|output_start|>", "<|output_end|>",
-)  # fmt: skip
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 BASELINES = ("gpt2", "cl100k_base")
 
@@ -82,7 +80,7 @@ def train(config: TokenizerConfig) -> BPETokenizer:
     if folder.exists():
         raise UserError(f"--tokenizer={folder}: it is there already; choose another folder, or remove it")
     started = time.perf_counter()
-    text = Text(config)
+    text = Text(config, for_training=True)
     tokenizer = train_bpe(text, config.vocab_size)
     seconds = time.perf_counter() - started
     tokenizer.save(folder)
@@ -118,9 +116,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 class Text:
-    """The documents that the flags name, one string each, counted as they are read; a progress bar tells how far."""
+    """The documents that the flags name, counted as they are read; a progress bar tells how far.
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    For training, a document with thousands of blanks in a row comes in parts: merging within such a run, one piece,
+    would take minutes, and teach nothing that its parts do not.
+    """
+
+    def __init__(self, config: TokenizerConfig, *, for_training: bool = False) -> None:
+        self.parts: Callable[[str], Iterable[str]] = shortened if for_training else lambda text: (text,)
         self.documents = Documents.find(config.source, subset=config.subset, split=config.split, column=config.column)
         self.max_chars, self.doc_cap = config.max_chars, config.doc_cap
         self.characters = self.bytes = 0
@@ -136,7 +139,7 @@ class Text:
                     text = text[: min(self.doc_cap or len(text), self.max_chars - self.characters)]
                     self.characters += len(text)
                     self.bytes += len(text.encode("utf-8", "replace"))
-                    yield text
+                    yield from self.parts(text)
                     if self.characters >= self.max_chars:
                         return
                 bar.update(len(texts))

@@ -83,7 +83,8 @@ class Engine:
     `weights` is how the matrices are kept: "model" (the dtype of the model's activations), on a CPU also "float16" and
     "int8"; "auto" chooses, and `why` says what and why. The cache is contiguous or, with a `page_size`, a pool of
     `pages`; `kv_storage` "int8" or "fp8" rounds it. A `draft` GPT with the same vocabulary guesses `guesses` tokens a
-    step. With a tokenizer, prompts may be text, stop strings are known, and ids beyond its vocabulary are never drawn.
+    step. With a tokenizer, prompts may be text, stop strings are known, and ids that it has no
+    token for are never drawn.
     On CUDA the step is one CUDA graph. Raises ValueError, naming the argument, for what does not fit.
     """
 
@@ -108,6 +109,8 @@ class Engine:
         self.why = f"{str(model.dtype).removeprefix('torch.') if self.weights == 'model' else self.weights}, {reason}"
         self._vocabulary = min(self.config.vocab_size, tokenizer.vocab_size if tokenizer else self.config.vocab_size)
         self._device = model.lm_head.weight.device
+        holes = tokenizer.holes() if tokenizer else torch.empty(0, dtype=torch.int64)
+        self._holes = holes[holes < self._vocabulary]  # ids without a token, which are never drawn
         self._guesses = guesses if draft else 0
 
         def decoder(model: GPT, weights: Weights, T: int) -> Decoder:
@@ -307,6 +310,8 @@ class Engine:
         drawn = torch.empty(len(requests), dtype=torch.int64, device=where)
         for settings, rows in alike.items():
             candidates = logits[rows, : self._vocabulary].to(where, torch.float32)
+            if len(self._holes):
+                candidates.index_fill_(1, self._holes.to(where), float("-inf"))
             for i, request in enumerate(requests[row] for row in rows):
                 penalty = request.sampling.repetition_penalty
                 if penalty != 1:

@@ -30,6 +30,7 @@ from gptfast.tokenizer import Tokenizer
 class Import:
     source: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder in its layout
     out_dir: str = ""  # where the checkpoint goes
+    tokenizer: bool = True  # read the tokenizer too; without one the model can be trained on, but makes no text
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def run_import(argv: list[str]) -> None:
     config = cli.parse(Import, argv, positional="source")
     if not config.source or not config.out_dir:
         raise UserError("say what to import and where to: python -m gptfast.hf import gpt2 --out_dir=out-gpt2")
-    model, tokenizer = load(config.source), hf.load_tokenizer(config.source)
-    meta = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.to_json(), "imported_from": config.source}
+    tokenizer = hf.load_tokenizer(config.source).to_json() if config.tokenizer else None
+    model = load(config.source)
+    meta = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer, "imported_from": config.source}
     print(f"wrote {checkpoint.save(config.out_dir, step=0, model=model.state_dict(), optimizer={}, meta=meta)}")
 
 

@@ -19,7 +19,8 @@ from gptfast.config import GPTConfig
 from gptfast.hf import exported
 from gptfast.hf.layouts import Weights
 from gptfast.model import GPT
-from gptfast.tokenizer import BYTE_LETTERS, GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer
+from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from gptfast.tokenizer_json import BYTE_LETTERS, GPT2_PATTERN
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # llama.cpp's names
 # llama.cpp splits text by code of its own, under a name for each pattern: GPT-2's, and Llama 3's. cl100k_base's is not

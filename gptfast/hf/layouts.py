@@ -2,7 +2,7 @@
 
     gpt2      GPT-2: learned positions, LayerNorm with biases, two-layer MLP
     llama     Llama: rotary positions, RMSNorm with a weight, gated MLP, grouped key/value heads
-    qwen3     Llama's, with an RMS norm of every query and key
+    qwen3     Llama's, with an RMS norm of every query and key, which has a weight, and heads of any size
     nanochat  import only: RMSNorm without a weight, ReLU², normalized queries and keys, softcapped logits
 
 Half of the work is that one function has several descriptions. relu(x)² is a gated MLP whose gate is ReLU and whose two
@@ -137,7 +137,8 @@ def _take_gpt2(config: GPTConfig, theirs: Weights) -> Weights:
 def _gpt2_needs(config: GPTConfig) -> dict[str, tuple]:
     return {
         "position": ("learned",), "norm": ("layernorm",), "activation": tuple(_GPT2_ACTIVATIONS.values()),
-        "n_kv_head": (None, config.n_head), "qk_norm": (False,), "softcap": (None,), "token_shift": (False,),
+        "n_kv_head": (None, config.n_head), "qk_norm": (False,),
+        "head_size": (None, config.n_embd // config.n_head), "softcap": (None,), "token_shift": (False,),
     }  # fmt: skip
 
 
@@ -170,7 +171,7 @@ _BLOCK = {
     "mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
 }  # fmt: skip
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_QK_NORMS = {"attn.q_norm": "self_attn.q_norm.weight", "attn.k_norm": "self_attn.k_norm.weight"}
 _GATES = {"silu": "swiglu", "relu": "relu2"}  # of a gated MLP; relu: only where gate and up are one matrix
 
 
@@ -186,10 +187,14 @@ def _qkv_rows(config: GPTConfig) -> list[int]:
 def _llama_config(settings: Settings) -> GPTConfig:
     n_head, n_embd = _setting(settings, "num_attention_heads"), _setting(settings, "hidden_size")
     bias = bool(settings.get("attention_bias"))
-    _only(settings, head_dim=n_embd // n_head, mlp_bias=bias, partial_rotary_factor=1.0, use_sliding_window=False)
+    _only(settings, partial_rotary_factor=1.0, use_sliding_window=False)
     qk_norm = settings["model_type"] == "qwen3"
-    if bias and qk_norm:
-        raise UserError("config.json says attention_bias=True; gptfast has biases in all linear layers or in none")
+    if bias != bool(settings.get("mlp_bias")):  # Qwen3 has none in its MLP, and does not say so
+        raise UserError(
+            f"config.json says attention_bias={bias} and mlp_bias={bool(settings.get('mlp_bias'))}; gptfast has biases "
+            "in all linear layers or in none; run the model through transformers"
+        )
+    head_dim = settings.get("head_dim")
     return GPTConfig(
         block_size=_setting(settings, "max_position_embeddings"),
         vocab_size=_setting(settings, "vocab_size"),
@@ -197,6 +202,7 @@ def _llama_config(settings: Settings) -> GPTConfig:
         n_head=n_head,
         n_kv_head=settings.get("num_key_value_heads") or n_head,
         n_embd=n_embd,
+        head_size=None if head_dim in (None, n_embd / n_head) else _setting(settings, "head_dim"),
         bias=bias,
         norm="rmsnorm",
         norm_weight=True,
@@ -206,6 +212,7 @@ def _llama_config(settings: Settings) -> GPTConfig:
         activation=_one_of(settings, "hidden_act", "silu", _GATES),
         mlp_width=_setting(settings, "intermediate_size"),
         qk_norm=qk_norm,
+        qk_norm_weight=qk_norm,
         tied=settings.get("tie_word_embeddings", False),
     )
 
@@ -218,9 +225,7 @@ def _take_llama(config: GPTConfig, theirs: Weights) -> Weights:
         for kind in ("weight", "bias") if config.bias else ("weight",):
             ours[f"{mine}attn.c_attn.{kind}"] = torch.cat([theirs.pop(f"{block}{name}.{kind}") for name in _QKV])
         if config.qk_norm:
-            for name in _QK_NORMS:
-                if not bool((theirs.pop(block + name) == 1).all()):
-                    raise UserError(f"{block}{name} is not 1 throughout; gptfast's QK norm has no weight")
+            ours |= {mine + part: theirs.pop(block + name) for part, name in _QK_NORMS.items()}
         if config.activation == "relu2":
             for kind in ("weight", "bias") if config.bias else ("weight",):
                 gate = theirs.pop(f"{block}mlp.gate_proj.{kind}")
@@ -242,8 +247,7 @@ def _llama_needs(config: GPTConfig) -> dict[str, tuple]:
 
 
 def _qwen3_needs(config: GPTConfig) -> dict[str, tuple]:
-    epsilon = {"norm_eps": (None, 1e-6)}  # of queries and keys too, where ours has no other
-    return _llama_needs(config) | {"qk_norm": (True,), "bias": (False,)} | epsilon
+    return _llama_needs(config) | {"qk_norm": (True,), "bias": (False,)}
 
 
 def _llama_settings(config: GPTConfig) -> dict[str, Any]:
@@ -273,7 +277,8 @@ def _give_llama(config: GPTConfig, ours: Weights) -> Weights:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             theirs.setdefault(f"{block}{norm}.weight", ones)
         if config.qk_norm:
-            theirs |= {block + name: torch.ones(config.head_dim) for name in _QK_NORMS}
+            ones_of_a_head = torch.ones(config.head_dim)
+            theirs |= {block + name: ours.get(mine + part, ones_of_a_head) for part, name in _QK_NORMS.items()}
     return theirs
 
 
@@ -284,7 +289,6 @@ def _nanochat_config(settings: Settings) -> GPTConfig:
     n_head, n_embd = _setting(settings, "num_attention_heads"), _setting(settings, "hidden_size")
     _only(
         settings, head_dim=n_embd // n_head, attention_bias=False, hidden_act="relu2", tie_word_embeddings=False,
-        rms_norm_eps=1e-6,  # that of our QK norm, which has no other
     )  # fmt: skip
     return GPTConfig(
         block_size=_setting(settings, "max_position_embeddings"),
@@ -295,6 +299,7 @@ def _nanochat_config(settings: Settings) -> GPTConfig:
         n_embd=n_embd,
         bias=False,
         norm="rmsnorm",
+        norm_eps=settings.get("rms_norm_eps"),
         position="rope",
         rope_base=_rope_base(settings),
         activation="relu2",

@@ -29,7 +29,7 @@ def read(folder: Path) -> Tokenizer:
     if (folder / FILE).is_file():
         try:
             model = json.loads((folder / FILE).read_text("utf-8"))["model"]
-            is_by_character = model["type"] == "WordLevel" and all(len(token) == 1 for token in model["vocab"])
+            is_by_character = model.get("type") == "WordLevel" and all(len(token) == 1 for token in model["vocab"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{folder / FILE} is damaged; copy it again") from None
         if is_by_character:

@@ -142,6 +142,8 @@ def split_matrices(model: GPT, team: Team) -> None:
     for what, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("MLP width", config.hidden_width)):
         if number % ways:
             raise UserError(f"--tensor_parallel={ways} does not divide the {what}, {number}")
+    if config.qk_norm_weight:  # each rank would have the gradient of its own heads only
+        raise UserError(f"--tensor_parallel={ways} cannot split a model with qk_norm_weight; leave the flag out")
     plan = {
         "attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(),
         "mlp.c_fc": ColwiseParallel(), "mlp.c_proj": RowwiseParallel(),
@@ -150,9 +152,10 @@ def split_matrices(model: GPT, team: Team) -> None:
     if hasattr(blocks[0].mlp, "c_gate"):
         plan["mlp.c_gate"] = ColwiseParallel()
     heads = dataclasses.replace(
-        config, n_head=config.n_head // ways, n_kv_head=config.kv_heads // ways, n_embd=config.n_embd // ways
+        config, n_head=config.n_head // ways, n_kv_head=config.kv_heads // ways, head_size=config.head_dim
     )
     for block in blocks:
+        block.mlp.fuses_bias = False  # a rank's part of the bias is the layer's to add
         for p in block.attn.c_attn.parameters():
             p.data = by_rank(p.data, stacked_rows("x.c_attn.x", p.shape, config), ways)
         parallelize_module(block, team.mesh["tensor"], plan)

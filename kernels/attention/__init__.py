@@ -90,9 +90,10 @@ def attention_triton(
     """attention_reference by the kernels of this package, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
 
     Slices of a fused projection are read where they lie, on sm_90 and sm_100 if their rows begin at multiples of 16
-    bytes; results are contiguous. Memory is O(T). Deterministic, dropout
-    included: what it zeroes follows from the seed and the positions, and the backward finds it again. `gluon` insists
-    on the forward of hopper.py, and raises ValueError where it cannot run.
+    bytes; results are contiguous. Memory is O(T). What dropout
+    zeroes follows from the seed and the positions, and the backward finds it again. Deterministic, but for dq on sm_90
+    where hopper/ computes it: its last bits vary, unless torch.use_deterministic_algorithms is set. `gluon` insists on
+    the forward of hopper/, and raises ValueError where it cannot run.
     """
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")

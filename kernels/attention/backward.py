@@ -1,5 +1,8 @@
 """Attention backward, in two kernels without atomics: dq by programs of queries, dk and dv by programs of keys.
 
+On Hopper hopper/ has one kernel for all three, whose dq is summed in no fixed order; it gives way to these where
+torch.use_deterministic_algorithms is set.
+
 The weights are found again from the scores and the log-sum-exp. Each kernel multiplies the scores anew, seven products
 where one kernel with atomic sums would have five; in return it is deterministic and no memory has to be zeroed first.
 """
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tl, triton
+from .hopper import launch_backward_hopper, takes_backward
 from .shared import (
     Shape,
     aligned,
@@ -226,34 +230,38 @@ class Tile(NamedTuple):
     descriptors: bool = False
 
 
-# By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
+# By architecture, then by the padded head dim. sm_90 at 64 and 128: the fastest of a search on an NVIDIA H200,
+# 2026-11-26; the others from the compiled code (results/aot.json), not timed.
 CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     "dq": {
         80: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
-        90: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
+        90: {64: Tile(64, 64, 4, 2, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 32, 8, 2, True)},
         100: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
     },
     "dk_dv": {
         80: {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-        90: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 64, 8, 2, True), 256: Tile(16, 64, 8, 2, True)},
+        90: {64: Tile(32, 64, 4, 3, True), 128: Tile(32, 64, 4, 3, True), 256: Tile(16, 64, 8, 2, True)},
         100: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 128, 8, 2, True), 256: Tile(32, 64, 8, 2, True)},
     },
 }
+# From so many queries on another tile is faster: 454 TFLOP/s beside 408 at T = 4096, 499 beside 450 at 16384.
+LONG = 2048
+LONG_TILES = {("dk_dv", 90, 64): Tile(32, 128, 4, 4, True)}
+# Where random numbers, a softcap or documents take so many registers that the tile above would spill.
+SPARING_TILES: dict[tuple[str, int, int], Tile] = {("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
 
 
-# Where random numbers take so many registers that the tile above would spill.
-DROPOUT_TILES = {("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
-
-
-def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Tile:
-    """The tile of 'dq' or 'dk_dv' for head dim D; see forward.tile."""
+def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, sparing: bool = False) -> Tile:
+    """The tile of 'dq' or 'dk_dv' for head dim D and T queries; see forward.tile."""
     if arch not in TILES[kernel] or dtype == torch.float32:
         return CONSERVATIVE
     width = max(64, padded(D))
     found = TILES[kernel][arch][width]
-    if dropout:
-        found = DROPOUT_TILES.get((kernel, arch, width), found)
+    if T >= LONG:
+        found = LONG_TILES.get((kernel, arch, width), found)
+    if sparing:
+        found = SPARING_TILES.get((kernel, arch, width), found)
     return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
@@ -265,13 +273,17 @@ def launch_backward(
     """dq, dk, dv, contiguous, in the dtypes of q, k, v. dlse (B, H, T) is the gradient of the natural log-sum-exp."""
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), dropout > 0) for kernel in TILES}
-    if any(block.descriptors for block in blocks.values()):
-        q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     shape = Shape(causal, window, scale, softcap, dropout)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    if dlse is None and takes_backward(q, k, v, shape, cu_seqlens):
+        launch_backward_hopper(dout, q, k, v, out, lse, scale, (dq, dk, dv))
+        return dq, dk, dv
+    sparing = dropout > 0 or softcap > 0 or cu_seqlens is not None
+    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, sparing) for kernel in TILES}
+    if any(block.descriptors for block in blocks.values()):
+        q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     delta = torch.empty_like(lse)
     documents = document_bounds(cu_seqlens, S)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])

@@ -1,8 +1,6 @@
 """Attention forward: one pass over the keys with a running softmax, in base 2 with the scale folded into the exponent.
 
-Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135. On Hopper the product with the values is delayed
-by one tile, so that the tensor cores work at it while the exponentials of the next tile are computed: the overlap
-within a warpgroup of FlashAttention-3 (Shah et al., arXiv:2407.08608).
+Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135.
 """
 
 from typing import NamedTuple
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tl, triton
-from .hopper import chosen, launch_hopper
+from .hopper import launch_forward_hopper, takes_forward
 from .shared import (
     Shape,
     aligned,
@@ -31,7 +29,7 @@ from .shared import (
 
 @jit
 def _softmax_step(s, factor, m, l, n, first, end, MASKED: tl.constexpr):
-    """Fold a tile of scores into the running maximum m and sum l: its weights, and the worth of the sums before."""
+    """Fold a tile of scores into the running maximum m and sum l. Returns p, and alpha, which rescales the sums."""
     if MASKED:
         s = tl.where((n >= first) & (n < end), s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * factor)
@@ -43,27 +41,25 @@ def _softmax_step(s, factor, m, l, n, first, end, MASKED: tl.constexpr):
 
 @jit
 def _attend(
-    acc, m, l, p, q, k, v, b, g, k_stride_s, v_stride_s, start, stop, S, position, first, end, head, seed_ptr,
+    acc, m, l, q, k, v, b, g, k_stride_s, v_stride_s, start, stop, S, position, first, end, head, seed_ptr,
     scale, softcap, threshold, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, DELAYED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Visit the tiles of keys from start to stop. If DELAYED, p holds the weights of the tile before each."""
+    """Visit the tiles of keys from start to stop."""
     for row in tl.range(start, stop, BLOCK_N):
         n = row + tl.arange(0, BLOCK_N)[None, :]
+        # scores
         k_tile = load_rows(k, b, g, row, k_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
         s, factor = scores(tl.dot(q, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
-        if DELAYED:  # the product of the tile before runs while the exponentials of this one are computed
-            v_tile = load_rows(v, b, g, row - BLOCK_N, v_stride_s, S, False, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
-            acc = tl.dot(p, v_tile, acc, input_precision="ieee")
-        weights, alpha, m, l = _softmax_step(s, factor, m, l, n, first, end, MASKED)
+        # rescale
+        p, alpha, m, l = _softmax_step(s, factor, m, l, n, first, end, MASKED)
         if DROPOUT:
-            weights = tl.where(kept(seed_ptr, n, position, head, threshold), weights, 0.0)
+            p = tl.where(kept(seed_ptr, n, position, head, threshold), p, 0.0)
         acc = acc * alpha[:, None]
-        p = weights.to(q.dtype)
-        if not DELAYED:
-            v_tile = load_rows(v, b, g, row, v_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
-            acc = tl.dot(p, v_tile, acc, input_precision="ieee")
-    return acc, m, l, p
+        # values
+        v_tile = load_rows(v, b, g, row, v_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        acc = tl.dot(p.to(q.dtype), v_tile, acc, input_precision="ieee")
+    return acc, m, l
 
 
 @jit
@@ -72,7 +68,7 @@ def attention_fwd_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     heads, T, S, H, G, window, scale, softcap, threshold, undropped,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr,
-    DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, DELAYED: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over the keys they see -> out and the log-sum-exp in base 2.
@@ -99,35 +95,20 @@ def attention_fwd_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    p = tl.zeros((BLOCK_M, BLOCK_N), q_tile.dtype)
-    if DELAYED:  # the first tile's weights, which may all be 0
-        n = start + tl.arange(0, BLOCK_N)[None, :]
-        k_tile = load_rows(k, b, g, start, k_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
-        s, factor = scores(tl.dot(q_tile, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
-        weights, _, m, l = _softmax_step(s, factor, m, l, n, first, end, True)
-        if DROPOUT:
-            weights = tl.where(kept(seed_ptr, n, position, head, threshold), weights, 0.0)
-        p = weights.to(q_tile.dtype)
-        final = start + tl.cdiv(tl.maximum(stop - start, 1), BLOCK_N) * BLOCK_N - BLOCK_N
-        start += BLOCK_N
-        full, ragged = tl.maximum(full, start), tl.maximum(ragged, start)
     if WINDOWED or DOCUMENTS:
-        acc, m, l, p = _attend(
-            acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end, head,
-            seed_ptr, scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+        acc, m, l = _attend(
+            acc, m, l, q_tile, k, v, b, g, k_stride_s, v_stride_s, start, full, S, position, first, end, head,
+            seed_ptr, scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    acc, m, l, p = _attend(
-        acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, full, ragged, S, position, first, end, head, seed_ptr,
-        scale, softcap, threshold, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+    acc, m, l = _attend(
+        acc, m, l, q_tile, k, v, b, g, k_stride_s, v_stride_s, full, ragged, S, position, first, end, head, seed_ptr,
+        scale, softcap, threshold, False, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    acc, m, l, p = _attend(
-        acc, m, l, p, q_tile, k, v, b, g, k_stride_s, v_stride_s, ragged, stop, S, position, first, end, head, seed_ptr,
-        scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, DELAYED, D, BLOCK_N, BLOCK_D,
+    acc, m, l = _attend(
+        acc, m, l, q_tile, k, v, b, g, k_stride_s, v_stride_s, ragged, stop, S, position, first, end, head, seed_ptr,
+        scale, softcap, threshold, True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if DELAYED:
-        v_tile = load_rows(v, b, g, final, v_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
-        acc = tl.dot(p, v_tile, acc, input_precision="ieee")
-
+    # epilogue
     out = acc / l[:, None]
     if DROPOUT:
         out *= undropped
@@ -144,37 +125,43 @@ def attention_fwd_kernel(
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, warps of a program, loads in flight. `descriptors`, `delayed`: see the kernel."""
+    """Queries and keys of a tile, warps of a program, loads in flight, and whether they go by descriptor."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    delayed: bool = False
 
 
-# By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
+# By architecture, then by the padded head dim. sm_90 at 64 and 128: the fastest of 6 and 4 tiles on an NVIDIA H200,
+# 2026-11-26 (bench tune attention); the others from the compiled code (results/aot.json), not timed.
 CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     80: {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-    90: {
-        64: Tile(128, 64, 8, 2, True, True),
-        128: Tile(128, 64, 8, 2, True, True),
-        256: Tile(128, 64, 8, 2, True, True),
-    },
+    90: {64: Tile(128, 64, 4, 3, True), 128: Tile(128, 128, 8, 3, True), 256: Tile(128, 64, 8, 2, True)},
     100: {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 64, 8, 2, True)},
 }
+# From so many queries on another tile is faster: 405 TFLOP/s beside 403 at T = 4096, 471 beside 453 at 16384.
+LONG = 2048
+LONG_TILES = {(90, 64): Tile(64, 128, 4, 3, True)}
+# Where random numbers, a softcap or documents take so many registers that the tile above would spill.
+SPARING_TILES: dict[tuple[int, int], Tile] = {}
 
 
-def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
-    """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best.
+def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, sparing: bool = False) -> Tile:
+    """The tile for head dim D and T queries. Products in fp32 run on the ordinary cores, and small tiles are best then.
 
-    So they are where D leaves rows of which no descriptor can be made.
+    So they are where D leaves rows of which no descriptor can be made. `sparing`: more than scores needs registers.
     """
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
-    found = TILES[arch][max(64, padded(D))]
+    width = max(64, padded(D))
+    found = TILES[arch][width]
+    if T >= LONG:
+        found = LONG_TILES.get((arch, width), found)
+    if sparing:
+        found = SPARING_TILES.get((arch, width), found)
     return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
@@ -182,7 +169,7 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float, gluon: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32. `gluon` insists on the forward of hopper.py."""
+    """out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32. `gluon` insists on hopper/."""
     q, k, v = rows(q), rows(k), rows(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     shape = Shape(causal, window, scale, softcap, dropout)
@@ -190,10 +177,10 @@ def launch_forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(torch.inf)
-    if chosen(gluon, q, k, v, shape, cu_seqlens):
-        launch_hopper(q, k, v, scale, out, lse)
+    if takes_forward(gluon, q, k, v, shape, cu_seqlens):
+        launch_forward_hopper(q, k, v, scale, out, lse)
         return out, lse
-    block = tile(D, q.dtype, arch(q))
+    block = tile(D, q.dtype, arch(q), T, sparing=dropout > 0 or softcap > 0 or cu_seqlens is not None)
     operands = q, k, v
     if block.descriptors:
         q, k, v = aligned(q), aligned(k), aligned(v)
@@ -202,7 +189,7 @@ def launch_forward(
     attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * H,)](
         *operands, documents, seed, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         B * H, T, S, H, G, *shape.scalars(), **shape.flags(documents), DESCRIPTORS=block.descriptors,
-        DELAYED=block.delayed, D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D),
+        D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D),
         num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return out, lse

@@ -57,11 +57,15 @@ def attention_reference(
         q_part = q[:, queries.start - (S - T) : queries.stop - (S - T)]
         k_part, v_part = k[:, keys.start : keys.stop], v[:, keys.start : keys.stop]
         hidden = None if plain else _hidden(queries, keys, causal, window, document, q.device)
-        bias = _bias(len(queries), len(keys), hidden, q)
-        if softcap is None:
-            s = torch.baddbmm(bias, q_part, k_part.mT, alpha=scale)
+        if hidden is None:
+            s = torch.baddbmm(_causal_bias(len(queries), len(keys), q), q_part, k_part.mT, alpha=scale)
         else:
-            s = softcap * torch.tanh(q_part @ k_part.mT * (scale / softcap)) + bias
+            if softcap is None:
+                s = torch.baddbmm(q.new_zeros(1, 1, 1), q_part, k_part.mT, alpha=scale)
+            else:
+                s = softcap * torch.tanh(q_part @ k_part.mT * (scale / softcap))
+            # The least number, for a row of -inf has a NaN gradient; in place of the score, for their sum may be -inf.
+            s = s.masked_fill(hidden, torch.finfo(s.dtype).min)
         p = torch.softmax(s, dim=-1)
         if hidden is not None:
             p = p.masked_fill(hidden, 0.0)  # a query that sees no key; elsewhere it changes nothing
@@ -91,12 +95,9 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def _bias(T: int, S: int, hidden: Tensor | None, like: Tensor) -> Tensor:
-    """(T, S) to add to the scores: 0 where seen, else the least number. Not -inf: a row of it has a NaN gradient."""
-    least = torch.finfo(like.dtype).min
-    if hidden is None:
-        return torch.full((T, S), least, dtype=like.dtype, device=like.device).triu_(1)
-    return torch.zeros(T, S, dtype=like.dtype, device=like.device).masked_fill_(hidden, least)
+def _causal_bias(T: int, S: int, like: Tensor) -> Tensor:
+    """(T, S) to add to the scores: 0 where seen, else the least number. Every row sees a key."""
+    return torch.full((T, S), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu_(1)
 
 
 def _hidden(

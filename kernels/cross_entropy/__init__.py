@@ -21,18 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import jit, launcher, launching, tl, triton
-from .op import Cost, Op, differentiable, require
-from .prims import (
-    CROSS_ENTROPY_TILES,
-    Criterion,
-    as_rows,
-    check_criterion,
-    cross_entropy_rows,
-    load_logits,
-    logits_gradient,
-    require_kernel_dtype,
-)
+from .._triton import jit, launcher, launching, tl, triton
+from ..op import Cost, Op, differentiable, require
+from ..prims import as_rows, require_kernel_dtype
+from .rows import TILES as ROW_TILES
+from .rows import Criterion, check_criterion, cross_entropy_rows, load_logits, logits_gradient
 
 
 def cross_entropy_reference(
@@ -69,10 +62,12 @@ def cross_entropy_reference(
 
 
 def _check(logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str) -> None:
-    shape = tuple(logits.shape)
-    require(len(shape) == 2 and shape[1] > 0, f"logits: expected (M, N) with N >= 1, got {shape}")
-    require(logits.is_floating_point(), f"logits: expected a floating dtype, got {logits.dtype}")
-    check_criterion(targets, logits.shape[0], logits.shape[1], logits.device, criterion, reduction, "logits")
+    shape = logits.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"logits: expected (M, N) with N >= 1, got {tuple(shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits: expected a floating dtype, got {logits.dtype}")
+    check_criterion(targets, shape[0], shape[1], logits.device, criterion, reduction, "logits")
 
 
 @jit
@@ -123,9 +118,6 @@ def _row_scale(dloss: Tensor, kept: Tensor, M: int, reduction: str) -> Tensor:
     return (dloss / kept if reduction == "mean" else dloss).expand(M)
 
 
-TILES = CROSS_ENTROPY_TILES  # kept in prims.py, for linear_cross_entropy launches the same kernel
-
-
 def _forward(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
     vocab_size: int, reduction: str,
@@ -144,7 +136,7 @@ def _backward(
     M, N = rows.shape
     dlogits = torch.empty((M, N), dtype=logits.dtype, device=logits.device)
     if M:
-        scale, tile = _row_scale(dloss, kept, M, reduction), TILES["rows"].choose(N)
+        scale, tile = _row_scale(dloss, kept, M, reduction), ROW_TILES["rows"].choose(N)
         cross_entropy_bwd_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
             rows, targets.contiguous(), scale, maximum, log_sum, dlogits, rows.stride(0), scale.stride(0), M, N,
             vocab_size, ignore_index, label_smoothing, z_loss, softcap or 1.0,

@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import Cost, Op, differentiable, require
-from .prims import CROSS_ENTROPY_TILES, Criterion, check_criterion, cross_entropy_rows, require_kernel_dtype
+from .._triton import launcher, skip
+from ..op import Cost, Op, differentiable, require
+from ..prims import require_kernel_dtype
+from .rows import Criterion, check_criterion, cross_entropy_rows
 
-# (logits (m, N), targets (m,), criterion, scale (m,) or None) -> loss (m,); scale * gradient overwrites the logits
-RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None], Tensor]
+# (logits (m, N), targets (m,), criterion, scale (m,) or None, loss (m,)): fills loss; scale * gradient goes over logits
+RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None, Tensor], None]
 
 
 def linear_cross_entropy_reference(
@@ -85,14 +87,18 @@ def _check(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float | None, vocab_size: int | None, reduction: str,
 ) -> Criterion:  # fmt: skip
-    shape, weight_shape = tuple(x.shape), tuple(weight.shape)
-    require(len(shape) == 2, f"x: expected (M, C), got {shape}")
-    require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
-    fits = len(weight_shape) == 2 and weight_shape[0] > 0 and weight_shape[1] == shape[1]
-    require(fits, f"weight: expected (V, {shape[1]}) with V >= 1 for x {shape}, got {weight_shape}")
-    mixed = weight.dtype != x.dtype and not _autocasts(x)
-    require(not mixed, f"weight: {weight.dtype}, but x has {x.dtype}; cast one to the other")
-    require(weight.device == x.device, f"weight: on {weight.device}, but x is on {x.device}")
+    shape, weight_shape = x.shape, weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"x: expected (M, C), got {tuple(shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    if len(weight_shape) != 2 or weight_shape[0] == 0 or weight_shape[1] != shape[1]:
+        expected = f"(V, {shape[1]}) with V >= 1 for x {tuple(shape)}"
+        raise ValueError(f"weight: expected {expected}, got {tuple(weight_shape)}")
+    if weight.dtype != x.dtype and not _autocasts(x):
+        raise ValueError(f"weight: {weight.dtype}, but x has {x.dtype}; cast one to the other")
+    if weight.device != x.device:
+        raise ValueError(f"weight: on {weight.device}, but x is on {x.device}")
     V = weight.shape[0]
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V if vocab_size is None else vocab_size)
     check_criterion(targets, x.shape[0], V, x.device, criterion, reduction, "x")
@@ -109,7 +115,12 @@ def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
 
 
 class Task(NamedTuple):
-    """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients."""
+    """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients.
+
+    `widens` sums dweight in the products themselves, by addmm's out_dtype, where the device has it: for code that is
+    never traced, since torch 2.11 raises for out_dtype with out= on fake tensors. `shapes_only` leaves the products
+    and the loss out: for a shape function.
+    """
 
     rows_loss: RowsLoss
     criterion: Criterion
@@ -118,14 +129,13 @@ class Task(NamedTuple):
     pitch: int
     needs_dx: bool
     needs_dweight: bool
+    widens: bool = False
+    shapes_only: bool = False
 
     @property
     def early(self) -> bool:
         """Whether forward finds the gradients, which it can where backward need only scale them by one number."""
         return self.reduction != "none" and (self.needs_dx or self.needs_dweight)
-
-
-TILES = CROSS_ENTROPY_TILES  # kept in prims.py, for cross_entropy launches the same kernel
 
 
 def _pass(
@@ -142,30 +152,33 @@ def _pass(
     loss = torch.empty(M, dtype=wide, device=x.device)
     dx = torch.empty((M, C) if task.needs_dx else (0,), dtype=x.dtype, device=x.device)
     dweight = torch.empty((V, C) if task.needs_dweight else (0,), dtype=sum_dtype, device=x.device)
+    if task.shapes_only:
+        return loss, dx, dweight
     logits = torch.empty((min(M, rows), task.pitch), dtype=x.dtype, device=x.device)
     for i, (x_part, targets_part, loss_part) in enumerate(
         zip(x.split(rows), targets.split(rows), loss.split(rows), strict=True)
     ):
-        padded = logits[: x_part.shape[0]]
-        z = padded if task.pitch == V else padded[:, :V]
+        padded = logits.narrow(0, 0, x_part.shape[0])
+        z = padded if task.pitch == V else padded.narrow(1, 0, V)
         torch.mm(x_part, weight.t(), out=z)
         scale_part = None if scale is None else scale.split(rows)[i]
-        loss_part.copy_(task.rows_loss(padded, targets_part, task.criterion, scale_part))
+        task.rows_loss(padded, targets_part, task.criterion, scale_part, loss_part)
         if scale is not None and task.needs_dx:
             torch.mm(z, weight, out=dx.split(rows)[i])
         if scale is not None and task.needs_dweight:
-            _add_product(dweight, z, x_part, first=i == 0)
+            _add_product(dweight, z, x_part, i == 0, task.widens)
     return loss, dx, dweight
 
 
-def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool) -> None:
+def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool, widens: bool) -> None:
     """total (V, C) += z (m, V)^T @ x (m, C) in total's dtype, or total = where this is the first product."""
     if total.dtype == z.dtype:
         torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
-    elif z.device.type == "cuda":
+    elif widens and z.device.type == "cuda":
         torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:  # a CPU does not widen: 16-bit products for a few rows of the total at a time, which stay in cache
-        for part, z_part in zip(total.split(4096), z.split(4096, dim=1), strict=True):
+    else:  # 16-bit products, summed wide; on a CPU for a few rows of the total at a time, which stay in cache
+        rows = 4096 if z.device.type == "cpu" else total.shape[0]
+        for part, z_part in zip(total.split(rows), z.split(rows, dim=1), strict=True):
             product = torch.mm(z_part.t(), x)
             part.copy_(product) if first else part.add_(product)
 
@@ -199,12 +212,14 @@ def _backward(
     return scaled[0], scaled[1]
 
 
-def _rows_loss_reference(logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+def _rows_loss_reference(
+    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
+) -> None:
     """A RowsLoss in plain torch, for so many rows at a time that their fp32 softmax stays in cache."""
     rows = logits.shape[0] if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
     scales = repeat(None) if scale is None else scale.split(rows)
     blocks = zip(logits.split(rows), targets.split(rows), scales, strict=False)
-    return torch.cat([_softmax_loss(z, target, criterion, factor) for z, target, factor in blocks])
+    loss.copy_(torch.cat([_softmax_loss(z, target, criterion, factor) for z, target, factor in blocks]))
 
 
 def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
@@ -237,6 +252,13 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
     return loss[:, 0].masked_fill_(~kept, 0)
 
 
+def chunked_task(
+    weight: Tensor, criterion: Criterion, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool
+) -> Task:
+    """How the reference goes through the rows: in what every version of torch can trace."""
+    return Task(_rows_loss_reference, criterion, reduction, rows, weight.shape[0], needs_dx, needs_dweight)
+
+
 class _Chunked(torch.autograd.Function):
     """The passes above in plain torch."""
 
@@ -244,7 +266,7 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion, reduction: str, rows: int
     ) -> Tensor:
-        task = Task(_rows_loss_reference, criterion, reduction, rows, weight.shape[0], *ctx.needs_input_grad[:2])
+        task = chunked_task(weight, criterion, reduction, rows, *ctx.needs_input_grad[:2])
         loss, *early = _forward(x, weight, targets, task)
         ctx.task, ctx.dtype = task, x.dtype
         ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else early))
@@ -259,9 +281,11 @@ class _Chunked(torch.autograd.Function):
         return dx if task.needs_dx else None, dweight if task.needs_dweight else None, None, None, None, None
 
 
-def _rows_loss_kernel(logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
+def _rows_loss_kernel(
+    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
+) -> None:
     """A RowsLoss by the kernel that cross_entropy shares."""
-    return cross_entropy_rows(logits, targets.contiguous(), criterion, scale)[0]
+    cross_entropy_rows(logits, targets.contiguous(), criterion, scale, loss)
 
 
 def _kernel_task(
@@ -270,7 +294,7 @@ def _kernel_task(
 ) -> Task:  # fmt: skip
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size)
     pitch = (V + 15) // 16 * 16  # rows of logits start on 32 bytes, or else the kernel's loads would be narrow
-    return Task(_rows_loss_kernel, criterion, reduction, rows, pitch, needs_dx, needs_dweight)
+    return Task(_rows_loss_kernel, criterion, reduction, rows, pitch, needs_dx, needs_dweight, True, launcher() is skip)
 
 
 def _kernel_forward(

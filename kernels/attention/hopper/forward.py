@@ -9,21 +9,13 @@ The roles speak through barriers in shared memory, each good for one rendezvous 
 two in a row apart. kernels/emulate.py runs the protocol on a CPU and finds what it lacks.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .._triton import VERSION, GluonDescriptor, arch, gl, gl_hopper, gluon_jit, launcher, skip, triton
-from ..op import require
-from .shared import Shape, aligned, place
-
-
-@gluon_jit
-def _fetch(source, b, head, row, full, target):
-    """Start the copy of a tile of rows of one head; `full` is arrived at when it has landed."""
-    gl_hopper.mbarrier.expect(full, source.block_type.nbytes)
-    gl_hopper.tma.async_copy_global_to_shared(source, [b, head, row, 0], full, target)
+from ..._triton import gl, gl_hopper, gluon_jit, triton
+from ..shared import aligned, place
+from .pieces import LOG2_E, fetch, tiles_of
 
 
 @gluon_jit
@@ -33,16 +25,16 @@ def _supply(
 ):  # fmt: skip
     """The role of the one warp: bring what the others consume, in the order in which they do, the last keys first."""
     for group in gl.static_range(2):
-        _fetch(q, b, h, row + group * (BLOCK_M // 2), q_full.index(group), q_tiles.index(group))
+        fetch(q, b, h, row + group * (BLOCK_M // 2), q_full.index(group), q_tiles.index(group))
     for i in range(tiles + 1):  # keys are needed one tile before their values
         if i < tiles:
             stage = i % STAGES
             gl_hopper.mbarrier.wait(k_free.index(stage), (i // STAGES + 1) & 1)
-            _fetch(k, b, g, (tiles - 1 - i) * BLOCK_N, k_full.index(stage), k_tiles.index(stage))
+            fetch(k, b, g, (tiles - 1 - i) * BLOCK_N, k_full.index(stage), k_tiles.index(stage))
         if i > 0:
             stage = (i - 1) % STAGES
             gl_hopper.mbarrier.wait(v_free.index(stage), ((i - 1) // STAGES + 1) & 1)
-            _fetch(v, b, g, (tiles - i) * BLOCK_N, v_full.index(stage), v_tiles.index(stage))
+            fetch(v, b, g, (tiles - i) * BLOCK_N, v_full.index(stage), v_tiles.index(stage))
 
 
 @gluon_jit
@@ -179,57 +171,17 @@ class Tile(NamedTuple):
     registers: int
 
 
-# By head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
+# By head dim. NVIDIA H200, 2026-11-26, the best of (128, 128, 2), (128, 128, 3), (128, 64, 3), (128, 64, 4) at both.
 TILES = {64: Tile(128, 128, 2, 240), 128: Tile(128, 128, 2, 240)}
 
 
-def _descriptor(x: Tensor, block: int) -> Any:
-    """A descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head, swizzled as matrix products read."""
-    view, shape = x.transpose(1, 2), [1, 1, block, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
-    return GluonDescriptor(view, list(view.shape), list(view.stride()), shape, layout)
-
-
-# The versions of Triton whose Gluon this page is written in; it changes with most.
-WRITTEN_FOR = ("3.6.0", "3.7.1")
-# Where a GPU has shown this forward to be right and faster, as (architecture, version of Triton): there `attention`
-# takes it unasked. No GPU has run it yet. To add one: tests/test_attention_hopper.py and bench/ops.py on it.
-PROVEN: frozenset[tuple[int, str]] = frozenset()
-
-
-def chosen(insisted: bool, q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
-    """Whether this forward is to run: where it is proven and can. Raises ValueError if insisted on where it cannot."""
-    if launcher() is skip or not (insisted or (arch(q), VERSION) in PROVEN):
-        return False
-    obstacle = _obstacle(q, k, v, shape, cu_seqlens)
-    require(not (insisted and obstacle), f"attention by Gluon: {obstacle}; leave the choice to attention_triton")
-    return not obstacle
-
-
-def _obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> str:
-    """What keeps this forward from running, in words that name the argument; '' if nothing does."""
-    (_, T, _, D), S, found = q.shape, k.shape[1], arch(q)
-    needs = {
-        f"Triton {' or '.join(WRITTEN_FOR)}, this is {VERSION}": VERSION in WRITTEN_FOR,
-        f"q: the kernel is for sm_90, this is sm_{found}": found == 90,
-        f"q: needs bf16 and a head dim of 64 or 128, got {q.dtype} and {D}": q.dtype == torch.bfloat16 and D in TILES,
-        f"k: needs at least as many keys as queries, got {S} and {T}": S >= T,
-        "causal: needs True": shape.causal,
-        "window: needs None": shape.window < 0,
-        "softcap: needs None": not shape.softcap,
-        "dropout: needs 0": not shape.dropout,
-        "cu_seqlens: needs None": cu_seqlens is None,
-    }
-    return next((need for need, met in needs.items() if not met), "")
-
-
-def launch_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+def launch_forward_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
     """Fill out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32, both contiguous."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     block = TILES[D]
     attention_fwd_kernel_hopper[(triton.cdiv(T, block.block_m) * B * H,)](
-        _descriptor(q, block.block_m // 2), _descriptor(k, block.block_n), _descriptor(v, block.block_n),
-        _descriptor(out, block.block_m // 2), lse, B * H, T, S, H, G, scale * 1.4426950408889634,
+        tiles_of(q, block.block_m // 2), tiles_of(k, block.block_n), tiles_of(v, block.block_n),
+        tiles_of(out, block.block_m // 2), lse, B * H, T, S, H, G, scale * LOG2_E,
         D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, STAGES=block.stages, REGISTERS=block.registers, num_warps=4,
     )  # fmt: skip

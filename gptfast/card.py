@@ -1,0 +1,191 @@
+"""One page on a model and how it came about: a report card over the logs of all its stages, drawn from rows alone.
+
+    python -m gptfast.report out-base out-sft out-rl --card      # folders, in the order of training
+
+Each folder holds metrics.jsonl of its stage, whose `run` row may name it (`stage`: base, mid, sft or rl), and where the
+model was judged tasks.jsonl (train.evaluate --tasks) and evaluation.jsonl (train.evaluate --text), written with
+--out_dir of the same folder. What a stage has not measured is shown as -.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptfast import report
+from gptfast.cli import UserError
+from gptfast.log import Row
+
+STAGES = ("base", "mid", "sft", "rl")
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The rows of one stage: of its last run, and of what the model was judged by after it."""
+
+    name: str
+    run: list[Row]
+    judged: list[Row]
+
+    @property
+    def steps(self) -> list[Row]:
+        return report.of_kind(self.run, "step")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, evaluations left out."""
+        return report.elapsed(self.run)(self.steps[-1]["step"]) if self.steps else None
+
+    @property
+    def tokens(self) -> float | None:
+        """That it was trained on: what a step row says, else the product of rate and time."""
+        stated = [row["tokens"] for row in self.steps if "tokens" in row]
+        if stated:
+            return stated[-1]
+        total, before = 0.0, 0.0
+        for row in self.steps:
+            now = report.elapsed(self.run)(row["step"])
+            total += (row.get("tokens_per_s") or math.nan) * (now - before)
+            before = now
+        return total if self.steps and math.isfinite(total) else None
+
+    def last(self, key: str) -> Any:
+        """The newest figure of this name in evaluations of the run, or in what the model was judged by."""
+        found = [row[key] for row in (*report.of_kind(self.run, "eval"), *self.judged) if row.get(key) is not None]
+        return found[-1] if found else None
+
+
+def read(folders: Sequence[Path]) -> list[Stage]:
+    """The stages in `folders`. Raises UserError for one without a log, and for two of one name."""
+    stages = []
+    for number, folder in enumerate(folders):
+        log = folder / "metrics.jsonl"
+        if not log.is_file():
+            raise UserError(f"{folder} has no metrics.jsonl; give the --out_dir of a stage of training")
+        run = report.last_run(report.read([log]))
+        judged = [path for path in (folder / "tasks.jsonl", folder / "evaluation.jsonl") if path.is_file()]
+        name = run[0].get("stage") if run else None
+        stages.append(Stage(name or ("base" if number == 0 else folder.name), run, report.read(judged)))
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"two folders are of one stage ({', '.join(names)}); give one folder for each")
+    return stages
+
+
+def write(folders: Sequence[Path | str], out_dir: Path | str, dollars_per_hour: float | None = None) -> Path:
+    """Writes report.md and its figures to `out_dir`; returns the path of report.md."""
+    out_dir = Path(out_dir)
+    stages = read([Path(folder) for folder in folders])
+    sections = [
+        "# Report card", _environment(stages, dollars_per_hour), "## Summary", summary(stages),
+        "## Time and tokens", _time(stages, dollars_per_hour),
+        *(section for stage in stages for section in _stage(stage, out_dir)),
+    ]  # fmt: skip
+    path = out_dir / "report.md"
+    path.write_text("\n\n".join(sections) + "\n", "utf-8")
+    return path
+
+
+def summary(stages: Sequence[Stage]) -> str:
+    """Metric x stage, in Markdown: losses, rewards, and the accuracy of every task that any stage was judged by."""
+    by_name = {stage.name: stage for stage in stages}
+    names = [*STAGES, *(name for name in by_name if name not in STAGES)]
+    lines = [f"| Metric | {' | '.join(name.upper() for name in names)} |", "|---|" + "---:|" * len(names)]
+
+    def line(metric: str, cells: Mapping[str, str]) -> None:
+        if any(cell != MISSING for cell in cells.values()):
+            lines.append(f"| {metric} | {' | '.join(cells.get(name, MISSING) for name in names)} |")
+
+    for metric, key in (
+        ("validation loss", "val_loss"), ("bits per byte", "bits_per_byte"), ("CORE", "core"), ("reward", "reward"),
+        ("pass@1", "pass@1"),
+    ):  # fmt: skip
+        line(metric, {name: _figure(stage.last(key)) for name, stage in by_name.items()})
+    tasks = dict.fromkeys(row["task"] for stage in stages for row in stage.judged if "task" in row)
+    for task in sorted(tasks, key=lambda task: task == "ChatCORE"):
+        line(task, {name: _accuracy(stage, task) for name, stage in by_name.items()})
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else MISSING
+
+
+def _accuracy(stage: Stage, task: str) -> str:
+    rows = [row for row in stage.judged if row.get("task") == task]
+    if not rows:
+        return MISSING
+    value, error = rows[-1]["accuracy"], rows[-1].get("accuracy_error")
+    known = isinstance(error, int | float) and math.isfinite(error)
+    if task == "ChatCORE":
+        return f"{value:.4f}" + (f" ± {error:.4f}" if known else "")
+    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if known else "")
+
+
+def _environment(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:
+    first = [stage.run[0] for stage in stages if stage.run]
+    cost = "cost: - (give --dollars_per_hour)"
+    total = _total(stages)
+    if total is not None and dollars_per_hour is not None:
+        cost = f"cost: {total / 3600 * dollars_per_hour:,.2f} $ of training at {dollars_per_hour:g} $ per hour"
+    data = dict.fromkeys(str(row.get("config", {}).get(key)) for row in first for key in ("dataset", "mixture"))
+    named = ", ".join(name for name in data if name not in ("None", "")) or MISSING
+    return "\n".join([report.caption(first), "", f"- data: {named}", f"- {cost}"])
+
+
+def _total(stages: Sequence[Stage]) -> float | None:
+    known = [stage.seconds for stage in stages if stage.seconds is not None]
+    return sum(known) if known else None
+
+
+def _time(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:
+    lines = ["| stage | updates | tokens | training time, s | tokens/s | MFU |", "|---|" + "---:|" * 5]
+    for stage in stages:
+        cells = [
+            f"{stage.steps[-1]['step'] + 1:,}" if stage.steps else MISSING, _whole(stage.tokens), _whole(stage.seconds),
+            report._median(stage.steps, "tokens_per_s"), report._median(stage.steps, "mfu", percent=True),
+        ]  # fmt: skip
+        cells = [MISSING if cell == "n/a" else cell for cell in cells]
+        lines.append(f"| {stage.name} | {' | '.join(cells)} |")
+    total = [_whole(sum(t for t in (s.tokens for s in stages) if t is not None)), _whole(_total(stages))]
+    lines.append(f"| all | | {' | '.join(total)} | | |")
+    return "\n".join(lines)
+
+
+def _whole(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _stage(stage: Stage, out_dir: Path) -> list[str]:
+    """Its figures and its last samples."""
+    figures = (
+        ("loss", report.loss_figure(stage.run, out_dir / f"{stage.name}-loss.png")),
+        ("reward", reward_figure(stage.run, out_dir / f"{stage.name}-reward.png")),
+    )
+    sections = [f"## {stage.name.upper()}"]
+    sections += [f"![{stage.name}: {title}]({path.name})" for title, path in figures if path is not None]
+    samples = report.of_kind(stage.run, "sample")
+    sections += [report.fenced(row["text"]) for row in samples[-2:]]
+    return sections if len(sections) > 1 else [*sections, MISSING]
+
+
+def reward_figure(rows: Sequence[Row], path: Path) -> Path | None:
+    """Reward of the answers that were drawn, and pass@1 where it was measured, against the update; None without."""
+    steps = [row for row in report.of_kind(rows, "step") if isinstance(row.get("reward"), int | float)]
+    if not steps:
+        return None
+    figure, (axis,) = report.new_figure(f"{report.run_name(rows)}: reward")
+    numbers, rewards = [row["step"] for row in steps], [row["reward"] for row in steps]
+    axis.plot(numbers, rewards, color=report.BLUE, alpha=0.25, linewidth=0.8, label="answers of one update")
+    axis.plot(numbers, report._smooth(rewards), color=report.BLUE, linewidth=1.8, label="running mean")
+    evals = [row for row in report.of_kind(rows, "eval") if isinstance(row.get("pass@1"), int | float)]
+    if evals:
+        places, passed = [row["step"] for row in evals], [row["pass@1"] for row in evals]
+        axis.plot(places, passed, "o-", color=report.ORANGE, markersize=4, label=f"pass@1, {passed[-1]:.3f} at the end")
+    axis.set(xlabel="update", ylabel="share of answers that pass", ylim=(-0.02, 1.02))
+    axis.legend(frameon=False)
+    return report.save(figure, path, rows)

@@ -1,0 +1,166 @@
+"""Hugging Face's tokenizer.json: what of it is a byte-level BPE as tiktoken runs it, and a proof that it is.
+
+A file that says anything else is refused, never read as something near. What it says is checked twice: field by field,
+and by a probe, a text whose ids must be those that the library `tokenizers` gives for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptfast.blanks import Blanks
+from gptfast.cli import UserError
+
+# GPT-2's pattern (Radford et al., 2019), as tiktoken writes it.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+ELSEWHERE = "gptfast reads plain byte-level BPE, as of GPT-2, Llama 3 and Qwen; use transformers for others"
+
+# Words, numbers, punctuation, blanks of all kinds, scripts, marks that may be composed, and what is no character.
+PROBE = """The quick brown fox, it's 12345 years old (b, c) [d] {e} <f>: HE'LL say "don't"!?  x=y+1;
+\tdef f(a, b):\n\n\n        return a**2 // b  # 100% sure…\r\n\r\n   \n  ends here   \n\t\n
+Zażółć gęślą jaźń; ÄÖÜ ß; cafe\u0301 and caf\u00e9; \u212b; naïve — “quotes” ‘s; 1.5e-10, 3,000,000 €
+Привет, мир! 你好,世界。こんにちは。 안녕하세요 مرحبا بالعالم، ٣٤٥ नमस्ते। \U0001f600\U0001f468\u200d\U0001f469
+https://example.org/a_b?c=d&e=%20#f  \u00a0\u2003\u3000 \x1c \x00 \ufeff ﬁ Ⅷ ½ ²  a\u0300b \u1112\u1161\u11ab tail  """
+
+
+class Found(NamedTuple):
+    """What a tokenizer.json says."""
+
+    ranks: dict[bytes, int]
+    special_tokens: dict[str, int]
+    pattern: str
+    written: tuple[str, ...]  # of the special tokens, those that text is encoded into
+    normalization: str  # NFC, or empty
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in Hugging Face's files: itself if it prints, else one from 256 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+def read(content: Mapping[str, Any], path: Path) -> Found:
+    """What `content`, the JSON of `path`, says. Raises UserError for what a byte-level BPE cannot express."""
+    try:
+        model = content["model"]
+        pattern = _pattern(content, path)
+        added = content.get("added_tokens") or []
+        _require_plain_model(model, path)
+        special_tokens = {token["content"]: token["id"] for token in added}
+        ranks = _ranks(model, special_tokens, path)
+        written = _written(added, path)
+        normalization = "NFC" if content.get("normalizer") else ""
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _damaged(path, error) from None
+    return Found(ranks, special_tokens, pattern, written, normalization)
+
+
+def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[int]]) -> None:
+    """Holds `encode` to what `tokenizers` makes of the file: each token of its merges, and the ids of the PROBE.
+
+    A merge that tiktoken would make and the file does not list would join the two halves of some token, so that the
+    file's own merges stop short of it: it is enough that they lead to every token. Raises UserError where they differ.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(f"reading {path} needs tokenizers: pip install tokenizers") from None
+    try:
+        theirs = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises bare exceptions
+        raise _damaged(path, error) from None
+    model = theirs.model
+    model.ignore_merges = False
+    special = {token["content"] for token in content.get("added_tokens") or []}
+    for token in content["model"]["vocab"]:
+        if len(token) > 1 and token not in special and len(model.tokenize(token)) != 1:
+            raise UserError(f"{path}: no merges lead to its token {token!r}, which tiktoken would make; {ELSEWHERE}")
+    theirs = Tokenizer.from_str(json.dumps({**content, "truncation": None, "padding": None}))
+    theirs.encode_special_tokens = True  # as text: so that tokens in it are what ours makes of them
+    written = [token["content"] for token in content.get("added_tokens") or [] if not token["special"]]
+    for text in (PROBE, " ".join([f"a{name} b {name}c" for name in written]), "a", " ", "\n\n a  "):
+        expected, found = theirs.encode(text, add_special_tokens=False).ids, encode(text)
+        if found != expected:
+            place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+            raise UserError(f"{path} encodes a probe otherwise than gptfast would, from token {place} on; {ELSEWHERE}")
+
+
+def _pattern(content: Mapping[str, Any], path: Path) -> str:
+    """How text is cut before merging. A pattern that may leave characters out gets an alternative for these."""
+    normalizer, step = content.get("normalizer"), content.get("pre_tokenizer") or {}
+    steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
+    if content["model"].get("type", "BPE") != "BPE":
+        raise UserError(f"{path} holds a {content['model']['type']}; {ELSEWHERE}")
+    if normalizer and normalizer["type"] != "NFC":
+        raise UserError(f"{path} normalizes text by {normalizer['type']}; {ELSEWHERE}")
+    names = [each.get("type", "nothing") for each in steps]
+    last = steps[-1]
+    if names[-1] == "ByteLevel" and last.get("add_prefix_space"):
+        raise UserError(f"{path} puts a blank before a text (add_prefix_space); {ELSEWHERE}")
+    if names == ["ByteLevel"] and last.get("use_regex", True):
+        return GPT2_PATTERN
+    first = steps[0]
+    if names != ["Split", "ByteLevel"] or last.get("use_regex", True):
+        kinds = [
+            f"{name} (use_regex)" if each.get("use_regex") else name for name, each in zip(names, steps, strict=True)
+        ]
+        raise UserError(f"{path} splits text by {', then '.join(kinds)}; {ELSEWHERE}")
+    if first["behavior"] != "Isolated" or first.get("invert") or "Regex" not in first["pattern"]:
+        raise UserError(f"{path} splits text by a Split of another kind ({first['behavior']}); {ELSEWHERE}")
+    pattern = first["pattern"]["Regex"]
+    # Split keeps what lies between matches as pieces of their own; tiktoken drops it.
+    return pattern if Blanks.of(pattern) else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def _require_plain_model(model: Mapping[str, Any], path: Path) -> None:
+    unlike = [
+        name
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
+        if model.get(name)
+    ]
+    if unlike:
+        raise UserError(f"{path} has a BPE with {', '.join(unlike)}; {ELSEWHERE}")
+
+
+def _ranks(model: Mapping[str, Any], special_tokens: Mapping[str, int], path: Path) -> dict[bytes, int]:
+    vocab = model["vocab"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = [vocab[left + right] for left, right in merges]
+    if merged != sorted(merged):
+        raise UserError(f"{path} merges in another order than that of its ids, which tiktoken cannot; {ELSEWHERE}")
+    byte_of = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+    ordinary = {token: rank for token, rank in vocab.items() if token not in special_tokens}
+    strange = next((token for token in ordinary if not byte_of.keys() >= set(token)), None)
+    if strange is not None:
+        raise UserError(f"{path} has a token {strange[:40]!r} that is not of bytes' letters; {ELSEWHERE}")
+    missing = [letter for letter in byte_of if letter not in ordinary]
+    if missing:
+        raise UserError(f"{path} has no token for {len(missing)} of the 256 bytes; {ELSEWHERE}")
+    return {bytes([byte_of[letter] for letter in token]): rank for token, rank in ordinary.items()}
+
+
+def _written(added: list[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
+    """The added tokens that text is encoded into, because they are not special."""
+    written = tuple(token["content"] for token in added if not token["special"])
+    for token in added:
+        odd = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+        if odd and not token["special"]:
+            raise UserError(f"{path} has the token {token['content']!r} with {', '.join(odd)}; {ELSEWHERE}")
+    if any(a != b and b in a for a in written for b in written):
+        raise UserError(f"{path} has added tokens that contain one another; {ELSEWHERE}")
+    return written
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+    return UserError(f"{path} is damaged ({type(error).__name__}: {reason}); copy it again")

@@ -1,0 +1,69 @@
+"""How the commands of this package start and end: `python -m kernels`, `kernels.aot`, `kernels.traffic`.
+
+What gptfast.cli does for all others, which this package may not import.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+
+def leave_at_once(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C while a command is still importing: one line, and the code of an interrupted command."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signum)
+
+
+# While `python -m` looks for the page of a command, argv[0] is "-m"; see gptfast/__init__.py.
+if (
+    sys.argv[:1] == ["-m"]
+    and any(name.split(".")[0] == "kernels" for name in sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1])
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, leave_at_once)
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit code of `main`; 130 for Ctrl-C, 1 for an output that cannot be written, each with one line."""
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    failures: list[OSError] = []  # of the output, which argparse keeps to itself
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        write = sys.stdout.write
+
+        def noted(text: str) -> int:
+            try:
+                return write(text)
+            except OSError as error:
+                failures.append(error)
+                raise
+
+        sys.stdout.write = noted  # type: ignore[method-assign]
+    code = 1
+    try:
+        try:
+            code = main()
+        except SystemExit as end:  # --help and argparse's errors
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            failures.append(error)
+        if not failures:
+            raise
+    if failures:
+        if not isinstance(failures[0], BrokenPipeError):
+            print(f"error: cannot write the output: {failures[0].strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return code or 1
+    return code

@@ -1,0 +1,78 @@
+"""Attention by Hopper's own instructions, in Gluon: causal, bf16, head vectors of 64 or 128, grouped heads, T <= S.
+
+Where `attention` takes which, unasked, from measurements on an NVIDIA H200 (2026-11-26, triton 3.6.0; TFLOP/s of the
+plain kernels with their best tiles, of these, and of cuDNN 9.19):
+
+    (B, T, H, D)        forward             backward, five products counted
+    16, 1024, 12, 64    273 / 240 / 313     254 / 277 / 220
+    1, 16384, 32, 64    471 / 438 / 459     390 / 468 / 428
+    4, 4096, 16, 128    473 / 602 / -       391 / 479 / 438
+
+So the forward at D = 128, and the backward always, unless torch.use_deterministic_algorithms asks for sums in a fixed
+order: then the plain kernels run, which have them.
+"""
+
+import torch
+from torch import Tensor
+
+from ..._triton import launcher, multiprocessors, skip, triton
+from ...op import require
+from ..shared import Shape, aligned
+from . import fused, stay
+from .forward import launch_forward_hopper
+from .pieces import (
+    LOG2_E,
+    attention_bwd_kernel_finish,
+    attention_bwd_kernel_prepare,
+    can_run,
+    obstacle,
+    statistics_of,
+    sums_of,
+    tiles_of,
+)
+
+__all__ = ["launch_backward_hopper", "launch_forward_hopper", "takes_backward", "takes_forward"]
+
+
+def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
+    """Whether this forward is to run: where it can and is faster. Raises ValueError if insisted on where it cannot."""
+    if launcher() is skip:
+        return False
+    if insisted:
+        found = obstacle(q, k, v, shape, cu_seqlens)
+        require(not found, f"attention by Gluon: {found}; leave the choice to attention_triton")
+    return (insisted or q.shape[3] == 128) and can_run(q, k, v, shape, cu_seqlens)
+
+
+def takes_backward(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
+    """Whether this backward is to run: where it can, and the order of dq's sums may vary."""
+    return not torch.are_deterministic_algorithms_enabled() and can_run(q, k, v, shape, cu_seqlens)
+
+
+def launch_backward_hopper(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill dq, dk and dv, of the shapes of q, k, v. lse (B, H, T) fp32 in base 2; out contiguous."""
+    q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
+    (B, T, H, D), (S, G), (dq, dk, dv) = q.shape, k.shape[1:3], gradients
+    rows = triton.cdiv(T, 64) * 64
+    statistics = torch.empty((2, B * H, rows), dtype=torch.float32, device=q.device)
+    sums = torch.empty((B * H, rows, D), dtype=torch.float32, device=q.device)
+    attention_bwd_kernel_prepare[(rows // 64, B * H)](
+        out, dout, lse, statistics, sums, *dout.stride()[:3], B * H, T, H, rows, D=D, BLOCK=64, num_warps=4
+    )
+    programs, tile, kernel = triton.cdiv(S, 128) * B * G, fused.TILE, fused.attention_bwd_kernel_fused_hopper
+    if D == 64:
+        programs, tile = min(programs, multiprocessors(q)), stay.TILE
+        kernel = stay.attention_bwd_kernel_stay_hopper
+    kernel[(programs,)](
+        tiles_of(q, tile.block_m), tiles_of(k, 64), tiles_of(v, 64), tiles_of(dout, tile.block_m),
+        statistics_of(statistics, tile.block_m), tiles_of(dk, 64), tiles_of(dv, 64),
+        sums_of(sums, 64, D if D == 64 else D // 2), B * G, T, S, H, G, scale * LOG2_E, scale,
+        HEADS=H // G, D=D, BLOCK_M=tile.block_m, Q_STAGES=tile.q_stages, O_STAGES=tile.o_stages,
+        S_STAGES=tile.s_stages, REGISTERS=tile.registers, num_warps=4,
+    )  # fmt: skip
+    attention_bwd_kernel_finish[(rows // 64, B * H)](
+        sums, dq, *dq.stride()[:3], T, H, rows, scale, D=D, BLOCK=64, num_warps=4
+    )

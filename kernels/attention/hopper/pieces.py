@@ -1,0 +1,153 @@
+"""What the Hopper kernels of attention share: who may run them, descriptors, and what goes before and after."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._triton import (
+    HAS_GLUON,
+    GluonDescriptor,
+    arch,
+    gl,
+    gl_builtin,
+    gl_hopper,
+    gl_ir,
+    gluon_jit,
+    jit,
+    launcher,
+    skip,
+    tl,
+)
+from ..shared import Shape
+
+HEAD_DIMS = (64, 128)
+LOG2_E = 1.4426950408889634
+# One machine code for all sizes: nothing here gains by knowing that one of these is a multiple of 16, or 1.
+SIZES = ("heads", "T", "S", "H", "G", "rows")
+plain_kernel = functools.partial(jit, do_not_specialize=SIZES)
+gluon_kernel = functools.partial(gluon_jit, do_not_specialize=SIZES)
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> str:
+    """What keeps these kernels from running, in words that name the argument; '' if nothing does."""
+    (_, T, _, D), S, found, by = q.shape, k.shape[1], arch(q), launcher()
+    if not HAS_GLUON or (by is not None and not by.gluon):
+        return "Triton: this version, or the interpreter, has no Gluon of the kind that the kernel is written in"
+    if found != 90:
+        return f"q: the kernel is for sm_90, this is sm_{found}"
+    if q.dtype != torch.bfloat16 or D not in HEAD_DIMS:
+        return f"q: needs bf16 and a head dim of 64 or 128, got {q.dtype} and {D}"
+    if S < T:
+        return f"k: needs at least as many keys as queries, got {S} and {T}"
+    if not shape.causal:
+        return "causal: needs True"
+    if shape.window >= 0 or shape.softcap or shape.dropout or cu_seqlens is not None:
+        return "window, softcap, dropout and cu_seqlens: need to be left out"
+    return ""
+
+
+def can_run(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
+    return launcher() is not skip and not obstacle(q, k, v, shape, cu_seqlens)
+
+
+def tiles_of(x: Tensor, block: int) -> Any:
+    """A descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head, swizzled as matrix products read."""
+    view, shape = x.transpose(1, 2), [1, 1, block, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
+    return GluonDescriptor(view, list(view.shape), list(view.stride()), shape, layout)
+
+
+def statistics_of(x: Tensor, block: int) -> Any:
+    """A descriptor of x (2, heads, rows) fp32 that moves `block` numbers of one head."""
+    return GluonDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block], gl.NVMMASharedLayout(0, 32, rank=3))
+
+
+def sums_of(x: Tensor, rows: int, columns: int) -> Any:
+    """A descriptor of x (heads, rows, D) fp32 that adds tiles (rows, columns) to one head's."""
+    shape = [1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float32)
+    return GluonDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+
+
+# ---- inside kernels
+
+if HAS_GLUON:
+
+    @gl_builtin
+    def reduce_add(desc, coord, source, _semantic=None):
+        """Add a tile of shared memory to global memory by the tensor memory accelerator; Gluon has no name for it."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(gl_ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, source.handle)
+
+    reduce_add.emulated = "reduce_add"
+
+else:
+    reduce_add = None
+
+
+@gluon_jit
+def fetch(source, b, head, row, full, target):
+    """Start the copy of a tile of rows of one head; `full` is arrived at when it has landed."""
+    gl_hopper.mbarrier.expect(full, source.block_type.nbytes)
+    gl_hopper.tma.async_copy_global_to_shared(source, [b, head, row, 0], full, target)
+
+
+@gluon_jit
+def fetch_both(source, statistics, kind, b, head, H, row, full, target, statistics_target):
+    """The same, and with it the log-sum-exp (kind 0) or delta (1) of those rows."""
+    gl_hopper.mbarrier.expect(full, source.block_type.nbytes + statistics.block_type.nbytes)
+    gl_hopper.tma.async_copy_global_to_shared(source, [b, head, row, 0], full, target)
+    gl_hopper.tma.async_copy_global_to_shared(statistics, [kind, b * H + head, row], full, statistics_target)
+
+
+@gluon_jit
+def weights_of(s, lse, position, start, factor, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
+    """exp2 of the scores [keys from start on, queries from position on], 0 where a query does not see a key."""
+    p = gl.exp2(s * factor - lse[None, :])
+    if position < start + 63:
+        keys = start + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
+        queries = position + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
+        p = gl.where(queries[None, :] >= keys[:, None], p, 0.0)
+    return p
+
+
+# ---- before and after the backward
+
+
+@plain_kernel
+def attention_bwd_kernel_prepare(
+    out_ptr, dout_ptr, lse_ptr, statistics_ptr, sums_ptr, dout_stride_b, dout_stride_t, dout_stride_h,
+    heads, T, H, rows, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK queries of one head. statistics (2, heads, rows): the log-sum-exp, +inf past T, and
+    delta[t] = sum_d dout[t, d] * out[t, d], 0 past T; sums (heads, rows, D) <- 0. rows is a multiple of BLOCK.
+    """
+    head = tl.program_id(1)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D)[None, :]
+    row, inside = t[:, None].to(tl.int64), (t < T)[:, None]
+    out = tl.load(out_ptr + ((b * T + row) * H + h) * D + d, inside, other=0.0)
+    dout_rows = dout_ptr + b * dout_stride_b + h * dout_stride_h + row * dout_stride_t
+    dout = tl.load(dout_rows + d, inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * T + t, t < T, other=float("inf"))
+    tl.store(statistics_ptr + head.to(tl.int64) * rows + t, lse, t < rows)
+    tl.store(statistics_ptr + (heads + head).to(tl.int64) * rows + t, delta, t < rows)
+    tl.store(sums_ptr + (head.to(tl.int64) * rows + row) * D + d, tl.zeros((BLOCK, D), tl.float32))
+
+
+@plain_kernel
+def attention_bwd_kernel_finish(
+    sums_ptr, dq_ptr, dq_stride_b, dq_stride_t, dq_stride_h, T, H, rows, scale, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program: BLOCK queries of one head of the sums (heads, rows, D) fp32 -> dq, rounded."""
+    head = tl.program_id(1)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, D)[None, :]
+    dq = tl.load(sums_ptr + (head.to(tl.int64) * rows + t) * D + d, t < T, other=0.0) * scale
+    dq_rows = dq_ptr + b * dq_stride_b + h * dq_stride_h + t.to(tl.int64) * dq_stride_t
+    tl.store(dq_rows + d, dq.to(dq_ptr.dtype.element_ty), t < T)

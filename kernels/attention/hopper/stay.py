@@ -1,0 +1,265 @@
+"""Attention backward for Hopper, head vectors of 64, in Gluon: dk, dv and dq in one kernel of programs that stay.
+
+A program takes one block of 128 keys after another, and the next begins under the end of the one before. Its roles run
+at once: one warp copies; two groups of four warps each gather dk and dv of 64 keys while queries and dout come by; a
+third group multiplies the differences that those leave in shared memory by the keys, and adds the product to dq in
+global memory, in fp32, by the tensor memory accelerator. So five products are made and not seven, as where each sum has
+a kernel of its own; but the order in which programs add to dq is not fixed, and its last bits differ from run to run.
+
+Tiles of scores are [keys, queries], so that weights and differences are operands of dv and dk as they lie in registers.
+Barriers are those of forward.py.
+"""
+
+from typing import NamedTuple
+
+from ..._triton import gl, gl_hopper, gluon_jit, tl
+from ..shared import place
+from .pieces import fetch, fetch_both, gluon_kernel, reduce_add, weights_of
+
+
+@gluon_jit
+def _work(j, T, S, heads, G, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr):
+    """The j-th block of keys of this program: (batch, key head, first key, first query, tiles of queries)."""
+    w = gl.program_id(0) + j * gl.num_programs(0)
+    head, block = place(w, gl.cdiv(S, 128), heads, T * HEADS, D, False)
+    n = block * 128
+    first = gl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M
+    return head // G, head % G, n, first, gl.cdiv(T - first, BLOCK_M) * HEADS
+
+
+@gluon_jit
+def _stay_supply(
+    q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full, v_full, kv_free, q_full,
+    q_free, o_full, o_free, rounds, T, S, heads, H, G, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of the one warp."""
+    t = rounds * 0  # tiles of queries so far, of all blocks
+    for j in range(rounds):
+        b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        kv = j % 2
+        gl_hopper.mbarrier.wait(kv_free.index(kv), (j // 2 + 1) & 1)
+        for group in gl.static_range(2):
+            fetch(k, b, g, n + group * 64, k_full.index(kv * 2 + group), k_tiles.index(kv * 2 + group))
+        for i in range(total):
+            h, row = g * HEADS, first + i * BLOCK_M
+            if HEADS > 1:
+                h, row = g * HEADS + i // (total // HEADS), first + i % (total // HEADS) * BLOCK_M
+            stage = t % Q_STAGES
+            gl_hopper.mbarrier.wait(q_free.index(stage), (t // Q_STAGES + 1) & 1)
+            fetch_both(q, statistics, 0, b, h, H, row, q_full.index(stage), q_tiles.index(stage), l_tiles.index(stage))
+            if i == 0:
+                for group in gl.static_range(2):
+                    fetch(v, b, g, n + group * 64, v_full.index(kv * 2 + group), v_tiles.index(kv * 2 + group))
+            stage = t % O_STAGES
+            gl_hopper.mbarrier.wait(o_free.index(stage), (t // O_STAGES + 1) & 1)
+            full = o_full.index(stage)
+            fetch_both(dout, statistics, 1, b, h, H, row, full, o_tiles.index(stage), d_tiles.index(stage))
+            t += 1
+
+
+@gluon_jit
+def _stay_gather(
+    dk_out, dv_out, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full, v_full, kv_free, q_full,
+    q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G, factor, scale,
+    HEADS: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of a group of four warps: dk and dv of 64 keys after another."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    before = rounds * 0  # tiles of queries of the blocks before
+    for j in tl.range(0, rounds, disable_licm=True):
+        b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        kv, parity, start = j % 2, (j // 2) & 1, n + GROUP * 64
+        dk = gl.zeros([64, D], gl.float32, OUT)
+        dv = gl.zeros([64, D], gl.float32, OUT)
+        blank = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+        k = k_tiles.index(kv * 2 + GROUP).reshape([64, D])
+        v = v_tiles.index(kv * 2 + GROUP).reshape([64, D])
+
+        q_stage, o_stage, s_stage = before % Q_STAGES, before % O_STAGES, before % S_STAGES
+        gl_hopper.mbarrier.wait(k_full.index(kv * 2 + GROUP), parity)
+        gl_hopper.mbarrier.wait(q_full.index(q_stage), (before // Q_STAGES) & 1)
+        queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
+        s = gl_hopper.warpgroup_mma(k, queries.permute([1, 0]), blank, use_acc=False, is_async=True)
+        gl_hopper.mbarrier.wait(v_full.index(kv * 2 + GROUP), parity)
+        gl_hopper.mbarrier.wait(o_full.index(o_stage), (before // O_STAGES) & 1)
+        douts = o_tiles.index(o_stage).reshape([BLOCK_M, D])
+        dp = gl_hopper.warpgroup_mma(v, douts.permute([1, 0]), blank, use_acc=False, is_async=True)
+        lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
+        gl_hopper.tma.store_wait(0)  # the results of the block before have left its tiles of keys and values
+        gl_hopper.mbarrier.arrive(kv_free.index(1 - kv), pred=j > 0)
+        s = gl_hopper.warpgroup_mma_wait(1, [s])
+        p = weights_of(s, lse, first + S - T, start, factor, BLOCK_M, SCORES)
+        weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
+        dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
+        delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
+        dp = gl_hopper.warpgroup_mma_wait(1, [dp])
+        differences = (p * (dp - delta[None, :])).to(gl.bfloat16)
+        gl_hopper.mbarrier.wait(s_free.index(s_stage), (before // S_STAGES + 1) & 1)
+        s_tiles.index(s_stage * 2 + GROUP).store(differences)
+        gl_hopper.fence_async_shared()
+        gl_hopper.mbarrier.arrive(s_full.index(s_stage))
+        ds = gl.convert_layout(differences, WEIGHTS)
+        dv, weights = gl_hopper.warpgroup_mma_wait(0, [dv, weights])
+        gl_hopper.mbarrier.arrive(o_free.index(o_stage))
+        if total > 1:
+            gl_hopper.mbarrier.wait(q_full.index((before + 1) % Q_STAGES), ((before + 1) // Q_STAGES) & 1)
+        for i in tl.range(1, total, disable_licm=True):
+            t = before + i
+            q_stage, o_stage, s_stage, last = t % Q_STAGES, t % O_STAGES, t % S_STAGES, (t - 1) % Q_STAGES
+            row = first + i * BLOCK_M
+            if HEADS > 1:
+                row = first + i % (total // HEADS) * BLOCK_M
+            queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
+            dk = gl_hopper.warpgroup_mma(ds, q_tiles.index(last).reshape([BLOCK_M, D]), dk, is_async=True)
+            s = gl_hopper.warpgroup_mma(k, queries.permute([1, 0]), blank, use_acc=False, is_async=True)
+            gl_hopper.mbarrier.wait(o_full.index(o_stage), (t // O_STAGES) & 1)
+            douts = o_tiles.index(o_stage).reshape([BLOCK_M, D])
+            dp = gl_hopper.warpgroup_mma(v, douts.permute([1, 0]), blank, use_acc=False, is_async=True)
+            lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
+            s, dk, ds = gl_hopper.warpgroup_mma_wait(1, [s, dk, ds])
+            gl_hopper.mbarrier.arrive(q_free.index(last))
+            p = weights_of(s, lse, row + S - T, start, factor, BLOCK_M, SCORES)
+            weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
+            dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
+            delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
+            dp = gl_hopper.warpgroup_mma_wait(1, [dp])
+            differences = (p * (dp - delta[None, :])).to(gl.bfloat16)
+            gl_hopper.mbarrier.wait(s_free.index(s_stage), (t // S_STAGES + 1) & 1)
+            s_tiles.index(s_stage * 2 + GROUP).store(differences)
+            gl_hopper.fence_async_shared()
+            gl_hopper.mbarrier.arrive(s_full.index(s_stage))
+            ds = gl.convert_layout(differences, WEIGHTS)
+            # Waiting for the next queries here keeps ptxas from moving the work above below the wait for dv.
+            if i + 1 < total:
+                gl_hopper.mbarrier.wait(q_full.index((t + 1) % Q_STAGES), ((t + 1) // Q_STAGES) & 1)
+            dv, weights = gl_hopper.warpgroup_mma_wait(0, [dv, weights])
+            gl_hopper.mbarrier.arrive(o_free.index(o_stage))
+        before += total
+        last = (before - 1) % Q_STAGES
+        dk = gl_hopper.warpgroup_mma(ds, q_tiles.index(last).reshape([BLOCK_M, D]), dk, is_async=True)
+        dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])
+        gl_hopper.mbarrier.arrive(q_free.index(last))
+        # the keys are read until dq has all
+        gl_hopper.mbarrier.wait(s_free.index((before - 1) % S_STAGES), ((before - 1) // S_STAGES) & 1)
+        v.store(dv.to(gl.bfloat16))  # where the keys and values lay, which are needed no more
+        k.store((dk * scale).to(gl.bfloat16))
+        gl_hopper.fence_async_shared()
+        gl_hopper.tma.async_copy_shared_to_global(dv_out, [b, g, start, 0], v_tiles.index(kv * 2 + GROUP))
+        gl_hopper.tma.async_copy_shared_to_global(dk_out, [b, g, start, 0], k_tiles.index(kv * 2 + GROUP))
+    gl_hopper.tma.store_wait(0)
+
+
+@gluon_jit
+def _stay_sums(
+    dq_sum, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T, S, heads, H, G, HEADS: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, S_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of a group of four warps that adds to dq what the others' differences make of it."""
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    t = rounds * 0
+    for j in tl.range(0, rounds, disable_licm=True):
+        b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        kv = j % 2
+        nothing = gl.zeros([BLOCK_M, D], gl.float32, OUT)
+        for group in gl.static_range(2):
+            gl_hopper.mbarrier.wait(k_full.index(kv * 2 + group), (j // 2) & 1)
+        for i in tl.range(0, total, disable_licm=True):
+            stage = t % S_STAGES
+            head, row = b * H + g * HEADS, first + i * BLOCK_M
+            if HEADS > 1:
+                head, row = b * H + g * HEADS + i // (total // HEADS), first + i % (total // HEADS) * BLOCK_M
+            gl_hopper.mbarrier.wait(s_full.index(stage), (t // S_STAGES) & 1)
+            part = nothing
+            for group in gl.static_range(2):
+                ds = s_tiles.index(stage * 2 + group).permute([1, 0])
+                keys = k_tiles.index(kv * 2 + group).reshape([64, D])
+                part = gl_hopper.warpgroup_mma(ds, keys, part, use_acc=group > 0, is_async=True)
+            gl_hopper.tma.store_wait(0)  # what was added before has been read
+            part = gl_hopper.warpgroup_mma_wait(0, [part])
+            if i + 1 == total:
+                gl_hopper.mbarrier.arrive(kv_free.index(kv))
+            gl_hopper.mbarrier.arrive(s_free.index(stage))
+            a_tiles.index(0).reshape([BLOCK_M, D]).store(part)
+            gl_hopper.fence_async_shared()
+            reduce_add(dq_sum, [head, row, 0], a_tiles.index(0))
+            t += 1
+    gl_hopper.tma.store_wait(0)
+
+
+@gluon_kernel
+def attention_bwd_kernel_stay_hopper(
+    q, k, v, dout, statistics, dk_out, dv_out, dq_sum, heads, T, S, H, G, factor, scale,
+    HEADS: gl.constexpr, D: gl.constexpr,
+    BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program: one block of 128 keys after another -> dk and dv; adds to dq_sum in fp32."""
+    works = gl.cdiv(S, 128) * heads
+    rounds = gl.cdiv(works - gl.program_id(0), gl.num_programs(0))
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [Q_STAGES, 1, 1, BLOCK_M, D], q.layout)
+    o_tiles = gl.allocate_shared_memory(gl.bfloat16, [O_STAGES, 1, 1, BLOCK_M, D], dout.layout)
+    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [4, 1, 1, 64, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [4, 1, 1, 64, D], v.layout)
+    l_tiles = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 1, 1, BLOCK_M], statistics.layout)
+    d_tiles = gl.allocate_shared_memory(gl.float32, [O_STAGES, 1, 1, BLOCK_M], statistics.layout)
+    s_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * S_STAGES, 64, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
+    a_tiles = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, D], dq_sum.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [4, 1], gl_hopper.mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [4, 1], gl_hopper.mbarrier.MBarrierLayout())
+    kv_free = gl.allocate_shared_memory(gl.int64, [2, 1], gl_hopper.mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    o_full = gl.allocate_shared_memory(gl.int64, [O_STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    o_free = gl.allocate_shared_memory(gl.int64, [O_STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    s_full = gl.allocate_shared_memory(gl.int64, [S_STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    s_free = gl.allocate_shared_memory(gl.int64, [S_STAGES, 1], gl_hopper.mbarrier.MBarrierLayout())
+    for tile in gl.static_range(4):
+        gl_hopper.mbarrier.init(k_full.index(tile), count=1)
+        gl_hopper.mbarrier.init(v_full.index(tile), count=1)
+    for kv in gl.static_range(2):
+        gl_hopper.mbarrier.init(kv_free.index(kv), count=3)
+    for stage in gl.static_range(Q_STAGES):
+        gl_hopper.mbarrier.init(q_full.index(stage), count=1)
+        gl_hopper.mbarrier.init(q_free.index(stage), count=2)
+    for stage in gl.static_range(O_STAGES):
+        gl_hopper.mbarrier.init(o_full.index(stage), count=1)
+        gl_hopper.mbarrier.init(o_free.index(stage), count=2)
+    for stage in gl.static_range(S_STAGES):
+        gl_hopper.mbarrier.init(s_full.index(stage), count=2)
+        gl_hopper.mbarrier.init(s_free.index(stage), count=1)
+    gl.warp_specialize(
+        [
+            (_stay_gather, (dk_out, dv_out, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full,
+                            v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G,
+                            factor, scale, HEADS, 0, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
+            (_stay_gather, (dk_out, dv_out, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full,
+                            v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G,
+                            factor, scale, HEADS, 1, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
+            (_stay_sums, (dq_sum, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T, S, heads, H, G,
+                          HEADS, BLOCK_M, D, S_STAGES)),
+            (_stay_supply, (q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full,
+                            v_full, kv_free, q_full, q_free, o_full, o_free, rounds, T, S, heads, H, G, HEADS, BLOCK_M,
+                            D,
+                            Q_STAGES, O_STAGES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, 512 - 24 - 2 * REGISTERS, 24],
+    )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Queries of a tile; tiles of queries, of dout and of differences in flight; registers of a thread that gathers."""
+
+    block_m: int
+    q_stages: int
+    o_stages: int
+    s_stages: int
+    registers: int
+
+
+# NVIDIA H200, 2026-11-26, at 16 x 1024 x 12 and 1 x 16384 x 32 heads of 64.
+TILE = Tile(64, 3, 3, 2, 192)

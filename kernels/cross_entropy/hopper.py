@@ -1,0 +1,206 @@
+"""Cross-entropy of rows kept in shared memory, in Gluon, for Hopper: logits are read once and written once.
+
+A program fetches its whole row by asynchronous copies, chunk upon chunk, and finds the maximum while they land. The sum
+and the gradient then come from shared memory. Each thread reads back only what it has copied itself.
+
+NVIDIA H200, 2026-11-26, bf16 at 16384x50304: 874 us with the gradient in place, 3771 GB/s (0.885 of a copy); 394 us for
+the loss alone, 4184 GB/s. In two passes over memory they take 1170 and 483 us.
+"""
+
+from torch import Tensor
+
+from .._triton import HAS_GLUON, arch, gl, gl_async_copy, gluon_jit, launcher
+
+BLOCK_N = 4096
+CHUNKS = 28  # of 8 KiB: 224 KiB of the 227 that a program may have
+
+
+@gluon_jit
+def _capped(x, softcap):
+    """softcap * tanh(x / softcap), as softcapped in rows.py."""
+    x = x / softcap
+    square = x * x
+    inner = 0.13332970 + square * (-0.053899970 + square * (0.021301694 - 0.0066535580 * square))
+    near = x + x * square * (-0.33333328 + square * inner)
+    size = gl.maximum(x, -x)
+    far = 1.0 - 2.0 / (1.0 + gl.exp2(2.8853900817779268 * size))
+    far = gl.where(x < 0.0, -far, far)
+    return softcap * gl.where(size < 0.5, near, gl.where(x == x, far, x))
+
+
+@gluon_jit
+def _chunk(buffer, v, V, softcap, SOFTCAP: gl.constexpr, RAGGED: gl.constexpr, LAYOUT: gl.constexpr):
+    """A chunk of the row in fp32 under its cap; minus infinity from column V on, which only a RAGGED chunk has."""
+    s = buffer.load(LAYOUT).to(gl.float32)
+    if SOFTCAP:
+        s = _capped(s, softcap)
+    if RAGGED:
+        s = gl.where(v < V, s, float("-inf"))
+    return s
+
+
+@gluon_jit
+def _sum_chunk(
+    chunks, i, column, denominator, total, maximum, V, softcap,
+    SOFTCAP: gl.constexpr, SMOOTHING: gl.constexpr, RAGGED: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Add chunk i to the sum of exp(s - maximum) and to that of s, each still apart by column."""
+    v = i * BLOCK_N + column
+    s = _chunk(chunks.index(i), v, V, softcap, SOFTCAP, RAGGED, LAYOUT)
+    denominator += gl.exp2((s - maximum) * 1.4426950408889634)
+    if SMOOTHING:
+        total += gl.where(v < V, s, 0.0) if RAGGED else s
+    return denominator, total
+
+
+@gluon_jit
+def _write_chunk(
+    row, chunks, i, column, target, maximum, shift, rise, even, pull, N, V, softcap,
+    SOFTCAP: gl.constexpr, SMOOTHING: gl.constexpr, RAGGED: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Write the gradient of chunk i: rise * softmax - even, at the target less `pull`, through the cap's derivative."""
+    v = i * BLOCK_N + column
+    s = _chunk(chunks.index(i), v, V, softcap, SOFTCAP, RAGGED, LAYOUT)
+    ds = rise * gl.exp2((s - maximum) * 1.4426950408889634 - shift)
+    if SMOOTHING:
+        ds -= even
+    if (target >= i * BLOCK_N) & (target < (i + 1) * BLOCK_N):
+        ds = gl.where(v == target, ds - pull, ds)
+    if SOFTCAP:
+        ds *= 1.0 - (s / softcap) * (s / softcap)
+    if RAGGED:
+        ds = gl.where(v < V, ds, 0.0)
+    gl.store(row + v, ds.to(row.dtype.element_ty), v < N)
+
+
+@gluon_jit
+def cross_entropy_rows_kernel_hopper(
+    logits_ptr, targets_ptr, scale_ptr, loss_ptr, maximum_ptr, log_sum_ptr, logits_stride_m, scale_stride_m, N, V,
+    ignore_index, label_smoothing, z_loss, softcap,
+    SOFTCAP: gl.constexpr, SMOOTHING: gl.constexpr, GRADIENT: gl.constexpr, FULL: gl.constexpr, CHUNKS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """One program finds what cross_entropy_rows_kernel finds of one row, and keeps the row in shared memory.
+
+    The first FULL of its CHUNKS have BLOCK_N columns that all count.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+    dtype: gl.constexpr = logits_ptr.dtype.element_ty
+    LOG2_E: gl.constexpr = 1.4426950408889634
+    m = gl.program_id(0).to(gl.int64)
+    row = logits_ptr + m * logits_stride_m
+    column = gl.arange(0, BLOCK_N, LAYOUT)
+    target = gl.load(targets_ptr + m).to(gl.int64)
+    if target == ignore_index:
+        gl.store(loss_ptr + m, 0.0)
+        gl.store(maximum_ptr + m, 0.0)
+        gl.store(log_sum_ptr + m, 0.0)
+        if GRADIENT:
+            zeros = gl.zeros([BLOCK_N], dtype, LAYOUT)
+            for i in gl.static_range(CHUNKS):
+                v = i * BLOCK_N + column
+                gl.store(row + v, zeros, v < N)
+    else:
+        # fetch the row
+        chunks = gl.allocate_shared_memory(dtype, [CHUNKS, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        for i in gl.static_range(CHUNKS):
+            v = i * BLOCK_N + column
+            gl_async_copy.async_copy_global_to_shared(chunks.index(i), row + v, v < N)
+            gl_async_copy.commit_group()
+        known = (target >= 0) & (target < V)
+        chosen = gl.load(row + target, known, 0.0).to(gl.float32)
+        if SOFTCAP:
+            chosen = _capped(chosen, softcap)
+        chosen = gl.where(known, chosen, float("nan"))
+
+        # maximum, as the chunks land
+        largest = gl.full([BLOCK_N], float("-inf"), gl.float32, LAYOUT)
+        for i in gl.static_range(CHUNKS):
+            gl_async_copy.wait_group(CHUNKS - 1 - i)
+            s = _chunk(chunks.index(i), i * BLOCK_N + column, V, softcap, SOFTCAP, i >= FULL, LAYOUT)
+            largest = gl.maximum(largest, s)
+        maximum = gl.max(largest, 0)
+
+        # sum of exponentials; under a cap in a real loop, since unrolled it would take all registers
+        denominator = gl.zeros([BLOCK_N], gl.float32, LAYOUT)
+        total = gl.zeros([BLOCK_N], gl.float32, LAYOUT)
+        if SOFTCAP:
+            for i in range(CHUNKS):
+                denominator, total = _sum_chunk(
+                    chunks,
+                    i,
+                    column,
+                    denominator,
+                    total,
+                    maximum,
+                    V,
+                    softcap,
+                    SOFTCAP,
+                    SMOOTHING,
+                    True,
+                    LAYOUT,
+                    BLOCK_N,
+                )
+        else:
+            for i in gl.static_range(CHUNKS):
+                denominator, total = _sum_chunk(
+                    chunks, i, column, denominator, total, maximum, V, softcap, SOFTCAP, SMOOTHING, i >= FULL, LAYOUT,
+                    BLOCK_N,
+                )  # fmt: skip
+        log_sum = gl.log2(gl.sum(denominator, 0)) / LOG2_E
+
+        # loss
+        lse = maximum + log_sum
+        loss = log_sum - (chosen - maximum)
+        if SMOOTHING:
+            mean = gl.sum(total, 0) / V
+            loss = (1.0 - label_smoothing) * loss + label_smoothing * (log_sum - (mean - maximum))
+        loss += z_loss * lse * lse
+        log_sum = gl.where(known, log_sum, float("nan"))
+        gl.store(loss_ptr + m, loss)
+        gl.store(maximum_ptr + m, maximum)
+        gl.store(log_sum_ptr + m, log_sum)
+
+        if GRADIENT:
+            scale = gl.load(scale_ptr + m * scale_stride_m)
+            rise = scale * (1.0 + 2.0 * z_loss * (maximum + log_sum))
+            even = scale * label_smoothing / V
+            pull = scale * (1.0 - label_smoothing)
+            shift = log_sum * LOG2_E
+            if SOFTCAP:
+                for i in range(CHUNKS):
+                    _write_chunk(
+                        row, chunks, i, column, target, maximum, shift, rise, even, pull, N, V, softcap, SOFTCAP,
+                        SMOOTHING, True, LAYOUT, BLOCK_N,
+                    )  # fmt: skip
+            else:
+                for i in gl.static_range(CHUNKS):
+                    _write_chunk(
+                        row, chunks, i, column, target, maximum, shift, rise, even, pull, N, V, softcap, SOFTCAP,
+                        SMOOTHING, i >= FULL, LAYOUT, BLOCK_N,
+                    )  # fmt: skip
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether this kernel is for logits (M, N): 16 bits, rows that fit, all on 16 bytes, on Hopper with Gluon."""
+    by = launcher()
+    if not HAS_GLUON or (by is not None and not by.gluon) or arch(logits) != 90:
+        return False
+    N, stride = logits.shape[1], logits.stride(0)
+    fit = logits.dtype.itemsize == 2 and N <= CHUNKS * BLOCK_N and N % 16 == 0 and stride % 16 == 0
+    return fit and logits.data_ptr() % 16 == 0
+
+
+def launch_hopper(
+    logits: Tensor, targets: Tensor, scale: Tensor | None, loss: Tensor, maximum: Tensor, log_sum: Tensor,
+    criterion: tuple[int, float, float, float | None, int],
+) -> None:  # fmt: skip
+    """Fill loss, maximum and log_sum (M,); with a scale (M,) write the gradient times it over the logits (M, N)."""
+    (M, N), factor = logits.shape, loss if scale is None else scale
+    ignore_index, label_smoothing, z_loss, softcap, V = criterion
+    cross_entropy_rows_kernel_hopper[(M,)](
+        logits, targets, factor, loss, maximum, log_sum, logits.stride(0), factor.stride(0), N, V,
+        ignore_index, label_smoothing, z_loss, softcap or 1.0,
+        SOFTCAP=softcap is not None, SMOOTHING=label_smoothing > 0, GRADIENT=scale is not None,
+        FULL=V // BLOCK_N, CHUNKS=-(-N // BLOCK_N), BLOCK_N=BLOCK_N, num_warps=8,
+    )  # fmt: skip

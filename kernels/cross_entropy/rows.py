@@ -1,0 +1,191 @@
+"""Cross-entropy of rows of logits: what cross_entropy and linear_cross_entropy share.
+
+The loss of each row, the two parts of its log-sum-exp, and on demand its gradient over the logits. On a Hopper GPU rows
+of 16 bits that fit are kept in shared memory (hopper.py); others are read twice.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import jit, tl
+from ..op import require
+from ..prims import RowTile, RowTiles, softcapped
+from .hopper import fits, launch_hopper
+
+
+class Criterion(NamedTuple):
+    """What cross-entropy is asked for, its reduction apart. Columns from vocab_size on are padding."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    vocab_size: int
+
+
+def check_criterion(
+    targets: Tensor, M: int, N: int, device: torch.device, criterion: Criterion, reduction: str, rows: str
+) -> None:
+    """Refuse wrong arguments of a cross-entropy over M rows of N logits, which the caller knows as the argument `rows`.
+
+    On a CPU also if a target lies outside the vocabulary; on a GPU, for which the host would have to wait, the loss of
+    such a row is NaN.
+    """
+    V = criterion.vocab_size
+    if targets.shape != (M,):
+        raise ValueError(f"targets: expected shape {(M,)} for the rows of {rows}, got {tuple(targets.shape)}")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets: expected int32 or int64, got {targets.dtype}")
+    if targets.device != device:
+        raise ValueError(f"targets: on {targets.device}, but {rows} is on {device}")
+    require(1 <= V <= N, "vocab_size: expected at least 1 and at most the number of logits")
+    require(0 <= criterion.label_smoothing <= 1, "label_smoothing: expected 0 to 1")
+    require(criterion.softcap is None or criterion.softcap > 0, "softcap: expected None or a number above 0")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and M:
+        low, high = targets.aminmax()
+        if low.item() >= 0 and high.item() < V:
+            return  # the usual case, in one pass
+        strange = ((targets < 0) | (targets >= V)) & (targets != criterion.ignore_index)
+        if strange.any():
+            found = int(targets[strange][0])
+            raise ValueError(
+                f"targets: {found} is outside 0 to {V - 1} and is not ignore_index ({criterion.ignore_index})"
+            )
+
+
+@jit
+def load_logits(pointers, mask, real, softcap, SOFTCAP: tl.constexpr):
+    """Logits in fp32 under their cap, minus infinity where they are not `real`. `mask` says what may be read.
+
+    The two differ over padded columns: a mask that ends on a multiple of 16 keeps the loads 128 bits wide.
+    """
+    s = tl.load(pointers, mask, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        s = softcapped(s, softcap)
+    return tl.where(real, s, float("-inf"))
+
+
+@jit
+def logits_gradient(
+    s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """scale[m] * dloss[m] / dz[m, v] for a block s of capped logits.
+
+    The log-sum-exp comes in its two parts: of their rounded sum, softmax would lose digits where the logits are large.
+    """
+    p = tl.exp((s - maximum) - log_sum)
+    hit = tl.where(v == target, 1.0, 0.0)
+    ds = scale * ((p - hit) + label_smoothing * (hit - 1.0 / V) + 2.0 * z_loss * (maximum + log_sum) * p)
+    if SOFTCAP:
+        ds *= 1.0 - (s / softcap) * (s / softcap)
+    return ds
+
+
+@jit
+def _include(s, maximum, denominator):
+    """One more block in the running maximum (BLOCK_M, 1) and in the sum of exp(s - maximum), still apart by column."""
+    larger = tl.maximum(maximum, tl.max(s, axis=1)[:, None])
+    shift = tl.where(larger == float("-inf"), 0.0, larger)  # so far only -inf: exp(-inf - -inf) would be NaN
+    return larger, denominator * tl.exp(maximum - shift) + tl.exp(s - shift)
+
+
+@jit
+def cross_entropy_rows_kernel(
+    logits_ptr, targets_ptr, scale_ptr, loss_ptr, maximum_ptr, log_sum_ptr, logits_stride_m, scale_stride_m, M, N, V,
+    ignore_index, label_smoothing, z_loss, softcap,
+    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program finds loss[m], maximum[m] and log_sum[m], which make up the log-sum-exp, of BLOCK_M rows.
+
+    With GRADIENT it also writes scale[m] * dloss[m] / dz[m, :] over the logits. WHOLE rows stay in registers for it.
+    Longer ones are read by blocks, and again from the end: what was read last is likeliest still in L2.
+    The first V of N columns count, the others get gradient 0.
+    """
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    target = tl.load(targets_ptr + m, m < M, other=0).to(tl.int64)
+    kept = (m < M) & (target != ignore_index)
+    known = (target >= 0) & (target < V)
+    row = logits_ptr + m * logits_stride_m
+    chosen = load_logits(row + target, kept & known, known, softcap, SOFTCAP)
+    chosen = tl.where(known, chosen, float("nan"))
+    if GRADIENT:
+        tl.debug_barrier()  # every warp has its target's logit before any warp writes over it
+    maximum = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
+    denominator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if WHOLE:
+        v = tl.arange(0, BLOCK_N)[None, :]
+        s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
+        maximum, denominator = _include(s, maximum, denominator)
+        if SMOOTHING:
+            total = tl.where(v < V, s, 0.0)
+    else:
+        for start in tl.range(0, N, BLOCK_N, num_stages=3):
+            v = start + tl.arange(0, BLOCK_N)[None, :]
+            s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
+            maximum, denominator = _include(s, maximum, denominator)
+            if SMOOTHING:
+                total += tl.where(v < V, s, 0.0)
+    log_sum = tl.log(tl.sum(denominator, axis=1)[:, None])
+    loss = log_sum - (chosen - maximum)
+    if SMOOTHING:
+        mean = tl.sum(total, axis=1)[:, None] / V
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (log_sum - (mean - maximum))
+    loss += z_loss * (maximum + log_sum) * (maximum + log_sum)
+    log_sum = tl.where(known, log_sum, float("nan"))
+    tl.store(loss_ptr + m, tl.where(kept, loss, 0.0), m < M)
+    tl.store(maximum_ptr + m, maximum, m < M)
+    tl.store(log_sum_ptr + m, log_sum, m < M)
+    if GRADIENT:
+        scale = tl.load(scale_ptr + m * scale_stride_m, m < M, other=0.0)
+        if WHOLE:
+            dz = logits_gradient(s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP)
+            dz = tl.where(kept & (v < V), dz, 0.0)
+            tl.store(row + v, dz.to(logits_ptr.dtype.element_ty), (m < M) & (v < N))
+        else:
+            last = (tl.cdiv(N, BLOCK_N) - 1) * BLOCK_N
+            for start in tl.range(0, N, BLOCK_N, num_stages=3):
+                v = last - start + tl.arange(0, BLOCK_N)[None, :]
+                s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
+                dz = logits_gradient(
+                    s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP
+                )
+                dz = tl.where(kept & (v < V), dz, 0.0)
+                tl.store(row + v, dz.to(logits_ptr.dtype.element_ty), (m < M) & (v < N))
+
+
+# Whole rows: the widest blocks without spills (results/aot.json). Long ones, whose loads are pipelined in three stages:
+# NVIDIA H200, 2026-11-26, bf16 in place, 2810 GB/s at 16384x50304 and 2704 at V = 131072; blocks of 8192 in one stage
+# had 2290.
+TILES = {"rows": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 2048, 4, long=True))}
+
+
+def cross_entropy_rows(
+    logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None = None, loss: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, maximum and log sum_v exp(s - maximum), each (M,) fp32, of logits (M, N) and targets (M,), rows contiguous.
+
+    With a scale (M,) fp32, the gradient times it is written over the logits. Ignored rows are not read. `loss` is where
+    to put it, unless in new memory.
+    """
+    M, N = logits.shape
+    loss = torch.empty(M, dtype=torch.float32, device=logits.device) if loss is None else loss
+    maximum, log_sum = torch.empty_like(loss), torch.empty_like(loss)
+    if M == 0:
+        return loss, maximum, log_sum
+    tile, factor = TILES["rows"].choose(N), loss if scale is None else scale
+    if tile.long and fits(logits):
+        launch_hopper(logits, targets, scale, loss, maximum, log_sum, criterion)
+        return loss, maximum, log_sum
+    cross_entropy_rows_kernel[(-(-M // tile.block_m),)](
+        logits, targets, factor, loss, maximum, log_sum, logits.stride(0), factor.stride(0), M, N, criterion.vocab_size,
+        criterion.ignore_index, criterion.label_smoothing, criterion.z_loss, criterion.softcap or 1.0,
+        SOFTCAP=criterion.softcap is not None, SMOOTHING=criterion.label_smoothing > 0, GRADIENT=scale is not None,
+        WHOLE=not tile.long, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return loss, maximum, log_sum

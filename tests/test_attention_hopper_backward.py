@@ -1,0 +1,206 @@
+"""The Gluon backward of attention: values and barriers in the emulator, machine code, and when it is taken.
+
+A mutant is a page with one mistake in its protocol. Each must be caught, whatever luck the schedule brings.
+"""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+
+import pytest
+import torch
+from mutants import mutated
+from oracle import relative_error
+from torch import Tensor
+
+from kernels import aot
+from kernels._triton import Launcher, launching
+from kernels.attention import ATTENTION, attention_triton, hopper
+from kernels.attention.hopper import fused, stay
+from kernels.attention.reference import attention_reference
+from kernels.emulate import ProtocolError, emulating
+
+pytestmark = pytest.mark.triton
+KERNELS = {64: "attention_bwd_kernel_stay_hopper", 128: "attention_bwd_kernel_fused_hopper"}
+AROUND = ["attention_bwd_kernel_prepare", "attention_bwd_kernel_finish"]
+
+
+def case(B: int, T: int, S: int, H: int, G: int, D: int) -> dict[str, Tensor]:
+    """q, k, v, dout in bf16, and the forward's results in fp64, rounded as the kernel leaves them."""
+    q, dout = torch.randn(2, B, T, H, D).bfloat16().unbind()
+    k, v = torch.randn(2, B, S, G, D).bfloat16().unbind()
+    out, lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True)
+    return dict(q=q, k=k, v=v, dout=dout, out=out.bfloat16().contiguous(), lse=(lse / torch.tensor(2.0).log()).float().contiguous())
+
+
+def gradients(c: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    operands = [c[name].to(dtype).requires_grad_() for name in "qkv"]
+    return torch.autograd.grad(attention_reference(*operands), operands, c["dout"].to(dtype))
+
+
+def check(c: dict[str, Tensor], seed: int) -> None:
+    """The error rule of tests/oracle.py, for dq, dk and dv written into memory that held NaN."""
+    found = tuple(torch.full_like(c[name], torch.nan) for name in "qkv")
+    with emulating(seed):
+        hopper.launch_backward_hopper(
+            c["dout"], c["q"], c["k"], c["v"], c["out"], c["lse"], c["q"].shape[3] ** -0.5, found
+        )
+    same, truth = gradients(c, torch.bfloat16), gradients(c, torch.float64)
+    for name, f, s, t in zip("qkv", found, same, truth, strict=True):
+        assert f.isfinite().all(), f"values: d{name}"
+        assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps, f"values: d{name}"
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(
+    "dims", [(2, 1, 3, 2, 2), (1, 257, 257, 2, 1), (2, 130, 200, 2, 2), (1, 65, 400, 4, 2)], ids=str
+)
+def test_values(dims, D, seed):
+    check(case(*dims, D), seed)
+
+
+def test_gradients_may_lie_in_one_tensor():
+    """As slices of the gradient of a fused projection."""
+    c, (H, G, D) = case(1, 140, 140, 2, 1, 64), (2, 1, 64)
+    whole = torch.full((1, 140, H + 2 * G, D), torch.nan, dtype=torch.bfloat16)
+    apart = tuple(torch.empty_like(c[name]) for name in "qkv")
+    for into in (apart, whole.split((H, G, G), dim=2)):
+        with emulating():
+            hopper.launch_backward_hopper(c["dout"], c["q"], c["k"], c["v"], c["out"], c["lse"], D**-0.5, into)
+    assert torch.equal(whole, torch.cat(apart, dim=2))
+
+
+# ---- mutants of the protocol
+
+WAIT, ARRIVE = "gl_hopper.mbarrier.wait", "gl_hopper.mbarrier.arrive"
+GONE = "gl_hopper.mbarrier.MBarrierLayout()"  # in place of a call: does nothing
+STAY = {
+    "keys overwritten": (f"{WAIT}(kv_free.index(kv), (j // 2 + 1) & 1)", GONE),
+    "queries overwritten": (f"{WAIT}(q_free.index(stage), (t // Q_STAGES + 1) & 1)", GONE),
+    "dout overwritten": (f"{WAIT}(o_free.index(stage), (t // O_STAGES + 1) & 1)", GONE),
+    "phase of free dout": ("(t // O_STAGES + 1) & 1", "(t // O_STAGES) & 1"),
+    "keys not awaited": (f"{WAIT}(k_full.index(kv * 2 + GROUP), parity)", GONE),
+    "values not awaited": (f"{WAIT}(v_full.index(kv * 2 + GROUP), parity)", GONE),
+    "dout not awaited": (f"{WAIT}(o_full.index(o_stage), (t // O_STAGES) & 1)", GONE),
+    "keys not given back": (f"{ARRIVE}(kv_free.index(1 - kv), pred=j > 0)", GONE),
+    "results not awaited": ("gl_hopper.tma.store_wait(0)  # the results", f"{GONE}  # the results"),
+    "differences overwritten": (f"{WAIT}(s_free.index(s_stage), (t // S_STAGES + 1) & 1)", GONE),
+    "dout not given back": (f"{ARRIVE}(o_free.index(o_stage))", GONE),
+    "keys overwritten by dk": (f"{WAIT}(s_free.index((before - 1) % S_STAGES), ((before - 1) // S_STAGES) & 1)", GONE),
+    "tiles miscounted": ("        before += total\n", "        before += total - 1\n"),
+    "differences not awaited": (f"{WAIT}(s_full.index(stage), (t // S_STAGES) & 1)", GONE),
+    "sums overwritten": ("gl_hopper.tma.store_wait(0)  # what", f"{GONE}  # what"),
+    "differences not given back": (f"{ARRIVE}(s_free.index(stage))", GONE),
+    "half of the differences": ("use_acc=group > 0", "use_acc=group > 1"),
+    "two give back the keys": ("kv_free.index(kv), count=3", "kv_free.index(kv), count=2"),
+    "one fills the differences": ("s_full.index(stage), count=2", "s_full.index(stage), count=1"),
+}  # fmt: skip
+FUSED = {
+    "keys not awaited": (f"{WAIT}(k_full.index(group), 0)", GONE),
+    "differences not awaited": (f"{WAIT}(s_full.index(s_stage), (i // S_STAGES) & 1)", GONE),
+    "differences overwritten": (f"{WAIT}(s_free.index(s_stage), (i // S_STAGES + 1) & 1)", GONE),
+    "keys overwritten by dk": (f"{WAIT}(s_free.index(last % S_STAGES), (last // S_STAGES) & 1)", GONE),
+    "differences not given back": (f"{ARRIVE}(s_free.index(s_stage))", GONE),
+    "sums overwritten": ("gl_hopper.tma.store_wait(0)  # what", f"{GONE}  # what"),
+    "queries given back while read": (
+        f"dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])\n        {ARRIVE}(q_free.index(q_stage))",
+        f"{ARRIVE}(q_free.index(q_stage))\n        dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])"),
+    "both groups the first half": ("GROUP * COLUMNS, COLUMNS, dim=1", "0 * COLUMNS, COLUMNS, dim=1"),
+    "differences not fenced": (
+        "gl_hopper.fence_async_shared()\n        gl_hopper.mbarrier.arrive(s_full", "gl_hopper.mbarrier.arrive(s_full"),
+}  # fmt: skip
+MUTANTS = [(stay, 64, name, change) for name, change in STAY.items()]
+MUTANTS += [(fused, 128, name, change) for name, change in FUSED.items()]
+
+
+@pytest.mark.parametrize(
+    ("page", "D", "name", "change"),
+    MUTANTS,
+    ids=[f"{page.__name__.split('.')[-1]}-{name}" for page, _, name, _ in MUTANTS],
+)
+def test_mutant_is_caught(page, D, name, change, tmp_path, monkeypatch):
+    mutant = mutated(page, *change, tmp_path, monkeypatch)
+    monkeypatch.setattr(hopper, page.__name__.split(".")[-1], mutant)
+    c = case(1, 320, 320, 2, 2, D)
+    caught = 0
+    for seed in range(2):
+        try:
+            check(c, seed)
+        except (ProtocolError, AssertionError, IndexError):
+            caught += 1
+    assert caught == 2, "not caught"
+
+
+# ---- when it is taken
+
+
+def launched(page: ModuleType | None = None, arch: int = 90, T: int = 64, D: int = 64, **features) -> list[str]:
+    """The kernels that forward and backward would launch on a GPU of that architecture."""
+    found: list[str] = []
+    q, k, v = (torch.randn(1, T, 2, D).bfloat16().requires_grad_() for _ in range(3))
+    with launching(Launcher(lambda kernel, *_, **__: found.append(kernel.__name__), arch)):
+        out = attention_triton(q, k, v, **features)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    return found[1:]
+
+
+PLAIN = ["attention_bwd_kernel_dq", "attention_bwd_kernel_dk_dv"]
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_it_is_taken_where_it_can_run(D):
+    assert launched(D=D) == [AROUND[0], KERNELS[D], AROUND[1]]
+    assert launched(D=D, arch=100) == PLAIN and launched(D=D, arch=80) == PLAIN
+    for features in (dict(causal=False), dict(window=3), dict(softcap=2.0), dict(dropout=0.1)):
+        assert launched(D=D, **features) == PLAIN
+    assert launched(D=96) == PLAIN
+
+
+def test_deterministic_algorithms_take_the_kernels_that_sum_in_order():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launched() == PLAIN
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- machine code
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_report_holds_its_machine_code_to_the_gates(D):
+    rows = [row for row in aot.read_report() if row["kernel"] == KERNELS[D]]
+    assert rows and {row["arch"] for row in rows} == {90}
+    for row in rows:
+        assert row["broken"] == [] and row["stack_bytes"] == 0 and row["ptxas_warnings"] == []
+        assert re.match("HGMMA ", row["matrix"]) and row["bulk_copies"] > 0
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_registers_of_all_roles_fit_those_that_the_program_starts_with(D):
+    """Or the last to ask would wait forever."""
+    found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90)
+    launch = next(launch for launch in found if launch.kernel.__name__ == KERNELS[D])
+    ptx = aot.compile_launch(launch, 90).asm["ptx"]
+    granted = int(re.search(r"\.maxnreg (\d+)", ptx).group(1))
+    groups = 3 if D == 64 else 2
+    asked = 2 * stay.TILE.registers + (512 - 24 - 2 * stay.TILE.registers) if D == 64 else 2 * fused.TILE.registers
+    assert asked + 24 <= granted * (groups + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_on_a_gpu(D):
+    for T, S in ((1, 3), (63, 66), (128, 128), (1031, 1031), (700, 2048)):
+        q, dout = torch.randn(2, 2, T, 4, D, device="cuda").bfloat16().unbind()
+        k, v = torch.randn(2, 2, S, 2, D, device="cuda").bfloat16().unbind()
+
+        def run(function, dtype, operands=(q, k, v), dout=dout):
+            leaves = [x.to(dtype).requires_grad_() for x in operands]
+            return torch.autograd.grad(function(*leaves), leaves, dout.to(dtype))
+
+        found, same = run(attention_triton, torch.bfloat16), run(attention_reference, torch.bfloat16)
+        for f, s, t in zip(found, same, run(attention_reference, torch.float64), strict=True):
+            assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps

@@ -1,0 +1,238 @@
+"""Files of documents on this disk: which of a folder's are read, and what is read of them, document by document.
+
+A folder holds files of one kind: .parquet, .jsonl or .json, .txt or .md, these also packed (.gz, .zst, .xz, .bz2), in
+capitals or not. Left out, and named, are files and folders whose names begin with a dot, READMEs and LICENSEs, what the
+hub adds to a data set, and files of other endings.
+
+Of a parquet file or a file of JSON rows one column is read, and nothing else of a row is looked at; a row in which it
+is missing, null or empty is no document, but counted. A text file is one document, without its byte order mark. What
+is no text ends the reading with an error that names the file and the line or row. Reading goes on from there when
+it is mended or removed: what came before is not read again, and is held to the last document that was.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from gptfast.cli import UserError
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+NO_DOCUMENTS = ("readme", "license", "dataset_info", "dataset_infos")
+GO_ON = "mend or remove it; the same command goes on from there"
+ROWS_AT_ONCE = 64  # of parquet
+
+
+class Row(NamedTuple):
+    """A document, None where a row has none, and where it is."""
+
+    text: str | None
+    file: int  # number of the file
+    row: int  # in the file, from 0 on
+    at: int  # byte of the file at which it begins, where that is known, so that it can be found at once; else 0
+
+    def state(self) -> dict[str, Any]:
+        """From which `read` goes on after it."""
+        digest = hashlib.sha256((self.text or "").encode("utf-8", "surrogatepass")).hexdigest()
+        return {"file": self.file, "row": self.row, "at": self.at, "sha256": digest}
+
+
+def builder_of(path: Path) -> str | None:
+    """What reads the documents of a file of this name: parquet, json or text; None for others."""
+    ending = path.suffix.lower()
+    if ending not in PACKED:
+        return BUILDERS.get(ending)
+    kind = BUILDERS.get(path.with_suffix("").suffix.lower())
+    return None if kind == "parquet" else kind
+
+
+def exists(path: Path, *, folder: bool = False) -> bool:
+    """Whether there is such a file or folder, or a folder; not, if the name is too long for any or has a NUL in it."""
+    try:
+        return path.is_dir() if folder else path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of documents below `folder`, in order, and those left out."""
+    taken, left_out = [], []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        is_about = path.name.split(".")[0].lower() in NO_DOCUMENTS
+        (left_out if is_hidden or is_about or builder_of(path) is None else taken).append(path)
+    return taken, left_out
+
+
+def read(paths: Sequence[str], builder: str, column: str, state: dict[str, Any] | None = None) -> Iterator[Row]:
+    """All documents of the files, or those after `state`. Raises UserError that names the file and the line."""
+    first = 0 if state is None else state["file"]
+    if state is not None and first >= len(paths):
+        raise UserError("files that were read are gone; remove the data set and begin again")
+    for number in range(first, len(paths)):
+        path = Path(paths[number])
+        after = state if number == first else None
+        try:
+            rows = _rows(path, builder, column, after)
+            if after is not None and not _is_same(rows, number, after):
+                raise UserError(f"{path} has changed before its row {after['row']}, which was read; begin again")
+            for text, row, at in rows:
+                yield Row(text, number, row, at)
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(f"reading {path} needs {error.name}: pip install {error.name}") from None
+        except Exception as error:  # of gzip, lzma, arrow and the disk
+            reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}); {GO_ON}") from None
+
+
+Rows = Iterator[tuple[str | None, int, int]]
+
+
+def _is_same(rows: Rows, number: int, after: dict[str, Any]) -> bool:
+    """Whether the first of `rows` is the one that `after` is the state of."""
+    try:
+        last = next(rows, None)
+    except UserError:  # in what is another line now
+        return False
+    return last is not None and Row(last[0], number, *last[1:]).state() == after
+
+
+def _rows(path: Path, builder: str, column: str, after: dict[str, Any] | None) -> Rows:
+    """(text, row, at) of one file, from the row of `after` on, itself included."""
+    if builder == "parquet":
+        return _of_parquet(path, column, 0 if after is None else after["row"])
+    if builder == "text":
+        return _of_text(path)
+    return _of_json(path, column, after)
+
+
+def _of_text(path: Path) -> Rows:
+    yield decoded(_unpacked(path).read(), path) or None, 0, 0
+
+
+def decoded(content: bytes, path: Path) -> str:
+    """The text of a file, its line ends \\n and without a byte order mark. Raises UserError if it is not UTF-8."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or {GO_ON}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _of_parquet(path: Path, column: str, first: int) -> Rows:
+    from pyarrow import parquet
+
+    if path.stat().st_size == 0:  # what a writer leaves that had nothing to write
+        return
+    with parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise _no_column(f"{path}", column, names)
+        row = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if row + size <= first:
+                row += size
+                continue
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    if row >= first:
+                        yield _text(value, f"{path}, row {row}", column), row, 0
+                    row += 1
+
+
+def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
+    first = 0 if after is None else after["row"]
+    with _unpacked(path) as file:
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        file.seek(0)
+        if start.startswith(b"["):  # one array; the rows of others are lines
+            for row, value in enumerate(_parsed(file.read(), f"{path}")):
+                if row >= first:
+                    yield _of_row(value, f"{path}, row {row}", column, row == 0), row, 0
+            return
+        row, at = 0, 0
+        if after is not None and path.suffix.lower() not in PACKED:
+            row, at = first, after["at"]
+            file.seek(at)
+        for line in file:
+            where = f"{path}:{row + 1}"
+            if row >= first:
+                # A blank line is a row without a document, so that rows and lines have the same numbers.
+                value = _parsed(line, where) if line.strip(b"\xef\xbb\xbf \t\r\n") else {column: None}
+                yield _of_row(value, where, column, row == 0), row, at
+            row, at = row + 1, at + len(line)
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0][:100]
+        raise UserError(f"{where}: not JSON in UTF-8 ({reason}); {GO_ON}") from None
+
+
+def _of_row(value: Any, where: str, column: str, is_first: bool) -> str | None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object with the column {column}, found {type(value).__name__}; {GO_ON}")
+    if is_first and column not in value:
+        raise _no_column(where, column, list(value))
+    return _text(value.get(column), where, column)
+
+
+def _text(value: Any, where: str, column: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {column} is no text but {type(value).__name__}; choose another --column, or {GO_ON}")
+    return value or None
+
+
+def _no_column(where: str, column: str, names: Sequence[str]) -> UserError:
+    return UserError(f"{where} has no column {column}; set --column to one of {', '.join(names)[:300]}")
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    kind = path.suffix.lower()
+    if kind == ".gz":
+        return gzip.open(path, "rb")
+    if kind == ".xz":
+        return lzma.open(path, "rb")
+    if kind == ".bz2":
+        return bz2.open(path, "rb")
+    if kind == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def count(paths: Sequence[str], builder: str) -> int | None:
+    """How many documents there are at most, or None where only reading them all would tell."""
+    if builder == "text":
+        return len(paths)
+    if builder == "parquet":
+        from pyarrow import parquet
+
+        total = 0
+        for path in paths:
+            try:
+                total += parquet.read_metadata(path).num_rows if Path(path).stat().st_size else 0
+            except Exception:  # the reading says it, with all that came before done
+                return None
+        return total
+    return sum(map(_count_lines, paths)) if all(path.lower().endswith(".jsonl") for path in paths) else None
+
+
+def _count_lines(path: str) -> int:
+    with open(path, "rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))

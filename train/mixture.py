@@ -1,0 +1,312 @@
+"""What a stage of fine-tuning learns from: conversations of several tasks, each so often, in rows without cropping.
+
+    mixture = Mixture([Part("gsm8k", examples, 4.0), Part("identity", others, 1.0)], seed=1)
+    batches = ConversationBatches(mixture, chat, batch_size=8, block_size=2048, device="cuda", rank=0, ranks=8)
+    x, y, cu_seqlens = next(batches)                   # as those of gptfast.packing; y is -1 where nothing is learnt
+
+An epoch takes `repeats` times the conversations of each part, in an order that seed and epoch determine. A part whose
+repeats are no whole number goes on where the epoch before stopped, so that no conversation falls behind.
+
+Rows are packed best-fit: always the longest conversation of a buffer that still fits, and after that padding, a BOS at
+a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over rows, each but the
+first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt is left out and
+counted, so that no batch is without a target and no loss 0 / 0. No conversation sees another (cu_seqlens).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from gptfast.chat.conversation import Chat
+from gptfast.cli import UserError
+from gptfast.data import to_device
+from gptfast.model import IGNORED
+from gptfast.packing import PackedBatch
+from train.tasks import Example, Where, find
+
+BUFFER = 100  # pieces of conversations to choose from
+Long = Literal["split", "drop"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Conversations, and how often an epoch takes each of them: 2.0 is twice, 0.5 every other one."""
+
+    name: str
+    examples: Sequence[Example]
+    repeats: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not len(self.examples):
+            raise UserError(f"{self.name} has no conversations; leave it out of the mixture, or give other data")
+        if not 0 < self.repeats < float("inf"):
+            raise UserError(f"{self.name}*{self.repeats}: repeats must be above 0")
+
+    @property
+    def per_epoch(self) -> int:
+        return max(1, round(self.repeats * len(self.examples)))
+
+
+class Mixture:
+    """Parts, as one order of conversations for every epoch."""
+
+    def __init__(self, parts: Sequence[Part], seed: int = 0) -> None:
+        if not parts:
+            raise UserError("a mixture needs a part: a task's name, or jsonl:PATH")
+        self.parts, self.seed = list(parts), seed
+
+    def __len__(self) -> int:
+        """Conversations in an epoch."""
+        return sum(part.per_epoch for part in self.parts)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(len, 2) int64: which part, and which of its conversations, in the order of this epoch."""
+        found = []
+        for number, part in enumerate(self.parts):
+            place = epoch * part.per_epoch + np.arange(part.per_epoch)
+            rounds, within = np.divmod(place, len(part.examples))
+            which = np.empty(len(place), np.int64)
+            for turn in np.unique(rounds):  # each conversation once in every round through the part
+                shuffled = np.random.default_rng((self.seed, number, int(turn))).permutation(len(part.examples))
+                which[rounds == turn] = shuffled[within[rounds == turn]]
+            found.append(np.stack((np.full_like(which, number), which), axis=1))
+        together = np.concatenate(found)
+        return together[np.random.default_rng((self.seed, len(self.parts), epoch)).permutation(len(together))]
+
+    def example(self, part: int, index: int) -> Example:
+        return self.parts[part].examples[index]
+
+    def describe(self) -> str:
+        """A line for each part: its share of an epoch."""
+        return "\n".join(
+            f"  {part.name}: {len(part.examples):,} conversations x {part.repeats:g}, "
+            f"{100 * part.per_epoch / len(self):.1f} % of an epoch"
+            for part in self.parts
+        )
+
+
+def read_mixture(text: str, where: Where, seed: int, split: str = "train") -> Mixture:
+    """The mixture that `gsm8k*4,identity,jsonl:mine.jsonl*2` names. Raises UserError for what is no such list."""
+    parts = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        name, star, times = word.rpartition("*")
+        try:
+            repeats = float(times) if star else 1.0
+        except ValueError:
+            raise UserError(f"{word}: expected NAME or NAME*REPEATS, such as gsm8k*4") from None
+        name = name if star else word
+        parts.append(Part(name, find(name).examples(split, where), repeats))
+    return Mixture(parts, seed)
+
+
+class Piece(NamedTuple):
+    """What goes into a row as one: a conversation or, if that is longer than a row, a part of it."""
+
+    part: int
+    which: int  # of its conversations
+    number: int  # which piece of the conversation
+    length: int  # tokens
+
+
+class ConversationBatches:
+    """An endless iterator of batches over a mixture; of `ranks`, each takes every ranks-th batch of one stream.
+
+    `state_dict` is of plain ints and lists, the same on every rank; a loader that loads it, with any number of ranks,
+    gives the very next batch. Raises UserError if there is nothing to learn from.
+    """
+
+    def __init__(
+        self, mixture: Mixture, chat: Chat, batch_size: int, block_size: int, *, rank: int = 0, ranks: int = 1,
+        device: str | torch.device = "cpu", long: Long = "split", prefetch: int = 2,
+    ) -> None:  # fmt: skip
+        for name, value in (("batch_size", batch_size), ("block_size", block_size)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; set --{name} to 1 or more")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank}, of {ranks} ranks; expected 0 ... {ranks - 1}")
+        self.mixture, self.chat, self.batch_size, self.block_size = mixture, chat, batch_size, block_size
+        self.rank, self.ranks, self.device, self.long = rank, ranks, torch.device(device), long
+        self._prefetch = prefetch
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conversations")
+        self._waiting: deque[Future[tuple[np.ndarray, dict[str, Any]]]] = deque()
+        counts = dict(taken=0, split=0, dropped=0, unlearnt=0, targets=0, rows=0)
+        self._begin({"epoch": 0, "place": 0, "buffer": [], "counts": counts})
+
+    def __iter__(self) -> ConversationBatches:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        rows, self._state = self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._pack_batch))
+        tokens = torch.from_numpy(rows)
+        x, y = tokens[0, :, :-1].contiguous(), tokens[1, :, 1:].contiguous()
+        is_start = tokens[2, :, :-1].flatten().nonzero().flatten()
+        starts = torch.cat((is_start, is_start.new_tensor([x.numel()])))
+        return PackedBatch(
+            to_device(x, self.device), to_device(y, self.device), to_device(starts, self.device, torch.int32)
+        )
+
+    def close(self) -> None:
+        """Ends the thread; there are no more batches."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def epoch(self) -> int:
+        """How often all conversations had been taken into rows when the last batch was packed."""
+        return self._state["epoch"]
+
+    @property
+    def progress(self) -> float:
+        """Epochs up to the last batch, as a fraction too."""
+        return self._state["epoch"] + self._state["place"] / len(self.mixture)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Up to the last batch, of all ranks: conversations taken, split, dropped, without anything to learn
+        (unlearnt); targets; rows."""
+        return dict(self._state["counts"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was taken, however many are prepared."""
+        return {**json.loads(json.dumps(self._state)), **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError for a state of another mixture or other sizes."""
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise UserError(f"the checkpoint was made with {name}={state[name]}, not {value}; set it to that")
+        self._begin({key: state[key] for key in ("epoch", "place", "buffer", "counts")})
+
+    def _identity(self) -> dict[str, Any]:
+        parts = [[part.name, len(part.examples), part.repeats] for part in self.mixture.parts]
+        return {"mixture": parts, "seed": self.mixture.seed, "block_size": self.block_size, "long": self.long}
+
+    # ---- from here on, all but _begin runs in the thread
+
+    def _begin(self, state: dict[str, Any]) -> None:
+        while self._waiting:  # the thread must be idle before what it works on is replaced
+            future = self._waiting.popleft()
+            if not future.cancel():
+                future.exception()
+        self._state = state
+        self._epoch, self._place = state["epoch"], state["place"]
+        self._counts = dict(state["counts"])
+        self._order = self.mixture.order(self._epoch)
+        self._rendered: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
+        self._buffer = [Piece(*piece) for piece in state["buffer"]]
+        self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
+
+    def _pack_batch(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """ids, targets, 1 where a document starts (3, batch_size, block_size + 1) int64; and the state after them."""
+        rows = np.empty((3, self.batch_size, self.block_size + 1), np.int64)
+        for rank in range(self.ranks):
+            rows[0], rows[1], rows[2] = self.chat.bos, IGNORED, 0
+            kept = rows if rank == self.rank else rows.copy()
+            for i in range(self.batch_size):
+                self._pack_row(*kept[:, i])
+            if rank == self.rank:
+                mine = kept.copy()
+        state = {
+            "epoch": self._epoch, "place": self._place, "buffer": [list(piece) for piece in self._buffer],
+            "counts": dict(self._counts),
+        }  # fmt: skip
+        return mine, state
+
+    def _pack_row(self, ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> None:
+        """Fills a row (block_size + 1,), which holds padding, with what fits best; the padding is a document too."""
+        filled = 0
+        while True:
+            self._fill_buffer()
+            fitting = [piece for piece in self._buffer if piece.length <= len(ids) - filled]
+            if not fitting:
+                break
+            piece = max(fitting, key=lambda piece: piece.length)  # the first of equals
+            self._buffer.remove(piece)
+            tokens, mask = self._pieces(piece.part, piece.which)[piece.number]
+            end = filled + piece.length
+            ids[filled:end] = tokens
+            starts[filled] = 1
+            targets[filled:end] = np.where(mask, tokens, IGNORED)
+            self._counts["targets"] += sum(mask)
+            self._forget(piece)
+            filled = end
+            if not self._buffer and self._place == len(self._order):
+                break  # the next epoch begins in a row of its own
+        starts[filled : filled + 1] = 1
+        self._counts["rows"] += 1
+
+    def _fill_buffer(self) -> None:
+        """Takes conversations until there is a choice, or the epoch is over; the next begins with an empty buffer."""
+        if not self._buffer and self._place == len(self._order):
+            self._epoch, self._place = self._epoch + 1, 0
+            self._order = self.mixture.order(self._epoch)
+        learnt = self._counts["taken"] - self._counts["dropped"] - self._counts["unlearnt"]
+        while len(self._buffer) < BUFFER and self._place < len(self._order):
+            part, index = map(int, self._order[self._place])
+            self._place += 1
+            self._counts["taken"] += 1
+            pieces = self._pieces(part, index)
+            wanted = [(number, ids) for number, (ids, mask) in enumerate(pieces) if any(mask)]
+            if not wanted or (self.long == "drop" and len(pieces) > 1):
+                self._counts["dropped" if wanted else "unlearnt"] += 1
+                self._rendered.pop((part, index), None)
+                continue
+            self._counts["split"] += len(pieces) > 1
+            self._buffer += [Piece(part, index, number, len(ids)) for number, ids in wanted]
+        if not self._buffer:
+            if not learnt:
+                raise UserError(
+                    f"nothing to learn in {len(self._order):,} conversations: none has an assistant's words that fit "
+                    f"a row of {self.block_size} tokens; give others, a larger --block_size, or --long=split"
+                )
+            self._fill_buffer()  # the end of the epoch had nothing
+
+    def _pieces(self, part: int, index: int) -> list[tuple[list[int], list[int]]]:
+        """Ids and mask of each piece of a conversation. Over all pieces, each id that is learnt is a target once."""
+        found = self._rendered.get((part, index))
+        if found is None:
+            ids, mask = self.chat.render(self.mixture.example(part, index).messages)
+            width, inside = self.block_size + 1, self.block_size
+            found = [(ids[:width], mask[:width])]
+            for first in range(width, len(ids), inside):
+                last = first + inside
+                found.append(([self.chat.bos, *ids[first:last]], [0, *mask[first:last]]))
+            self._rendered[part, index] = found
+        return found
+
+    def _forget(self, piece: Piece) -> None:
+        """Keeps what was rendered only as long as a piece of it waits."""
+        if not any((other.part, other.which) == (piece.part, piece.which) for other in self._buffer):
+            self._rendered.pop((piece.part, piece.which), None)
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+def sft_multiplier(progress: float, *, warmup: float = 0.0, warmdown: float = 0.5, final: float = 0.0) -> float:
+    """What a rate is multiplied by at `progress` 0 ... 1: linearly up, 1, and linearly down to `final`, never below."""
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < warmup:
+        return (progress + 1e-8) / warmup
+    if progress <= 1.0 - warmdown:
+        return 1.0
+    down = (progress - (1.0 - warmdown)) / warmdown
+    return (1.0 - down) + down * final
+
+
+def sft_momentum(iteration: int) -> float:
+    """Muon's, from 0.85 to 0.95 over 300 updates."""
+    return 0.85 + 0.1 * min(iteration / 300, 1.0)
+
+
+def rl_multiplier(iteration: int, iterations: int) -> float:
+    """What a rate is multiplied by: linearly from 1 to 0."""
+    return max(0.0, 1.0 - iteration / iterations)

@@ -1,0 +1,225 @@
+"""How well a model does at tasks: by the likeliest letter, or by judging what it writes; with standard errors.
+
+    player = Ours(model, chat)                     # or Theirs, a model of transformers
+    score = measure(player, find("gsm8k"), examples, Settings())
+    print(table({"out": [score, ...]}))
+
+Multiple choice: the letter whose token is the likeliest after the prompt. Else the model answers, with its tools, and a
+problem counts as solved if any of `samples` answers passes. ChatCORE is the mean over its five tasks of the accuracy
+above chance, (accuracy - chance) / (1 - chance), where all five were run.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptfast.chat.answers import Answers, answer_all
+from gptfast.chat.conversation import PYTHON, Chat, text_of
+from gptfast.chat.tools import Tools
+from gptfast.cli import UserError
+from gptfast.engine import Engine, Sampling
+from gptfast.model import GPT
+from train.tasks import CHATCORE, Example, Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are drawn."""
+
+    samples: int = 1  # answers to each problem, of which one must pass
+    temperature: float = 0.0
+    top_k: int = 50
+    max_tokens: int = 512  # of an answer
+    batch_size: int = 8
+    seed: int = 42
+
+
+class Player(Protocol):
+    """A model that takes part. `logits` (n, V) fp32 are those of what follows each prompt."""
+
+    chat: Chat
+
+    def logits(self, prompts: Sequence[list[int]]) -> Tensor: ...
+    def answers(self, prompts: Sequence[list[int]], settings: Settings) -> list[list[str]]: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """The share of examples that were passed, and its standard error, nan for a single example."""
+
+    task: str
+    passed: int
+    count: int
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.passed / self.count
+
+    @property
+    def error(self) -> float:
+        p, n = self.accuracy, self.count
+        return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+
+    @property
+    def centred(self) -> float:
+        """0 for guessing, 1 for all right."""
+        return (self.accuracy - self.chance) / (1 - self.chance)
+
+
+def measure(player: Player, task: Task, examples: Sequence[Example], settings: Settings) -> Score:
+    """The score over all `examples`. Shows progress."""
+    from tqdm import tqdm
+
+    if not len(examples):
+        raise UserError(f"{task.name} has no examples; give more with --max_examples, or other data")
+    passed = 0
+    with tqdm(total=len(examples), desc=task.name, disable=None) as progress:
+        for first in range(0, len(examples), settings.batch_size):
+            batch = [examples[i] for i in range(first, min(first + settings.batch_size, len(examples)))]
+            passed += sum(judge(player, task, batch, settings))
+            progress.update(len(batch))
+    return Score(task.name, passed, len(examples), task.chance)
+
+
+def judge(player: Player, task: Task, batch: Sequence[Example], settings: Settings) -> list[bool]:
+    """Whether the model passes each example."""
+    prompts = [player.chat.prompt(example.messages) for example in batch]
+    if task.kind == "categorical":
+        logits = player.logits(prompts)
+        said = [[letter_of(player.chat, example, row)] for example, row in zip(batch, logits, strict=True)]
+    else:
+        said = player.answers(prompts, settings)
+    return [any(task.passes(example, text) for text in texts) for example, texts in zip(batch, said, strict=True)]
+
+
+def letter_of(chat: Chat, example: Example, logits: Tensor) -> str:
+    """The likeliest of the letters by logits (V,)."""
+    ids = [chat.tokenizer.encode(letter) for letter in example.letters]
+    if any(len(found) != 1 for found in ids):
+        raise UserError(f"the tokenizer needs more than one token for a letter of {', '.join(example.letters)}")
+    return example.letters[int(logits[[found[0] for found in ids]].argmax())]
+
+
+# ---- models
+
+
+class Ours:
+    """A GPT, which answers by the engine and with the calculator."""
+
+    def __init__(self, model: GPT, chat: Chat, tools: Tools | None = None, slots: int = 8) -> None:
+        self.model, self.chat, self.slots = model, chat, slots
+        self.tools = Tools() if tools is None else tools
+        self._answers: Answers | None = None
+
+    @torch.no_grad()
+    def logits(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Prompts longer than the model's context count by their end."""
+        most, device = self.model.config.block_size, self.model.lm_head.weight.device
+        tokens, last = _padded([prompt[-most:] for prompt in prompts], self.chat.bos)
+        h = self.model.hidden(tokens.to(device))[torch.arange(len(tokens)), last]
+        return h.float() @ self.model.lm_head.weight.float().T
+
+    def answers(self, prompts: Sequence[list[int]], settings: Settings) -> list[list[str]]:
+        if self._answers is None:
+            tokenizer: Any = self.chat.tokenizer
+            engine = Engine(self.model, slots=self.slots, tokenizer=tokenizer, weights="model")
+            self._answers = Answers(engine, self.chat, self.tools)
+        drawn = answer_all(
+            self._answers,
+            [
+                (prompt, Sampling(settings.max_tokens, settings.temperature, settings.top_k, seed=settings.seed + i))
+                for prompt in prompts
+                for i in range(settings.samples)
+            ],
+        )
+        texts = [text_of(self.chat.parse_answer(answer.ids)) for answer in drawn]
+        return [texts[i : i + settings.samples] for i in range(0, len(texts), settings.samples)]
+
+
+class Theirs:
+    """A model of transformers whose tokenizer has the special tokens of conversations."""
+
+    def __init__(self, model: Any, chat: Chat, tools: Tools | None = None) -> None:
+        self.model, self.chat = model, chat
+        self.tools = Tools() if tools is None else tools
+
+    @torch.no_grad()
+    def logits(self, prompts: Sequence[list[int]]) -> Tensor:
+        tokens, last = _padded(prompts, self.chat.bos)
+        return self.model(tokens.to(self.model.device)).logits[torch.arange(len(tokens)), last].float()
+
+    def answers(self, prompts: Sequence[list[int]], settings: Settings) -> list[list[str]]:
+        return [[self._answer(prompt, settings, i) for i in range(settings.samples)] for prompt in prompts]
+
+    @torch.no_grad()
+    def _answer(self, prompt: list[int], settings: Settings, number: int) -> str:
+        """One answer; generation stops at the end of a call too, so that it can be run."""
+        torch.manual_seed(settings.seed + number)
+        ids: list[int] = []
+        first, last = (self.chat.ids[name] for name in PYTHON)
+        drawing: dict[str, Any] = {"do_sample": False}
+        if settings.temperature:
+            drawing = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
+        while len(ids) < settings.max_tokens:
+            tokens = torch.tensor([prompt + ids], device=self.model.device)
+            out = self.model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=settings.max_tokens - len(ids),
+                eos_token_id=[self.chat.end_of_turn, self.chat.bos, last], pad_token_id=self.chat.bos, **drawing,
+            )[0, tokens.shape[1] :].tolist()  # fmt: skip
+            if not out or out[-1] in (self.chat.end_of_turn, self.chat.bos):
+                ids += out[:-1]
+                break
+            ids += out
+            if out[-1] == last and first in ids:
+                start = len(ids) - 1 - ids[::-1].index(first)
+                output = self.tools.run(self.chat.tokenizer.decode(ids[start + 1 : -1]))
+                ids += [] if output is None else self.chat.output(output)
+        return text_of(self.chat.parse_answer(ids))
+
+
+def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Tokens (n, T) int64 padded after the end, which no token before it sees; and the last place (n,) of each."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[*prompt, *[padding] * (longest - len(prompt))] for prompt in prompts])
+    return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
+
+
+# ---- the figures
+
+
+def chatcore(scores: Sequence[Score]) -> tuple[float, float] | None:
+    """ChatCORE and its standard error; None unless all its tasks were run."""
+    by_name = {score.task: score for score in scores}
+    if not set(CHATCORE) <= by_name.keys():
+        return None
+    wanted = [by_name[name] for name in CHATCORE]
+    errors = [score.error / (1 - score.chance) for score in wanted]
+    return statistics.fmean(score.centred for score in wanted), math.sqrt(sum(e * e for e in errors)) / len(errors)
+
+
+def table(scores: Mapping[str, Sequence[Score]]) -> str:
+    """Accuracy in percent, a row for each task and a column for each model, in Markdown; - where it was not run."""
+    tasks = list(dict.fromkeys(score.task for found in scores.values() for score in found))
+    lines = [f"| task | examples | chance | {' | '.join(scores)} |", "|---|---:|---:|" + "---:|" * len(scores)]
+    for name in tasks:
+        found = [next((score for score in mine if score.task == name), None) for mine in scores.values()]
+        one = next(score for score in found if score is not None)
+        cells = ["-" if s is None else percent(s.accuracy, s.error) for s in found]
+        lines.append(f"| {name} | {one.count:,} | {100 * one.chance:.0f} % | {' | '.join(cells)} |")
+    cores = [chatcore(mine) for mine in scores.values()]
+    if any(cores):
+        cells = ["-" if core is None else f"{core[0]:.4f} ± {core[1]:.4f}" for core in cores]
+        lines.append(f"| ChatCORE | | | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def percent(share: float, error: float) -> str:
+    return f"{100 * share:.1f} %" + (" ± n/a" if math.isnan(error) else f" ± {100 * error:.1f}")

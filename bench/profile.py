@@ -348,7 +348,12 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--models", default="gpt2" if on_gpu else "char-cpu", help=f"comma-separated, of {', '.join(PRESETS)}")
+    add(
+        "--models",
+        "--model",
+        default="gpt2" if on_gpu else "char-cpu",
+        help=f"comma-separated, of {', '.join(PRESETS)}",
+    )
     add("--mode", default="train", choices=MODES)
     add("--impl", help=f"comma-separated, of {', '.join(IMPLS)} (default: what the device has)")
     add("--device", default="cuda" if on_gpu else "cpu")

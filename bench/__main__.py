@@ -144,7 +144,8 @@ def chosen(stages: Sequence[Stage], only: str | None, quick: bool = False) -> li
     UserError names one that there is not.
     """
     stages = [stage for stage in stages if only or not quick or stage.quick is not None]
-    there = {stage.name: stage for stage in stages if stage.module or (stage.page or stage.name) in pages()}
+    known = pages()
+    there = {stage.name: stage for stage in stages if stage.module or (stage.page or stage.name) in known}
     if only is None:
         return list(there.values())
     names = [name for name in only.split(",") if name]

@@ -202,7 +202,7 @@ def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: 
             {"label": part["part"], "ms": part["ms"], "flops": part["tflops"] * part["ms"] * 1e9,
              "bytes": part["gbs"] * part["ms"] * 1e6} for part in parts if part["gbs"]
         ]  # fmt: skip
-        if len(points) > 1 and row["direction"] == "train" and row["impl"] == mine:
+        if len(points) > 1 and row["direction"] == "train" and row["impl"].split(" + ")[0] == mine:
             title, path = f"{row['name']}: parts of a step by {mine}", folder / f"roofline-{row['name']}.png"
             made.append(roofline_figure(points, path, title, roofs, [row]))
     return made

@@ -239,8 +239,10 @@ def named(ops: Ops) -> Ops:
     return Ops({name: (how, why, within(name, getattr(ops, name))) for name, (how, why) in ops.chosen.items()})
 
 
-def training(config: GPTConfig, impl: str, device: torch.device, B: int, compiled: str) -> Subject:
-    """Forward, backward and AdamW on one batch of random tokens, as `bench model` trains."""
+def training(
+    config: GPTConfig, impl: str, device: torch.device, B: int, compiled: str, graph: bool = False
+) -> Subject:  # fmt: skip
+    """Forward, backward and AdamW on one batch of random tokens, as `bench model` trains; `graph`, by a CUDA graph."""
     from . import model as page
 
     dtype, _ = compute_dtype(str(device))
@@ -252,8 +254,9 @@ def training(config: GPTConfig, impl: str, device: torch.device, B: int, compile
     else:
         ops = kernels.load(impl)
         maker = page.ours(config, named(ops) if compiled == "no" else ops, impl, dtype, compiled)
-    variant = page.Variant(maker, device)
+    variant = page.Variant(dataclasses.replace(maker, graph=graph), device)
     variant.compile()
+    variant.reset()  # what runs from here on is compiled, and captured
     tokens, targets = (torch.empty(B, config.block_size, dtype=torch.int64, device=device) for _ in range(2))
     page.draw(tokens, targets, config.vocab_size, 0)
 
@@ -345,7 +348,12 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--models", default="gpt2" if on_gpu else "char-cpu", help=f"comma-separated, of {', '.join(PRESETS)}")
+    add(
+        "--models",
+        "--model",
+        default="gpt2" if on_gpu else "char-cpu",
+        help=f"comma-separated, of {', '.join(PRESETS)}",
+    )
     add("--mode", default="train", choices=MODES)
     add("--impl", help=f"comma-separated, of {', '.join(IMPLS)} (default: what the device has)")
     add("--device", default="cuda" if on_gpu else "cpu")
@@ -353,6 +361,12 @@ def main(argv: Sequence[str]) -> int:
     add("--block_size", type=int, help="tokens a sequence to train on (default: the model's)")
     add("--context", type=int, default=1024, help="tokens of a prompt, or in the cache")
     add("--compile", choices=("auto", "model", "blocks", "no"), default="auto", help="of ours; auto: no on a CPU")
+    add(
+        "--cuda_graph",
+        action=argparse.BooleanOptionalAction,
+        default=on_gpu,
+        help="our training step as one CUDA graph, as the trainer launches it (default: on a GPU)",
+    )
     add("--steps", type=int, default=3, help="under the profiler")
     add("--budget_s", type=float, default=float("inf"), help="start no other profile after this")
     add("--quick", action="store_true", help="fewer samples, one implementation")
@@ -429,10 +443,12 @@ def one(
     auto = whole if device.type == "cuda" else "no"
     compiled = auto if arguments.compile == "auto" else arguments.compile
     B = arguments.batch_size or (BATCH[arguments.mode] if device.type == "cuda" else CPU_BATCH)
-    file = out / f"trace-{name}-{arguments.mode}-{impl}.json.gz"
+    graph = arguments.cuda_graph and arguments.mode == "train" and impl in ("triton", "reference")
+    label = f"{impl} + CUDA graph" if graph else impl
+    file = out / f"trace-{name}-{arguments.mode}-{results.slug({'name': label})}.json.gz"
     while True:
         try:
-            subject, report = _profiled(arguments, device, config, impl, B, compiled, file, measured)
+            subject, report = _profiled(arguments, device, config, impl, B, compiled, graph, file, measured)
             break
         except torch.OutOfMemoryError:
             if B == 1:
@@ -441,23 +457,23 @@ def one(
         torch.cuda.empty_cache()
         log.say(f"profile {name} {impl}: {2 * B} sequences do not fit, {B} then")
     row = log.row(
-        "profile", name=name, impl=impl, direction=arguments.mode, dims=dict(subject.dims),
+        "profile", name=name, impl=label, direction=arguments.mode, dims=dict(subject.dims),
         dtype=str(subject.dtype).removeprefix("torch."), compiled=compiled, **report.row(),
         tokens_per_s=subject.tokens / report.wall.ms_p50 * 1e3, config=dataclasses.asdict(config), **common,
     )  # fmt: skip
     sizes = " ".join(f"{letter}={size}" for letter, size in subject.dims.items())
-    log.say(f"profile {name} {arguments.mode} {impl} {row['dtype']} {sizes}: {row['tokens_per_s']:,.0f} tokens/s")
+    log.say(f"profile {name} {arguments.mode} {label} {row['dtype']} {sizes}: {row['tokens_per_s']:,.0f} tokens/s")
     for line in table(row, report.trace.on_gpu):
         log.say(f"profile   {line}")
 
 
 def _profiled(
     arguments: argparse.Namespace, device: torch.device, config: GPTConfig, impl: str, B: int, compiled: str,
-    file: Path, measured: Ceilings | None,
+    graph: bool, file: Path, measured: Ceilings | None,
 ) -> tuple[Subject, Report]:  # fmt: skip
     mode = arguments.mode
     if mode == "train":
-        subject = training(config, impl, device, B, compiled)
+        subject = training(config, impl, device, B, compiled, graph)
     else:
         subject = inference(config, impl, device, B, arguments.context, mode)
     dtype = str(subject.dtype).removeprefix("torch.")

@@ -31,7 +31,14 @@ def case(B: int, T: int, S: int, H: int, G: int, D: int) -> dict[str, Tensor]:
     q, dout = torch.randn(2, B, T, H, D).bfloat16().unbind()
     k, v = torch.randn(2, B, S, G, D).bfloat16().unbind()
     out, lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True)
-    return dict(q=q, k=k, v=v, dout=dout, out=out.bfloat16().contiguous(), lse=(lse / torch.tensor(2.0).log()).float().contiguous())
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        dout=dout,
+        out=out.bfloat16().contiguous(),
+        lse=(lse / torch.tensor(2.0).log()).float().contiguous(),
+    )
 
 
 def gradients(c: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

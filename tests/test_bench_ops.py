@@ -30,6 +30,13 @@ QUICK = Settings(samples=3, most_samples=3, warmup_s=0.0, budget_s=0.0, most_cpu
 BOUNDLESS = Ceilings({}, None, None, "none", 0.0)
 
 
+@pytest.fixture
+def boundless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that holds its figures against nothing, since measuring ceilings takes half a minute."""
+    monkeypatch.setattr(ops, "ceilings", lambda *arguments: BOUNDLESS)
+    monkeypatch.setattr(ops, "measured_ceilings", lambda *arguments: BOUNDLESS)
+
+
 def smallest(dims: dict) -> dict:
     smaller = halved(dims)
     return dict(dims) if smaller is None else smallest(smaller)
@@ -400,7 +407,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_timed_and_the_others_are(monkeyp
 
 
 @pytest.mark.triton
-def test_a_case_that_fails_is_noted_and_the_next_one_runs(monkeypatch, tmp_path):
+def test_a_case_that_fails_is_noted_and_the_next_one_runs(monkeypatch, tmp_path, boundless):
     ran = []
 
     def run_case(case, *rest):
@@ -477,7 +484,7 @@ def test_every_op_is_timed_and_checked_on_gpu(name, direction):
         assert watch.sets_needed(1 << 20) > 1
 
 
-def test_cases_beyond_the_budget_are_named_and_do_not_fail_the_page(tmp_path, capsys):
+def test_cases_beyond_the_budget_are_named_and_do_not_fail_the_page(tmp_path, capsys, boundless):
     assert (
         ops.main(
             [

@@ -34,7 +34,8 @@ from gptfast.config import PRESETS, GPTConfig
 from gptfast.data import Batches
 from gptfast.log import Log, facts
 from gptfast.model import GPT, IGNORED, compute_dtype
-from gptfast.optim import adamw, clip_grad_norm
+from gptfast.optim import adamw
+from gptfast.step import Step, language_model
 
 CONFIG = PRESETS["char-cpu"]
 BATCH_SIZE = 12
@@ -43,7 +44,7 @@ ADAMW: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "weight_de
 CLIP = 1.0
 STEPS_PER_SAMPLE = 5  # so that a variant finds its own data in the caches, as it would alone
 
-Step = Callable[[], Tensor]
+Run = Callable[[], Tensor]
 
 
 class PlainBlock(nn.Module):
@@ -89,7 +90,7 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED)
 
 
-def plain_step(path: Path) -> Step:
+def plain_step(path: Path) -> Run:
     """The plain model's training step over the uint16 tokens in the file at `path`."""
     model, T = PlainGPT(CONFIG), CONFIG.block_size
     groups = [
@@ -115,35 +116,17 @@ def plain_step(path: Path) -> Step:
     return step
 
 
-def our_step(tokens: Tensor, dtype: torch.dtype, compiled: bool) -> Step:
-    """Our training step in `dtype`; `compiled` puts forward, backward, clipping and AdamW into one graph."""
+def our_step(tokens: Tensor, dtype: torch.dtype, compiled: bool) -> Run:
+    """Our training step in `dtype`; `compiled` puts forward, backward and clipping into one graph."""
     model = GPT(CONFIG, kernels.load("reference"), dtype)
     with contextlib.redirect_stdout(io.StringIO()):  # the table of groups
         optimizer = adamw(model, **ADAMW)
-    batches, parameters = Batches(tokens, BATCH_SIZE, CONFIG.block_size), list(model.parameters())
-
-    def update(x: Tensor, y: Tensor) -> Tensor:
-        loss = model(x, y)
-        if compiled:
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = gradient
-        else:
-            loss.backward()
-        clip_grad_norm(parameters, CLIP)
-        optimizer.step()
-        return loss.detach()
-
-    run = torch.compile(update) if compiled else update
-
-    def step() -> Tensor:
-        loss = run(*next(batches))
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return step
+    batches = Batches(tokens, BATCH_SIZE, CONFIG.block_size)
+    step = Step(language_model(model), optimizer, clip=CLIP, compiled=compiled)
+    return lambda: step(batches)
 
 
-def sampler(step: Step) -> Callable[[], float]:
+def sampler(step: Run) -> Callable[[], float]:
     """Milliseconds of one step, the mean of a few in a row."""
 
     def sample() -> float:

@@ -37,6 +37,7 @@ from gptfast.config import PRESETS, GPTConfig
 from gptfast.log import Log, Row, facts, gpu_state
 from gptfast.model import GPT, IGNORED, compute_dtype
 from gptfast.optim import adamw
+from gptfast.step import Step
 from kernels import Ops
 
 from . import results
@@ -51,6 +52,7 @@ CPU_BATCH = {"char-cpu": 12, "char-modern-cpu": 12, "char": 2}
 MOST_ROWS = 64  # of a micro-batch on a GPU; more gain nothing at T = 1024
 LAYERS_COMPILED_WHOLE = 12  # of deeper models the block is compiled: compile time grows with depth, speed hardly does
 SAMPLE_MS = 100.0  # a sample is as many steps in a row as fill this, so that the host can run ahead
+TRITON = "triton"  # label of the variant with all of our kernels
 LEARNING: dict[str, Any] = {"learning_rate": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 PEAK_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -68,6 +70,7 @@ class Maker:
     mode: str | None = None  # of torch.compile
     autocast: bool = False  # whether the dtype comes by autocast
     attention: str | None = None  # the SDPA backend, named so that no version of torch chooses another
+    graph: bool = False  # whether a step is launched as one CUDA graph
     rung: int | None = None  # of the ladder
     ours: bool = True
     ops: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -148,7 +151,7 @@ def ladder(
     for name in (name for name in used_ops(config) if kernels.OPS[name].triton is not None):
         on[name] = "triton"
         rungs.append(ours(config, load("reference", **on), f"+{name}", dtype, compiled, rung=len(rungs)))
-    rungs[-1] = dataclasses.replace(rungs[-1], label="triton") if on else rungs[-1]
+    rungs[-1] = dataclasses.replace(rungs[-1], label=TRITON) if on else rungs[-1]
     return rungs
 
 
@@ -179,6 +182,16 @@ def makers(config: GPTConfig, device: torch.device, compiled: str, rungs: bool, 
     return found
 
 
+def with_graphs(found: Sequence[Maker]) -> list[Maker]:
+    """Ours and plain torch.compile once more, each step as one CUDA graph as the trainer launches it."""
+    twins = [
+        dataclasses.replace(maker, label=f"{maker.label} + CUDA graph", graph=True, rung=None)
+        for maker in found
+        if maker.label in (TRITON, "torch.compile")
+    ]
+    return [*found, *twins]
+
+
 # ---- one variant at work ---------------------------------------------------------------------------------------------
 class Variant:
     """A model with its optimizer; `step` trains on one batch and returns the loss, detached."""
@@ -192,14 +205,22 @@ class Variant:
         with contextlib.redirect_stdout(io.StringIO()):  # the table of groups
             self.optimizer = adamw(self.model, **LEARNING)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model
+        self.graph = False  # not before it is compiled: memory is fitted first
+        self.reset()
         self.parameter_bytes = 16 * sum(p.numel() for p in self.model.parameters())  # weight, gradient, two moments
         self.resident_bytes = allocated(device) - before
         self.peak_bytes: int | None = None
         self.first_loss: float | None = None
 
+    def reset(self) -> None:
+        """Forget gradients, and what was captured for a batch of another size."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.update = Step(lambda *batch: (self.forward(*batch), 1), self.optimizer, graph=self.graph)
+
     def compile(self) -> None:
-        """Compile the whole model, or in place each block of it, of which all share one graph."""
+        """Compile the whole model, or in place each block of it, of which all share one graph; capture from here on."""
         maker = self.maker
+        self.graph = maker.graph
         if maker.compiled == "model":
             self.loss = torch.compile(self.model, mode=maker.mode, dynamic=False)
         elif maker.compiled == "blocks":
@@ -215,15 +236,11 @@ class Variant:
             return self.loss(tokens, targets)
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = self.forward(tokens, targets)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return self.update(iter([(tokens, targets)]))
 
     def measure_memory(self, tokens: Tensor, targets: Tensor) -> None:
         """Set `peak_bytes`: this variant's own parameters and states, and what a step needs beside them."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.graph:  # whose memory is a pool, held between steps
             torch.cuda.reset_peak_memory_stats(self.device)
             before = allocated(self.device)
             self.step(tokens, targets)
@@ -334,13 +351,13 @@ def fitted_batch(plan: Plan, variants: list[Variant], log: Log) -> tuple[Tensor,
         draw(held[0], held[1], plan.config.vocab_size, 0)
         for variant in list(variants):
             started = time.monotonic()
-            variant.optimizer.zero_grad(set_to_none=True)  # an attempt that failed may have left some
+            variant.reset()
             try:
                 loss = variant.step(held[0], held[1]).item()
             except torch.OutOfMemoryError:
                 raise
             except FAILURES as error:
-                if variant.maker.ours:
+                if variant.maker.ours and not variant.graph:
                     raise
                 variants.remove(variant)
                 told = f"{plan.name}: {variant.maker.label} cannot train here: {type(error).__name__}: {error}"
@@ -412,6 +429,7 @@ def figures(
         "parameters": mfu.palm_params(config), "flops_per_token": dataclasses.asdict(flops),
         "peak_flops": rate, "peak_kind": known and known.kind, "peak_source": known and known.source,
         "peak_device": known and known.device,
+        "cuda_graph": maker.graph,
         "compiled": maker.compiled, "compile_mode": maker.mode, "attention": maker.attention, "ops": dict(maker.ops),
         "rung": maker.rung, "ours": maker.ours, "side_by_side": side_by_side, "config": dataclasses.asdict(config),
         "first_loss": variant.first_loss, "loss": last, "error": error,
@@ -474,6 +492,7 @@ def main(argv: Sequence[str]) -> int:
     add("--samples", type=int, help="at least so many of each variant")
     add("--budget_s", type=float, default=180.0 if on_gpu else 40.0, help="start no model that would end after this")
     add("--full", action="store_true", help="every peer and every ladder, whatever the budget")
+    add("--cuda_graph", type=boolean, default=True, help="time CUDA graphs too (default: True)")
     add("--quick", action="store_true", help="the first model, without its ladder")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = parser.parse_args([_underscored(argument) for argument in argv])
@@ -491,6 +510,10 @@ def main(argv: Sequence[str]) -> int:
         failed = campaign(arguments, device, peak_for(device, arguments.peak_tflops, out), log, common)
     results.compact(out / "model.jsonl")
     return 1 if failed else 0
+
+
+def boolean(value: str) -> bool:
+    return {"True": True, "False": False}[value]
 
 
 def _underscored(argument: str) -> str:
@@ -526,6 +549,7 @@ def campaign(arguments: argparse.Namespace, device: torch.device, peak: mfu.Peak
         compiled = whole if arguments.compile == "auto" else arguments.compile
         rungs = (number == 0 or arguments.full) and not arguments.quick
         chosen = makers(config, device, compiled, rungs, arguments.full, arguments.quick)
+        chosen = with_graphs(chosen) if on_gpu and arguments.cuda_graph else chosen
         batch_size = arguments.batch_size or (None if on_gpu else CPU_BATCH.get(name, 1))
         samples = arguments.samples or (6 if arguments.quick else 12)
         plan = Plan(name, config, device, batch_size, samples, budget_s=min(1.0, arguments.budget_s / 40) * len(chosen))

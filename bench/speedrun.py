@@ -56,16 +56,16 @@ RUNNERS = (BASELINE, "cpu-sprint", "cpu-plain")
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
     "no-token-shift": ["--token_shift=False"],
-    "learned-positions": ["--position=learned", "--embedding_lr=0.02"],
+    "learned-positions": ["--position=learned", "--learning_rate=0.02"],
     "no-block-shift": ["--block_shift=False"],
     "qk-norm": ["--qk_norm=True"],
     "gelu": ["--activation=gelu"],
-    "tied-head": ["--tied=True", "--embedding_lr=0.02"],
-    "adamw": ["--optimizer=adamw", "--matrix_lr=0.008"],
-    "adamw-half-rate": ["--optimizer=adamw", "--matrix_lr=0.004"],
+    "tied-head": ["--tied=True", "--learning_rate=0.02"],
+    "adamw": ["--optimizer=adamw_by_role", "--matrix_lr=0.008"],
+    "adamw-half-rate": ["--optimizer=adamw_by_role", "--matrix_lr=0.004"],
     "2-newton-schulz-steps": ["--newton_schulz_steps=2"],
     "5-newton-schulz-steps": ["--newton_schulz_steps=5"],
-    "late-decay": ["--decay=0.4"],
+    "late-decay": ["--warmdown_ratio=0.4"],
 }
 
 
@@ -188,7 +188,7 @@ def ablate(
     common = facts("cpu")
     for seed in seeds:
         for name in names:
-            summary = run(name, seed, [f"--preset={preset}", *flags])
+            summary = run(name, seed, [preset, *flags])
             log.row(
                 "summary", name=f"ablation of {preset} on {dataset}", impl=name, flags=" ".join(VARIANTS[name]),
                 dims={"seed": seed, "iters": summary["iterations"]}, loss=summary["loss"],
@@ -207,7 +207,7 @@ def race(seeds: Sequence[int], runners: Sequence[str], flags: Sequence[str], log
             log.row("summary", impl=BASELINE, dims={"seed": seed, "iters": UPDATES}, **base._asdict(), **common)
             log.say(f"speedrun  {BASELINE}: {base.wall_s:.1f} s, {base.cpu_s:.1f} s of CPU, from the first {PIECE}")
         for preset in (runner for runner in runners if runner != BASELINE):
-            summary = run(preset, seed, [f"--preset={preset}", *flags])
+            summary = run(preset, seed, [preset, *flags])
             took = Took(summary["wall_s"], summary["cpu_s"])
             log.row(
                 "summary", impl=preset, dims={"seed": seed, "iters": summary["iterations"]}, loss=summary["loss"],
@@ -251,7 +251,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.quick:
         seeds, iters = seeds.split(",")[0], 20
     flags = [f"--dataset={dataset}", f"--data_dir={arguments.data_dir}"]
-    flags += [f"--iters={iters}"] if iters else []
+    flags += [f"--max_iters={iters}"] if iters else []
     numbers = [int(seed) for seed in seeds.split(",")]
     with Log(arguments.out or results.folder(facts("cpu")["hardware"]), name="ablation.jsonl") as log:
         assert log.path is not None

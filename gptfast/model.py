@@ -276,16 +276,19 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos().to(device, torch.float32), persistent=False)
         self.register_buffer("sin", angle.sin().to(device, torch.float32), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, *, reduction: str = "mean"
+    ) -> Tensor:
         """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored.
 
-        `cu_seqlens` as in `hidden`.
+        `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`.
         """
         x = self.hidden(tokens, cu_seqlens=cu_seqlens)
         weight = self.lm_head.weight.to(x.dtype)
         return self.ops.linear_cross_entropy(
-            x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap
-        )
+            x.view(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index=IGNORED, softcap=self.config.softcap,
+            reduction=reduction,
+        )  # fmt: skip
 
     def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`."""

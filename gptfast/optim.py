@@ -1,8 +1,11 @@
-"""The optimizers: AdamW in nanoGPT's two groups; Muon for matrices with AdamW for the rest. And gradient clipping."""
+"""The optimizers: AdamW in nanoGPT's two groups; Muon for matrices with AdamW for the rest. And the gradient's norm.
+
+No step waits for the device, and each can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from inspect import unwrap
 from typing import Any
 
@@ -20,12 +23,64 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
 class _Plain(torch.optim.Optimizer):
-    """torch.optim.Optimizer, which imports torch's compiler to keep it out of these: two seconds of every start."""
+    """torch.optim.Optimizer, which imports torch's compiler to keep it out of these: two seconds of every start.
+
+    A step may be refused on the device: while `found_inf` (() fp32, torch's name for it) holds 1, it changes neither
+    weights nor state, whatever the gradients are. The host need not know.
+    """
+
+    found_inf: Tensor | None = None
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+    _state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    _load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+    def make_capturable(self) -> None:
+        """Keep what a schedule changes as tensors on the device, so that a CUDA graph of a step sees new values."""
+        for group in self.param_groups:
+            device = group["params"][0].device
+            for key in SCHEDULED & group.keys():
+                scheduled = key == "lr" or (group.get("kind") == "muon" and group[key] != 0.0)
+                if scheduled and not isinstance(group[key], Tensor):
+                    group[key] = torch.tensor(float(group[key]), device=device)
+            group["capturable"] = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with plain numbers where `make_capturable` keeps tensors."""
+        state = self._state_dict()
+        for group in state["param_groups"]:
+            for key in SCHEDULED & group.keys():
+                group[key] = float(group[key])
+            if "capturable" in group:
+                group["capturable"] = False
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state from `state_dict`; hyperparameters stay tensors where they are."""
+        capturable = any(group.get("capturable") for group in self.param_groups)
+        self._load_state_dict(state_dict)
+        if capturable:
+            self.make_capturable()
+
+
+SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # what a schedule may change
+
+
+def set_scheduled(group: dict[str, Any], key: str, value: float) -> None:
+    """Set one of SCHEDULED in a parameter group, on the device where a CUDA graph reads it there."""
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)
+    elif group.get("capturable") and group[key] != value:
+        raise RuntimeError(f"{key} of a captured step cannot change from {group[key]} to {value}; leave capture out")
+    else:
+        group[key] = value
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Give every group the rate `rate`, times the group's own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        set_scheduled(group, "lr", rate * group.get("lr_scale", 1.0))
 
 
 class AdamW(_Plain, torch.optim.AdamW):
@@ -52,15 +107,14 @@ def adamw(
     return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their joint 2-norm is at most `max_norm`; 0 leaves them. Returns the norm found.
+def grad_norm(gradients: list[Tensor]) -> Tensor:
+    """The joint 2-norm () of gradients, by a few calls for all of them."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
-    The foreach form: a few calls for all tensors. torch chooses it by itself on a GPU only.
-    """
-    parameters = list(parameters)
-    if max_norm == 0.0:
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor () by which gradients of that norm are clipped to at most `max_norm`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------
@@ -80,6 +134,8 @@ class Muon(_Plain):
     Matrices of one shape, or of that shape turned, in whatever layers, are stacked and orthogonalized together, so that
     a step is a handful of batched products. A parameter that holds several matrices one above the other (queries, keys
     and values in c_attn) names their row counts in the group's `rows`, and each is orthogonalized alone.
+
+    Momentum, rate and decay may be tensors on the device, as `make_capturable` leaves them.
 
     A group with kind="adamw" holds anything, and steps as torch.optim.AdamW does. A parameter without a gradient is
     left alone. The state is plain tensors per parameter: "momentum" and with normalize "square", or "step", "exp_avg"
@@ -124,13 +180,18 @@ class Muon(_Plain):
         if not moved:
             return
         params = [p for p, _ in moved]
-        grads = [p.grad for p in params]
         states = [self._state(p, **_matrix_state(p, rows, group["normalize"])) for p, rows in moved]
         means = [state["momentum"] for state in states]
-        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, means, group["momentum"]) if group["nesterov"] else means
-        decay = group["lr"] * group["weight_decay"]
-        if decay and not group["cautious"]:
+        grads, rate, decay, allowed = [p.grad for p in params], group["lr"], group["weight_decay"], None
+        if self.found_inf is not None:  # where refused, the mean is lerped to itself and the rate is 0
+            allowed = 1.0 - self.found_inf
+            grads = [torch.where(allowed > 0, grad, mean) for grad, mean in zip(grads, means, strict=True)]
+            rate = rate * allowed
+        _lerp_(means, grads, 1 - group["momentum"])
+        updates = _lerp(grads, means, group["momentum"]) if group["nesterov"] else means
+        decays = isinstance(decay, Tensor) or decay != 0.0
+        decay = rate * decay
+        if decays and not group["cautious"]:
             torch._foreach_mul_(params, 1 - decay)
 
         stacks: dict[Shape, list[tuple[Tensor, Tensor, Tensor]]] = {}  # (m, n) -> (weights, update, square) of each
@@ -144,11 +205,11 @@ class Muon(_Plain):
             matrices, _, squares = zip(*triples, strict=True)
             direction = directions[m, n].to(matrices[0].dtype)
             if group["normalize"]:
-                direction = _even_out(direction, squares, group["beta2"])
-            if decay and group["cautious"]:
+                direction = _even_out(direction, squares, group["beta2"], allowed)
+            if decays and group["cautious"]:
                 weights = torch.stack(matrices)
-                torch._foreach_sub_(matrices, (weights * (weights * direction > 0)).unbind(), alpha=decay)
-            torch._foreach_add_(matrices, direction.unbind(), alpha=-group["lr"] * max(1.0, m / n) ** 0.5)
+                _subtract_(matrices, weights * (weights * direction > 0), decay)
+            _subtract_(matrices, direction, rate * max(1.0, m / n) ** 0.5)
 
     def _orthogonalized(self, updates: dict[Shape, list[Tensor]], steps: int) -> dict[Shape, Tensor]:
         """For each shape (m, n) the directions (B, m, n) of its updates; (n, m) goes the same way, turned."""
@@ -177,7 +238,7 @@ class Muon(_Plain):
             [s["exp_avg_sq"] for s in states],
             [],
             [s["step"] for s in states],
-            fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2,
+            fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2, found_inf=self.found_inf,
             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
@@ -201,11 +262,32 @@ def _lines(square: Tensor, rows: list[int], n: int) -> list[Tensor]:
     return [part.unsqueeze(1 if m >= n else 0) for m, part in zip(rows, parts, strict=True)]
 
 
-def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float) -> Tensor:
-    """direction (B, m, n) with the lines divided by their running size, at its old norm; updates `squares` in place."""
+def _lerp(starts: list[Tensor], targets: list[Tensor], weight: float | Tensor) -> list[Tensor]:
+    """Each tensor moved by `weight` of the way to its target; a weight on the device is not read by the host."""
+    return list(torch._foreach_lerp(starts, targets, [weight] * len(starts) if isinstance(weight, Tensor) else weight))
+
+
+def _lerp_(moved: Sequence[Tensor], targets: Sequence[Tensor], weight: float | Tensor) -> None:
+    """`_lerp` in place."""
+    torch._foreach_lerp_(moved, targets, [weight] * len(moved) if isinstance(weight, Tensor) else weight)
+
+
+def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tensor) -> None:
+    """Subtract factor * stack (B, m, n) from B matrices, in place."""
+    if isinstance(factor, Tensor):
+        torch._foreach_sub_(matrices, (stack * factor).unbind())
+    else:
+        torch._foreach_sub_(matrices, stack.unbind(), alpha=factor)
+
+
+def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float, allowed: Tensor | None) -> Tensor:
+    """direction (B, m, n) with the lines divided by their running size, at its old norm; updates `squares` in place.
+
+    They stay as they are where `allowed` is 0.
+    """
     axis = -1 if direction.shape[-2] >= direction.shape[-1] else -2
     fresh = direction.square().mean(axis, keepdim=True)
-    torch._foreach_lerp_(squares, fresh.unbind(), 1 - beta2)
+    _lerp_(squares, fresh.unbind(), 1 - beta2 if allowed is None else (1 - beta2) * allowed)
     scaled = direction * torch.stack(squares).clamp(min=1e-10).rsqrt()
     norm, new_norm = (torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True) for d in (direction, scaled))
     return scaled * (norm / new_norm.clamp(min=1e-10))

@@ -12,14 +12,14 @@ from gptfast import cli
 from gptfast.cli import UserError
 from gptfast.log import check_row
 from train.config import Pretrain
-from train.presets import PRESETS as PRETRAINED
-from train.speedrun import PRESETS, configure
+from train.presets import PRESETS
+from train.speedrun import configure
 
 
 @pytest.mark.parametrize("variant", ablation.VARIANTS)
 def test_a_variant_differs_from_the_recipe_in_its_flags_alone(variant):
-    recipe = dataclasses.replace(PRESETS["cpu-sprint"], device="cpu")
-    config = configure(["--preset=cpu-sprint", "--device=cpu", *ablation.VARIANTS[variant]])
+    recipe = PRESETS["cpu-sprint"]
+    _, config = configure(["cpu-sprint", *ablation.VARIANTS[variant]])
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(recipe, f.name)}
     assert changed == {flag[2:].split("=")[0] for flag in ablation.VARIANTS[variant]}
 
@@ -77,7 +77,7 @@ def test_a_race_divides_what_one_round_took(tmp_path, monkeypatch):
 
 def test_a_race_runs_the_command_of_nanogpt(tmp_path):
     """The baseline's flags are the ones that its README gives for a CPU, and nothing that nanoGPT does not do."""
-    config = cli.parse(Pretrain, [*ablation.NANOGPT, f"--max_iters={ablation.UPDATES}"], PRETRAINED)
+    config = cli.parse(Pretrain, [*ablation.NANOGPT, f"--max_iters={ablation.UPDATES}"], PRESETS)
     assert (config.optimizer, config.n_layer, config.n_embd, config.max_iters) == ("adamw", 4, 128, 2000)
     assert (config.batch_size, config.block_size, config.lr_decay_iters, config.dropout) == (12, 64, 2000, 0.0)
     assert (config.eval_interval, config.eval_iters, config.compile, config.whole_val) == (250, 20, False, False)

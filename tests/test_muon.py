@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from gptfast import checkpoint, cli
 from gptfast.model import GPT
-from gptfast.optim import Muon
+from gptfast.optim import Muon, set_learning_rate
 from kernels.newton_schulz import (
     POLAR_EXPRESS,
     QUINTIC,
@@ -24,7 +24,7 @@ from kernels.newton_schulz import (
     iterate,
     newton_schulz_reference,
 )
-from train import loop, pretrain
+from train import build, pretrain
 from train.config import Pretrain
 from train.prepare import prepare
 
@@ -360,9 +360,9 @@ def test_pretrain_schedules_every_group_alike():
     config = Pretrain(
         optimizer="muon", matrix_lr=0.03, learning_rate=1e-3, n_layer=1, n_head=2, n_embd=16, block_size=8
     )
-    model = GPT(pretrain.architecture_of(config, 11), kernels.load("reference"))
-    optimizer = pretrain.make_optimizer(config, model)
-    loop.set_learning_rate(optimizer, 0.5e-3)
+    model = GPT(build.architecture_of(config, 11), kernels.load("reference"))
+    optimizer = build.make_optimizer(config, model)
+    set_learning_rate(optimizer, 0.5e-3)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"matrices": 0.015, "embeddings": 0.5e-3, "scalars": 0.5e-3})
     assert optimizer.newton_schulz is newton_schulz_reference

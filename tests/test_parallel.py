@@ -31,7 +31,7 @@ from gptfast.model import GPT
 from gptfast.optim import adamw, muon
 from gptfast.parallel import Launch, split
 from gptfast.parallel.team import Team
-from train import loop
+from gptfast.step import Step, evaluate, language_model
 from train.guard import Guard
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +83,9 @@ def train_alone(
         model.load_state_dict(saved.model)
         optimizer.load_state_dict(saved.optimizer)
         stream.load_state_dict(saved.meta["batches"])
+    step = Step(language_model(model), optimizer, accumulation=accumulation, clip=1.0, guard=Guard())
     for _ in range(steps):
-        loop.step(model, optimizer, stream, accumulation=accumulation, clip=1.0, guard=Guard())
+        step(stream)
     return model, optimizer, stream
 
 
@@ -107,13 +108,15 @@ def main(mode: str, tensor: str, shard_size: str, folder: str) -> None:
             stream = batches(team.data_rank, team.data_size)
             syncs = []
             optimizer.sync_gradients = counted(optimizer.sync_gradients, syncs)
+            share = team.share(accumulation)
+            settings = dict(accumulation=share, clip=1.0, guard=Guard(), team=team)
+            update = Step(language_model(called), optimizer, **settings)
             for step in range(STEPS):
                 if step == STEPS // 2:
                     out, meta = Path(folder) / f"{kind}{per_rank}", {"batches": stream.state_dict()}
                     saving.save(out, optimizer, step=step, meta=meta)
                     optimizer.load_state_dict(checkpoint.load(out).optimizer)  # takes its part and goes on the same
-                share = team.share(accumulation)
-                loop.parallel_step(optimizer, stream, accumulation=share, clip=1.0, guard=Guard())
+                update(stream)
             whole = dict(alone.named_parameters())
             error = 0.0
             for name, p in zip(optimizer.names, optimizer.parameters, strict=True):
@@ -122,8 +125,8 @@ def main(mode: str, tensor: str, shard_size: str, folder: str) -> None:
                     here = part.of_local(split.local(p)) - part.of_whole(matrices[part.matrix])
                     error = max(error, here.abs().max().item())
             held = bytes_of(optimizer.optimizer)
-            evaluated = loop.evaluate(called, itertools.islice(batches(), 5), team).item()
-            expected = loop.evaluate(alone, itertools.islice(batches(), 5)).item()
+            evaluated = evaluate(called, itertools.islice(batches(), 5), team).item()
+            expected = evaluate(alone, itertools.islice(batches(), 5)).item()
             facts = {
                 "optimizer": kind, "accumulation": per_rank, "error": largest(error),
                 "state_share": largest(held) / bytes_of(its_optimizer), "evaluation_error": abs(evaluated - expected),

@@ -15,7 +15,7 @@ from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.model import GPT
 from gptfast.optim import muon
-from train import dial, plan, pretrain
+from train import build, dial, plan, pretrain
 from train.config import Pretrain
 from train.prepare import prepare
 from train.presets import PRESETS
@@ -137,7 +137,7 @@ def turned(*flags: str) -> Pretrain:
 def test_an_optimizer_follows_the_schedule() -> None:
     config = dataclasses.replace(turned("--depth=4"), lr_decay_iters=1000)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, tied=False), OPS)
-    optimizer = pretrain.make_optimizer(config, model)
+    optimizer = build.make_optimizer(config, model)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     expected = {"matrices": config.matrix_lr, "embeddings": config.learning_rate, "head": config.head_lr}
     assert {name: rates[name] for name in expected} == pytest.approx(expected)
@@ -323,7 +323,7 @@ def test_plans_that_cannot_be(flags: list[str], message: str, capsys: pytest.Cap
 # ---- presets and fine-tuning
 def test_the_30m_model_of_openwebtext() -> None:
     config = PRESETS["train_owt_30m"]
-    model = pretrain.architecture_of(config, 50304)
+    model = build.architecture_of(config, 50304)
     assert (model.n_layer, model.n_head, model.n_embd, model.block_size, config.batch_size) == (6, 6, 384, 512, 64)
     assert dial.sizes(model).parameters - 512 * 384 == 29_938_560
     assert config.batch_size * config.block_size * config.max_iters == 655_360_000

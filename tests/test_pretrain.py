@@ -24,10 +24,11 @@ from gptfast.data import Batches
 from gptfast.engine import Engine, Sampling
 from gptfast.log import check_row
 from gptfast.model import GPT
-from gptfast.optim import adamw
+from gptfast.optim import adamw, set_learning_rate
 from gptfast.packing import document_starts
+from gptfast.step import Step, evaluate, language_model
 from gptfast.tokenizer import BPETokenizer
-from train import loop, pretrain
+from train import build, loop, pretrain, trainer
 from train.config import Pretrain
 from train.prepare import prepare
 from train.presets import PRESETS
@@ -130,8 +131,8 @@ def test_mfu_line_of_nanogpts_char_model_on_an_a100() -> None:
     rate = 64 * 256 / 33.22e-3
     used = mfu.utilization(rate, config, 256, peak=mfu.peak("A100 SXM 40GB"), dtype=torch.bfloat16)
     assert 100 * used["mfu_palm"] == pytest.approx(11.217, abs=5e-4)
-    assert pretrain.log_line(10, 2.34567, 33.219, used["mfu_palm"]) == "iter 10: loss 2.3457, time 33.22ms, mfu 11.22%"
-    assert pretrain.log_line(0, 4.2, 5.0, None) == "iter 0: loss 4.2000, time 5.00ms, mfu n/a"
+    assert trainer.log_line(10, 2.34567, 33.219, used["mfu_palm"]) == "iter 10: loss 2.3457, time 33.22ms, mfu 11.22%"
+    assert trainer.log_line(0, 4.2, 5.0, None) == "iter 0: loss 4.2000, time 5.00ms, mfu n/a"
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> GPT:
@@ -156,7 +157,7 @@ def test_accumulation_over_micro_batches_is_one_large_batch() -> None:
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         batches = zip(tokens.chunk(accumulation), targets.chunk(accumulation), strict=True)
-        loss = loop.step(model, optimizer, batches, accumulation=accumulation)
+        loss = Step(language_model(model), optimizer, accumulation=accumulation)(batches)
         updated.append((loss, *model.parameters()))
     for whole, accumulated in zip(*updated, strict=True):
         torch.testing.assert_close(accumulated, whole, rtol=0, atol=1e-6)
@@ -167,10 +168,10 @@ def test_a_compiled_step_is_the_eager_step() -> None:
     for compiled in (False, True):
         model = small_model()
         optimizer = small_optimizer(model)
-        step = loop.make_step(model, optimizer, clip=0.5, compiled=compiled)
+        step = Step(language_model(model), optimizer, clip=0.5, compiled=compiled)
         batches = small_batches(4)
         for rate in (0.01, 0.02, 0.03):  # a graph that had the first rate compiled in would go astray
-            loop.set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizer, rate)
             loss = step(batches)
         updated.append((loss, *model.parameters()))
     for eager, compiled in zip(*updated, strict=True):
@@ -182,7 +183,7 @@ def test_clip_bounds_the_whole_gradient_and_0_leaves_it() -> None:
     for clip in (0.0, 0.01):
         model = small_model()
         before = [p.detach().clone() for p in model.parameters()]
-        loop.step(model, torch.optim.SGD(model.parameters(), lr=1.0), small_batches(4), clip=clip)
+        Step(language_model(model), torch.optim.SGD(model.parameters(), lr=1.0), clip=clip)(small_batches(4))
         moves = [(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
         moved[clip] = torch.cat(moves).norm().item()
     assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
@@ -193,7 +194,7 @@ def test_learning_rate_reaches_every_group_and_keeps_its_scale() -> None:
     model = small_model()
     optimizer = small_optimizer(model)
     optimizer.param_groups[1]["lr_scale"] = 0.5
-    loop.set_learning_rate(optimizer, 0.2)
+    set_learning_rate(optimizer, 0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
 
 
@@ -202,7 +203,7 @@ def test_evaluation_weighs_by_tokens_and_touches_nothing() -> None:
     tokens, targets = next(small_batches(5))
     state = torch.get_rng_state()
     uneven = [(tokens[:4], targets[:4]), (tokens[4:], targets[4:])]
-    torch.testing.assert_close(loop.evaluate(model, uneven), model(tokens, targets).detach())
+    torch.testing.assert_close(evaluate(model, uneven), model(tokens, targets).detach())
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -214,11 +215,12 @@ def test_fp16_scales_the_loss_and_skips_an_overflow() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until it has come down
     before = model.lm_head.weight.detach().clone()
     batches = small_batches(4)
-    loop.step(model, optimizer, batches, clip=1.0, scaler=scaler)
+    step = Step(language_model(model), optimizer, clip=1.0, scaler=scaler)
+    step(batches)
     assert torch.equal(model.lm_head.weight, before)
     assert scaler.get_scale() < 2.0**40
     for _ in range(40):
-        loss = loop.step(model, optimizer, batches, clip=1.0, scaler=scaler)
+        loss = step(batches)
     assert loss.item() < 3.9  # from ln 50 = 3.91
     assert not torch.equal(model.lm_head.weight, before)
 
@@ -275,10 +277,9 @@ def test_evaluation_time_is_not_iteration_time(
 
         return run
 
-    make_step = loop.make_step
-    monkeypatch.setattr(loop, "evaluate", taking(3600, loop.evaluate))
-    monkeypatch.setattr(loop, "make_step", lambda *args, **settings: taking(1, make_step(*args, **settings)))
-    monkeypatch.setattr(pretrain, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(trainer, "mean_loss", taking(3600, evaluate))
+    monkeypatch.setattr(Step, "__call__", taking(1, Step.__call__))
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert cli.run(pretrain.main, [*flags, "--eval_interval=1", "--log_interval=2"]) == 0
     shown = re.findall(r"^iter (\d): .* time (.*)ms", capsys.readouterr().out, re.MULTILINE)
     assert shown == [("0", "1000.00"), ("2", "1000.00"), ("4", "1000.00")]
@@ -288,7 +289,7 @@ def test_checkpoints_only_when_better_unless_always(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     losses = itertools.chain.from_iterable((loss, loss) for loss in (4.0, 3.0, 3.5, 2.0))  # train and val
-    monkeypatch.setattr(loop, "evaluate", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(trainer, "mean_loss", lambda *_: torch.tensor(next(losses)))
     fixed = [*flags, "--eval_interval=1", "--max_iters=3", "--whole_val=False", "--always_save_checkpoint=False"]
     assert cli.run(pretrain.main, fixed) == 0
     assert checkpoints(tmp_path / "out") == ["ckpt-000001", "ckpt-000003"]
@@ -367,10 +368,10 @@ def test_documents_are_packed_and_resume_exactly(
     """Every batch, of evaluations and of the whole split too, says where its documents start."""
     forward, seen = GPT.forward, []
 
-    def watched(self: GPT, x: torch.Tensor, y: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def watched(self: GPT, x: torch.Tensor, y: torch.Tensor, cu_seqlens: torch.Tensor, **how: str) -> torch.Tensor:
         assert torch.equal(cu_seqlens, document_starts(x, 256)) and len(cu_seqlens) > 1 + len(x)
         seen.append(self.training)
-        return forward(self, x, y, cu_seqlens)
+        return forward(self, x, y, cu_seqlens, **how)
 
     monkeypatch.setattr(GPT, "forward", watched)
     whole = f"--out_dir={tmp_path / 'whole'}"
@@ -390,7 +391,8 @@ def test_a_refused_update_of_documents_is_kept(
     packed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, *b: forward(self, *b) * (math.nan if self.training else 1.0))
+    nan = lambda self: math.nan if self.training else 1.0
+    monkeypatch.setattr(GPT, "forward", lambda self, *batch, **how: forward(self, *batch, **how) * nan(self))
     assert "not a number" in refusal([*packed, "--async_save=True"], capsys)
     (batch,) = checkpoint.load(tmp_path / "out" / "post-mortem").meta["refused"]["batches"]
     assert [part.shape for part in batch[:2]] == [(4, 64)] * 2 and torch.equal(
@@ -433,7 +435,7 @@ def test_a_vocabulary_of_byte_pairs_is_rounded_up(
     train.write_bytes(train.read_bytes() + (300).to_bytes(2, "little"))
     capsys.readouterr()
     assert "token id 300, but vocab_size is 257" in refusal(packed, capsys)
-    assert pretrain.rounded(50257, None, 64) == 50304 and pretrain.rounded(65, {"kind": "char"}, 64) == 65
+    assert build.rounded(50257, None, 64) == 50304 and build.rounded(65, {"kind": "char"}, 64) == 65
 
 
 # ---- mistakes: one line, exit code 2, nothing lost
@@ -484,7 +486,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoints(
     assert cli.run(pretrain.main, flags) == 0
     kept = {path: path.read_bytes() for path in (tmp_path / "out").glob("ckpt-*/*")}
     forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, x, y: forward(self, x, y) * (float("nan") if self.training else 1))
+    nan = lambda self: math.nan if self.training else 1.0
+    monkeypatch.setattr(GPT, "forward", lambda self, *batch, **how: forward(self, *batch, **how) * nan(self))
     capsys.readouterr()
     assert "the loss is not a number at iteration 0; lower --learning_rate" in refusal(flags, capsys)
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("ckpt-*/*")} == kept

@@ -5,20 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
+from gptfast import checkpoint
 from gptfast.cli import UserError, run
 from gptfast.log import Log
 from gptfast.model import GPT
-from gptfast.optim import groups_table, muon
-from train import loop, speedrun
+from gptfast.optim import groups_table, muon, set_learning_rate
+from gptfast.parallel.team import Team
+from gptfast.step import Step, language_model
+from train import dial, speedrun, trainer
+from train.build import architecture_of
 from train.prepare import prepare
-from train.speedrun import PRESETS, Speedrun
+from train.presets import SPEEDRUN
 
 SMALL = [
     "--dataset=text", "--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
@@ -43,14 +50,19 @@ def rows_of(out_dir: Path, what: str) -> list[dict]:
     return [row for row in map(json.loads, (out_dir / "metrics.jsonl").open()) if row["what"] == what]
 
 
-def build(data_dir: Path, out_dir: Path, *flags: str) -> tuple[speedrun.Run, Log]:
-    log = Log(out_dir, name="metrics.jsonl", console=False)
-    config = speedrun.configure([*SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags])
-    return speedrun.start(config, log), log
+def build(data_dir: Path, out_dir: Path, *flags: str) -> trainer.Run:
+    """A run of the preset cpu, small, before its first update."""
+    _, config = speedrun.configure([*SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags])
+    return trainer.start(config, trainer.Recipe(line=speedrun.progress, after_last=False), Team())
+
+
+def train(made: trainer.Run) -> None:
+    with Log(made.config.out_dir, name="metrics.jsonl", console=False) as log:
+        trainer.train(made, log)
 
 
 def test_one_command_trains_samples_and_reports(data_dir, tmp_path, capsys):
-    assert go(data_dir, tmp_path, "--iters=60", "--eval_interval=30", "--sample_tokens=40") == 0
+    assert go(data_dir, tmp_path, "--max_iters=60", "--eval_interval=30", "--sample_tokens=40") == 0
     out = capsys.readouterr().out
     evaluations = re.findall(r"^step (\d+): train loss (\d\.\d{4}), val loss (\d\.\d{4})$", out, re.M)
     assert [int(step) for step, _, _ in evaluations] == [0, 30, 60]
@@ -69,12 +81,10 @@ def test_one_command_trains_samples_and_reports(data_dir, tmp_path, capsys):
 
 
 def test_the_checkpoint_holds_what_was_trained(data_dir, tmp_path):
-    from gptfast import checkpoint
     from gptfast.config import GPTConfig
 
-    made, log = build(data_dir, tmp_path, "--iters=3", "--eval_interval=0")
-    speedrun.train(made, log)
-    speedrun.save(made)
+    made = build(data_dir, tmp_path, "--max_iters=3", "--eval_interval=0")
+    train(made)
     saved = checkpoint.load(tmp_path)
     again = GPT(GPTConfig(**saved.meta["model"]), kernels.load("reference"), made.model.dtype)
     again.load_state_dict(saved.model)
@@ -90,8 +100,7 @@ def test_the_checkpoint_holds_what_was_trained(data_dir, tmp_path):
 def test_the_same_seed_gives_the_same_run(data_dir, tmp_path):
     def losses(seed: int) -> list[float]:
         out_dir = tmp_path / f"{seed}-{len(list(tmp_path.iterdir()))}"
-        made, log = build(data_dir, out_dir, "--iters=5", f"--seed={seed}", "--eval_interval=0")
-        speedrun.train(made, log)
+        train(build(data_dir, out_dir, "--max_iters=5", f"--seed={seed}", "--eval_interval=0"))
         return [row["loss"] for row in rows_of(out_dir, "step")]
 
     assert losses(1) == losses(1) != losses(2)
@@ -100,37 +109,37 @@ def test_the_same_seed_gives_the_same_run(data_dir, tmp_path):
 def test_the_seed_changes_the_training_batches_and_never_the_evaluated_windows(data_dir, tmp_path, monkeypatch):
     evaluated = []
 
-    def remember(model, batches):
+    def remember(model, batches, *_):
         evaluated.append(torch.cat([tokens for tokens, _ in batches]))
         return torch.tensor(0.0)
 
-    monkeypatch.setattr(loop, "evaluate", remember)
+    monkeypatch.setattr(trainer, "mean_loss", remember)
     first_batches = []
     for seed in (1, 2):
-        made, log = build(data_dir, tmp_path, f"--seed={seed}")
-        speedrun.evaluate(made, log)
+        made = build(data_dir, tmp_path, f"--seed={seed}")
+        trainer.evaluate(made, Log(None, console=False))
         first_batches.append(next(made.batches)[0])
     assert torch.equal(evaluated[0], evaluated[2]) and torch.equal(evaluated[1], evaluated[3])
     assert not torch.equal(*first_batches)
 
 
 def test_an_update_takes_accumulation_batches_and_no_more(data_dir, tmp_path):
-    made, log = build(data_dir, tmp_path, "--iters=5", "--accumulation=2", "--eval_interval=2")
-    untouched, _ = build(data_dir, tmp_path, "--iters=5")
-    speedrun.train(made, log)
+    made = build(data_dir, tmp_path, "--max_iters=5", "--gradient_accumulation_steps=2", "--eval_interval=2")
+    untouched = build(data_dir, tmp_path, "--max_iters=5")
+    train(made)
     for _ in range(5 * 2):
         next(untouched.batches)
     assert torch.equal(next(made.batches)[0], next(untouched.batches)[0])
 
 
 def test_the_first_loss_is_that_of_knowing_nothing(data_dir, tmp_path):
-    made, _ = build(data_dir, tmp_path)
+    made = build(data_dir, tmp_path)
     tokens, targets = next(made.batches)
     assert made.model(tokens, targets).item() == pytest.approx(math.log(made.model.config.vocab_size), rel=1e-6)
 
 
 def test_every_parameter_is_in_one_group_by_its_role(data_dir, tmp_path):
-    made, _ = build(data_dir, tmp_path, "--n_layer=2")
+    made = build(data_dir, tmp_path, "--n_layer=2")
     names = {id(p): name for name, p in made.model.named_parameters()}
     groups = {g["name"]: {names[id(p)] for p in g["params"]} for g in made.optimizer.param_groups}
     assert groups["embeddings"] == {"transformer.wte.weight"} and groups["head"] == {"lm_head.weight"}
@@ -143,11 +152,11 @@ def test_every_parameter_is_in_one_group_by_its_role(data_dir, tmp_path):
 
 
 def test_schedule_ramps_momentum_and_falls_linearly_to_zero(data_dir, tmp_path):
-    made, _ = build(data_dir, tmp_path)
-    config = dataclasses.replace(made.config, iters=100, decay=0.5, momentum_iters=50, matrix_lr=0.05, head_lr=0.02)
+    made = build(data_dir, tmp_path)
+    config = dataclasses.replace(made.config, lr_decay_iters=100, warmdown_ratio=0.5, momentum_iters=50)
 
     def at(iteration: int) -> list[float]:
-        speedrun.schedule(made.optimizer, iteration, config)
+        dial.follow(made.optimizer, iteration, config)
         groups = {g["name"]: g for g in made.optimizer.param_groups}
         return [groups["matrices"]["lr"], groups["head"]["lr"], groups["matrices"]["momentum"]]
 
@@ -158,12 +167,12 @@ def test_schedule_ramps_momentum_and_falls_linearly_to_zero(data_dir, tmp_path):
 
 
 def test_schedule_warms_up_and_lets_weight_decay_fall(data_dir, tmp_path):
-    made, _ = build(data_dir, tmp_path)
-    config = dataclasses.replace(made.config, iters=100, warmup=0.1, decay=0.4, weight_decay=0.2)
-    factors = [speedrun.rate_factor(i, config) for i in (0, 4, 9, 59, 60, 80, 99)]
+    made = build(data_dir, tmp_path)
+    config = dataclasses.replace(made.config, lr_decay_iters=100, warmup_iters=10, warmdown_ratio=0.4, weight_decay=0.2)
+    factors = [dial.linear(i, config) for i in (0, 4, 9, 59, 60, 80, 99)]
     assert factors == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.025])
     for iteration, decay in ((0, 0.2), (50, 0.1), (99, 0.002)):
-        speedrun.schedule(made.optimizer, iteration, config)
+        dial.follow(made.optimizer, iteration, config)
         groups = {g["name"]: g["weight_decay"] for g in made.optimizer.param_groups}
         assert groups == pytest.approx({"matrices": decay, "embeddings": 0, "head": 0, "scalars": 0})
 
@@ -171,17 +180,17 @@ def test_schedule_warms_up_and_lets_weight_decay_fall(data_dir, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--optimizer=adamw", "--matrix_lr=0.01"], ["--position=learned", "--embedding_lr=0.01"], ["--qk_norm=False"],
-        ["--activation=gelu"], ["--tied=True", "--embedding_lr=0.02"], ["--token_shift=False"],
+        ["--optimizer=adamw_by_role", "--matrix_lr=0.01"], ["--position=learned", "--learning_rate=0.01"],
+        ["--qk_norm=False"], ["--activation=gelu"], ["--tied=True", "--learning_rate=0.02"], ["--token_shift=False"],
         ["--block_shift=False"],
     ],
     ids=" ".join,
 )  # fmt: skip
 def test_the_recipe_trains_without_each_of_its_ingredients(data_dir, tmp_path, flags):
-    made, log = build(data_dir, tmp_path, "--iters=12", "--eval_interval=0", *flags)
-    usual, _ = build(data_dir, tmp_path, "--iters=12")
+    made = build(data_dir, tmp_path, "--max_iters=12", "--eval_interval=0", *flags)
+    usual = build(data_dir, tmp_path, "--max_iters=12")
     assert made.model.config != usual.model.config or made.optimizer.param_groups[0]["kind"] == "adamw"
-    speedrun.train(made, log)
+    train(made)
     losses = [row["loss"] for row in rows_of(tmp_path, "step")]
     assert losses[-1] < losses[0] - 0.2
 
@@ -191,16 +200,17 @@ def test_muon_beats_adamw_at_the_same_steps(data_dir, tmp_path, seed):
     """The same model, batches and schedule, 50 steps; AdamW at the best of three rates."""
 
     def final_loss(make) -> float:
-        made, _ = build(data_dir, tmp_path / "out", f"--seed={seed}", "--iters=50")
+        made = build(data_dir, tmp_path / "out", f"--seed={seed}", "--max_iters=50")
         made.optimizer = make(made)
         losses = []
+        step = Step(language_model(made.model), made.optimizer)
         for i in range(50):
-            loop.set_learning_rate(made.optimizer, 1 - i / 50)
-            losses.append(loop.step(made.model, made.optimizer, made.batches).item())
+            set_learning_rate(made.optimizer, 1 - i / 50)
+            losses.append(step(made.batches).item())
         return sum(losses[-10:])
 
     def adamw(rate: float):
-        def make(made: speedrun.Run) -> torch.optim.Optimizer:
+        def make(made: trainer.Run) -> torch.optim.Optimizer:
             return torch.optim.AdamW([{"params": list(made.model.parameters()), "lr_scale": rate}], betas=(0.9, 0.95))
 
         return make
@@ -209,16 +219,16 @@ def test_muon_beats_adamw_at_the_same_steps(data_dir, tmp_path, seed):
 
 
 def test_ctrl_c_leaves_rows_and_a_report(data_dir, tmp_path, monkeypatch, capsys):
-    step = loop.step
+    step = Step.__call__
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args):
         if len(rows_of(tmp_path, "step")) == 7:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
 
-    monkeypatch.setattr(loop, "step", interrupted)
-    assert go(data_dir, tmp_path, "--iters=60") == 130
-    assert "stopped after 7 of 60 updates" in capsys.readouterr().out
+    monkeypatch.setattr(Step, "__call__", interrupted)
+    assert go(data_dir, tmp_path, "--max_iters=60") == 130
+    assert "SIGINT at iteration 7; go on with --resume=latest" in capsys.readouterr().out
     assert len(rows_of(tmp_path, "step")) == 7
     assert "Unfinished." in (tmp_path / "report.md").read_text()
     assert (tmp_path / "ckpt-000007" / "model.safetensors").is_file()
@@ -226,8 +236,8 @@ def test_ctrl_c_leaves_rows_and_a_report(data_dir, tmp_path, monkeypatch, capsys
 
 def test_auto_is_what_suits_the_device_and_the_data(tmp_path, monkeypatch):
     def chosen(*flags: str) -> tuple[str, str, str]:
-        config = speedrun.configure([f"--data_dir={tmp_path}", *flags])
-        return config.preset, config.device, config.dataset
+        name, config = speedrun.configure([f"--data_dir={tmp_path}", *flags])
+        return name, config.device, config.dataset
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen() == ("cpu", "cpu", "pystdlib")
@@ -242,7 +252,6 @@ def test_auto_is_what_suits_the_device_and_the_data(tmp_path, monkeypatch):
 
 
 def test_missing_data_is_prepared(tmp_path, monkeypatch):
-    config = speedrun.configure([f"--data_dir={tmp_path}", "--device=cpu"])
     prepared = []
 
     def remember(name: str, root: str) -> None:
@@ -251,22 +260,22 @@ def test_missing_data_is_prepared(tmp_path, monkeypatch):
 
     monkeypatch.setattr(speedrun, "prepare", remember)
     with pytest.raises(UserError, match="enough"):
-        speedrun.start(config, Log(None, console=False))
+        speedrun.main([f"--data_dir={tmp_path}", "--device=cpu"])
     assert prepared == [("pystdlib", str(tmp_path))]
 
 
 def test_flags_override_the_preset_wherever_they_stand():
-    config = speedrun.configure(["--iters=9", "--preset=cpu-sprint", "--device=cpu"])
-    assert (config.iters, config.n_layer, config.preset) == (9, 1, "cpu-sprint")
-    assert speedrun.configure(["--device=cpu"]) == dataclasses.replace(PRESETS["cpu"], device="cpu")
+    name, config = speedrun.configure(["--max_iters=9", "cpu-sprint", "--device=cpu"])
+    assert (config.max_iters, config.lr_decay_iters, config.n_layer, name) == (9, 9, 1, "cpu-sprint")
+    assert speedrun.configure(["--device=cpu"]) == ("cpu", SPEEDRUN["cpu"])
 
 
 def test_presets_are_no_larger_than_they_say():
     sizes = {}
-    for name, preset in PRESETS.items():
+    for name, preset in SPEEDRUN.items():
         with torch.device("meta"):
-            model = GPT(speedrun.architecture(preset, preset.vocab_size or 65), kernels.load("reference"))
-        sizes[name] = speedrun.count_parameters(model)
+            model = GPT(architecture_of(preset, preset.vocab_size or 65), kernels.load("reference"))
+        sizes[name] = trainer.count_parameters(model)
     cpu = {"cpu": 804_352, "cpu-plain": 803_328, "cpu-sprint": 57_728}
     assert sizes == {**cpu, "gpu": 162_201_600, "gpu-embedded": 162_201_600}
 
@@ -274,11 +283,11 @@ def test_presets_are_no_larger_than_they_say():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--preset=cpu-sprnt"], ["--preset=cpu-sprnt", "cpu-sprint"]),
-        (["--iters=0"], ["--iters=0", "above 0"]),
-        (["--decay=1.5"], ["--decay=1.5"]),
+        (["cpu-sprnt"], ["cpu-sprnt", "cpu-sprint"]),
+        (["--max_iters=-1"], ["--max_iters=-1", "not be negative"]),
+        (["--warmdown_ratio=1.5"], ["--warmdown_ratio=1.5"]),
         (["--momentum=1"], ["--momentum=1"]),
-        (["--warmup=2"], ["--warmup=2"]),
+        (["--depth=4"], ["--depth=4", "train.pretrain"]),
         (["--weight_decay=-1"], ["--weight_decay=-1"]),
         (["--newton_schulz_steps=6"], ["--newton_schulz_steps=6", "1 to 5"]),
         (["--optimizer=adam"], ["adam", "muon"]),
@@ -286,7 +295,7 @@ def test_presets_are_no_larger_than_they_say():
         (["--dataset=nowhere"], ["nowhere", "--source"]),
         (["--block_size=4000"], ["block_size", "4000"]),
         (["--device=tpu"], ["tpu", "cpu"]),
-        (["--dtype=float16"], ["float16", "bfloat16"]),
+        (["--cuda_graph=True"], ["--cuda_graph=True", "cpu is no CUDA GPU"]),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(data_dir, tmp_path, capsys, flags, words):
@@ -303,10 +312,53 @@ def test_an_out_dir_that_cannot_be_written_is_named(data_dir, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "step", lambda *args, **kwargs: torch.tensor(math.nan))
-    assert go(data_dir, tmp_path, "--iters=9", "--eval_interval=0") == 2
-    assert "the loss is nan at update 0" in capsys.readouterr().err
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *batch, **how: forward(*batch, **how) * math.nan)
+    assert go(data_dir, tmp_path, "--max_iters=9", "--eval_interval=0") == 2
+    assert "the loss is not a number at iteration 0" in capsys.readouterr().err
 
 
-def test_defaults_are_those_of_the_cpu_preset():
-    assert dataclasses.replace(PRESETS["cpu"], preset="auto") == Speedrun()
+def test_a_stopped_run_goes_on_to_the_same_end(data_dir, tmp_path, monkeypatch):
+    """By SIGTERM in the midst of it, with Muon's schedule of momentum under way: bit for bit."""
+    step, flags = Step.__call__, ["--max_iters=20", "--eval_interval=5", "--num_samples=0"]
+    assert go(data_dir, tmp_path / "whole", *flags) == 0
+
+    def stopped(*args):
+        if len(rows_of(tmp_path / "parts", "step")) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(Step, "__call__", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        go(data_dir, tmp_path / "parts", *flags)
+    monkeypatch.setattr(Step, "__call__", step)
+    assert go(data_dir, tmp_path / "parts", *flags, "--resume=latest") == 0
+    parts, whole = (checkpoint.load(tmp_path / name) for name in ("parts", "whole"))
+    assert parts.step == whole.step == 20 and all(torch.equal(t, whole.model[name]) for name, t in parts.model.items())
+    for i, state in whole.optimizer["state"].items():
+        assert all(torch.equal(t, parts.optimizer["state"][i][key]) for key, t in state.items())
+
+
+def test_a_checkpoint_without_the_state_of_a_run_says_what_to_do(data_dir, tmp_path, capsys):
+    """As train.speedrun wrote them when it could not resume."""
+    assert go(data_dir, tmp_path, "--max_iters=2", "--num_samples=0") == 0
+    saved = checkpoint.load(tmp_path)
+    for key in ("batches", "generators", "best_val_loss", "guard"):
+        del saved.meta[key]
+    checkpoint.save(tmp_path / "old", step=2, model=saved.model, optimizer=saved.optimizer, meta=saved.meta)
+    capsys.readouterr()
+    assert go(data_dir, tmp_path / "old", "--max_iters=4", "--resume=latest") == 2
+    error = capsys.readouterr().err
+    assert "ckpt-000002 holds no position in the data" in error and "--init_from=" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gloo and torchrun")
+def test_two_ranks_train(data_dir, tmp_path):
+    from test_parallel import torchrun
+
+    flags = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--backend=gloo", "--max_iters=30"]
+    done = torchrun(2, "-m", "train.speedrun", *flags, "--gradient_accumulation_steps=2", "--report=False")
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = [row["loss"] for row in rows_of(tmp_path, "step")]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 0.3
+    assert len(rows_of(tmp_path, "sample")) == 2 and len(rows_of(tmp_path, "summary")) == 1

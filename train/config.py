@@ -1,4 +1,4 @@
-"""The flags of `python -m train.pretrain`: nanoGPT's 33 keys with its names, defaults and meanings, then ours."""
+"""The flags of train.pretrain and train.speedrun: nanoGPT's 33 keys by name, default and meaning, then ours."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptfast.cli import UserError
+from kernels.newton_schulz import POLAR_EXPRESS
 
 POSITIVE = (
-    "eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
+    "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size", "block_size",
     "n_layer", "n_head", "n_embd", "lr_decay_iters", "keep", "head_dim",
-    "tensor_parallel", "vocab_multiple",
+    "tensor_parallel", "vocab_multiple", "sample_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike", "max_skips", "depth",
-    "target_flops", "total_batch_size", "shard_size",
+    "eval_interval", "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike",
+    "max_skips",
+    "depth",
+    "target_flops", "total_batch_size", "shard_size", "vocab_size", "momentum_iters", "num_samples",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pretrain:
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
-    eval_interval: int = 2000  # iterations between evaluations
+    eval_interval: int = 2000  # iterations between evaluations; 0: only at the end
     log_interval: int = 1  # iterations between log lines
     eval_iters: int = 200  # batches of each split per evaluation
     eval_only: bool = False  # exit after the first evaluation
@@ -55,6 +58,7 @@ class Pretrain:
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
+    cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
     resume: str = ""  # go on from out_dir: latest (which starts anew where there is none), best, or a step's number
@@ -69,13 +73,23 @@ class Pretrain:
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all else
-    matrix_lr: float = 0.02  # Muon's highest rate, which follows the schedule of learning_rate
-    head_lr: float | None = None  # AdamW's highest rate for an untied head beside Muon; default learning_rate
+    vocab_size: int = 0  # from scratch, rows of embedding and head; 0: as vocab_multiple says
+    optimizer: Literal["adamw", "muon", "adamw_by_role"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all
+    # else; adamw_by_role: AdamW for the matrices too, with the groups and rates that go with Muon
+    matrix_lr: float = (
+        0.02  # the matrices' highest rate beside Muon; like the next two follows learning_rate's schedule
+    )
+    head_lr: float | None = None  # AdamW's highest rate for an untied head; default learning_rate
+    scalar_lr: float | None = None  # AdamW's highest rate for gains, biases and token shifts; default learning_rate
+    momentum: float = 0.95  # Muon's
+    momentum_start: float = 0.95  # Muon's at the first update, with schedule=linear
+    momentum_iters: int = 0  # updates until momentum is reached from there
+    newton_schulz_steps: int = 5  # Muon's; small models can do with fewer
     cautious: bool = False  # Muon decays a weight only where the update shrinks it too
     normalize: bool = False  # Muon evens out the rows of its updates (NorMuon)
-    schedule: Literal["cosine", "trapezoid"] = "cosine"  # trapezoid: up, level, down; with Muon's momentum and decay
-    warmdown_ratio: float = 0.65  # the part of lr_decay_iters in which the trapezoid goes down to min_lr
+    schedule: Literal["cosine", "trapezoid", "linear"] = "cosine"  # trapezoid: up, level, down to min_lr, with Muon's
+    # momentum and decay; linear: the same to zero, weight decay too, and momentum from momentum_start
+    warmdown_ratio: float = 0.65  # the part of lr_decay_iters in which trapezoid and linear go down
     depth: int = 0  # the one dial for size: shape, batch, horizon and rates follow from it (train/dial.py)
     head_dim: int = 128  # size of a head, with depth
     target_param_data_ratio: float = 12.0  # horizon with depth, unless max_iters is given: tokens per scaling weight
@@ -84,6 +98,9 @@ class Pretrain:
     dry_run: bool = False  # print the plan (sizes, FLOPs, memory, time, cost) and train nothing
     assumed_mfu: float = 0.4  # of the plan
     prices: str = "H100 SXM=3"  # of the plan: dollars for an hour of a GPU, NAME=DOLLARS with commas between
+    num_samples: int = 2  # texts that train.speedrun draws at the end
+    sample_tokens: int = 300  # tokens in each
+    report: bool = True  # train.speedrun draws loss.png and throughput.png and writes report.md at the end
     whole_val: bool = True  # end with the loss over the whole validation split, once through
     peak_tflops: float | None = None  # dense peak to reckon MFU by, where the device's own is not known
     n_kv_head: int | None = None  # key/value heads; default n_head
@@ -95,6 +112,9 @@ class Pretrain:
     mlp_width: int | None = None  # between the MLP's layers; default 4 n_embd
     qk_norm: bool = False  # normalize queries and keys
     tied: bool = True  # one matrix for embedding and output
+    token_shift: bool = False  # positions also see the one before (in the embedding, two), channel by channel
+    block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
+    zero_start: bool = False  # from scratch, blocks start as the identity and an untied head at zero
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
 
     def __post_init__(self) -> None:
@@ -104,10 +124,14 @@ class Pretrain:
         for name in NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-        if self.optimizer == "muon":
+        if self.optimizer != "adamw":
             for name in ("learning_rate", "matrix_lr"):
                 if not getattr(self, name) > 0:
-                    raise UserError(f"--{name}={getattr(self, name)}: must be above 0 with --optimizer=muon")
+                    raise UserError(
+                        f"--{name}={getattr(self, name)}: must be above 0 with --optimizer={self.optimizer}"
+                    )
+        if not 1 <= self.newton_schulz_steps <= len(POLAR_EXPRESS):
+            raise UserError(f"--newton_schulz_steps={self.newton_schulz_steps}: must be 1 to {len(POLAR_EXPRESS)}")
         if self.resume not in ("", "latest", "best") and not self.resume.isdecimal():
             raise UserError(f"--resume={self.resume}: use latest, best, or the number of a step")
         if not self.target_param_data_ratio > 0:
@@ -118,6 +142,6 @@ class Pretrain:
             raise UserError(f"--warmdown_ratio={self.warmdown_ratio}: must be at least 0 and at most 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}: must be at least 0 and below 1")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum", "momentum_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")

@@ -22,6 +22,7 @@ import torch
 from gptfast import mfu
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.optim import set_learning_rate, set_scheduled
 from train import loop
 from train.config import Pretrain
 
@@ -194,9 +195,19 @@ def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
 def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
     """Sets what changes from update to update; returns the learning rate.
 
-    The cosine changes the rates alone; the trapezoid also Muon's momentum and weight decay.
+    The cosine changes the rates alone; trapezoid and linear also Muon's momentum and the matrices' weight decay.
     """
-    if config.schedule == "cosine" or not config.decay_lr:
+    if config.schedule == "linear" and config.decay_lr:
+        rate = config.learning_rate * linear(iteration, config)
+        for group in optimizer.param_groups:
+            if group.get("name") == "matrices":
+                left = max(0.0, 1 - iteration / config.lr_decay_iters)
+                set_scheduled(group, "weight_decay", config.weight_decay * left)
+            if group.get("kind") == "muon":
+                rise = min(1.0, iteration / max(1, config.momentum_iters))
+                start = config.momentum_start
+                set_scheduled(group, "momentum", start + rise * (config.momentum - start))
+    elif config.schedule == "cosine" or not config.decay_lr:
         rate = loop.learning_rate(iteration, config)
     else:
         end = config.lr_decay_iters
@@ -204,9 +215,9 @@ def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -
         rate = config.learning_rate * trapezoid(iteration, end, config.warmup_iters, config.warmdown_ratio, floor)
         for group in optimizer.param_groups:
             if group.get("kind") == "muon":
-                group["momentum"] = momentum(iteration, end, config.warmdown_ratio)
-                group["weight_decay"] = config.weight_decay * half_cosine(iteration, end)
-    loop.set_learning_rate(optimizer, rate)
+                set_scheduled(group, "momentum", momentum(iteration, end, config.warmdown_ratio))
+                set_scheduled(group, "weight_decay", config.weight_decay * half_cosine(iteration, end))
+    set_learning_rate(optimizer, rate)
     return rate
 
 
@@ -221,6 +232,14 @@ def trapezoid(
         return 1.0
     left = max(0, end - iteration) / max(1, down)
     return left + (1 - left) * floor
+
+
+def linear(iteration: int, config: Pretrain) -> float:
+    """Linearly up to 1 in `warmup_iters`; 1; linearly down to 0 at `lr_decay_iters`, in that part of it."""
+    end = config.lr_decay_iters
+    rise = (iteration + 1) / config.warmup_iters if iteration + 1 < config.warmup_iters else 1.0
+    down = config.warmdown_ratio * end
+    return min(rise, 1.0, max(0.0, end - iteration) / down if down else 1.0)
 
 
 def momentum(iteration: int, end: int, warmdown: float = WARMDOWN) -> float:

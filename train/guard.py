@@ -11,15 +11,12 @@ from collections import deque
 from types import FrameType
 from typing import Any, Literal, Self
 
-from torch import Tensor
-
 from gptfast.cli import UserError
+from gptfast.step import Batch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers warn by SIGTERM or SIGUSR1, people by SIGINT
 WINDOW = 128  # accepted losses that a spike is measured against
 WARM_WINDOW = 16  # as few as these already tell a spike
-
-Batch = tuple[Tensor, ...]  # tokens, targets: (B, T) int64; where documents are packed, cu_seqlens
 
 
 class Stopped(KeyboardInterrupt):
@@ -89,52 +86,62 @@ class Refused(UserError):
 
 
 class Guard:
-    """Decides before each update, from its loss and the norm of its gradient, whether it may happen.
+    """Judges updates by their loss and the norm of their gradient, and hears which were taken (gptfast/step.py).
 
     One that is not finite stops the run, or with nonfinite="skip" is passed over and counted. With spike > 0 an update
     is passed over whose loss lies more than `spike` standard deviations above the mean of the last WINDOW accepted
-    ones. Refused losses never enter that window, so neither a NaN nor a spike can move it. More than `max_skips`
-    updates passed over in a row stop the run.
+    ones, the newest left out, since the next update begins before its loss is known here. Refused losses never enter
+    that window, so neither a NaN nor a spike can move it. More than `max_skips` updates passed over in a row stop the
+    run.
     """
 
     def __init__(self, nonfinite: Literal["stop", "skip"] = "stop", spike: float = 0.0, max_skips: int = 10) -> None:
         self.nonfinite, self.spike, self.max_skips = nonfinite, spike, max_skips
         self.skipped = 0  # in the whole run
         self.in_a_row = 0
-        self.last_reason = ""
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self.heard = 0  # updates that this process has heard of
+        self.news: list[tuple[int, str]] = []  # ordinals among those, and reasons, of updates passed over
+        self._losses: deque[float] = deque(maxlen=WINDOW + 1)
 
-    def allows(self, loss: float, norm: float, batches: list[Batch]) -> bool:
-        """Whether the update may happen. Raises Refused where the run must stop."""
-        reason = self._objection(loss, norm)
-        if reason is None:
+    def limit(self, unread: int = 0) -> float:
+        """The loss above which the next update is a spike, whether the one before it is `unread` (1) or not (0)."""
+        mean, deviation = self._measure(newest=unread > 0 or self.in_a_row > 0)
+        return mean + self.spike * deviation
+
+    def _measure(self, newest: bool) -> tuple[float, float]:
+        """Mean and standard deviation of the accepted losses; infinite where there are too few, or nobody asks."""
+        losses = list(self._losses)[: None if newest else -1][-WINDOW:]
+        if self.spike == 0 or len(losses) < WARM_WINDOW:
+            return math.inf, 0.0
+        return statistics.fmean(losses), statistics.pstdev(losses)
+
+    def record(self, loss: float, norm: float, taken: bool, batches: list[Batch]) -> None:
+        """Hear of an update. Raises Refused where the run must stop."""
+        self.heard += 1
+        if taken:
             self._losses.append(loss)
             self.in_a_row = 0
-            return True
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite and self.nonfinite == "stop":
-            raise Refused(reason, batches)
+            return
+        reason = self._objection(loss, norm)
         self.skipped += 1
         self.in_a_row += 1
-        self.last_reason = reason
+        if self.nonfinite == "stop" and not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Refused(reason, batches)
         if self.in_a_row > self.max_skips:
             raise Refused(f"{reason}, as were {self.max_skips} before", batches)
-        return False
+        self.news.append((self.heard - 1, f"update skipped, {reason}; {self.skipped} so far"))
 
-    def _objection(self, loss: float, norm: float) -> str | None:
+    def _objection(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
             return "the loss is not a number"
         if not math.isfinite(norm):
             return "the gradient is not a number"
-        if self.spike > 0 and len(self._losses) >= WARM_WINDOW:
-            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
-            if loss > mean + self.spike * deviation:
-                return f"the loss {loss:.4f} is a spike over {mean:.4f} ± {deviation:.4f}"
-        return None
+        mean, deviation = self._measure(newest=self.in_a_row > 0)
+        return f"the loss {loss:.4f} is a spike over {mean:.4f} ± {deviation:.4f}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self._losses = deque(state["losses"], maxlen=WINDOW)
+        self._losses = deque(state["losses"], maxlen=WINDOW + 1)

@@ -1,12 +1,14 @@
 """The speedrun: from nothing to a trained, sampled, plotted GPT in one command.
 
     python -m train.speedrun                                             the preset for this machine, on embedded text
-    python -m train.speedrun --preset=cpu-sprint --dataset=shakespeare_char
-    python -m train.speedrun --iters=200 --seed=7 --out_dir=out-seven
+    python -m train.speedrun cpu-sprint --dataset=shakespeare_char
+    python -m train.speedrun --max_iters=200 --seed=7 --out_dir=out-seven
+    python -m train.speedrun --resume=latest                             go on after Ctrl-C or SIGTERM
+    torchrun --nproc_per_node=8 -m train.speedrun gpu
 
 Prepares the data where it is missing, trains, and leaves in out_dir: metrics.jsonl (the rows), a checkpoint that
-`python -m gptfast.sample` reads, loss.png, throughput.png and report.md. Ctrl-C stops training, saves, and reports on
-what is there.
+`python -m gptfast.sample` reads, loss.png, throughput.png and report.md. The flags are those of train.pretrain, and
+so are logging, resuming, guarding and stopping (train/trainer.py). Ctrl-C saves, and reports on what is there.
 
 The recipe: rotary positions, normalized queries and keys, RMSNorm, ReLU², no biases, an untied head that starts at
 zero, token shift; Muon for the matrices, Adam for the rest, rates that fall linearly to zero. Every ingredient has a
@@ -18,392 +20,85 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
-from gptfast import checkpoint, cli, mfu, report
+from gptfast import cli, mfu, report
 from gptfast.cli import UserError
-from gptfast.config import GPTConfig
-from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.engine import generate
-from gptfast.log import Log, facts
-from gptfast.model import GPT
-from gptfast.optim import Muon, groups_table, muon
-from gptfast.tokenizer import load_tokenizer, read_meta
-from kernels.newton_schulz import POLAR_EXPRESS
-from train import loop
+from gptfast.log import Log, Row, facts
+from gptfast.parallel import launch
+from gptfast.tokenizer import load_tokenizer
+from train.config import Pretrain
 from train.prepare import prepare
+from train.presets import GPU, SPEEDRUN
+from train.trainer import Recipe, Run, count_parameters, started, train
 
-EVAL_SEED = 0  # every evaluation of every run sees the same windows
 CONSOLE_LINES = 20  # progress lines of a run
-COUNTS = (
-    "iters", "batch_size", "accumulation", "block_size", "n_layer", "n_head", "n_embd", "eval_iters", "log_interval",
-)  # fmt: skip
-RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
-
-
-@dataclass(frozen=True)
-class Speedrun:
-    preset: str = "auto"  # cpu, cpu-plain, cpu-sprint, gpu, gpu-embedded; auto: what suits the device and its data
-    device: str = "auto"  # cuda, cuda:N, mps or cpu; auto: the GPU where there is one
-    dataset: str = "pystdlib"  # pystdlib, shakespeare_char, or any that is prepared
-    data_dir: str = "data"  # folder of the data sets
-    out_dir: str = "out-speedrun"  # where rows, checkpoint, figures and report.md go
-    seed: int = 1337  # of weights and batches
-    iters: int = 600  # updates
-    batch_size: int = 12  # sequences per micro-batch
-    accumulation: int = 1  # micro-batches per update
-    block_size: int = 64  # tokens per sequence
-    vocab_size: int = 0  # rows of embedding and head; 0: as many as the data has tokens
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # heads
-    n_embd: int = 128  # width
-    token_shift: bool = True  # positions also see the one before (in the embedding, two), channel by channel
-    block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
-    position: Literal["rope", "learned"] = "rope"  # how a position is told
-    qk_norm: bool = True  # normalize queries and keys
-    activation: Literal["relu2", "gelu"] = "relu2"  # of the MLP
-    tied: bool = False  # head and embedding are one matrix, started small, instead of a head that starts at zero
-    optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices in the blocks
-    matrix_lr: float = 0.05  # their rate
-    embedding_lr: float = 0.15  # Adam's, for the embedding
-    head_lr: float = 0.02  # Adam's, for the head
-    scalar_lr: float = 0.06  # Adam's, for token shifts
-    momentum: float = 0.9  # Muon's, reached from momentum_start
-    momentum_start: float = 0.8  # Muon's at the first update
-    momentum_iters: int = 50  # updates until momentum is reached
-    newton_schulz_steps: int = 4  # Muon's; the last of five buys nothing at this size
-    weight_decay: float = 0.0  # of the matrices, at the first update; falls linearly to zero
-    warmup: float = 0.0  # the part of the run, at its start, over which the rates rise
-    decay: float = 1.0  # the part of the run, at its end, over which the rates fall linearly to zero
-    eval_interval: int = 200  # updates between evaluations; 0: only at the end
-    eval_iters: int = 20  # batches of each split per evaluation
-    log_interval: int = 1  # updates between rows
-    num_samples: int = 2  # texts to draw at the end
-    sample_tokens: int = 300  # tokens in each
-    report: bool = True  # draw loss.png and throughput.png and write report.md at the end
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
-    compile: bool = False  # compile with torch.compile: faster steps after a slow start
-    peak_tflops: float = 0.0  # dense peak to reckon MFU against, for a device whose peak is not known
-
-    def __post_init__(self) -> None:
-        for name in (*COUNTS, *RATES, "decay"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name}={getattr(self, name)}: must be above 0")
-        if not 0 < self.decay <= 1:
-            raise UserError(f"--decay={self.decay}: must be at most 1, the whole run")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"--warmup={self.warmup}: must be between 0 and 1, the whole run")
-        if self.weight_decay < 0:
-            raise UserError(f"--weight_decay={self.weight_decay}: must not be below 0")
-        if not 1 <= self.newton_schulz_steps <= len(POLAR_EXPRESS):
-            raise UserError(f"--newton_schulz_steps={self.newton_schulz_steps}: must be 1 to {len(POLAR_EXPRESS)}")
-        for name in ("momentum", "momentum_start"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if self.dtype == "float16":
-            raise UserError("--dtype=float16: the speedrun has no loss scaling; use bfloat16 or float32")
-
-
-# GPT-2's 124M layers, with heads of 128 and 0.5M tokens per update, on FineWeb's first ten billion GPT-2 tokens
-GPU = Speedrun(
-    preset="gpu", dataset="fineweb10B", iters=5000, batch_size=32, accumulation=16, block_size=1024, vocab_size=50304,
-    n_layer=12, n_head=6, n_embd=768, token_shift=False,
-    matrix_lr=0.02, embedding_lr=0.3, head_lr=0.004, scalar_lr=0.04, decay=0.4,
-    momentum=0.95, momentum_start=0.85, momentum_iters=300, newton_schulz_steps=5, log_interval=10, compile=True,
-)  # fmt: skip
-
-# Two ways to the loss of nanoGPT's CPU command on tinyshakespeare, 1.898 over the whole validation split, tuned with
-# seeds 1, 2 and 3 on a CPU without bfloat16. First with a model of its size, 803,328 parameters for its 804,096;
-CPU_PLAIN = Speedrun(
-    preset="cpu-plain", iters=95, batch_size=24, block_shift=False, matrix_lr=0.06, embedding_lr=0.2, head_lr=0.03,
-    scalar_lr=0.08, momentum_iters=20, eval_interval=0,
-)  # fmt: skip
-# then with one of any size, where small and narrow takes the fewest seconds
-CPU_SPRINT = Speedrun(
-    preset="cpu-sprint", iters=185, batch_size=24, n_layer=1, n_head=2, n_embd=64, qk_norm=False, matrix_lr=0.07,
-    embedding_lr=0.2, head_lr=0.03, scalar_lr=0.08, momentum_iters=25, newton_schulz_steps=3, eval_interval=0,
-    eval_iters=1,
-)  # fmt: skip
-
-PRESETS: dict[str, Speedrun] = {
-    "cpu": Speedrun(preset="cpu"),
-    "cpu-plain": CPU_PLAIN,
-    "cpu-sprint": CPU_SPRINT,
-    "gpu": GPU,
-    # the same model where FineWeb is not at hand: for throughput and MFU, since the text is soon known by heart
-    "gpu-embedded": dataclasses.replace(GPU, preset="gpu-embedded", dataset="pystdlib", iters=100, eval_interval=50),
-}
-
-
-@dataclass
-class Run:
-    """What a speedrun works with. `iteration` is the number of updates done, `seconds` the time they took."""
-
-    config: Speedrun
-    device: str
-    facts: dict[str, Any]  # the machine, the software and the commit, for rows that stand alone
-    splits: dict[str, Tokens]
-    tokenizer: dict[str, Any]
-    model: GPT
-    optimizer: Muon
-    batches: Batches
-    iteration: int = 0
-    seconds: float = 0.0
 
 
 def main(argv: list[str]) -> None:
-    config = configure(argv)
-    with open_log(config.out_dir) as log:
-        run = start(config, log)
+    name, config = configure(argv)
+    typed = cli.typed(argv, Pretrain) | {"device": config.device}
+    if not (Path(config.data_dir) / config.dataset / "train.bin").is_file() and not launch().rank:
+        prepare(config.dataset, config.data_dir)
+    recipe = Recipe(f"speedrun {name} on {config.dataset}", line=progress, after_last=False)
+    with started(config, recipe, typed) as (run, log):
         try:
             train(run, log)
-            finish(run, log)
-        except KeyboardInterrupt:
-            log.say(f"stopped after {run.iteration} of {config.iters} updates")
-            if 0 < run.iteration < config.iters:
-                log.say(f"saved {save(run)}")
-            raise
+            finish(run, log, name)
         finally:
-            if run.iteration and config.report:
+            if run.seconds and config.report and run.team.is_main:
                 rows = report.read([Path(config.out_dir) / "metrics.jsonl"])
                 log.say(f"report: {report.write_report(rows, config.out_dir)}")
 
 
-def configure(argv: list[str]) -> Speedrun:
-    """The preset of this machine, or the one named, with every flag typed; `auto` is resolved."""
-    asked = cli.parse(Speedrun, argv)
-    device = asked.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = cli.choose_device(device, typed=True)
-    preset = asked.preset
-    if preset == "auto" and device.startswith("cuda"):
-        preset = "gpu" if (Path(asked.data_dir) / GPU.dataset / "train.bin").is_file() else "gpu-embedded"
-    elif preset == "auto":
-        preset = "cpu"
-    if preset not in PRESETS:
-        raise UserError(f"--preset={preset}: no such preset{cli.nearest(preset, PRESETS)}")
-    return dataclasses.replace(cli.parse(Speedrun, [preset, *argv], PRESETS), preset=preset, device=device)
+def configure(argv: list[str]) -> tuple[str, Pretrain]:
+    """The name of the preset of this machine, or of the one given, and its values under every flag typed."""
+    words = [word for word in argv if not word.startswith("-")]
+    typed = cli.typed(argv, Pretrain)
+    asked = cli.parse(Pretrain, argv, SPEEDRUN)
+    device = asked.device if words or "device" in typed else "cuda" if torch.cuda.is_available() else "cpu"
+    device = cli.choose_device(device, typed="device" in typed)
+    name = words[0] if words else "cpu"
+    if not words and device.startswith("cuda"):
+        name = "gpu" if (Path(asked.data_dir) / (typed.get("dataset") or GPU.dataset) / "train.bin").is_file() else ""
+        name = name or ("gpu" if "dataset" in typed else "gpu-embedded")
+    config = cli.parse(Pretrain, argv if words else [name, *argv], SPEEDRUN)
+    if "max_iters" in typed and "lr_decay_iters" not in typed:
+        config = dataclasses.replace(config, lr_decay_iters=max(1, config.max_iters))
+    if config.depth:
+        raise UserError(f"--depth={config.depth}: the speedrun's presets have sizes of their own; use train.pretrain")
+    return name, dataclasses.replace(config, device=device)
 
 
-def open_log(out_dir: str) -> Log:
-    """out_dir/metrics.jsonl. Raises UserError where it cannot be written, before anything is computed."""
-    try:
-        return Log(out_dir, name="metrics.jsonl")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
-
-
-# ---- before the first step
-
-
-def start(config: Speedrun, log: Log) -> Run:
-    """Data, model and optimizer; says what was chosen, and why, and opens the rows."""
-    torch.manual_seed(config.seed)
-    dtype, why = cli.choose_dtype(config.dtype, config.device)
-    log.say(f"preset {config.preset} on {config.device}; dtype {str(dtype).removeprefix('torch.')}: {why}")
-    folder = Path(config.data_dir) / config.dataset
-    if not (folder / "train.bin").is_file():
-        prepare(config.dataset, config.data_dir)
-    meta = read_meta(folder)
-    vocab_size = config.vocab_size or (meta["vocab_size"] if meta else 50304)
-    splits = {split: load_tokens(folder / f"{split}.bin", vocab_size, config.block_size) for split in ("train", "val")}
-
-    model = GPT(architecture(config, vocab_size), cli.choose_ops(config.kernels, config.device), dtype)
-    initialize(model)
-    model.to(config.device)
-    optimizer = muon(
-        model, model.config, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr, head_lr=config.head_lr,
-        scalar_lr=config.scalar_lr, momentum=config.momentum, steps=config.newton_schulz_steps, cautious=True,
-        matrix_kind=config.optimizer, newton_schulz=model.ops.newton_schulz,
-    )  # fmt: skip
-    parameters = count_parameters(model)
-    tokens = config.accumulation * config.batch_size * config.block_size
-    log.say(f"{parameters:,} parameters; {tokens:,} tokens per update; {config.iters} updates")
-    log.say(groups_table(optimizer))
-    here = facts(config.device)
-    log.row(
-        "run", name=f"speedrun {config.preset} on {config.dataset}", parameters=parameters, **here,
-        config=dataclasses.asdict(config), model=dataclasses.asdict(model.config),
-    )  # fmt: skip
-    return Run(
-        config=config,
-        device=config.device,
-        facts=here,
-        splits=splits,
-        tokenizer=meta["tokenizer"] if meta else {"kind": "tiktoken", "name": "gpt2"},
-        model=model,
-        optimizer=optimizer,
-        batches=Batches(splits["train"], config.batch_size, config.block_size, seed=config.seed, device=config.device),
-    )
-
-
-def count_parameters(model: GPT) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def architecture(config: Speedrun, vocab_size: int) -> GPTConfig:
-    """The modern GPT of this size."""
-    return GPTConfig(
-        block_size=config.block_size, vocab_size=vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-        n_embd=config.n_embd, bias=False, norm="rmsnorm", position=config.position, activation=config.activation,
-        qk_norm=config.qk_norm, token_shift=config.token_shift, block_shift=config.block_shift,
-        tied=config.tied,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def initialize(model: GPT) -> None:
-    """Every block starts as the identity and every logit at zero: the first loss is ln V, and no warm-up is needed.
-
-    Projections into the residual stream and the head are zero, other matrices uniform with deviation 0.5 / sqrt(C),
-    embeddings N(0, 1). A tied head is a matrix like the others, and there the first loss is a little above ln V.
-    """
-    bound = 0.5 * math.sqrt(3 / model.config.n_embd)
-    for name, p in model.named_parameters():
-        if model.config.tied and p is model.lm_head.weight:
-            p.uniform_(-bound, bound)
-        elif name.endswith(("c_proj.weight", "lm_head.weight")):
-            p.zero_()
-        elif name.endswith("wte.weight"):
-            p.normal_()
-        elif name.endswith(("c_attn.weight", "c_fc.weight")):
-            p.uniform_(-bound, bound)
-
-
-# ---- the loop
-
-
-def train(run: Run, log: Log) -> None:
-    """Updates until `iters`, with rows, progress lines and evaluations in between."""
-    config = run.config
-    model = torch.compile(run.model) if config.compile else run.model
-    peak = mfu.peak_of(torch.device(run.device), config.peak_tflops or None)
-    console_interval = math.ceil(config.iters / CONSOLE_LINES)
-    since = 0  # updates since the last row
-    clock = time.perf_counter()
-    while run.iteration < config.iters:
-        if config.eval_interval and run.iteration % config.eval_interval == 0:
-            paused = time.perf_counter()
-            evaluate(run, log)
-            clock += time.perf_counter() - paused
-        schedule(run.optimizer, run.iteration, config)
-        loss = loop.step(model, run.optimizer, run.batches, accumulation=config.accumulation)
-        since += 1
-        if run.iteration % config.log_interval == 0 or run.iteration == config.iters - 1:
-            loss_now = loss.item()  # waits for the device
-            now = time.perf_counter()
-            took, clock = now - clock, now
-            run.seconds += took
-            row = step_row(run, loss_now, took / since, peak)
-            log.row("step", **row)
-            since = 0
-            if run.iteration % console_interval == 0 or run.iteration == config.iters - 1:
-                log.say(progress(row, config.iters))
-            if not math.isfinite(loss_now):
-                raise UserError(f"the loss is {loss_now} at update {run.iteration}; lower --matrix_lr, --embedding_lr")
-        run.iteration += 1
-
-
-def schedule(optimizer: Muon, iteration: int, config: Speedrun) -> None:
-    """Gives every group the rates, momentum and weight decay of this update."""
-    loop.set_learning_rate(optimizer, rate_factor(iteration, config))
-    for group in optimizer.param_groups:
-        if group["name"] == "matrices":
-            group["momentum"] = momentum(iteration, config)
-            group["weight_decay"] = weight_decay(iteration, config)
-
-
-def rate_factor(iteration: int, config: Speedrun) -> float:
-    """Warm-up, stable, decay: what all rates are multiplied by. Linear over the first `warmup` and last `decay`."""
-    warmup_iters, decay_iters = config.warmup * config.iters, config.decay * config.iters
-    rise = (iteration + 1) / warmup_iters if iteration + 1 < warmup_iters else 1.0
-    return min(rise, 1.0, (config.iters - iteration) / decay_iters)
-
-
-def momentum(iteration: int, config: Speedrun) -> float:
-    """Linear from `momentum_start` to `momentum` over `momentum_iters`, then constant."""
-    rise = min(1.0, iteration / max(1, config.momentum_iters))
-    return config.momentum_start + rise * (config.momentum - config.momentum_start)
-
-
-def weight_decay(iteration: int, config: Speedrun) -> float:
-    """Linear from `weight_decay` to zero at the end of the run."""
-    return config.weight_decay * (1 - iteration / config.iters)
-
-
-def step_row(run: Run, loss: float, step_s: float, peak: mfu.Peak | None) -> dict[str, Any]:
-    config = run.config
-    tokens_per_s = config.accumulation * config.batch_size * config.block_size / step_s
-    used = mfu.utilization(tokens_per_s, run.model.config, config.block_size, peak=peak, dtype=run.model.dtype)
-    timing = {"ms": 1e3 * step_s, "seconds": run.seconds, "tokens_per_s": tokens_per_s}
-    return {"step": run.iteration, "loss": loss, **timing, **used}
-
-
-def progress(row: dict[str, Any], iters: int) -> str:
-    """`iter 50/230: loss 2.4213, 24.10 ms, 31,867 tokens/s, mfu n/a, eta 0:04`"""
-    done = row["step"] + 1
-    eta_s = round(row["seconds"] / done * (iters - done))
+def progress(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
+    """`iter 50/230: loss 2.4213, 24.10 ms, 31,867 tokens/s, mfu n/a, eta 0:04`, CONSOLE_LINES times a run."""
+    done, iters = row["step"] + 1, config.max_iters
+    if row["step"] % math.ceil(iters / CONSOLE_LINES) and done != iters:
+        return None
+    eta_s = round(row["ms"] / 1e3 * (iters - done))
     return (
         f"iter {done}/{iters}: loss {row['loss']:.4f}, {row['ms']:.2f} ms, {row['tokens_per_s']:,.0f} tokens/s, "
         f"mfu {mfu.format_mfu(row['mfu'])}, eta {eta_s // 60}:{eta_s % 60:02d}"
     )
 
 
-def evaluate(run: Run, log: Log) -> None:
-    """Mean loss over `eval_iters` windows of each split; prints and logs it."""
+def finish(run: Run, log: Log, preset: str) -> None:
+    """The summary row, and samples."""
     config = run.config
-    losses = {}
-    for split, tokens in run.splits.items():
-        windows = Batches(tokens, config.batch_size, config.block_size, seed=EVAL_SEED, device=run.device)
-        losses[split] = loop.evaluate(run.model, islice(windows, config.eval_iters)).item()
-    log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
-
-
-# ---- after the last step
-
-
-def finish(run: Run, log: Log) -> None:
-    """The last evaluation, the loss over the whole validation split, a checkpoint and samples."""
-    config = run.config
-    evaluate(run, log)
-    windows = count_windows(run.splits["val"], config.block_size)
-    batch_size = max(config.batch_size, 4096 // config.block_size)
-    whole = whole_split(run.splits["val"], config.block_size, batch_size=batch_size, device=run.device)
-    loss = loop.evaluate(run.model, whole).item()
-    log.say(f"whole validation split: val loss {loss:.4f} over {windows} windows of {config.block_size}")
-    log.row("eval", step=run.iteration, whole_val_loss=loss, windows=windows)
-    log.row(
-        "summary", name="speedrun", preset=config.preset, dataset=config.dataset, seed=config.seed, loss=loss,
-        iterations=run.iteration, seconds=run.seconds, parameters=count_parameters(run.model), **run.facts,
-    )  # fmt: skip
-    path = save(run)
-    log.say(f"saved {path}; more text: python -m gptfast.sample --out_dir={config.out_dir} --device={run.device}")
-    if config.num_samples > 0:
-        sample(run, log)
-
-
-def save(run: Run) -> Path:
-    """Writes out_dir/ckpt-<iteration>, in the form that gptfast.sample reads."""
-    return checkpoint.save(
-        run.config.out_dir,
-        step=run.iteration,
-        model=run.model.state_dict(),
-        optimizer=run.optimizer.state_dict(),
-        meta={
-            "config": dataclasses.asdict(run.config),
-            "model": dataclasses.asdict(run.model.config),
-            "tokenizer": run.tokenizer,
-        },
-    )
+    if run.whole_loss is not None:
+        log.row(
+            "summary", name="speedrun", preset=preset, dataset=config.dataset, seed=config.seed, loss=run.whole_loss,
+            iterations=run.iteration, seconds=run.seconds, parameters=count_parameters(run.model), **facts(run.device),
+        )  # fmt: skip
+    log.say(f"more text: python -m gptfast.sample --out_dir={config.out_dir} --device={run.device}")
+    if config.num_samples > 0 and run.team.is_main:
+        if run.team.mode not in ("none", "ddp"):
+            log.say("no samples: the weights are split over ranks")
+        else:
+            sample(run, log)
 
 
 def sample(run: Run, log: Log) -> None:

@@ -183,21 +183,27 @@ class ShardedOptimizer:
         for p in self.parameters:
             p.grad = None
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scales all gradients so that the joint 2-norm over all ranks is at most `max_norm` (0: not at all).
+    def gradients(self) -> list[Tensor]:
+        """What this rank holds of the gradients."""
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
 
-        Returns the norm found, the same on every rank.
-        """
-        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+    def grad_norm(self) -> Tensor:
+        """The joint 2-norm () of all gradients over all ranks, the same on every rank."""
         copies = [count for count, p in zip(self._copies, self.parameters, strict=True) if p.grad is not None]
-        squares = torch.stack(torch._foreach_norm(gradients)).square()
+        squares = torch.stack(torch._foreach_norm(self.gradients())).square()
         total = (squares / torch.tensor(copies, device=squares.device)).sum()
         if not self.replicated:
             dist.all_reduce(total, group=self.group)
-        norm = total.sqrt()
-        if max_norm > 0:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return total.sqrt()
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """See gptfast.optim: () fp32, 1 where the step is refused."""
+        return self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, refused: Tensor | None) -> None:
+        self.optimizer.found_inf = refused  # type: ignore[attr-defined]
 
     def _count_copies(self, name: str) -> int:
         """How many of the sharing ranks hold the same elements of a parameter's gradient."""

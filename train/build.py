@@ -1,0 +1,150 @@
+"""From a configuration to what is trained: the data's vocabulary, the model, its optimizer, its launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast import checkpoint, cli, hf
+from gptfast.cli import UserError
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
+from gptfast.optim import adamw, groups_table, muon
+from gptfast.parallel.team import Team
+from gptfast.step import no_graph
+from gptfast.tokenizer import GPT2_VOCAB, load_tokenizer, read_meta
+from train import dial
+from train.config import Pretrain
+
+
+def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
+    """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
+    meta = read_meta(folder)
+    if meta is not None:
+        print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
+        return meta["vocab_size"], meta["tokenizer"]
+    if (folder / "meta.pkl").exists():
+        load_tokenizer(folder)  # says what to do about a pickle
+    return None, {"kind": "tiktoken", "name": "gpt2"}
+
+
+def vocab_size_of(config: Pretrain) -> int:
+    """Of a new model: that of the data set if it is prepared, else the dial's or GPT-2's; rounded up."""
+    folder = Path(config.data_dir) / config.dataset
+    meta = read_meta(folder) if folder.is_dir() else None
+    if meta is not None:
+        return rounded(meta["vocab_size"], meta["tokenizer"], config.vocab_multiple)
+    return rounded(GPT2_VOCAB if folder.is_dir() or not config.depth else dial.VOCAB, None, config.vocab_multiple)
+
+
+def rounded(vocab_size: int, tokenizer: Any, multiple: int) -> int:
+    """Up to a multiple: matrix products of odd sizes are slow. Characters are left alone, as nanoGPT does."""
+    by_character = isinstance(tokenizer, dict) and tokenizer.get("kind") == "char"
+    return vocab_size if by_character else -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, tokenizer: dict[str, Any],
+    saved: checkpoint.Checkpoint | None,
+) -> GPT:  # fmt: skip
+    """The model that `init_from` asks for, on `device`, no longer than `config.block_size`."""
+    ops = cli.choose_ops(config.kernels, device)
+    print(f"kernels:\n{ops}")
+    if saved is not None:
+        print(f"Resuming training from {saved.path}")
+        architecture = GPTConfig(**saved.meta["model"])
+        model = GPT(dataclasses.replace(architecture, dropout=config.dropout), ops, dtype)
+        model.load_state_dict(saved.model)
+    elif config.init_from == "scratch":
+        print("Initializing a new model from scratch")
+        tokens = vocab_size or GPT2_VOCAB
+        padded = rounded(tokens, tokenizer, config.vocab_multiple)
+        if vocab_size is None:
+            print(f"defaulting to vocab_size of GPT-2 to {padded} (50257 rounded up for efficiency)")
+        elif padded > tokens:
+            print(f"vocab_size: {padded}, {tokens} rounded up for efficiency (--vocab_multiple=1 leaves it)")
+        model = GPT(architecture_of(config, config.vocab_size or padded), ops, dtype)
+        if config.zero_start:
+            start_at_zero(model)
+    else:
+        print(f"Initializing from pretrained weights: {config.init_from}")
+        pretrained = hf.load(config.init_from, ops, dtype=dtype)
+        model = GPT(dataclasses.replace(pretrained.config, dropout=config.dropout), ops, dtype)
+        model.load_state_dict(pretrained.state_dict())
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    elif config.block_size > model.config.block_size:
+        print(f"block_size: {model.config.block_size}, the model's own, not {config.block_size}")
+    return model.to(device)
+
+
+@torch.no_grad()
+def start_at_zero(model: GPT) -> None:
+    """Every block starts as the identity and every logit at zero: the first loss is ln V, and no warm-up is needed.
+
+    Projections into the residual stream and the head are zero, other matrices uniform with deviation 0.5 / sqrt(C),
+    embeddings N(0, 1). A tied head is a matrix like the others, and there the first loss is a little above ln V.
+    """
+    bound = 0.5 * math.sqrt(3 / model.config.n_embd)
+    for name, p in model.named_parameters():
+        if model.config.tied and p is model.lm_head.weight:
+            p.uniform_(-bound, bound)
+        elif name.endswith(("c_proj.weight", "lm_head.weight")):
+            p.zero_()
+        elif name.endswith("wte.weight"):
+            p.normal_()
+        elif name.endswith(("c_attn.weight", "c_fc.weight")):
+            p.uniform_(-bound, bound)
+
+
+def build_optimizer(config: Pretrain, model: GPT, team: Team) -> tuple[torch.nn.Module, Any]:
+    """What to call, and the optimizer; both are the team's, if there is one."""
+    if team.size == 1:
+        return model, make_optimizer(config, model)
+    from gptfast.parallel.optimizer import ShardedOptimizer
+    from gptfast.parallel.split import parallelize, whole_shapes
+
+    shapes = whole_shapes(model)
+    called = parallelize(model, team, compiled=config.compile)
+    return called, ShardedOptimizer(make_optimizer(config, model), model, called, shapes, model.config, team)
+
+
+def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
+    """nanoGPT's AdamW; or Muon for the matrices in the blocks at `matrix_lr`, and AdamW for the rest. Prints groups."""
+    rate, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
+    if config.optimizer == "adamw":
+        return adamw(model, learning_rate=rate, betas=betas, weight_decay=decay)
+    optimizer = muon(
+        model, model.config, matrix_lr=config.matrix_lr, embedding_lr=rate, betas=betas,
+        head_lr=rate if config.head_lr is None else config.head_lr,
+        scalar_lr=rate if config.scalar_lr is None else config.scalar_lr,
+        momentum=config.momentum, weight_decay=decay, cautious=config.cautious, normalize=config.normalize,
+        steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
+        matrix_kind="muon" if config.optimizer == "muon" else "adamw",
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / rate  # the schedule is that of `learning_rate`
+    print(groups_table(optimizer))
+    return optimizer
+
+
+def architecture_of(config: Pretrain, vocab_size: int) -> GPTConfig:
+    """The fields that the flags and GPTConfig have in common."""
+    flags = dataclasses.asdict(config)
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+    return GPTConfig(vocab_size=vocab_size, **{name: flags[name] for name in names & flags.keys()})
+
+
+def choose_graph(asked: bool | None, device: str, team: Team, dtype: torch.dtype, *, documents: bool) -> bool:
+    """Whether an update is one CUDA graph; says so, and why. Raises UserError where it is asked for and cannot be."""
+    obstacle = no_graph(device, ranks=team.size, dtype=dtype, documents=documents)
+    if asked and obstacle:
+        raise UserError(f"--cuda_graph=True: {obstacle}; leave it out")
+    chosen = asked is not False and obstacle is None
+    why = obstacle or ("as asked" if asked is not None else "one GPU and batches of one shape")
+    print(f"cuda_graph: {'an update is one CUDA graph' if chosen else 'no'}, {why}")
+    return chosen

@@ -1,0 +1,481 @@
+"""The loop around an update, for every command that trains: data, evaluation, checkpoints, signals, log, guard, ranks.
+
+A recipe is a configuration (train/config.py) and the little that is no flag: the objective, and what the console shows.
+
+    with started(config, Recipe(), typed) as (run, log):
+        train(run, log)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast import checkpoint, cli, mfu
+from gptfast.cli import UserError
+from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
+from gptfast.log import Log, Row, Tracker, facts
+from gptfast.model import GPT
+from gptfast.packing import PackedBatches, document_starts
+from gptfast.parallel import launch
+from gptfast.parallel.team import Team, join
+from gptfast.step import Batch, Objective, Step, language_model
+from gptfast.step import evaluate as mean_loss
+from gptfast.tokenizer import bos_of
+from train import dial, loop
+from train.build import build_model, build_optimizer, choose_graph, describe_data
+from train.config import Pretrain
+from train.guard import Guard, Refused, Stopped, Stopper
+
+EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
+WARM_UP = 5  # iterations before MFU is reckoned
+
+Line = Callable[[Row, Pretrain, "float | None"], "str | None"]
+
+
+def nanogpt_line(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
+    """nanoGPT's line, of every row. Its MFU is a running average in the PaLM convention."""
+    return log_line(row["step"], row["loss"], row["ms"], mfu_palm)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a command decides beyond its flags."""
+
+    name: str | None = None  # of the run's rows; None: the data set's
+    objective: Callable[[torch.nn.Module], Objective] = language_model
+    line: Line = nanogpt_line  # for the console, of a row; None for silence
+    after_last: bool = True  # one update more after the last evaluation, as nanoGPT makes
+
+
+@dataclass
+class Run:
+    """A training run: what it works with and, from `model` on, what must survive a stop."""
+
+    config: Pretrain
+    recipe: Recipe
+    team: Team
+    device: str
+    splits: dict[str, Tokens]  # the tokens of train and val
+    tokenizer: dict[str, Any]  # described as JSON; goes into the checkpoint, so that sampling needs no data set
+    model: GPT
+    called: torch.nn.Module  # the model, or what gptfast.parallel wraps it in
+    optimizer: Any  # torch.optim.Optimizer, or ShardedOptimizer
+    scaler: torch.amp.GradScaler | None  # for fp16
+    guard: Guard
+    bos: int | None  # what begins a document, where they are packed
+    batches: Batches | PackedBatches
+    iteration: int = 0  # the next one
+    best_val_loss: float = math.inf
+    position: dict[str, Any] = field(default_factory=dict)  # of the random streams, where `iteration` begins
+    position_before: dict[str, Any] = field(default_factory=dict)  # and where the one before it began
+    cuda_graph: bool = False
+    whole_loss: float | None = None  # over the whole validation split, at the end
+    seconds: float = 0.0  # that updates took
+    step: Step | None = None
+    saved: int = -1  # the iteration that the last checkpoint stands at
+
+
+@contextlib.contextmanager
+def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Iterator[tuple[Run, Log]]:
+    """A run before its first update, alone or as a rank of torchrun's, and its log. Only the first rank prints."""
+    device = cli.choose_device(config.device, typed="device" in typed)
+    mode, degrees = config.parallel, dict(tensor=config.tensor_parallel, shard_size=config.shard_size)
+    with (
+        silence() if launch().rank else contextlib.nullcontext(),  # the first rank speaks for all
+        join(mode, backend=config.backend, device=device, **degrees) as team,
+        open_log(config.out_dir, team) as log,
+    ):
+        run = start(config, recipe, team)
+        model = dataclasses.asdict(run.model.config)
+        named = {"name": recipe.name} if recipe.name else {}
+        log.row(
+            "run", **named, parameters=count_parameters(run.model), **facts(run.device),
+            config=dataclasses.asdict(config), model=model, ranks=team.size,
+        )  # fmt: skip
+        yield run, log
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Whatever is printed goes nowhere, save for errors."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def open_log(out_dir: str, team: Team) -> Log:
+    """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
+    if not team.is_main:
+        return Log(None, console=False)
+    try:
+        return Log(out_dir, name="metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
+
+
+# ---- before the first step
+
+
+def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
+    """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
+    torch.manual_seed(config.seed)
+    device = team.device
+    print(f"running on {team}")
+    team.share(config.gradient_accumulation_steps)
+    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
+    if config.compile:
+        loop.check_compiler(device)
+    dtype, why = cli.choose_dtype(config.dtype, device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
+        torch.backends.cudnn.allow_tf32 = True
+
+    folder = Path(config.data_dir) / config.dataset
+    vocab_size, tokenizer = describe_data(folder)
+    bos = bos_of(tokenizer) if config.documents else None
+    if config.documents and bos is None:
+        raise UserError(
+            f"--documents=True: nothing in {folder} begins a document; prepare it with a BPE tokenizer, or leave it out"
+        )
+    saved = find_checkpoint(config)
+    if saved is not None:
+        check_same(config, saved)
+    model = build_model(config, device, dtype, vocab_size, tokenizer, saved)
+    print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
+    block_size = model.config.block_size
+    ids = min(vocab_size or model.config.vocab_size, model.config.vocab_size)  # the rest of the model's are padding
+    splits = {split: load_tokens(folder / f"{split}.bin", ids, block_size) for split in ("train", "val")}
+    if team.size > 1 and (dtype == torch.float16 or config.async_save):
+        raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
+    called, optimizer = build_optimizer(config, model, team)
+    settings: dict[str, Any] = dict(device=device, rank=team.data_rank, ranks=team.data_size)
+    batches: Batches | PackedBatches
+    if bos is None:
+        batches = Batches(splits["train"], config.batch_size, block_size, seed=config.seed, **settings)
+    else:
+        batches = PackedBatches(splits["train"], config.batch_size, block_size, bos=bos, **settings)
+    run = Run(
+        config=config,
+        recipe=recipe,
+        team=team,
+        device=device,
+        splits=splits,
+        tokenizer=tokenizer,
+        model=model,
+        called=called,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
+        guard=Guard(config.nonfinite, config.spike, config.max_skips),
+        bos=bos,
+        batches=batches,
+        cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=bos is not None),
+    )
+    if saved is not None:
+        restore(run, saved)
+    if team.size > 1:  # each draws dropout of its own, tensor ranks the same
+        torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
+    return run
+
+
+def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
+    """What `--resume` or `--init_from=resume` asks to go on from; None to start anew."""
+    if config.resume == "latest" and not checkpoint.exists(config.out_dir):
+        print(f"--resume=latest: no checkpoint in {config.out_dir} yet")
+        return None
+    if config.resume.isdecimal():
+        return checkpoint.load(config.out_dir, step=int(config.resume))
+    if config.resume or config.init_from == "resume":
+        return checkpoint.load(config.out_dir, best=config.resume == "best")
+    return None
+
+
+def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
+    """Raises UserError where the state of `saved` means nothing to this run."""
+    if "batches" not in saved.meta:
+        raise UserError(
+            f"{saved.path} holds no position in the data, so no run goes on from it; train anew in another --out_dir, "
+            f"from its weights if you like: --init_from={saved.path.parent}"
+        )
+    for name, before in (("optimizer", "adamw"), ("documents", False)):  # and what a run without the flag had
+        theirs = saved.meta["config"].get(name, before)
+        if theirs != getattr(config, name):
+            raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
+
+
+# ---- what survives a stop
+
+
+def described(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds beside the tensors of model and optimizer: the run where `iteration` begins."""
+    return {
+        "config": dataclasses.asdict(run.config),
+        "model": dataclasses.asdict(run.model.config),
+        "tokenizer": run.tokenizer,
+        "best_val_loss": run.best_val_loss,
+        "scaler": run.scaler.state_dict() if run.scaler is not None else None,
+        "guard": run.guard.state_dict(),
+        **run.position,
+    }
+
+
+def save(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
+    """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, where it was just evaluated."""
+    print(f"saving checkpoint to {run.config.out_dir}")
+    write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score)
+    run.saved = run.iteration
+
+
+def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str, Any], **settings: Any) -> None:
+    """Writes folder/ckpt-<iteration>; every rank calls this."""
+    if run.team.size == 1:
+        model, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+        saver.save(folder, step=run.iteration, model=model, optimizer=optimizer, meta=meta, **settings)
+        return
+    from gptfast.parallel import saving
+
+    saving.save(folder, run.optimizer, step=run.iteration, meta=meta, **settings)
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
+    run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
+    run.batches.load_state_dict(saved.meta["batches"])
+    if run.scaler is not None and saved.meta["scaler"]:
+        run.scaler.load_state_dict(saved.meta["scaler"])
+    loop.set_generator_state(saved.meta["generators"])
+    if "guard" in saved.meta:  # version 0.1 had none
+        run.guard.load_state_dict(saved.meta["guard"])
+    run.iteration = run.saved = saved.step
+    run.best_val_loss = saved.meta["best_val_loss"]
+
+
+# ---- the loop
+
+
+def train(run: Run, log: Log) -> None:
+    """Iterations `run.iteration ... max_iters`. A signal saves and raises; so does an update that may not happen."""
+    with (
+        Stopper(deferred=run.team.size > 1) as stopper,
+        checkpoint.Saver(background=run.config.async_save) as saver,
+        tracker(run.config) as track,
+    ):
+        first = run.iteration
+        try:
+            try:
+                iterate(run, log, stopper, saver, track)
+            except Stopped:
+                if run.step is not None:
+                    run.step.settle()
+                raise
+        except Stopped as stop:
+            if run.saved != run.iteration:
+                save(run, saver)
+            saver.wait()
+            log.say(f"{stop} at iteration {run.iteration}; go on with --resume=latest")
+            if stop.signum == signal.SIGINT:
+                raise
+            sys.exit(128 + stop.signum)
+        except Refused as refusal:
+            if first + run.guard.heard - 1 < run.iteration:  # heard one update late, and no other was taken since
+                run.iteration, run.position = run.iteration - 1, run.position_before
+            folder = Path(run.config.out_dir) / "post-mortem"
+            refused = {"reason": str(refusal), "batches": refusal.batches}
+            write(run, saver, folder, {**described(run), "refused": refused}, keep=1)
+            saver.wait()
+            raise diverged(run, str(refusal), folder / f"ckpt-{run.iteration:06d}") from None
+
+
+def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track: Tracker) -> None:
+    """One update for each iteration, and before it an evaluation where one is due."""
+    config = run.config
+    first = run.iteration
+    meter = Meter(run)
+    if config.compile:
+        print("compiling the model... (takes a ~minute)")
+    run.step = step = Step(
+        run.recipe.objective(run.called), run.optimizer, clip=config.grad_clip,
+        accumulation=run.team.share(config.gradient_accumulation_steps),
+        scaler=run.scaler, guard=run.guard, team=run.team,
+        compiled=config.compile and run.team.size == 1, graph=run.cuda_graph, before_update=stopper.hold,
+    )  # fmt: skip
+    for run.iteration in range(first, config.max_iters + 1):
+        run.position_before = run.position
+        run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
+        stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
+        rate = dial.follow(run.optimizer, run.iteration, config)
+        is_last = run.iteration == config.max_iters
+        if is_last or config.eval_only or (config.eval_interval and run.iteration % config.eval_interval == 0):
+            meter.pause()
+            step.settle()
+            losses = evaluate(run, log)
+            track.log(wandb_row(run.iteration, losses, rate, meter.mfu_palm))
+            if config.eval_only:
+                return
+            is_best = losses["val"] < run.best_val_loss
+            run.best_val_loss = min(losses["val"], run.best_val_loss)
+            if (is_best or config.always_save_checkpoint) and run.iteration > first:
+                stopper.hold()
+                save(run, saver, score=losses["val"])
+                stopper.release()
+            if is_last and config.whole_val:
+                run.whole_loss = evaluate_whole_split(run, log)
+            if is_last and not run.recipe.after_last:
+                break
+            meter.resume()
+        loss = step(run.batches)
+        meter.iterations += 1
+        due = run.iteration % config.log_interval == 0
+        if due:
+            step.settle()
+        skipped = tell_skipped(run, log, first)
+        if due and run.iteration not in skipped:
+            meter.report(loss.item(), rate, log)
+    step.settle()
+    tell_skipped(run, log, first)
+    stopper.hold()
+
+
+def tell_skipped(run: Run, log: Log, first: int) -> list[int]:
+    """Say which iterations were passed over, as far as the guard has heard of them and not told; returns them."""
+    skipped = []
+    while run.guard.news:
+        ordinal, reason = run.guard.news.pop(0)
+        skipped.append(first + ordinal)
+        text = f"iteration {first + ordinal}: {reason}"
+        log.say(text)
+        log.row("note", step=first + ordinal, text=text)
+    return skipped
+
+
+def evaluate(run: Run, log: Log) -> dict[str, float]:
+    """Mean loss of `eval_iters` batches of each split. Training's weights and random streams stay as they were."""
+    losses = {}
+    for split, tokens in run.splits.items():
+        sizes = run.config.batch_size, run.model.config.block_size
+        batches: Batches | PackedBatches
+        if run.bos is None:
+            batches = Batches(tokens, *sizes, seed=EVAL_SEED, device=run.device)
+        else:
+            batches = PackedBatches(tokens, *sizes, bos=run.bos, device=run.device)
+        losses[split] = mean_loss(
+            run.called, islice(batches, run.config.eval_iters), run.team, run.recipe.objective
+        ).item()
+        if isinstance(batches, PackedBatches):
+            batches.close()
+    log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
+    if not all(map(math.isfinite, losses.values())):
+        raise diverged(run, "the loss is not a number")
+    return losses
+
+
+def evaluate_whole_split(run: Run, log: Log) -> float:
+    """The loss over every window of the validation split, of the weights that the last checkpoint holds."""
+    tokens, block_size = run.splits["val"], run.model.config.block_size
+    windows: Iterable[Batch] = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
+    if run.bos is not None:
+        bos = run.bos
+        windows = ((x, y, document_starts(x, bos)) for x, y in windows)
+    loss = mean_loss(run.called, windows, run.team, run.recipe.objective).item()
+    count = count_windows(tokens, block_size)
+    log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")
+    log.row("eval", step=run.iteration, whole_val_loss=loss, windows=count)
+    return loss
+
+
+def diverged(run: Run, reason: str, post_mortem: Path | None = None) -> UserError:
+    kept = "" if post_mortem is None else f"the batch and the weights before it are in {post_mortem}; "
+    return UserError(
+        f"{reason} at iteration {run.iteration}; lower --learning_rate, or lengthen --warmup_iters; "
+        f"{kept}checkpoints in {run.config.out_dir} are from before"
+    )
+
+
+class Meter:
+    """The clock of training: times steps, not evaluations, and prints a line.
+
+    The host runs ahead of a GPU, so time is read only where the device has just been waited for.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.peak = mfu.peak_of(torch.device(run.device), run.config.peak_tflops)
+        self.mfu_palm: float | None = None  # running average
+        self.iterations = 0  # since the last line
+        self.seconds = 0.0  # of them, up to the last pause
+        self.total_iterations = 0
+        self.total_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        if self.run.device.startswith("cuda"):
+            torch.cuda.synchronize(self.run.device)
+        self.seconds += time.perf_counter() - self.started
+
+    def resume(self) -> None:
+        self.started = time.perf_counter()
+
+    def report(self, loss: float, rate: float, log: Log) -> None:
+        """One line and one row on the iterations since the last, whose `loss` is that of the newest."""
+        now = time.perf_counter()
+        seconds = (self.seconds + now - self.started) / self.iterations
+        self.total_iterations += self.iterations
+        self.total_seconds += seconds * self.iterations
+        self.started, self.seconds, self.iterations = now, 0.0, 0
+
+        run, config = self.run, self.run.config
+        block_size = run.model.config.block_size
+        tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
+        per_rank = tokens_per_s / run.team.size
+        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
+            fresh, average = used["mfu_palm"], self.mfu_palm
+            self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh
+        run.seconds = self.total_seconds
+        row = log.row(
+            "step", step=run.iteration, loss=loss, ms=1e3 * seconds, seconds=self.total_seconds, lr=rate,
+            tokens_per_s=tokens_per_s, **used,
+        )  # fmt: skip
+        line = run.recipe.line(row, config, self.mfu_palm)
+        if line is not None:
+            log.say(line)
+
+
+def log_line(iteration: int, loss: float, ms: float, mfu_palm: float | None) -> str:
+    """nanoGPT's line. Its MFU is the PaLM convention, 6N + 12·L·H·Q·T FLOPs per token."""
+    return f"iter {iteration}: loss {loss:.4f}, time {ms:.2f}ms, mfu {mfu.format_mfu(mfu_palm)}"
+
+
+def tracker(config: Pretrain) -> Tracker:
+    """The service that evaluations are sent to; nanoGPT's `wandb_log` names the same one."""
+    kind, flag = config.tracker, f"--tracker={config.tracker}"
+    if config.wandb_log and kind == "none":
+        kind, flag = "wandb", "--wandb_log=True"
+    if config.eval_only or launch().rank:
+        kind = "none"
+    project, name = config.wandb_project, config.wandb_run_name
+    return Tracker(kind, flag, config.out_dir, project, name, dataclasses.asdict(config))
+
+
+def wandb_row(iteration: int, losses: dict[str, float], rate: float, mfu_palm: float | None) -> dict[str, Any]:
+    """nanoGPT's five keys."""
+    percent = None if mfu_palm is None else 100 * mfu_palm
+    return {"iter": iteration, "train/loss": losses["train"], "val/loss": losses["val"], "lr": rate, "mfu": percent}

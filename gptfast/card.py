@@ -120,17 +120,17 @@ def _accuracy(stage: Stage, task: str) -> str:
     if not rows:
         return MISSING
     value, error = rows[-1]["accuracy"], rows[-1].get("accuracy_error")
+    scale, digits, unit = (1, 4, "") if task == "ChatCORE" else (100, 1, " %")
+    text = f"{scale * value:.{digits}f}{unit}"
     known = isinstance(error, int | float) and math.isfinite(error)
-    if task == "ChatCORE":
-        return f"{value:.4f}" + (f" ± {error:.4f}" if known else "")
-    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if known else "")
+    return f"{text} ± {scale * float(error or 0):.{digits}f}" if known else text
 
 
 def _environment(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:
     first = [stage.run[0] for stage in stages if stage.run]
     cost = "cost: - (give --dollars_per_hour)"
     total = _total(stages)
-    if dollars_per_hour is not None and total is not None:
+    if total is not None and dollars_per_hour is not None:
         cost = f"cost: {total / 3600 * dollars_per_hour:,.2f} $ of training at {dollars_per_hour:g} $ per hour"
     data = dict.fromkeys(str(row.get("config", {}).get(key)) for row in first for key in ("dataset", "mixture"))
     named = ", ".join(name for name in data if name not in ("None", "")) or MISSING

@@ -111,7 +111,7 @@ class Piece(NamedTuple):
     """What goes into a row as one: a conversation or, if that is longer than a row, a part of it."""
 
     part: int
-    index: int
+    which: int  # of its conversations
     number: int  # which piece of the conversation
     length: int  # tokens
 
@@ -230,7 +230,7 @@ class ConversationBatches:
                 break
             piece = max(fitting, key=lambda piece: piece.length)  # the first of equals
             self._buffer.remove(piece)
-            tokens, mask = self._pieces(piece.part, piece.index)[piece.number]
+            tokens, mask = self._pieces(piece.part, piece.which)[piece.number]
             end = filled + piece.length
             ids[filled:end] = tokens
             starts[filled] = 1
@@ -284,8 +284,8 @@ class ConversationBatches:
 
     def _forget(self, piece: Piece) -> None:
         """Keeps what was rendered only as long as a piece of it waits."""
-        if not any((other.part, other.index) == (piece.part, piece.index) for other in self._buffer):
-            self._rendered.pop((piece.part, piece.index), None)
+        if not any((other.part, other.which) == (piece.part, piece.which) for other in self._buffer):
+            self._rendered.pop((piece.part, piece.which), None)
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -115,8 +115,9 @@ def prepare_as(config: PrepareConfig) -> Path:
     folder = Path(config.data_dir) / config.name
     try:
         if config.name == "chat":
-            which = dict(subset=config.subset, split=config.split, tokenizer=config.tokenizer)
-            conversations.prepare(config.source, folder, **which)
+            conversations.prepare(
+                config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
+            )
         elif config.name in READY and not config.source:
             _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):
@@ -209,7 +210,7 @@ def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str]
     if name == "pystdlib":
         if source is not None:
             raise UserError("pystdlib reads the running Python; for a text file choose another name than pystdlib")
-        return _pystdlib_text()
+        return pystdlib_text()
     if source is not None:
         return _read_text(Path(source)), str(source)
     if name not in ("shakespeare_char", "shakespeare"):
@@ -237,7 +238,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}; give an existing text file with --source") from None
 
 
-def _pystdlib_text() -> tuple[str, str]:
+def pystdlib_text() -> tuple[str, str]:
     """The text that this module's docstring describes, and where it is from."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in root.rglob("*.py")]

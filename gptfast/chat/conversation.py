@@ -232,7 +232,7 @@ def read(path: str | Path) -> Iterator[list[dict[str, Any]]]:
 
 def messages_of(row: Any) -> list[dict[str, Any]]:
     """The messages of one line or row, checked: itself if it is a list, else its `messages`."""
-    messages = row.get("messages") if isinstance(row, dict) else row
+    messages: Any = row.get("messages") if isinstance(row, dict) else row
     check(messages)
     return list(messages)
 

@@ -72,7 +72,7 @@ def _value(node: ast.expr, depth: int) -> Number:
     if depth > DEEPEST:
         raise NotCalculable("too deep")
     match node:
-        case ast.Constant(value=value) if type(value) in (int, float):
+        case ast.Constant(value=int(value) | float(value)) if not isinstance(value, bool):
             return _bounded(value)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
             return _bounded(BINARY[type(op)](_value(left, depth + 1), _value(right, depth + 1)))

@@ -1,0 +1,257 @@
+"""Reinforcement learning on tasks whose answers can be judged: nanochat's simplified GRPO (train/policy.py).
+
+    python -m train.rl --init_from=out-sft --task=gsm8k
+    python -m train.rl --init_from=out-sft --task=addition --examples_per_step=8 --samples=16 --max_iters=60
+
+Every update draws `samples` answers to each of `examples_per_step` questions by the engine, with tools, and learns from
+their rewards. `--sigma`, `--clip` with `--passes`, and `--kl` are the usual additions. Checkpoints, `--resume=latest`,
+signals and the log are those of train.pretrain; answers depend on seed, update, question and number alone, so that a
+resumed run draws the same. One process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast import checkpoint, cli, hf
+from gptfast.chat.answers import Answers
+from gptfast.cli import UserError
+from gptfast.engine import Engine, Sampling
+from gptfast.log import Log
+from gptfast.model import GPT
+from gptfast.optim import set_learning_rate
+from gptfast.parallel import launch
+from gptfast.step import Batch, Objective
+from train import policy
+from train.mixture import rl_multiplier
+from train.policy import Rollout
+from train.sft import Finetune, inherit, open_chat
+from train.tasks import judged
+from train.trainer import Recipe, Run, started, train
+
+MOST_SLOTS = 32  # answers at once; others wait
+
+
+@dataclass(frozen=True)
+class Rl(Finetune):
+    init_from: str = "out-sft"  # the model to begin with
+    out_dir: str = "out-rl"  # where checkpoints and metrics.jsonl go
+    stage: str = "rl"  # what the report card calls it
+    task: str = "gsm8k"  # whose answers earn the reward
+    examples_per_step: int = 16  # questions of an update
+    samples: int = 16  # answers to each
+    max_new_tokens: int = 256  # of an answer
+    temperature: float = 1.0  # of answers
+    top_k: int = 50  # tokens that an answer is drawn from
+    lr_frac: float = 0.05  # of inherited rates
+    sigma: bool = False  # advantages over their standard deviation
+    passes: int = 1  # updates from the answers of one drawing
+    clip: float = 0.0  # PPO's bound on the ratio to the policy that drew; 0: none
+    kl: float = 0.0  # weight of the divergence from the model of init_from
+    eval_interval: int = 60  # iterations between evaluations; 0: only at the end
+    eval_examples: int = 400  # questions of an evaluation
+    eval_samples: int = 8  # answers to each, for pass@1 ... pass@8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("examples_per_step", "samples", "max_new_tokens", "passes", "eval_examples", "eval_samples"):
+            if getattr(self, key) < 1:
+                raise UserError(f"--{key}={getattr(self, key)}: must be at least 1")
+        for key in ("clip", "kl", "lr_frac", "temperature", "top_k"):
+            if not getattr(self, key) >= 0:
+                raise UserError(f"--{key}={getattr(self, key)}: must not be negative")
+
+    @property
+    def groups(self) -> int:
+        """Micro-batches that the answers to one question take."""
+        return -(-self.samples // self.batch_size)
+
+
+def main(argv: list[str]) -> None:
+    typed = cli.typed(argv, Rl)
+    config = cli.parse(Rl, argv)
+    if launch().size > 1:
+        raise UserError("train.rl runs in one process; leave torchrun out")
+    data = Questions(inherit(config, typed, config.lr_frac))
+    with started(data.config, data.recipe(), typed) as (run, log):
+        train(run, log)
+
+
+class Questions:
+    """The data of a run of RL: what trainer.py asks a recipe for."""
+
+    def __init__(self, config: Rl) -> None:
+        resumed = config.resume and checkpoint.exists(config.out_dir)
+        self._tokenizer, self.chat = open_chat(config.out_dir if resumed else config.init_from)
+        self.vocab_size: int | None = self._tokenizer.vocab_size
+        self.tokenizer = self._tokenizer.to_json()
+        named = judged(config.task)
+        if len(named) != 1:
+            raise UserError(f"--task={config.task}: name one task")
+        self.task = named[0]
+        self.examples = self.task.examples("train", config.where)
+        self.questions = self.task.examples("test", config.where)[: config.eval_examples]
+        per_update = config.examples_per_step * config.groups
+        if not config.max_iters:
+            updates = round(config.epochs * config.passes * len(self.examples) / config.examples_per_step)
+            config = dataclasses.replace(config, max_iters=max(1, updates))
+            print(f"max_iters: {config.max_iters:,}, for {config.epochs:g} epochs of {len(self.examples):,} questions")
+        self.config = dataclasses.replace(config, gradient_accumulation_steps=per_update)
+        self.reward = 0.0  # mean of the answers that were drawn last
+        self.tokens = 0  # that the model has drawn in this process
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            name=self.config.stage, objective=objective_of(self.config), line=line, after_last=False, data=self,
+            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            fields=lambda run: {"reward": self.reward, "tokens": self.tokens},
+        )  # fmt: skip
+
+    def batches(self, config: Any, model: GPT, **settings: Any) -> Drawing:
+        return Drawing(self, model, torch.device(settings["device"]))
+
+    def sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(config.max_new_tokens, config.temperature, config.top_k)
+
+    def answers(self, model: GPT, slots: int) -> Answers:
+        """An engine over the weights as they are now."""
+        engine = Engine(model, slots=min(slots, MOST_SLOTS), tokenizer=self._tokenizer, weights="model")
+        return Answers(engine, self.chat)
+
+    def draw(self, model: GPT, drawing: int) -> list[list[Rollout]]:
+        """The answers of one drawing, a list for each question."""
+        config, n = self.config, len(self.examples)
+        answers = self.answers(model, config.samples)
+        found = []
+        for i in range(config.examples_per_step):
+            turn, place = divmod(drawing * config.examples_per_step + i, n)
+            index = int(np.random.default_rng((config.seed, turn)).permutation(n)[place])
+            settings: dict[str, Any] = dict(samples=config.samples, sampling=self.sampling())
+            seed = policy.seed_of(config.seed, drawing, index)
+            found.append(policy.roll_out(answers, self.task, self.examples[index], seed=seed, **settings))
+        rewards = [rollout.reward for group in found for rollout in group]
+        self.reward = sum(rewards) / len(rewards)
+        self.tokens += sum(sum(rollout.drawn) for group in found for rollout in group)
+        return found
+
+    def evaluate(self, run: Run, log: Log) -> dict[str, float]:
+        """pass@k of `eval_samples` answers to each question of the test split, drawn as in training."""
+        config = self.config
+        answers = self.answers(run.model, config.eval_samples)
+        passed = []
+        for i, example in enumerate(self.questions):
+            settings: dict[str, Any] = dict(samples=config.eval_samples, sampling=self.sampling())
+            seed = policy.seed_of(config.seed, -1, i)
+            drawn = policy.roll_out(answers, self.task, example, seed=seed, **settings)
+            passed.append([rollout.reward > 0 for rollout in drawn])
+        found = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
+        log.say(f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in found.items()))
+        log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **found)
+        return {"train": 1 - self.reward, "val": 1 - found["pass@1"]}  # the share that fails
+
+
+class Drawing:
+    """An endless iterator of micro-batches, drawn by `model` as it is when they are needed.
+
+    (tokens, targets, advantages), and with `clip` or more than one pass also what each target cost when it was drawn,
+    and with `kl` what it costs the reference. `state_dict` holds what was drawn and is not used up.
+    """
+
+    def __init__(self, questions: Questions, model: GPT, device: torch.device) -> None:
+        self.questions, self.model, self.device = questions, model, device
+        self.drawing = 0  # the next one
+        self._drawn: list[list[Tensor]] = []  # micro-batches of the last drawing, on the CPU
+        self._left: deque[int] = deque()  # which of them are to come
+        self._reference: GPT | None = None
+        if questions.config.kl:
+            self._reference = hf.load(questions.config.init_from, model.ops, dtype=model.dtype).to(device).eval()
+
+    def __iter__(self) -> Drawing:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._left:
+            self._draw()
+        batch = tuple(tensor.to(self.device) for tensor in self._drawn[self._left.popleft()])
+        if not self._left:
+            self._drawn = []
+        return batch
+
+    def _draw(self) -> None:
+        config = self.questions.config
+        was_training = self.model.training
+        self.model.eval()
+        for group in self.questions.draw(self.model, self.drawing):
+            whole = policy.batch_of(group, self.questions.chat.bos, sigma=config.sigma)
+            for tensors in zip(*(tensor.split(config.batch_size) for tensor in whole), strict=True):
+                tokens, targets = (tensor.to(self.device) for tensor in tensors[:2])
+                more = []
+                with torch.no_grad():
+                    if config.clip or config.passes > 1:
+                        more.append(policy.nll(self.model, tokens, targets).cpu())
+                    if self._reference is not None:
+                        more.append(policy.nll(self._reference, tokens, targets).cpu())
+                self._drawn.append([*tensors, *more])
+        self.model.train(was_training)
+        self._left = deque(list(range(len(self._drawn))) * config.passes)
+        self.drawing += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawing": self.drawing, "drawn": self._drawn, "left": list(self._left), **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError for a state of another task or other sizes."""
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise UserError(f"the checkpoint was made with --{name}={state[name]}, not {value}; set it to that")
+        self.drawing, self._drawn, self._left = state["drawing"], state["drawn"], deque(state["left"])
+
+    def _identity(self) -> dict[str, Any]:
+        config = self.questions.config
+        names = ("task", "seed", "examples_per_step", "samples", "batch_size", "passes")
+        return {name: getattr(config, name) for name in names}
+
+
+def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
+    """The policy gradient over the micro-batches of Drawing."""
+
+    def make(model: torch.nn.Module) -> Objective:
+        assert isinstance(model, GPT)
+
+        def objective(tokens: Tensor, targets: Tensor, advantages: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
+            rest = list(more)
+            old = rest.pop(0) if config.clip or config.passes > 1 else None
+            reference = rest.pop(0) if rest else None
+            nlls = policy.nll(model, tokens, targets)
+            return policy.objective(
+                nlls, targets, advantages, old=old, clip=config.clip, reference=reference, kl=config.kl
+            )
+
+        return objective
+
+    return make
+
+
+def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+    """Sets the rates of an update, which fall linearly to 0; returns the learning rate."""
+    rate = config.learning_rate * rl_multiplier(iteration, max(1, config.max_iters))
+    set_learning_rate(optimizer, rate)
+    return rate
+
+
+def line(row: dict[str, Any], config: Any, mfu_palm: float | None) -> str:
+    return f"iter {row['step']}: loss {row['loss']:.4f}, reward {row['reward']:.4f}, time {row['ms']:.0f}ms"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -34,8 +34,8 @@ from gptfast.parallel.team import Team, join
 from gptfast.step import Batch, Objective, Step, language_model
 from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import bos_of
-from train import dial, loop
-from train.build import build_model, build_optimizer, choose_graph, describe_data
+from train import dial
+from train.build import build_model, build_optimizer, check_compiler, choose_graph, describe_data
 from train.config import Pretrain
 from train.guard import Guard, Refused, Stopped, Stopper
 
@@ -156,7 +156,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"tokens per iteration will be: {tokens_per_iteration:,}")
     if config.compile:
-        loop.check_compiler(device)
+        check_compiler(device)
     dtype, why = cli.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
     if device.startswith("cuda"):
@@ -281,11 +281,26 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.batches.load_state_dict(saved.meta["batches"])
     if run.scaler is not None and saved.meta["scaler"]:
         run.scaler.load_state_dict(saved.meta["scaler"])
-    loop.set_generator_state(saved.meta["generators"])
+    set_generator_state(saved.meta["generators"])
     if "guard" in saved.meta:  # version 0.1 had none
         run.guard.load_state_dict(saved.meta["guard"])
     run.iteration = run.saved = saved.step
     run.best_val_loss = saved.meta["best_val_loss"]
+
+
+def generator_state() -> dict[str, torch.Tensor]:
+    """The state of torch's generators, by device: uint8 tensors, to be saved beside the weights."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_generator_state(state: dict[str, Any]) -> None:
+    """Puts back what `generator_state` gave; a CUDA state is passed over where there is no GPU."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 # ---- the loop
@@ -339,7 +354,7 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     )  # fmt: skip
     for run.iteration in range(first, config.max_iters + 1):
         run.position_before = run.position
-        run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
+        run.position = {"batches": run.batches.state_dict(), "generators": generator_state()}
         stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
         rate = run.recipe.follow(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from train import rl, sft
 from train.config import Pretrain
 from train.tasks import TASKS, Where
 from train.tokenizer import train_bpe
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +131,40 @@ def test_wrong_flags_are_refused(base: Path, tmp_path: Path, capsys: pytest.Capt
     ):  # fmt: skip
         assert run(command, tmp_path, f"--init_from={base}", flag) == 2
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "sent"), [("sft", signal.SIGKILL), ("rl", signal.SIGTERM)])
+def test_a_run_that_is_ended_goes_on_bitwise(base: Path, tmp_path: Path, command: str, sent: signal.Signals) -> None:
+    """kill -9 costs what came after the last checkpoint, SIGTERM nothing; both end where an undisturbed run does."""
+    page, arguments = (sft, (*SFT, "--max_iters=18")) if command == "sft" else (rl, (*RL, "--max_iters=14"))
+    arguments = (*arguments, f"--init_from={base}", "--device=cpu", "--dtype=float32", "--log_interval=1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.run(page.main, [*arguments, f"--out_dir={whole}"]) == 0
+    line = [sys.executable, "-m", f"train.{command}", *arguments, f"--out_dir={parts}"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not checkpoint.exists(parts):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(sent)
+    assert process.returncode == (128 + sent if sent == signal.SIGTERM else -sent)
+    before = checkpoint.load(parts).step
+    assert before < checkpoint.load(whole).step
+    assert cli.run(page.main, [*arguments, f"--out_dir={parts}", "--resume=latest"]) == 0
+    ours, theirs = checkpoint.load(parts), checkpoint.load(whole)
+    assert ours.step == theirs.step and all(torch.equal(ours.model[name], theirs.model[name]) for name in theirs.model)
+
+
+def test_two_ranks_learn_as_one(base: Path, tmp_path: Path) -> None:
+    """The same micro-batches, shared out: the weights differ by rounding alone."""
+    arguments = (*SFT, f"--init_from={base}", "--max_iters=4", "--gradient_accumulation_steps=2", "--eval_interval=0")
+    arguments = (*arguments, "--device=cpu", "--dtype=float32")
+    assert cli.run(sft.main, [*arguments, f"--out_dir={tmp_path / 'one'}"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.sft"]
+    done = subprocess.run(
+        [*torchrun, *arguments, f"--out_dir={tmp_path / 'two'}", "--backend=gloo"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "two")
+    for name, weight in one.model.items():
+        torch.testing.assert_close(two.model[name], weight, rtol=1e-3, atol=1e-4)

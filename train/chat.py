@@ -45,7 +45,9 @@ class ChatRun:
     base_iters: int = 200  # updates of the base model
     sft_iters: int = 600  # of SFT
     rl_iters: int = 40  # of RL
+    questions: int = 100  # of an evaluation of RL
     examples: int = 60  # of each task, to be judged by
+    answer_tokens: int = 160  # of an answer that is judged, at most
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     seed: int = 1337  # of weights, data and answers
 
@@ -112,8 +114,8 @@ def practise(config: ChatRun, out: Path, device: str) -> None:
         [
             f"--init_from={out / 'sft'}", f"--out_dir={out / 'rl'}", f"--device={device}", "--task=addition",
             f"--max_iters={config.rl_iters}", "--examples_per_step=16", "--samples=8", "--batch_size=8",
-            "--max_new_tokens=8", "--lr_frac=0.1", "--eval_interval=20", "--eval_examples=100", "--eval_samples=4",
-            "--log_interval=1", f"--seed={config.seed}",
+            "--max_new_tokens=8", "--lr_frac=0.1", "--eval_interval=20", f"--eval_examples={config.questions}",
+            "--eval_samples=4", "--log_interval=1", f"--seed={config.seed}",
         ]
     )  # fmt: skip
 
@@ -127,7 +129,8 @@ def judge(config: ChatRun, out: Path, device: str) -> None:
         evaluate.main(
             [
                 f"--models={out / stage}", f"--tasks={TASKS}", f"--max_examples={config.examples}",
-                "--max_tokens=160", "--batch_size=30", f"--out_dir={out / stage}", f"--device={device}",
+                f"--max_tokens={config.answer_tokens}", "--batch_size=30", f"--out_dir={out / stage}",
+                f"--device={device}",
             ]
         )  # fmt: skip
 

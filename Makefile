@@ -6,7 +6,7 @@ READY   := .venv/.ready
 PY      := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup speedrun test lint aot bench plots fuzz chaos
+.PHONY: help setup speedrun chat test lint aot bench plots fuzz chaos
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt .ci/setup
 
 speedrun: $(READY)  ## the main job: train, sample, plot, report; picks a preset for this CPU or GPU
 	$(PY) -m train.speedrun $(ARGS)
+
+chat: $(READY)  ## an assistant from nothing, without a network: tokenizer, base, SFT, RL, evaluation, report card
+	$(PY) -m train.chat $(ARGS)
 
 test: $(READY)  ## run the tests; each worker keeps to one thread, so that WORKERS=2 fills two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)

@@ -120,10 +120,10 @@ def _accuracy(stage: Stage, task: str) -> str:
     if not rows:
         return MISSING
     value, error = rows[-1]["accuracy"], rows[-1].get("accuracy_error")
+    scale, digits, unit = (1, 4, "") if task == "ChatCORE" else (100, 1, " %")
+    text = f"{scale * value:.{digits}f}{unit}"
     known = isinstance(error, int | float) and math.isfinite(error)
-    if task == "ChatCORE":
-        return f"{value:.4f}" + (f" ± {error:.4f}" if known else "")
-    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if known else "")
+    return f"{text} ± {scale * float(error or 0):.{digits}f}" if known else text
 
 
 def _environment(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:

@@ -5,7 +5,7 @@ No step waits for the device, and each can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import unwrap
 from typing import Any
 
@@ -18,6 +18,7 @@ from gptfast.model import compute_dtype
 from kernels.newton_schulz import newton_schulz_reference
 
 Shape = tuple[int, ...]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
@@ -274,9 +275,12 @@ def _lerp(starts: list[Tensor], targets: list[Tensor], weight: float | Tensor) -
     return list(torch._foreach_lerp(starts, targets, [weight] * len(starts) if isinstance(weight, Tensor) else weight))
 
 
-def _lerp_(moved: Sequence[Tensor], targets: Sequence[Tensor], weight: float | Tensor) -> None:
+def _lerp_(moved: Tensors, targets: Tensors, weight: float | Tensor) -> None:
     """`_lerp` in place."""
-    torch._foreach_lerp_(moved, targets, [weight] * len(moved) if isinstance(weight, Tensor) else weight)
+    if isinstance(weight, Tensor):
+        torch._foreach_lerp_(moved, targets, [weight] * len(moved))
+    else:
+        torch._foreach_lerp_(moved, targets, weight)
 
 
 def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tensor) -> None:

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Watch(Protocol):
 
     in_a_row: int  # updates refused up to now
     max_skips: int  # after more than so many in a row no more are taken
-    nonfinite: str  # stop: after one loss or gradient that is not finite neither
+    nonfinite: Literal["stop", "skip"]  # stop: after one loss or gradient that is not finite neither
 
     def limit(self, unread: int) -> float:
         """The loss above which the next update is refused, while the verdicts on `unread` before it are not read."""
@@ -210,8 +210,8 @@ class Step:
             total, count = self.team.mean(torch.stack((total, count))).unbind()
         count = count.clamp(min=1.0)
         factor = None if self._known else self._nominal / count
-        if self.scaler is not None:
-            factor = (1.0 if factor is None else factor) / self.scaler._scale
+        if self._scale is not None:
+            factor = self._scale.reciprocal() if factor is None else factor / self._scale
         gradients = self.optimizer.gradients() if self.team else self._gradients()
         norm = torch.zeros_like(total)
         if self.clip > 0 or self.guard is not None or self.scaler is not None:
@@ -244,11 +244,17 @@ class Step:
             self._verdict.copy_(torch.stack((mean, norm if self.scaler is None else norm * 0.0, allowed.float())))
         self._refused.copy_(~allowed | overflowed)
         if self.scaler is not None:  # as GradScaler.update does, without leaving the device
-            scaler, grew = self.scaler, self.scaler._growth_tracker
+            scaler, grown = self.scaler, self.scaler._growth_tracker
+            assert self._scale is not None and grown is not None
             torch._amp_update_scale_(
-                scaler._scale, grew, overflowed.float(), scaler.get_growth_factor(), scaler.get_backoff_factor(),
+                self._scale, grown, overflowed.float(), scaler.get_growth_factor(), scaler.get_backoff_factor(),
                 scaler.get_growth_interval(),
             )  # fmt: skip
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """What fp16's losses are multiplied by, () fp32 on the device."""
+        return None if self.scaler is None else self.scaler._scale
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -275,9 +275,9 @@ Rule = Callable[[Page], Iterator[int]]
 # rule -> (path, an offence, an honest neighbour), the last two as source
 PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
     imports_go_one_way: [
-        ("train/loop.py", "from bench import timing", "from gptfast import data"),
-        ("bench/model.py", "import train.loop", "import gptfast.model"),
-        ("gptfast/model.py", "def f():\n    from train.loop import step", "import kernels"),
+        ("train/trainer.py", "from bench import timing", "from gptfast import data"),
+        ("bench/model.py", "import train.trainer", "import gptfast.model"),
+        ("gptfast/model.py", "def f():\n    from train.trainer import train", "import kernels"),
         ("kernels/op.py", "import gptfast.mfu", "import torch"),
         ("kernels/op.py", "from .. import gptfast", "from . import _triton"),
     ],
@@ -300,20 +300,20 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("gptfast/cli.py", "import tyro", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tyro"),
     ],
     only_parallel_is_distributed: [
-        ("train/loop.py", "import torch.distributed as dist", "import torch.nn"),
+        ("train/trainer.py", "import torch.distributed as dist", "import torch.nn"),
         ("gptfast/optim.py", "import torch\ntorch.distributed.barrier()", "import torch\ntorch.zeros(1)"),
         ("gptfast/model.py", "from torch import distributed", "from torch import nn"),
         ("gptfast/model.py", "from torch.distributed.tensor import DTensor", "from torch.distributions import Normal"),
     ],
     only_parallel_reads_the_environment: [
-        ("train/loop.py", "import os\nos.environ['X'] = '1'", "import os\nos.cpu_count()"),
+        ("train/trainer.py", "import os\nos.environ['X'] = '1'", "import os\nos.cpu_count()"),
         ("bench/timing.py", "from os import getenv", "from os import fspath"),
         ("gptfast/log.py", "import os\nos.getenv('HOST')", "import os\nos.fsync(0)"),
     ],
     only_mfu_holds_peaks: [
         ("bench/model.py", "PEAK = 312e12", "TERA = 1e12"),
         ("bench/model.py", "PEAK = 989 * 1e12", "share = flops / 1e12"),
-        ("train/loop.py", "PEAKS = {'H100 SXM': 989}", "ARCH = {'H100': 90}"),
+        ("train/trainer.py", "PEAKS = {'H100 SXM': 989}", "ARCH = {'H100': 90}"),
         ("bench/plots.py", "LINES = [('NVIDIA A100', 312, 2039)]", "LINES = [('A100', 'dashed', 80)]"),
         ("kernels/aot.py", "Chip('A100', 19.5, 1555)", "Chip('A100', 108, 167936)"),
         ("bench/plots.py", "Peak('B200', bf16=2250)", "peak('B200')"),

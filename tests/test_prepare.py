@@ -126,9 +126,9 @@ def test_pystdlib_order_and_selection(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(page.sysconfig, "get_path", lambda name: str(tmp_path))
     kept = [name for name in contents if contents[name] in ("a" * 40, "j" * 40, "i" * 40, "s" * 40)]
     kept.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    assert page._pystdlib_text()[0] == "\n".join(contents[name] for name in kept)
+    assert page.pystdlib_text()[0] == "\n".join(contents[name] for name in kept)
     monkeypatch.setattr(page, "PYSTDLIB_CHARACTERS", 130)
-    assert page._pystdlib_text()[0] == "\n".join(contents[name] for name in kept[:3])
+    assert page.pystdlib_text()[0] == "\n".join(contents[name] for name in kept[:3])
 
 
 def test_a_python_without_its_source_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

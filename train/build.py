@@ -21,6 +21,20 @@ from train import dial
 from train.config import Pretrain
 
 
+def check_compiler(device: str) -> None:
+    """Raises UserError where --compile=True cannot work on `device`: on a CPU, torch.compile needs a C++ compiler."""
+    if torch.device(device).type != "cpu":
+        return
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        raise UserError(
+            "--compile=True needs a C++ compiler on a CPU, and there is none; install g++, or give --compile=False"
+        ) from None
+
+
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,7 +24,6 @@ from gptfast import mfu
 from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.optim import set_learning_rate, set_scheduled
-from train import loop
 from train.config import Pretrain
 
 ASPECT, HEAD_DIM, REFERENCE_DEPTH = 64, 128, 12
@@ -193,6 +193,35 @@ def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
 # ---- schedules
 
 
+class Schedule(Protocol):
+    """What `learning_rate` reads; any configuration with these fields will do."""
+
+    @property
+    def decay_lr(self) -> bool: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_iters(self) -> int: ...
+    @property
+    def lr_decay_iters(self) -> int: ...
+    @property
+    def min_lr(self) -> float: ...
+
+
+def learning_rate(iteration: int, schedule: Schedule) -> float:
+    """Linear warm-up to `learning_rate`, half a cosine down to `min_lr` (Loshchilov & Hutter 2017), then `min_lr`."""
+    peak, floor = schedule.learning_rate, schedule.min_lr
+    warmup, end = schedule.warmup_iters, schedule.lr_decay_iters
+    if not schedule.decay_lr:
+        return peak
+    if iteration < warmup:
+        return peak * (iteration + 1) / (warmup + 1)
+    if iteration > end:
+        return floor
+    progress = (iteration - warmup) / max(1, end - warmup)
+    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
+
+
 def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
     """Sets what changes from update to update; returns the learning rate.
 
@@ -209,7 +238,7 @@ def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -
                 start = config.momentum_start
                 set_scheduled(group, "momentum", start + rise * (config.momentum - start))
     elif config.schedule == "cosine" or not config.decay_lr:
-        rate = loop.learning_rate(iteration, config)
+        rate = learning_rate(iteration, config)
     else:
         end = config.lr_decay_iters
         floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0

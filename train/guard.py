@@ -96,7 +96,8 @@ class Guard:
     """
 
     def __init__(self, nonfinite: Literal["stop", "skip"] = "stop", spike: float = 0.0, max_skips: int = 10) -> None:
-        self.nonfinite, self.spike, self.max_skips = nonfinite, spike, max_skips
+        self.nonfinite: Literal["stop", "skip"] = nonfinite
+        self.spike, self.max_skips = spike, max_skips
         self.skipped = 0  # in the whole run
         self.in_a_row = 0
         self.heard = 0  # updates that this process has heard of

@@ -217,7 +217,7 @@ def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str,
     if name == "pystdlib":
         if source is not None:
             raise UserError("pystdlib reads the running Python; for a text file choose another name than pystdlib")
-        return _pystdlib_text()
+        return pystdlib_text()
     if source is not None:
         return _read_text(Path(source), str(source))
     if name not in ("shakespeare_char", "shakespeare"):
@@ -245,7 +245,7 @@ def _read_text(path: Path, origin: str) -> tuple[str, str, str]:
     return decoded(content, path), origin, hashlib.sha256(content).hexdigest()
 
 
-def _pystdlib_text() -> tuple[str, str, str]:
+def pystdlib_text() -> tuple[str, str, str]:
     """The text that this module's docstring describes, where it is from, and its sha256."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in root.rglob("*.py")]

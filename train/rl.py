@@ -28,9 +28,10 @@ from gptfast.cli import UserError
 from gptfast.engine import Engine, Sampling
 from gptfast.log import Log
 from gptfast.model import GPT
+from gptfast.optim import set_learning_rate
 from gptfast.parallel import launch
 from gptfast.step import Batch, Objective
-from train import loop, policy
+from train import policy
 from train.mixture import rl_multiplier
 from train.policy import Rollout
 from train.sft import Finetune, inherit, open_chat
@@ -93,9 +94,10 @@ class Questions:
         self._tokenizer, self.chat = open_chat(config.out_dir if resumed else config.init_from)
         self.vocab_size: int | None = self._tokenizer.vocab_size
         self.tokenizer = self._tokenizer.to_json()
-        (self.task,) = judged(config.task) if "," not in config.task else (None,)
-        if self.task is None:
+        named = judged(config.task)
+        if len(named) != 1:
             raise UserError(f"--task={config.task}: name one task")
+        self.task = named[0]
         self.examples = self.task.examples("train", config.where)
         self.questions = self.task.examples("test", config.where)[: config.eval_examples]
         per_update = config.examples_per_step * config.groups
@@ -114,7 +116,7 @@ class Questions:
             fields=lambda run: {"reward": self.reward, "tokens": self.tokens},
         )  # fmt: skip
 
-    def batches(self, run_config: Any, model: GPT, **settings: Any) -> Drawing:
+    def batches(self, config: Any, model: GPT, **settings: Any) -> Drawing:
         return Drawing(self, model, torch.device(settings["device"]))
 
     def sampling(self) -> Sampling:
@@ -134,12 +136,9 @@ class Questions:
         for i in range(config.examples_per_step):
             turn, place = divmod(drawing * config.examples_per_step + i, n)
             index = int(np.random.default_rng((config.seed, turn)).permutation(n)[place])
-            found.append(
-                policy.roll_out(
-                    answers, self.task, self.examples[index], samples=config.samples, sampling=self.sampling(),
-                    seed=policy.seed_of(config.seed, drawing, index),
-                )  # fmt: skip
-            )
+            settings: dict[str, Any] = dict(samples=config.samples, sampling=self.sampling())
+            seed = policy.seed_of(config.seed, drawing, index)
+            found.append(policy.roll_out(answers, self.task, self.examples[index], seed=seed, **settings))
         rewards = [rollout.reward for group in found for rollout in group]
         self.reward = sum(rewards) / len(rewards)
         self.tokens += sum(sum(rollout.drawn) for group in found for rollout in group)
@@ -151,10 +150,9 @@ class Questions:
         answers = self.answers(run.model, config.eval_samples)
         passed = []
         for i, example in enumerate(self.questions):
-            drawn = policy.roll_out(
-                answers, self.task, example, samples=config.eval_samples, sampling=self.sampling(),
-                seed=policy.seed_of(config.seed, -1, i),
-            )  # fmt: skip
+            settings: dict[str, Any] = dict(samples=config.eval_samples, sampling=self.sampling())
+            seed = policy.seed_of(config.seed, -1, i)
+            drawn = policy.roll_out(answers, self.task, example, seed=seed, **settings)
             passed.append([rollout.reward > 0 for rollout in drawn])
         found = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
         log.say(f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in found.items()))
@@ -247,7 +245,7 @@ def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
 def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates of an update, which fall linearly to 0; returns the learning rate."""
     rate = config.learning_rate * rl_multiplier(iteration, max(1, config.max_iters))
-    loop.set_learning_rate(optimizer, rate)
+    set_learning_rate(optimizer, rate)
     return rate
 
 

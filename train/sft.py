@@ -5,7 +5,7 @@
 
 What is not typed is inherited from the checkpoint in `init_from`, and printed: batch, context, optimizer and its rates,
 the latter times `init_lr_frac`. The loop is that of train.pretrain, with its checkpoints, `--resume=latest`, signals,
-ranks and log. The rate is level, then goes down linearly to `final_lr_frac` in the last `warmdown_ratio` of the updates.
+ranks and log. The rate is level, and in the last `warmdown_ratio` of the updates goes down to `final_lr_frac`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from gptfast import checkpoint, cli, hf
 from gptfast.chat.conversation import Chat
 from gptfast.cli import UserError
 from gptfast.log import Log
 from gptfast.model import IGNORED
+from gptfast.optim import set_learning_rate, set_scheduled
 from gptfast.parallel import launch
 from gptfast.step import Batch, Objective, language_model
 from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import BPETokenizer
-from train import loop, score
+from train import score
 from train.config import Pretrain
 from train.mixture import ConversationBatches, Mixture, Part, read_mixture, sft_momentum, sft_multiplier
 from train.tasks import Identity, Where, judged
@@ -155,9 +155,7 @@ class Conversations:
     def _validation(self, config: Sft) -> Mixture:
         if config.val_mixture:
             return read_mixture(config.val_mixture, config.where, EVAL_SEED, "test")
-        return Mixture(
-            [Part(part.name, find_test(part.name, config.where)) for part in self.mixture.parts], EVAL_SEED
-        )
+        return Mixture([Part(part.name, find_test(part.name, config.where)) for part in self.mixture.parts], EVAL_SEED)
 
     def updates(self, config: Sft) -> int:
         """How many updates `epochs` take, by the tokens of the first conversations of an epoch."""
@@ -176,7 +174,7 @@ class Conversations:
             follow=follow, evaluate=self.evaluate, stage=self.config.stage,
         )  # fmt: skip
 
-    def batches(self, run_config: Pretrain, model: Any, **settings: Any) -> ConversationBatches:
+    def batches(self, config: Any, model: Any, **settings: Any) -> ConversationBatches:
         return self._batches(self.mixture, **settings)
 
     def _batches(self, mixture: Mixture, **settings: Any) -> ConversationBatches:
@@ -200,7 +198,9 @@ class Conversations:
         if not all(map(math.isfinite, losses.values())):
             raise diverged(run, "the loss is not a number")
         for found_score in self._scores(run):
-            log.say(f"step {run.iteration}: {found_score.task} {score.percent(found_score.accuracy, found_score.error)}")
+            log.say(
+                f"step {run.iteration}: {found_score.task} {score.percent(found_score.accuracy, found_score.error)}"
+            )
             log.row(
                 "eval", step=run.iteration, task=found_score.task, accuracy=found_score.accuracy,
                 accuracy_error=found_score.error, examples=found_score.count,
@@ -263,21 +263,14 @@ def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> flo
     )  # fmt: skip
     for group in optimizer.param_groups:
         if group.get("kind") == "muon":
-            set_value(group, "momentum", sft_momentum(iteration))
-    loop.set_learning_rate(optimizer, rate)
+            set_scheduled(group, "momentum", sft_momentum(iteration))
+    set_learning_rate(optimizer, rate)
     return rate
-
-
-def set_value(group: dict[str, Any], name: str, value: float) -> None:
-    if isinstance(group[name], Tensor):
-        group[name].fill_(value)
-    else:
-        group[name] = value
 
 
 def tell(run: Run, log: Log) -> None:
     """What became of the conversations."""
-    counts = run.batches.counts  # type: ignore[union-attr]
+    counts = run.batches.counts
     text = (
         f"conversations taken {counts['taken']:,}, split {counts['split']:,}, dropped as too long "
         f"{counts['dropped']:,}, without anything to learn {counts['unlearnt']:,}; targets {counts['targets']:,}"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,8 +34,8 @@ from gptfast.parallel.team import Team, join
 from gptfast.step import Batch, Objective, Step, language_model
 from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import bos_of
-from train import dial, loop
-from train.build import build_model, build_optimizer, choose_graph, describe_data
+from train import dial
+from train.build import build_model, build_optimizer, check_compiler, choose_graph, describe_data
 from train.config import Pretrain
 from train.guard import Guard, Refused, Stopped, Stopper
 
@@ -50,6 +50,16 @@ def nanogpt_line(row: Row, config: Pretrain, mfu_palm: float | None) -> str | No
     return log_line(row["step"], row["loss"], row["ms"], mfu_palm)
 
 
+class Data(Protocol):
+    """What a recipe trains on, where that is not the token files of a data set."""
+
+    vocab_size: int | None
+    tokenizer: dict[str, Any]  # described as JSON
+
+    def batches(self, config: Any, model: GPT, *, device: str, rank: int, ranks: int) -> Any:
+        """An endless iterator of batches that the recipe's objective takes, with state_dict and load_state_dict."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a command decides beyond its flags."""
@@ -58,6 +68,11 @@ class Recipe:
     objective: Callable[[torch.nn.Module], Objective] = language_model
     line: Line = nanogpt_line  # for the console, of a row; None for silence
     after_last: bool = True  # one update more after the last evaluation, as nanoGPT makes
+    stage: str | None = None  # what a report card calls the run: base, mid, sft or rl; None: base
+    data: Data | None = None  # instead of token files
+    follow: Callable[[Any, int, Any], float] = dial.follow  # sets the rates of an update
+    evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # instead of the loss of both splits of token files
+    fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # more to say in the row of an update
 
 
 @dataclass
@@ -76,7 +91,7 @@ class Run:
     scaler: torch.amp.GradScaler | None  # for fp16
     guard: Guard
     bos: int | None  # what begins a document, where they are packed
-    batches: Batches | PackedBatches
+    batches: Any  # Batches, PackedBatches, or those of the recipe's data
     iteration: int = 0  # the next one
     best_val_loss: float = math.inf
     position: dict[str, Any] = field(default_factory=dict)  # of the random streams, where `iteration` begins
@@ -100,7 +115,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
     ):
         run = start(config, recipe, team)
         model = dataclasses.asdict(run.model.config)
-        named = {"name": recipe.name} if recipe.name else {}
+        named = {key: value for key, value in (("name", recipe.name), ("stage", recipe.stage)) if value}
         log.row(
             "run", **named, parameters=count_parameters(run.model), **facts(run.device),
             config=dataclasses.asdict(config), model=model, ranks=team.size,
@@ -141,7 +156,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
     print(f"tokens per iteration will be: {tokens_per_iteration:,}")
     if config.compile:
-        loop.check_compiler(device)
+        check_compiler(device)
     dtype, why = cli.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
     if device.startswith("cuda"):
@@ -149,7 +164,10 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
         torch.backends.cudnn.allow_tf32 = True
 
     folder = Path(config.data_dir) / config.dataset
-    vocab_size, tokenizer = describe_data(folder)
+    if recipe.data is None:
+        vocab_size, tokenizer = describe_data(folder)
+    else:
+        vocab_size, tokenizer = recipe.data.vocab_size, recipe.data.tokenizer
     bos = bos_of(tokenizer) if config.documents else None
     if config.documents and bos is None:
         raise UserError(
@@ -162,13 +180,16 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     block_size = model.config.block_size
     ids = min(vocab_size or model.config.vocab_size, model.config.vocab_size)  # the rest of the model's are padding
-    splits = {split: load_tokens(folder / f"{split}.bin", ids, block_size) for split in ("train", "val")}
+    names = ("train", "val") if recipe.data is None else ()
+    splits = {split: load_tokens(folder / f"{split}.bin", ids, block_size) for split in names}
     if team.size > 1 and (dtype == torch.float16 or config.async_save):
         raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
     called, optimizer = build_optimizer(config, model, team)
     settings: dict[str, Any] = dict(device=device, rank=team.data_rank, ranks=team.data_size)
-    batches: Batches | PackedBatches
-    if bos is None:
+    batches: Any
+    if recipe.data is not None:
+        batches = recipe.data.batches(config, model, **settings)
+    elif bos is None:
         batches = Batches(splits["train"], config.batch_size, block_size, seed=config.seed, **settings)
     else:
         batches = PackedBatches(splits["train"], config.batch_size, block_size, bos=bos, **settings)
@@ -186,7 +207,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
         bos=bos,
         batches=batches,
-        cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=bos is not None),
+        cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=splits == {} or bos is not None),
     )
     if saved is not None:
         restore(run, saved)
@@ -260,11 +281,26 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.batches.load_state_dict(saved.meta["batches"])
     if run.scaler is not None and saved.meta["scaler"]:
         run.scaler.load_state_dict(saved.meta["scaler"])
-    loop.set_generator_state(saved.meta["generators"])
+    set_generator_state(saved.meta["generators"])
     if "guard" in saved.meta:  # version 0.1 had none
         run.guard.load_state_dict(saved.meta["guard"])
     run.iteration = run.saved = saved.step
     run.best_val_loss = saved.meta["best_val_loss"]
+
+
+def generator_state() -> dict[str, torch.Tensor]:
+    """The state of torch's generators, by device: uint8 tensors, to be saved beside the weights."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_generator_state(state: dict[str, Any]) -> None:
+    """Puts back what `generator_state` gave; a CUDA state is passed over where there is no GPU."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 # ---- the loop
@@ -318,14 +354,14 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     )  # fmt: skip
     for run.iteration in range(first, config.max_iters + 1):
         run.position_before = run.position
-        run.position = {"batches": run.batches.state_dict(), "generators": loop.generator_state()}
+        run.position = {"batches": run.batches.state_dict(), "generators": generator_state()}
         stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
-        rate = dial.follow(run.optimizer, run.iteration, config)
+        rate = run.recipe.follow(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters
         if is_last or config.eval_only or (config.eval_interval and run.iteration % config.eval_interval == 0):
             meter.pause()
             step.settle()
-            losses = evaluate(run, log)
+            losses = (run.recipe.evaluate or evaluate)(run, log)
             track.log(wandb_row(run.iteration, losses, rate, meter.mfu_palm))
             if config.eval_only:
                 return
@@ -452,7 +488,7 @@ class Meter:
         run.seconds = self.total_seconds
         row = log.row(
             "step", step=run.iteration, loss=loss, ms=1e3 * seconds, seconds=self.total_seconds, lr=rate,
-            tokens_per_s=tokens_per_s, **used,
+            tokens_per_s=tokens_per_s, **used, **run.recipe.fields(run),
         )  # fmt: skip
         line = run.recipe.line(row, config, self.mfu_palm)
         if line is not None:

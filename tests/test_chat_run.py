@@ -1,0 +1,35 @@
+"""`python -m train.chat` from end to end, as small as it can be: every stage leaves what the next one needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptfast import checkpoint, cli
+from train import chat, prepare
+
+TEXT = "".join(f"def f{i}(x):\n    return x + {i} if x < {i * 7} else x * 2\n\n" for i in range(3000))
+
+
+def test_an_assistant_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for page in (chat, prepare):
+        monkeypatch.setattr(page, "pystdlib_text", lambda: (TEXT, "a test"))
+    out = tmp_path / "out"
+    sizes = ["--n_layer=1", "--n_embd=32", "--base_iters=2", "--sft_iters=2", "--rl_iters=1", "--examples=1"]
+    arguments = [f"--out_dir={out}", "--device=cpu", "--name=Ada", "--block_size=128", "--answer_tokens=2", *sizes]
+    assert cli.run(chat.main, [*arguments, "--questions=2"]) == 0
+    assert [checkpoint.load(out / stage).step for stage in ("base", "sft", "rl")] == [2, 2, 1]
+    report = (out / "report.md").read_text()
+    assert "| Metric | BASE | MID | SFT | RL |" in report and "| pass@1 | - | - | - |" in report
+    for task in chat.TASKS.split(","):
+        assert f"| {task} | " in report
+    assert (out / "rl-reward.png").exists() and "Inherited: optimizer = muon" in capsys.readouterr().out
+    assert cli.run(chat.main, arguments) == 2 and "holds files already" in capsys.readouterr().err
+
+
+def test_the_tokenizer_has_seen_the_name() -> None:
+    said = list(chat.conversations(chat.ChatRun(name="Ada Lovelace")))
+    assert "I am Ada Lovelace." in said and any("+" in text for text in said)

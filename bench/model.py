@@ -192,6 +192,17 @@ def with_graphs(found: Sequence[Maker]) -> list[Maker]:
     return [*found, *twins]
 
 
+def asked_for(found: Sequence[Maker], labels: str | None) -> list[Maker]:
+    """Those of the makers that a comma-separated list names; all without a list. UserError names one there is not."""
+    if labels is None:
+        return list(found)
+    wanted, known = [label.strip() for label in labels.split(",")], [maker.label for maker in found]
+    for label in wanted:
+        if label not in known:
+            raise UserError(f"--impl={label}: no such variant of this model here{nearest(label, known)}")
+    return [maker for maker in found if maker.label in wanted]
+
+
 # ---- one variant at work ---------------------------------------------------------------------------------------------
 class Variant:
     """A model with its optimizer; `step` trains on one batch and returns the loss, detached."""
@@ -493,6 +504,7 @@ def main(argv: Sequence[str]) -> int:
     add("--budget_s", type=float, default=180.0 if on_gpu else 40.0, help="start no model that would end after this")
     add("--full", action="store_true", help="every peer and every ladder, whatever the budget")
     add("--cuda_graph", type=boolean, default=True, help="time CUDA graphs too (default: True)")
+    add("--impl", help="only these variants, comma-separated: 'triton + CUDA graph,torch.compile' (default: all)")
     add("--quick", action="store_true", help="the first model, without its ladder")
     add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = check_ranges(parser.parse_args([_underscored(argument) for argument in argv]))
@@ -550,6 +562,7 @@ def campaign(arguments: argparse.Namespace, device: torch.device, peak: mfu.Peak
         rungs = (number == 0 or arguments.full) and not arguments.quick
         chosen = makers(config, device, compiled, rungs, arguments.full, arguments.quick)
         chosen = with_graphs(chosen) if on_gpu and arguments.cuda_graph else chosen
+        chosen = asked_for(chosen, arguments.impl)
         batch_size = arguments.batch_size or (None if on_gpu else CPU_BATCH.get(name, 1))
         samples = arguments.samples or (6 if arguments.quick else 12)
         plan = Plan(name, config, device, batch_size, samples, budget_s=min(1.0, arguments.budget_s / 40) * len(chosen))

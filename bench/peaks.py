@@ -192,7 +192,10 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
 def _measure_copy(
     device: torch.device, size: int, settings: Settings, threads: int | None, log: Log, common: Row
 ) -> Row:
-    """dst.copy_(src) of `size` bytes, which moves twice as many."""
+    """A copy of `size` bytes, which moves twice as many: on a GPU by a kernel that multiplies by one.
+
+    There copy_ goes to the copy engines, which on an H200 reached 2,750 GB/s where kernels reach 4,250.
+    """
 
     def draw(seed: int) -> Tensor:
         return _random((size // 4,), torch.float32, device, seed)
@@ -201,7 +204,8 @@ def _measure_copy(
         source = draw(0)
         target = torch.empty_like(source)
         newest = functools.lru_cache(maxsize=1)(draw)
-        works = [Work(lambda: target.copy_(source), (source,), lambda seed: source.data.copy_(newest(seed)))]
+        copy = (lambda: torch.mul(source, 1.0, out=target)) if device.type == "cuda" else (lambda: target.copy_(source))
+        works = [Work(copy, (source,), lambda seed: source.data.copy_(newest(seed)))]
         timing = watch.measure({"copy": works})["copy"]
         truth = Truth(lambda seed: (newest(seed),), lambda seed: (newest(seed),))  # one tensor: equal bits need no fp64
         verdict = watch.verify({"copy": works}, truth, [secrets.randbits(31)])["copy"]

@@ -264,8 +264,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored.
 
-        `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`. Raises ValueError for targets
-        of another shape.
+        `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`. Raises ValueError where
+        targets have another shape.
         """
         if targets.shape != tokens.shape:
             raise ValueError(

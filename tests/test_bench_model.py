@@ -154,7 +154,7 @@ def test_the_ladder_adds_the_kernels_that_the_model_calls_one_by_one():
 
     rungs = ladder(PRESETS["modern"], torch.bfloat16, "model", load)
     names = used_ops(PRESETS["modern"])
-    assert {"rmsnorm", "add_rmsnorm", "rotary", "attention", "linear_cross_entropy"} == set(names)
+    assert {"rmsnorm", "add_rmsnorm", "rotary", "attention", "activation", "linear_cross_entropy"} == set(names)
     assert "layernorm" in used_ops(PRESETS["gpt2"]) and "rotary" not in used_ops(PRESETS["gpt2"])
     with_kernel = [name for name in names if kernels.OPS[name].triton is not None]
     assert [maker.rung for maker in rungs] == list(range(len(with_kernel) + 1))
@@ -234,7 +234,7 @@ def test_the_command_writes_rows_and_leaves_out_what_the_budget_does_not_cover(t
     ("argv", "message"),
     [
         (["--models=gpt3"], "--models=gpt3 is unknown, did you mean gpt2"),
-        (["--batch_size=0"], "--batch_size=0 must be above 0"),
+        (["--batch_size=0"], "--batch_size=0: must be at least 1"),
         pytest.param(
             ["--device=cuda"], "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
         ),
@@ -261,3 +261,12 @@ def test_large_models_are_measured_one_variant_at_a_time(monkeypatch):
     plan = lambda name: Plan(name, PRESETS[name], torch.device("cuda"), None, 3, 0.0)
     assert bench_model.groups(plan("gpt2"), chosen) == [chosen]
     assert bench_model.groups(plan("gpt2-xl"), chosen) == [[chosen[0]], [chosen[1]]]
+
+
+def test_variants_can_be_asked_for_by_name():
+    config = dataclasses.replace(PRESETS["char-cpu"], n_layer=1)
+    found = bench_model.makers(config, torch.device("cpu"), "no", False, False, False)
+    assert {maker.label for maker in bench_model.asked_for(found, f" {found[-1].label}")} == {found[-1].label}
+    assert bench_model.asked_for(found, None) == found
+    with pytest.raises(UserError, match="--impl=tritom"):
+        bench_model.asked_for(found, "tritom")

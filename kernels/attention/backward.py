@@ -236,7 +236,7 @@ CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     "dq": {
         80: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
-        90: {64: Tile(64, 64, 4, 2, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 32, 8, 2, True)},
+        90: {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 32, 8, 2, True)},
         100: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
     },
     "dk_dv": {
@@ -245,14 +245,15 @@ TILES = {
         100: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 128, 8, 2, True), 256: Tile(32, 64, 8, 2, True)},
     },
 }
-# From so many queries on another tile is faster: 454 TFLOP/s beside 408 at T = 4096, 499 beside 450 at 16384.
+# From so many queries on others are faster. TFLOP/s at T = 4096 and 16384: dq 601 and 684 beside 555 and 594; dk_dv 452
+# and 497 beside 408 and 450. At 1024 it is the other way round. dk_dv by (32, 128, 4, 4), as fast, spills.
 LONG = 2048
-LONG_TILES = {("dk_dv", 90, 64): Tile(32, 128, 4, 4, True)}
-# Where random numbers, a softcap or documents take so many registers that the tile above would spill.
-SPARING_TILES: dict[tuple[str, int, int], Tile] = {("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
+LONG_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 64): Tile(64, 64, 4, 3, True)}
+# Where random numbers take so many registers that the tiles above would spill.
+DROPOUT_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
 
 
-def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, sparing: bool = False) -> Tile:
+def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False) -> Tile:
     """The tile of 'dq' or 'dk_dv' for head dim D and T queries; see forward.tile."""
     if arch not in TILES[kernel] or dtype == torch.float32:
         return CONSERVATIVE
@@ -260,8 +261,8 @@ def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, sparing
     found = TILES[kernel][arch][width]
     if T >= LONG:
         found = LONG_TILES.get((kernel, arch, width), found)
-    if sparing:
-        found = SPARING_TILES.get((kernel, arch, width), found)
+    if dropout:
+        found = DROPOUT_TILES.get((kernel, arch, width), found)
     return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
@@ -280,8 +281,7 @@ def launch_backward(
     if dlse is None and takes_backward(q, k, v, shape, cu_seqlens):
         launch_backward_hopper(dout, q, k, v, out, lse, scale, (dq, dk, dv))
         return dq, dk, dv
-    sparing = dropout > 0 or softcap > 0 or cu_seqlens is not None
-    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, sparing) for kernel in TILES}
+    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, dropout > 0) for kernel in TILES}
     if any(block.descriptors for block in blocks.values()):
         q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     delta = torch.empty_like(lse)

@@ -51,14 +51,13 @@ def _attend(
         # scores
         k_tile = load_rows(k, b, g, row, k_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
         s, factor = scores(tl.dot(q, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
-        # rescale
+        # softmax
         p, alpha, m, l = _softmax_step(s, factor, m, l, n, first, end, MASKED)
         if DROPOUT:
             p = tl.where(kept(seed_ptr, n, position, head, threshold), p, 0.0)
-        acc = acc * alpha[:, None]
         # values
         v_tile = load_rows(v, b, g, row, v_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
-        acc = tl.dot(p.to(q.dtype), v_tile, acc, input_precision="ieee")
+        acc = tl.dot(p.to(q.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
     return acc, m, l
 
 
@@ -145,14 +144,14 @@ TILES = {
 # From so many queries on another tile is faster: 405 TFLOP/s beside 403 at T = 4096, 471 beside 453 at 16384.
 LONG = 2048
 LONG_TILES = {(90, 64): Tile(64, 128, 4, 3, True)}
-# Where random numbers, a softcap or documents take so many registers that the tile above would spill.
-SPARING_TILES: dict[tuple[int, int], Tile] = {}
+# Where random numbers take so many registers that the tiles above would spill.
+DROPOUT_TILES = {(90, 64): Tile(128, 64, 8, 2, True), (90, 128): Tile(64, 64, 8, 2, True)}
 
 
-def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, sparing: bool = False) -> Tile:
+def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False) -> Tile:
     """The tile for head dim D and T queries. Products in fp32 run on the ordinary cores, and small tiles are best then.
 
-    So they are where D leaves rows of which no descriptor can be made. `sparing`: more than scores needs registers.
+    So they are where D leaves rows of which no descriptor can be made.
     """
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
@@ -160,8 +159,8 @@ def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, sparing: bool = Fals
     found = TILES[arch][width]
     if T >= LONG:
         found = LONG_TILES.get((arch, width), found)
-    if sparing:
-        found = SPARING_TILES.get((arch, width), found)
+    if dropout:
+        found = DROPOUT_TILES.get((arch, width), found)
     return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
@@ -180,7 +179,7 @@ def launch_forward(
     if takes_forward(gluon, q, k, v, shape, cu_seqlens):
         launch_forward_hopper(q, k, v, scale, out, lse)
         return out, lse
-    block = tile(D, q.dtype, arch(q), T, sparing=dropout > 0 or softcap > 0 or cu_seqlens is not None)
+    block = tile(D, q.dtype, arch(q), T, dropout > 0)
     operands = q, k, v
     if block.descriptors:
         q, k, v = aligned(q), aligned(k), aligned(v)

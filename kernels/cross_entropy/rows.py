@@ -179,7 +179,7 @@ def cross_entropy_rows(
     if M == 0:
         return loss, maximum, log_sum
     tile, factor = TILES["rows"].choose(N), loss if scale is None else scale
-    if tile.long and fits(logits):
+    if tile.long and fits(logits, scale is not None):
         launch_hopper(logits, targets, scale, loss, maximum, log_sum, criterion)
         return loss, maximum, log_sum
     cross_entropy_rows_kernel[(-(-M // tile.block_m),)](

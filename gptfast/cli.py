@@ -122,8 +122,8 @@ def _noted_failures(stream: Any) -> list[OSError]:
 
         return call
 
-    if stream is sys.__stdout__:
-        stream.write, stream.flush = noted(stream.write), noted(stream.flush)
+    if stream is not None and stream is sys.__stdout__:
+        stream.write, stream.flush = noted(stream.write), noted(stream.flush)  # type: ignore[method-assign]
     return failures
 
 

@@ -305,7 +305,7 @@ class BPETokenizer:
         tokenizer of strangers cannot split.
         """
         if self.normalization:
-            text = unicodedata.normalize(self.normalization, text)
+            text = unicodedata.normalize("NFC", text)
         if self._at_written is None:
             return self._merged(text)
         parts = self._at_written.split(text)  # at odd places the tokens, each by its name

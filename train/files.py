@@ -19,7 +19,7 @@ import json
 import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from gptfast.cli import UserError
 
@@ -63,7 +63,8 @@ def exists(path: Path, *, folder: bool = False) -> bool:
 
 def listed(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of documents below `folder`, in order, and those left out."""
-    taken, left_out = [], []
+    taken: list[Path] = []
+    left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
@@ -204,7 +205,7 @@ def _no_column(where: str, column: str, names: Sequence[str]) -> UserError:
 def _unpacked(path: Path) -> IO[bytes]:
     kind = path.suffix.lower()
     if kind == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if kind == ".xz":
         return lzma.open(path, "rb")
     if kind == ".bz2":

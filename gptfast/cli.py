@@ -122,8 +122,9 @@ def _noted_failures(stream: Any) -> list[OSError]:
 
         return call
 
-    if stream is not None and stream is sys.__stdout__:
-        stream.write, stream.flush = noted(stream.write), noted(stream.flush)  # type: ignore[method-assign]
+    is_real = stream is sys.__stdout__
+    if is_real:
+        stream.write, stream.flush = noted(stream.write), noted(stream.flush)
     return failures
 
 

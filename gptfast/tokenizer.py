@@ -516,7 +516,7 @@ def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
 
 def _unknown_description(description: Any) -> UserError:
     if description is None:
-        return UserError("there is no tokenizer: the model was imported without; import it with, or give token ids")
+        return UserError("not a tokenizer, but none: the model was imported without; import it with one")
     return UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
 
 

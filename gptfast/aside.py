@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from gptfast.cli import UserError
+
+LOCK = ".lock"
 
 
 def _umask() -> int:
@@ -51,3 +56,33 @@ def folder_aside(target: Path, *, first: str, stale: tuple[str, ...] = ()) -> It
             os.replace(path, target / path.name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it: another process that wants it meanwhile gets a UserError that names this one.
+
+    The lock is the system's, and ends with the process however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read(20).strip() or "unknown"
+                raise UserError(
+                    f"{folder} is being written by process {holder}; wait for it, or choose another folder"
+                ) from None
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # its holder removed it as it left, between our opening and our locking
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return

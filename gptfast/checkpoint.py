@@ -319,6 +319,7 @@ def _save_error(error: Exception, target: Path, *groups: dict[str, Tensor]) -> U
 def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
     """Checks every file against the manifest, then reads them. Raises ValueError or OSError that says what is wrong."""
     manifest = _read_manifest(folder)
+    _check_listed(folder, manifest["files"])
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -342,6 +343,20 @@ def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
         path=folder,
         skipped=skipped,
     )
+
+
+def _check_listed(folder: Path, listed: dict[str, Any]) -> None:
+    """What a checkpoint needs must be listed, and of what could be read nothing else be there."""
+    needed = {"optimizer.json", "meta.json", *(() if PARTS in listed else ("model.safetensors",))}
+    if not needed <= set(listed):
+        raise ValueError(f"{MANIFEST} does not list {', '.join(sorted(needed - set(listed)))}")
+    for name in listed:
+        if Path(name).name != name:
+            raise ValueError(f"{MANIFEST} lists {name[:80]!r}, which is no file of its folder")
+    there = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+    stray = sorted(there - set(listed) - {MANIFEST})
+    if stray:
+        raise ValueError(f"{stray[0]} is not of it, for {MANIFEST} does not list it; move it elsewhere")
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -122,7 +122,8 @@ def _noted_failures(stream: Any) -> list[OSError]:
 
         return call
 
-    if stream is sys.__stdout__:
+    is_real = stream is sys.__stdout__
+    if is_real:
         stream.write, stream.flush = noted(stream.write), noted(stream.flush)
     return failures
 

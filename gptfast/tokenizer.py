@@ -305,7 +305,7 @@ class BPETokenizer:
         tokenizer of strangers cannot split.
         """
         if self.normalization:
-            text = unicodedata.normalize(self.normalization, text)
+            text = unicodedata.normalize("NFC", text)
         if self._at_written is None:
             return self._merged(text)
         parts = self._at_written.split(text)  # at odd places the tokens, each by its name
@@ -520,7 +520,7 @@ def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
 
 def _unknown_description(description: Any) -> UserError:
     if description is None:
-        return UserError("there is no tokenizer: the model was imported without; import it with, or give token ids")
+        return UserError("not a tokenizer, but none: the model was imported without; import it with one")
     return UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
 
 

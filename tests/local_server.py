@@ -18,6 +18,8 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)  # by the end of the path; all others are `content`
     cut_after: list[int] = field(default_factory=list)  # of each coming request: close after so many bytes
     ranges: bool = True
+    shift: int = 0  # how far from the byte asked for it goes on, while it says so
+    lies: bool = False  # it goes on from another version of the file, whatever If-Range asks
     asked: list[str | None] = field(default_factory=list)
     url: str = ""
 
@@ -43,12 +45,21 @@ def serve(content: bytes) -> Iterator[Site]:
             content = self.content()
             asked = self.headers.get("Range")
             site.asked.append(asked)
-            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and site.ranges else 0
+            tag = f'"{hashlib.sha256(content).hexdigest()}"'
+            is_same = site.lies or self.headers.get("If-Range", tag) == tag
+            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and site.ranges and is_same else 0
             if start >= len(content):
-                self.send_error(416)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return
-            self.send_response(206 if start else 200)
+            is_part, start = start > 0, max(start + site.shift, 0) if start else 0
+            self.send_response(206 if is_part else 200)
             self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("ETag", tag)
+            if is_part:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.end_headers()
             stop = start + site.cut_after.pop(0) if site.cut_after else None
             self.wfile.write(content[start:stop])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,43 @@ from gptfast.hf import gguf
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer, CharTokenizer
 from train import tokenizer as trainer
+from train.prepare import PrepareConfig, prepare_as
 
 OPS = kernels.load("reference")
+ROOT = Path(__file__).parents[1]
+BYTES = BPETokenizer.from_ranks({bytes([i]): i for i in range(256)}, {"<|bos|>": 256})
 A, B = CharTokenizer("abcd"), CharTokenizer("wxyz")
+
+
+def test_two_that_write_one_folder_do_not_mix(tmp_path: Path) -> None:
+    """The second is told who holds it; when that one has left, however, the folder is free."""
+    hold = f"""
+import sys, pathlib
+from gptfast.aside import locked
+with locked(pathlib.Path({str(tmp_path / "mine")!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    (tmp_path / "text.txt").write_text("words " * 50)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 20)
+    BYTES.save(tmp_path / "bytes")
+    wanted = [
+        PrepareConfig("mine", str(tmp_path / "text.txt"), data_dir=str(tmp_path)),
+        PrepareConfig(
+            "mine", str(tmp_path / "rows.jsonl"), str(tmp_path / "bytes"), str(tmp_path), val_fraction=0.5, processes=1
+        ),
+    ]
+    for config in wanted:
+        with pytest.raises(UserError, match=f"is being written by process {holder.pid}; wait for it"):
+            prepare_as(config)
+    holder.kill()  # and so without a word
+    holder.wait()
+    prepare_as(wanted[1])
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "meta.json", "train-00000.bin", "val-00000.bin"
+    ]  # fmt: skip
 
 
 def model(value: float) -> GPT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,7 @@ CHARS = "    \n\n\r\t\u00a0\u2003\x1c\u3000aZ5.,!'/\u4e2d\u0301é\u0378s'"
 
 
 def test_the_patterns_of_gpt_2_gpt_4_llama_3_and_ours_are_known() -> None:
-    import tiktoken_ext.openai_public as public
-
+    public = import_module("tiktoken_ext.openai_public")
     cl100k = (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -34,7 +34,7 @@ def test_the_patterns_of_gpt_2_gpt_4_llama_3_and_ours_are_known() -> None:
     )
     for pattern in (GPT4_PATTERN, public.r50k_pat_str, cl100k, llama3):
         assert Blanks.of(pattern) is not None, pattern
-    assert cl100k in Path(public.__file__).read_text("utf-8")
+    assert cl100k in Path(str(public.__file__)).read_text("utf-8")
     assert Blanks.of(r"\w+|\s+(?!\S)|\s+") is None
 
 

@@ -333,6 +333,23 @@ def test_truncated_extended_and_missing_files_are_named(tmp_path: Path, name: st
         load(tmp_path, step=1)
 
 
+def test_a_manifest_that_lists_too_little_or_too_much_is_refused(tmp_path: Path) -> None:
+    """Each file that it lists is as it should be, and yet others would be read, or none."""
+    folder = save_step(tmp_path, 1)
+    (folder / "more.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"more\.safetensors is not of it"):
+        load(tmp_path)
+    (folder / "more.safetensors").unlink()
+    (folder / "notes.txt").write_text("mine")  # nothing reads it
+    load(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = {key: value for key, value in manifest.items() if key != "sha256"}
+    for files in ({}, {"../x.json": {"bytes": 0, "sha256": ""}, **listed["files"]}):
+        (folder / "manifest.json").write_bytes(checkpoint._canonical({**listed, "files": files}))
+        with pytest.raises(UserError, match=r"does not list meta\.json|lists '\.\./x\.json'"):
+            load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
 def test_a_damaged_newest_is_skipped_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     save_step(tmp_path, 1)

@@ -30,6 +30,7 @@ from gptfast.data import Batches
 from gptfast.model import GPT
 from gptfast.optim import adamw, muon
 from gptfast.parallel import Launch, split
+from gptfast.parallel.saving import check_cover
 from gptfast.parallel.team import Team
 from gptfast.step import Step, evaluate, language_model
 from train.guard import Guard
@@ -211,6 +212,23 @@ def test_rectangles_cover_every_matrix_once(size: int, shards: int, tensor: int)
         counts = torch.cat([matrix.flatten() for matrix in seen]).unique().tolist()
         replicated = name.startswith("transformer.h.") and not name.endswith((*split.BY_COLUMN, *split.BY_ROW))
         assert counts == [tensor if replicated else 1], (name, counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pieces", "said"),
+    [
+        ((4, 6), [((0, 0), (2, 6)), ((2, 0), (1, 6))], "do not make up its shape"),
+        ((10**9, 6), [((0, 0), (2, 6)), ((10**9 - 1, 0), (1, 6))], "do not make up its shape"),
+        ((4, 6), [((0, 0), (3, 6)), ((2, 0), (1, 6))], "hold the same elements"),
+        ((4, 6), [((0, 0), (4, 7))], "outside its shape"),
+        ((4, 6), [((-1, 0), (4, 6))], "outside its shape"),
+        ((4,), [((0, 0), (4, 1))], "outside its shape"),
+    ],
+)
+def test_pieces_that_do_not_hold_a_tensor_once_are_refused(shape: tuple, pieces: list, said: str) -> None:
+    with pytest.raises(ValueError, match=f"w.* {said}"):
+        check_cover("w", shape, pieces)
+    check_cover("w", (4, 6), [((0, 0), (2, 6)), ((2, 0), (2, 3)), ((2, 3), (2, 3)), ((0, 0), (0, 6))])
 
 
 def test_the_stream_of_batches_does_not_depend_on_the_number_of_ranks() -> None:

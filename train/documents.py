@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from gptfast.aside import locked
 from gptfast.cli import UserError
 from gptfast.data import HEADER, header, itemsize
 from gptfast.tokenizer import BPETokenizer, from_json, read_meta
@@ -366,6 +367,13 @@ def make_shards(
     early (after saving how far it came), and documents too few for two splits.
     """
     tokenizer.encode_document("")
+    with locked(folder):
+        return _make_shards(folder, documents, tokenizer, shape, processes)
+
+
+def _make_shards(
+    folder: Path, documents: Documents, tokenizer: BPETokenizer, shape: Shape, processes: int
+) -> dict[str, Any]:
     settings = {"documents": asdict(documents), "tokenizer": tokenizer.fingerprint, "batch": BATCH, **asdict(shape)}
     settings = json.loads(json.dumps(settings))  # as it will be read back
     meta = read_meta(folder) if folder.is_dir() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -26,13 +27,14 @@ def download(
     part = path.with_name(path.name + ".part")
     for attempt in range(attempts):
         try:
-            _fetch(url, part)
+            _fetch(url, part, sha256 is not None)
             break
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             if attempt == attempts - 1:
                 reason = getattr(error, "reason", error)
                 raise UserError(f"cannot download {url} ({reason}); {otherwise}") from None
             time.sleep(wait_s * 2**attempt)
+    part.with_name(f"{part.name}.tag").unlink(missing_ok=True)
     found = sha256_of(part)
     if sha256 is not None and found != sha256:
         part.unlink()
@@ -46,24 +48,43 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Appends the rest of `url` to `part`, or all of it if the server cannot continue. Raises urllib's errors."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _fetch(url: str, part: Path, has_sha256: bool) -> None:
+    """Appends the rest of `url` to `part`, or all of it if what is there is not the beginning of the same file.
+
+    Whether it is tells the server's tag of the file, kept in <part>.tag; without a tag, only a sha256 that is known
+    could tell in the end. Raises urllib's errors, and ConnectionError, after which another attempt may succeed.
+    """
+    tag_file = part.with_name(f"{part.name}.tag")
+    tag = tag_file.read_text("utf-8") if tag_file.exists() else ""
+    have = part.stat().st_size if part.exists() and (tag or has_sha256) else 0
+    headers = ({"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})) if have else {}
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # there is no more than we have, and the sha256 will tell whether it is the file
+        if error.code != 416 or not have:
+            raise
+        stated = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+        if (int(stated[1]) == have) if stated else has_sha256:  # there is no more than we have
             return
-        raise
-    with response, part.open("ab" if response.status == 206 else "wb") as file:
-        rest = int(response.headers.get("Content-Length", 0))
-        total = file.tell() + rest
-        done = file.tell()
-        while chunk := response.read(2**16):
-            file.write(chunk)
-            done += len(chunk)
-            _progress(done, total)
+        part.unlink()
+        raise ConnectionError(f"the file has changed: it ends before the {have:,} bytes that came earlier") from None
+    with response:
+        if response.status == 206:
+            stated = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            if not have or stated is None or int(stated[1]) != have:
+                part.unlink(missing_ok=True)
+                raise ConnectionError("the server went on at another byte than it was asked to")
+        new = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        is_strong = new and not new.startswith("W/")
+        with part.open("ab" if response.status == 206 else "wb") as file:
+            tag_file.write_text(new if is_strong else "", "utf-8")
+            rest = int(response.headers.get("Content-Length", 0))
+            total = file.tell() + rest
+            done = file.tell()
+            while chunk := response.read(2**16):
+                file.write(chunk)
+                done += len(chunk)
+                _progress(done, total)
     if rest and done < total:
         raise ConnectionError(f"connection closed after {done:,} of {total:,} bytes")
 

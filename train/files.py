@@ -15,11 +15,12 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gptfast.cli import UserError
 
@@ -63,7 +64,8 @@ def exists(path: Path, *, folder: bool = False) -> bool:
 
 def listed(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of documents below `folder`, in order, and those left out."""
-    taken, left_out = [], []
+    taken: list[Path] = []
+    left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
@@ -155,8 +157,7 @@ def _of_parquet(path: Path, column: str, first: int) -> Rows:
 def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
     first = 0 if after is None else after["row"]
     with _unpacked(path) as file:
-        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        file.seek(0)
+        start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):  # one array; the rows of others are lines
             for row, value in enumerate(_parsed(file.read(), f"{path}")):
                 if row >= first:
@@ -201,7 +202,8 @@ def _no_column(where: str, column: str, names: Sequence[str]) -> UserError:
     return UserError(f"{where} has no column {column}; set --column to one of {', '.join(names)[:300]}")
 
 
-def _unpacked(path: Path) -> IO[bytes]:
+def _unpacked(path: Path) -> Any:
+    """The content of a file, to be read as a binary file with `peek`."""
     kind = path.suffix.lower()
     if kind == ".gz":
         return gzip.open(path, "rb")
@@ -210,9 +212,9 @@ def _unpacked(path: Path) -> IO[bytes]:
     if kind == ".bz2":
         return bz2.open(path, "rb")
     if kind == ".zst":
-        import zstandard
+        from pyarrow import input_stream
 
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 

@@ -44,6 +44,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gptfast import cli
+from gptfast.aside import locked
 from gptfast.cli import UserError
 from gptfast.data import header, inspect, itemsize
 from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
@@ -115,12 +116,18 @@ def prepare_as(config: PrepareConfig) -> Path:
         raise UserError(f"{config.name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
     folder = Path(config.data_dir) / config.name
     try:
+<<<<<<< HEAD
         if config.name == "chat":
             conversations.prepare(
                 config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
             )
         elif config.name in READY and not config.source:
             _fetch_ready(config.name, folder, config.max_tokens)
+=======
+        if config.name in READY and not config.source:
+            with locked(folder):
+                _fetch_ready(config.name, folder, config.max_tokens)
+>>>>>>> faults
         elif _is_text(config):
             text, origin, sha256 = _text(config.name, folder, config.source or None)
             _write_text(
@@ -284,7 +291,11 @@ def _write_text(folder: Path, text: str, origin: str, sha256: str, tokenizer_nam
     if isinstance(tokenizer, CharTokenizer):
         print(f"all the unique characters: {tokenizer.chars!r}")
     print(f"vocab size: {tokenizer.vocab_size:,}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _write_splits(folder, text, cut, origin, tokenizer)
+
+
+def _write_splits(folder: Path, text: str, cut: int, origin: str, tokenizer: Tokenizer) -> None:
     files: dict[str, Any] = {}
     for split, part in (("train", text[:cut]), ("val", text[cut:])):
         tokens = tokenizer.encode_tensor(part)

@@ -6,7 +6,10 @@ one number of ranks, in whichever mode, is read by any other.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +96,32 @@ def write_parts(folder: Path, optimizer: ShardedOptimizer) -> None:
     optimizer.team.barrier()
 
 
+def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Raises ValueError unless the pieces (offset, size) hold every element of a tensor of this shape exactly once.
+
+    So a tensor is no larger than the files that hold it, before memory is taken for it.
+    """
+    for offset, size in pieces:
+        if len(offset) != len(shape) or any(o < 0 or o + s > n for o, s, n in zip(offset, size, shape, strict=True)):
+            raise ValueError(f"{name} has a piece outside its shape {tuple(shape)}")
+    if sum(math.prod(size) for _, size in pieces) != math.prod(shape):
+        raise ValueError(f"the pieces of {name} do not make up its shape {tuple(shape)}")
+    for (a, m), (b, n) in itertools.combinations([piece for piece in pieces if math.prod(piece[1])], 2):
+        if all(x < y + k and y < x + j for x, j, y, k in zip(a, m, b, n, strict=True)):
+            raise ValueError(f"two pieces of {name} hold the same elements")
+
+
 def read_parts(folder: Path, optimizer: dict[str, Any]) -> dict[str, Tensor]:
     """The whole model's tensors by name, on the CPU, in one process; the optimizer's go into its tree."""
     reader = HuggingFaceStorageReader(str(folder))
-    found = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
+    known = {
+        name: about
         for name, about in reader.read_metadata().state_dict_metadata.items()
         if name.startswith((f"{MODEL}/", f"{STATE}/")) and isinstance(about, TensorStorageMetadata)
     }
+    for name, about in known.items():  # equal pieces are those of replicas
+        check_cover(name, about.size, list({(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks}))
+    found = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in known.items()}
     dcp.load(found, storage_reader=reader, no_dist=True)
     stacks: dict[str, list[Tensor]] = {}
     for name in sorted(found):  # the matrices of one parameter, in order

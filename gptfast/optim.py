@@ -46,6 +46,7 @@ class _Plain(torch.optim.Optimizer):
                 if scheduled and not isinstance(group[key], Tensor):
                     group[key] = torch.tensor(float(group[key]), device=device)
             group["capturable"] = True
+        self._warned_capturable_if_run_uncaptured = True  # torch's: of the warm-up it need not warn
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with plain numbers where `make_capturable` keeps tensors."""

@@ -239,8 +239,10 @@ class Step:
         if self.guard is not None:
             finite = mean.isfinite() if self.scaler is not None else mean.isfinite() & ~overflowed
             allowed = allowed & finite & (mean <= self._limit)
-            strike = torch.where(finite, 1.0, math.inf if self.guard.nonfinite == "stop" else 1.0)
-            self._in_a_row.copy_(torch.where(allowed, 0.0, self._in_a_row + strike))
+            refused = self._in_a_row + 1.0  # masked_fill and no torch.where, which copies its numbers from the host
+            if self.guard.nonfinite == "stop":
+                refused = refused.masked_fill(~finite, math.inf)
+            self._in_a_row.copy_(refused.masked_fill(allowed, 0.0))
             self._verdict.copy_(torch.stack((mean, norm if self.scaler is None else norm * 0.0, allowed.float())))
         self._refused.copy_(~allowed | overflowed)
         if self.scaler is not None:  # as GradScaler.update does, without leaving the device

@@ -8,9 +8,9 @@ An epoch takes `repeats` times the conversations of each part, in an order that 
 repeats are no whole number goes on where the epoch before stopped, so that no conversation falls behind.
 
 Rows are packed best-fit: after the oldest conversation of a buffer always the longest that still fits, and in the end
-padding, a BOS at a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over rows, each but the
-first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt is left out and
-counted, so that no batch is without a target and no loss 0 / 0. No conversation sees another (cu_seqlens).
+padding, a BOS at a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over
+rows, each but the first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt
+is left out and counted, so that no batch is without a target and no loss 0 / 0. cu_seqlens keep conversations apart.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "config.json", settings | ids | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_json(folder / "generation_config.json", ids)
+        _write_json(folder / "generation_config.json", ids | tokenizer_files.stops(tokenizer))
         if tokenizer is not None:
             tokenizer_files.write(tokenizer, folder)
         stored = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}

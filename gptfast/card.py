@@ -36,6 +36,12 @@ class Stage:
         return report.of_kind(self.run, "step")
 
     @property
+    def updates(self) -> int:
+        """That it made, as far as its rows tell."""
+        ended = [row["step"] for row in report.of_kind(self.run, "eval")]
+        return max([row["step"] + 1 for row in self.steps] + ended, default=0)
+
+    @property
     def seconds(self) -> float | None:
         """Of training, evaluations left out."""
         return report.elapsed(self.run)(self.steps[-1]["step"]) if self.steps else None
@@ -132,8 +138,14 @@ def _environment(stages: Sequence[Stage], dollars_per_hour: float | None) -> str
     total = _total(stages)
     if total is not None and dollars_per_hour is not None:
         cost = f"cost: {total / 3600 * dollars_per_hour:,.2f} $ of training at {dollars_per_hour:g} $ per hour"
-    data = dict.fromkeys(str(row.get("config", {}).get(key)) for row in first for key in ("dataset", "mixture"))
-    named = ", ".join(name for name in data if name not in ("None", "")) or MISSING
+    settings = [row.get("config", {}) for row in first]
+    data = [found.get("mixture") or found.get("task") or found.get("dataset") for found in settings]
+    named = (
+        "; ".join(
+            f"{stage.name}: {name or MISSING}" for stage, name in zip((s for s in stages if s.run), data, strict=True)
+        )
+        or MISSING
+    )
     return "\n".join([report.caption(first), "", f"- data: {named}", f"- {cost}"])
 
 
@@ -146,7 +158,7 @@ def _time(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:
     lines = ["| stage | updates | tokens | training time, s | tokens/s | MFU |", "|---|" + "---:|" * 5]
     for stage in stages:
         cells = [
-            f"{stage.steps[-1]['step'] + 1:,}" if stage.steps else MISSING, _whole(stage.tokens), _whole(stage.seconds),
+            f"{stage.updates:,}" if stage.steps else MISSING, _whole(stage.tokens), _whole(stage.seconds),
             report._median(stage.steps, "tokens_per_s"), report._median(stage.steps, "mfu", percent=True),
         ]  # fmt: skip
         cells = [MISSING if cell == "n/a" else cell for cell in cells]

@@ -57,7 +57,7 @@ def test_the_page_has_every_section(folders: list[Path], tmp_path: Path, capsys:
     # base: 20 s at 100 tokens/s, sft: 10 s, rl: ten updates of half a second and 300 tokens
     assert "| base | 10 | 2,000 | 20 | 100 | - |" in text and "| rl | 10 | 300 | 5 | - | - |" in text
     assert "| all | | 3,300 | 35 | | |" in text and "cost: 35.00 $" in text
-    assert "data-of-None, data-of-sft, data-of-rl" in text and "once `` upon" in text
+    assert "base: data-of-None; sft: data-of-sft; rl: data-of-rl" in text and "once `` upon" in text
     for name in ("base-loss.png", "sft-loss.png", "rl-reward.png"):
         assert f"({name})" in text and (path.parent / name).stat().st_size > 5000
     assert not (path.parent / "base-reward.png").exists()

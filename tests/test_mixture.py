@@ -120,6 +120,18 @@ def test_best_fit_wastes_little(chat: Chat) -> None:
     assert padding.float().mean() < 0.05
 
 
+def test_short_conversations_do_not_wait_for_gaps(chat: Chat) -> None:
+    """Half are short: early in the epoch many rows begin with one already, and it has nothing before it."""
+    long = Part("long", [Example(asked(f"question {i}", "word " * 40)) for i in range(600)])
+    short = Part("short", [Example(asked(f"question {i}", "a")) for i in range(600)])
+    loader = ConversationBatches(Mixture([long, short], seed=4), chat, 100, 200)
+    starts = next(loader).y.tolist()
+    loader.close()
+    first_answers = [row[next(i for i, t in enumerate(row) if t != IGNORED) :] for row in starts]
+    begin_short = sum(row[2] == IGNORED for row in first_answers)  # "a" and the end of the turn
+    assert begin_short >= 25  # none, where the longest of all begins every row
+
+
 @pytest.mark.parametrize("long", ["split", "drop"])
 def test_long_conversations_are_split_or_dropped_and_counted(chat: Chat, long: Any) -> None:
     examples = [Example(asked("q", "word " * 90)), Example(asked("q", "short")), Example(asked("word " * 200, "end"))]
@@ -203,7 +215,7 @@ def test_mixtures_are_read_from_a_line(tmp_path: Path) -> None:
         ("addition", 1.0),
         (f"jsonl:{path}", 0.5),
     ]
-    assert "addition: 100 conversations x 1" in mixture.describe()
+    assert "addition: 300 conversations x 1" in mixture.describe()
     for wrong, reason in (("", "needs a part"), ("addition*x", "NAME\\*REPEATS"), ("addition*0", "above 0"),
                           ("nothing", "unknown task")):  # fmt: skip
         with pytest.raises(UserError, match=reason):

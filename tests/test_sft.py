@@ -83,8 +83,8 @@ def test_an_epoch_is_the_default(base: Path, tmp_path: Path, capsys: pytest.Capt
     arguments = ["--mixture=addition", "--isolate=False", "--eval_iters=1", "--eval_interval=0", "--batch_size=2"]
     assert run(sft, tmp_path, f"--init_from={base}", *arguments) == 0
     (note,) = rows(tmp_path, "note")
-    # 100 conversations of 8 to 12 tokens, in rows of 65: the estimate leaves out what padding adds
-    assert 0.8 * 100 <= note["conversations_taken"] <= 200 and "max_iters: " in capsys.readouterr().out
+    # 300 conversations, in rows of 65: the estimate leaves out what padding adds, and loaders take some ahead
+    assert 0.8 * 300 <= note["conversations_taken"] <= 600 and "max_iters: " in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on_bitwise(base: Path, tmp_path: Path) -> None:

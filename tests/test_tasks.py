@@ -273,7 +273,9 @@ def test_transformers_answers_as_ours_does(tokenizer: BPETokenizer, tmp_path: Pa
     transformers = pytest.importorskip("transformers")
     model = tiny(tokenizer)
     hf.save(model, tmp_path, tokenizer, layout="llama")
-    theirs = score.Theirs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), Chat(tokenizer))
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert read.generation_config.eos_token_id == [tokenizer.bos, Chat(tokenizer).end_of_turn]
+    theirs = score.Theirs(read, Chat(tokenizer))
     ours = score.Ours(model, Chat(tokenizer))
     mmlu = choices(24)
     assert measure(ours, TASKS["mmlu"], mmlu, Settings()) == measure(theirs, TASKS["mmlu"], mmlu, Settings())

@@ -4,8 +4,9 @@
     python -m train.chat --name=Ada --sft_iters=1200
 
 The base model reads the source of Python's standard library in byte pairs; SFT teaches it who it is, small sums with
-the calculator, spelling and counting letters, from templates (train/tasks); RL lets it practise sums of two digits by
-heart. Everything lands in out_dir: tokenizer, data, base, sft, rl, and report.md.
+the calculator, spelling and counting letters, from templates (train/tasks). Sums of two digits it sees by heart, which
+it gets wrong, and with the calculator; by RL it finds out which is better. Everything lands in out_dir: tokenizer,
+data, base, sft, rl, and report.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from train.prepare import PrepareConfig, prepare_as, pystdlib_text
 from train.tasks import Identity, Where, find
 from train.tokenizer import train_bpe
 
-MIXTURE = "identity*2,arithmetic,simplespelling*0.5,spellingbee*0.25,addition*2"
+MIXTURE = "identity*2,arithmetic,simplespelling*0.5,spellingbee*0.25,addition"
 TASKS = "identity,arithmetic,addition,simplespelling,spellingbee"
 TEXT_CHARACTERS = 1_000_000  # of the base's text that the tokenizer is trained on
 PER_TASK = 500  # conversations of each task that it is trained on
@@ -43,7 +44,7 @@ class ChatRun:
     n_embd: int = 128  # width
     block_size: int = 256  # tokens per sequence
     base_iters: int = 200  # updates of the base model
-    sft_iters: int = 600  # of SFT
+    sft_iters: int = 500  # of SFT
     rl_iters: int = 40  # of RL
     questions: int = 100  # of an evaluation of RL
     examples: int = 60  # of each task, to be judged by
@@ -114,7 +115,7 @@ def practise(config: ChatRun, out: Path, device: str) -> None:
         [
             f"--init_from={out / 'sft'}", f"--out_dir={out / 'rl'}", f"--device={device}", "--task=addition",
             f"--max_iters={config.rl_iters}", "--examples_per_step=16", "--samples=8", "--batch_size=8",
-            "--max_new_tokens=8", "--lr_frac=0.1", "--eval_interval=20", f"--eval_examples={config.questions}",
+            "--max_new_tokens=16", "--lr_frac=0.2", "--eval_interval=20", f"--eval_examples={config.questions}",
             "--eval_samples=4", "--log_interval=1", f"--seed={config.seed}",
         ]
     )  # fmt: skip

@@ -7,10 +7,10 @@
 An epoch takes `repeats` times the conversations of each part, in an order that seed and epoch determine. A part whose
 repeats are no whole number goes on where the epoch before stopped, so that no conversation falls behind.
 
-Rows are packed best-fit: always the longest conversation of a buffer that still fits, and after that padding, a BOS at
-a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over rows, each but the
-first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt is left out and
-counted, so that no batch is without a target and no loss 0 / 0. No conversation sees another (cu_seqlens).
+Rows are packed best-fit: after the oldest conversation of a buffer always the longest that still fits, and in the end
+padding, a BOS at a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over
+rows, each but the first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt
+is left out and counted, so that no batch is without a target and no loss 0 / 0. cu_seqlens keep conversations apart.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ class ConversationBatches:
             fitting = [piece for piece in self._buffer if piece.length <= len(ids) - filled]
             if not fitting:
                 break
-            piece = max(fitting, key=lambda piece: piece.length)  # the first of equals
+            # The oldest begins a row, so that short ones do not wait for gaps alone, and are seen with nothing before.
+            piece = max(fitting, key=lambda piece: piece.length) if filled else self._buffer[0]
             self._buffer.remove(piece)
             tokens, mask = self._pieces(piece.part, piece.which)[piece.number]
             end = filled + piece.length

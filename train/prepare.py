@@ -116,18 +116,13 @@ def prepare_as(config: PrepareConfig) -> Path:
         raise UserError(f"{config.name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
     folder = Path(config.data_dir) / config.name
     try:
-<<<<<<< HEAD
         if config.name == "chat":
             conversations.prepare(
                 config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
             )
         elif config.name in READY and not config.source:
-            _fetch_ready(config.name, folder, config.max_tokens)
-=======
-        if config.name in READY and not config.source:
             with locked(folder):
                 _fetch_ready(config.name, folder, config.max_tokens)
->>>>>>> faults
         elif _is_text(config):
             text, origin, sha256 = _text(config.name, folder, config.source or None)
             _write_text(

@@ -118,7 +118,7 @@ def save(
                 tokenizer_files.write(tokenizer, building)
             stored = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
             save_file(_unshared(stored), building / SINGLE, metadata={"format": "pt"})
-            _write_json(building / "generation_config.json", ids)
+            _write_json(building / "generation_config.json", ids | tokenizer_files.stops(tokenizer))
             _write_json(building / "config.json", settings | ids | {"dtype": str(dtype).removeprefix("torch.")})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptfast.chat.conversation import ASSISTANT, BOS, SPECIAL_TOKENS
 from gptfast.cli import UserError
 from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_bpe
 
@@ -41,6 +42,12 @@ def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     """bos_token_id and eos_token_id for config.json: the token that begins a document ends the one before."""
     bos = None if tokenizer is None else tokenizer.bos
     return {"bos_token_id": bos, "eos_token_id": bos}
+
+
+def stops(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """eos_token_id for generation_config.json where the tokenizer can chat: the end of an answer stops, too."""
+    special = getattr(tokenizer, "special_tokens", {})
+    return {"eos_token_id": [special[BOS], special[ASSISTANT[1]]]} if set(SPECIAL_TOKENS) <= set(special) else {}
 
 
 def _of_characters(tokenizer: CharTokenizer) -> Any:

@@ -1,4 +1,8 @@
-"""Small sums: with the calculator (arithmetic), and of two digits by heart (addition)."""
+"""Small sums: with the calculator (arithmetic), and of two digits, by heart or with it (addition).
+
+Addition shows every sum twice by heart and once with the calculator, and a small model gets only the latter right. So
+one that has learnt from it is mostly wrong, and reinforcement learning can find out which way is better.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,25 @@ def _call(split: str, index: int) -> Example:
     draw = drawing(f"arithmetic {split}", index)
     a, sign, b = draw.randrange(100), draw.choice(SIGNS), draw.randrange(100)
     value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    parts = [
-        {"type": "python", "text": f"{a}{sign}{b}"},
+    return Example(asked(draw.choice(QUESTIONS).format(sum=f"{a} {sign} {b}"), _called(f"{a}{sign}{b}", value)))
+
+
+def _called(call: str, value: int) -> list[dict[str, str]]:
+    return [
+        {"type": "python", "text": call},
         {"type": "python_output", "text": str(value)},
         {"type": "text", "text": str(value)},
     ]
-    return Example(asked(draw.choice(QUESTIONS).format(sum=f"{a} {sign} {b}"), parts))
 
 
-def by_heart(split: str, where: Where) -> Sequence[Example]:
-    """All hundred sums of two digits; train and test are the same."""
-    return Mapped(range(100), lambda i: Example(asked(f"{i // 10}+{i % 10}=", str(i // 10 + i % 10))))
+def of_digits(split: str, where: Where) -> Sequence[Example]:
+    """All hundred sums of two digits by heart; train has each twice so, and once with the calculator."""
+    return Mapped(range(300 if split == "train" else 100), _of_digits)
+
+
+def _of_digits(index: int) -> Example:
+    a, b = divmod(index % 100, 10)
+    return Example(asked(f"{a}+{b}=", str(a + b) if index < 200 else _called(f"{a}+{b}", a + b)))
 
 
 def passes(example: Example, text: str) -> bool:
@@ -43,4 +55,4 @@ def passes(example: Example, text: str) -> bool:
 
 
 ARITHMETIC = Task("arithmetic", "generative", by_calculator, passes)
-ADDITION = Task("addition", "generative", by_heart, passes)
+ADDITION = Task("addition", "generative", of_digits, passes)

@@ -1,8 +1,10 @@
 """What the library must know about an operation, and the glue that makes a pair of kernel launches differentiable."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -157,6 +159,7 @@ def _operator(name: str, schema: str, function: Callable[..., Any]) -> Callable[
     _LIBRARY.impl(name, function, "CUDA")
 
     def shapes(*inputs: Any) -> Any:
+        _make_known(getattr(torch.ops.gptfast, name).default)
         with launching(skip):
             return function(*inputs)
 
@@ -174,6 +177,24 @@ def _operator(name: str, schema: str, function: Callable[..., Any]) -> Callable[
 
     _interpretable.append(interpretable)
     return getattr(torch.ops.gptfast, name).default
+
+
+def _make_known(operator: Any) -> None:
+    """Let torch.compile's inductor, if it is at work, call a custom op before it meets it in a graph.
+
+    Up to torch 2.11 it prints an op that it meets for the first time, and with each argument all that it was made from.
+    That doubles with every residual sum: a model of 12 layers did not compile within minutes.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    make_fallback = getattr(lowering, "make_fallback", None)
+    if (
+        make_fallback is None
+        or operator in lowering.lowerings
+        or "get_decomp_fn" in signature(make_fallback).parameters
+    ):
+        return
+    exact = lowering.tag_to_layout_constraint(torch._C.Tag.needs_exact_strides)
+    make_fallback(operator, layout_constraint=exact, warn=False)
 
 
 def _on_gpu(name: str, first: Tensor) -> contextlib.AbstractContextManager[Any]:

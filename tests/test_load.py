@@ -100,6 +100,7 @@ def test_without_triton_the_references_run_and_the_kernels_say_why():
     """As on macOS or Windows: the import of triton fails in a fresh process."""
     import subprocess
     import sys
+import types
 
     code = """
 import sys
@@ -142,3 +143,19 @@ def test_a_second_derivative_is_refused():
     y = kernels.load("interpret").rmsnorm(x, weight)
     with pytest.raises(RuntimeError, match=r"rmsnorm.*second derivative.*reference"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_an_old_inductor_knows_a_custom_op_before_it_meets_it(monkeypatch):
+    """Up to torch 2.11 it prints the whole graph before an unknown op, twice as much for every residual sum."""
+    known, made = {}, []
+
+    def make_fallback(operator, layout_constraint=None, warn=True):
+        known[operator] = None
+        made.append((layout_constraint, warn))
+
+    lowering = types.SimpleNamespace(lowerings=known, make_fallback=make_fallback, tag_to_layout_constraint=str)
+    monkeypatch.setitem(sys.modules, "torch._inductor.lowering", lowering)
+    x, weight = torch.empty(2, 8, device="meta"), torch.empty(8, device="meta")
+    for _ in range(2):
+        torch.ops.gptfast.rmsnorm(x, weight, 1e-6)
+    assert made == [(str(torch.Tag.needs_exact_strides), False)]

@@ -139,7 +139,7 @@ CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     80: {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     90: {64: Tile(128, 64, 4, 3, True), 128: Tile(128, 128, 8, 3, True), 256: Tile(128, 64, 8, 2, True)},
-    100: {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 64, 8, 2, True)},
+    100: {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 128, 8, 2, True), 256: Tile(128, 32, 8, 2, True)},
 }
 # From so many queries on another tile is faster: 405 TFLOP/s beside 403 at T = 4096, 471 beside 453 at 16384.
 LONG = 2048

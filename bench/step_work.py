@@ -87,15 +87,21 @@ def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepW
 
 
 def _host_us(model: GPT, B: int) -> float:
-    """Microseconds of the engine for each step of B greedy requests, where the model's step gives ready logits."""
+    """Microseconds of the engine for each step of B greedy requests, where the model gives ready logits.
+
+    What kernels that were left out would have written may be NaN, which ends a request, and then the engine idles.
+    """
     rounds = max(2, min(HOST_STEPS, model.config.block_size - 2))
     engine = Engine(model, slots=B, weights="model")
     logits = torch.randn(B, 1, model.config.vocab_size)
     engine.decoder.step = lambda tokens: logits
-    for _ in range(B):
-        engine.submit([0], Sampling(max_tokens=rounds + 1, temperature=0))
+    engine.decoder.read = lambda slot, prompt: logits[slot, 0]  # type: ignore[method-assign]
+    requests = [engine.submit([0], Sampling(max_tokens=rounds + 1, temperature=0)) for _ in range(B)]
     engine.step()  # lets them in
     taken = [_timed(engine.step) for _ in range(rounds)]
+    unlike = {(request.finish_reason, request.error) for request in requests} - {("length", "")}
+    if unlike or engine.busy:
+        raise RuntimeError(f"the engine did not decode as it was timed: {unlike or 'it still runs'}")
     return median(taken) * 1e6
 
 

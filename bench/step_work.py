@@ -82,11 +82,11 @@ def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepW
             step(tokens)
         launches = count.launches - before
         with one_thread():
-            host_us = _host_us(model, B)
-    return StepWork(launches, len(seen.seen), host_us)
+            taken_us = host_us(model, B)
+    return StepWork(launches, len(seen.seen), taken_us)
 
 
-def _host_us(model: GPT, B: int) -> float:
+def host_us(model: GPT, B: int) -> float:
     """Microseconds of the engine for each step of B greedy requests, where the model gives ready logits.
 
     What kernels that were left out would have written may be NaN, which ends a request, and then the engine idles.

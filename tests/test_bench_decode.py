@@ -14,7 +14,7 @@ import kernels
 from bench import decode, results
 from bench.decode import Samples, Size, Variant, figures, main, measure, sample
 from bench.peaks import Ceilings
-from bench.step_work import CountOps, step_work
+from bench.step_work import CountOps, host_us, step_work
 from bench.timing import relative_error
 from gptfast import mfu
 from gptfast.cli import UserError
@@ -86,6 +86,14 @@ def test_a_step_is_counted_without_a_gpu():
     assert (two.kernels - one.kernels) % 2 == 0 and two.kernels > one.kernels > 2
     assert packed.kernels - one.kernels == 4 * 2 + 1  # four matrices a layer, and the head
     assert packed.torch_ops < one.torch_ops < two.torch_ops and one.host_us > 0
+
+
+def test_the_host_is_timed_while_it_decodes():
+    """Not while it idles, because what kernels left out would have written was NaN."""
+    model = GPT(CONFIG, kernels.load("cpu")).eval()
+    for p in model.parameters():
+        p.detach().fill_(float("nan"))
+    assert host_us(model, 2) > 0
 
 
 def test_what_only_looks_at_memory_is_not_counted():

@@ -12,7 +12,8 @@ token, `tpot_ms` what each further one adds; the naive loop is timed at a few of
 counts. `mbu` is the bytes of weights and of keys and values that a step must read, over its time and the peak
 bandwidth, by the datasheet or by the copy of `python -m bench peaks`. `error` is that of the logits after the prompt,
 against the same weights in fp32 and plain torch, and `same_tokens` counts the first tokens that are theirs as well; of
-more than four sequences the first four are compared.
+more than four sequences the first four are compared. `kernels`, `torch_ops` and `host_us` are what a step of the engine
+launches of ours and of torch's, and its host's work around that: bench/step_work.py, counted on any machine's CPU.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ from gptfast.cli import UserError, check_ranges, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
-from gptfast.engine.weights import choose_weights, converted
+from gptfast.engine.weights import Weights, choose_weights, converted
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
+from kernels import _triton
 
 from . import peers, results
 from .failures import FAILURES, in_one_line
 from .peaks import ceilings
+from .step_work import StepWork, step_work
 from .timing import relative_error, summarize
 
 NAIVE_LENGTHS = 6  # at which the naive loop is timed
@@ -78,6 +81,7 @@ class Variant:
     generate: Callable[[Tensor, int], Tensor]
     logits: Callable[[Tensor], Tensor]  # (B, V) after tokens (B, T)
     lengths: int | None = None  # of the naive loop: how many are timed
+    weights: Weights | None = None  # of the engine: their form
 
 
 # ---- what is decoded, and the truth about it -------------------------------------------------------------------------
@@ -128,7 +132,7 @@ def let_go() -> None:
 
 
 # ---- ways to decode --------------------------------------------------------------------------------------------------
-def by_engine(model: GPT, size: Size, weights: Any) -> Variant:
+def by_engine(model: GPT, size: Size, weights: Weights) -> Variant:
     """The engine, with its matrices in the form `weights`."""
     engine = Engine(model, slots=size.B, weights=weights)
 
@@ -141,7 +145,7 @@ def by_engine(model: GPT, size: Size, weights: Any) -> Variant:
     itemsize = {"float16": 2, "int8": 1}.get(weights, model.dtype.itemsize)
     dtype = engine.model.dtype
     impl = "engine" if weights == "model" else f"engine {weights}"
-    return Variant(impl, _name(dtype), itemsize, dtype.itemsize, generate, _last(engine.model))
+    return Variant(impl, _name(dtype), itemsize, dtype.itemsize, generate, _last(engine.model), None, weights)
 
 
 def naive(model: GPT) -> Variant:
@@ -222,7 +226,7 @@ def variants(model: GPT, size: Size, compiles: bool, log: Log) -> Iterator[Varia
     """Every way that the model's device has, the naive one first; what cannot be made is said, and left out."""
     on_cpu = model.lm_head.weight.device.type == "cpu"
     chosen, _ = choose_weights(model)
-    forms = ("model", "float16", "int8") if on_cpu else ("model", "int8")
+    forms: tuple[Weights, ...] = ("model", "float16", "int8") if on_cpu else ("model", "int8")
     ways: dict[str, Callable[[], Variant]] = {"naive": lambda: naive(converted(model, "model"))}
     for form in sorted(forms, key=chosen.__ne__):
         ways[f"engine {form}"] = functools.partial(by_engine, model, size, form)
@@ -334,7 +338,7 @@ def measure(
 
 def figures(
     config: GPTConfig, name: str, size: Size, way: Variant, samples: Samples, error: float | None, agrees: int | None,
-    peak: mfu.Peak, threads: int | None,
+    peak: mfu.Peak, threads: int | None, work: StepWork | None = None,
 ) -> Row:  # fmt: skip
     """The fields of a row."""
     steps = samples.step_s(size.new)
@@ -353,6 +357,7 @@ def figures(
         "read_bytes": read, "weight_bytes": way.weight_bytes, "kv_bytes": way.kv_bytes, "timed_lengths": way.lengths,
         "peak_bytes_per_s": peak.bytes_per_s, "peak_kind": peak.kind, "peak_source": peak.source,
         "error": error, "same_tokens": agrees, "config": dataclasses.asdict(config),
+        "kernels": work and work.kernels, "torch_ops": work and work.torch_ops, "host_us": work and work.host_us,
         "valid": not beyond, "invalid_reason": f"mbu {share:.2f}: not all was read" if beyond else None,
     }  # fmt: skip
 
@@ -365,7 +370,9 @@ def line(row: Row) -> str:
     head = f"{row['name']:10s} {row['impl']:14s} {row['dtype']:8s}"
     times = f"{row['tokens_per_s']:9.1f} tokens/s  first {row['ttft_ms']:8.1f} ms  each {row['tpot_ms']:8.2f} ms"
     error = "    n/a" if row["error"] is None else f"{row['error']:.1e}"
-    return f"decode {head} {times}  mbu {share:>7s}  error {error}  {sizes}{verdict}"
+    launches = "" if row["kernels"] is None else f"  launches {row['kernels']}+{row['torch_ops']}"
+    host = "" if row["host_us"] is None else f"  host {row['host_us']:.0f} us"
+    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}  {sizes}{verdict}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -389,12 +396,17 @@ def run_size(
     let_go()
     compared: dict[Variant, tuple[float | None, int | None]] = {}
     rows: dict[Variant, Row] = {}
+    work: dict[Variant, StepWork] = {}
 
     def known(way: Variant, samples: Samples) -> None:
         if way not in compared:
             compared[way] = (None, None) if right is None else right.against(way, tokens)
         error, agrees = compared[way]
-        fields = figures(config, name, size, way, samples, error, agrees, peak, _threads(device))
+        if (
+            way.weights is not None and way.weights != "float16" and way not in work and not _triton.MISSING
+        ):  # a GPU's forms
+            work[way] = step_work(config, size.B, size.prompt, way.weights)
+        fields = figures(config, name, size, way, samples, error, agrees, peak, _threads(device), work.get(way))
         if way not in rows:
             log.say(line(fields))
         rows[way] = log.row("decode", **fields, **common)  # the newest row of a variant counts

@@ -14,6 +14,7 @@ import kernels
 from bench import decode, results
 from bench.decode import Samples, Size, Variant, figures, main, measure, sample
 from bench.peaks import Ceilings
+from bench.step_work import CountOps, host_us, step_work
 from bench.timing import relative_error
 from gptfast import mfu
 from gptfast.cli import UserError
@@ -57,6 +58,7 @@ def test_every_way_gives_the_same_tokens(roof, tmp_path, monkeypatch):
         assert row["same_tokens"] == 8 or not exact
         assert row["dims"] == {"B": row["dims"]["B"], "prompt": 16, "new": 8} and row["valid"]
         assert (row["timed_lengths"] is None) == (row["impl"] != "naive")
+        assert (row["kernels"] is not None) == (row["impl"] in ("engine", "engine int8"))
     engine = {row["impl"]: row for row in rows if row["dims"]["B"] == 1}
     assert engine["engine"]["read_bytes"] > engine["engine float16"]["read_bytes"] > engine["engine int8"]["read_bytes"]
 
@@ -74,6 +76,32 @@ def test_a_row_follows_from_its_times():
     assert not fast["valid"] and "not all was read" in fast["invalid_reason"]
     naive = figures(CONFIG, "small", size, way(impl="naive", lengths=6), samples, 0.0, 8, PEAK, 2)
     assert naive["mbu"] is None and "mbu     n/a" in decode.line({**naive, "name": "small"})
+
+
+def test_a_step_is_counted_without_a_gpu():
+    """Twice the layers are twice the launches of a layer, and a matrix in int8 is a kernel of ours, not torch's."""
+    shallow, deep = (dataclasses.replace(CONFIG, n_layer=n) for n in (2, 4))
+    one, two = step_work(shallow, 1, 16, "model"), step_work(deep, 1, 16, "model")
+    packed = step_work(shallow, 1, 16, "int8")
+    assert (two.kernels - one.kernels) % 2 == 0 and two.kernels > one.kernels > 2
+    assert packed.kernels - one.kernels == 4 * 2 + 1  # four matrices a layer, and the head
+    assert packed.torch_ops < one.torch_ops < two.torch_ops and one.host_us > 0
+
+
+def test_the_host_is_timed_while_it_decodes():
+    """Not while it idles, because what kernels left out would have written was NaN."""
+    model = GPT(CONFIG, kernels.load("cpu")).eval()
+    for p in model.parameters():
+        p.detach().fill_(float("nan"))
+    assert host_us(model, 2) > 0
+
+
+def test_what_only_looks_at_memory_is_not_counted():
+    x = torch.ones(4, 4)
+    with CountOps() as seen:
+        torch.empty_like(x).view(16)
+        (x.t() + 1).reshape(2, 8).sum()
+    assert seen.seen == ["add", "clone", "sum"]  # a turned matrix has to be copied
 
 
 def test_the_naive_loop_is_timed_at_a_few_lengths(monkeypatch):
@@ -298,8 +326,8 @@ def test_what_is_done_once_does_not_count_for_the_sizes_to_come(monkeypatch, cap
 @pytest.mark.parametrize("flags, complaint", [
     (["--models=gtp2"], "--models=gtp2 is unknown.*gpt2"), (["--context=64", "--new=64"], "--context=64: it must hold"),
     (["--batch=1,x"], "--batch=1,x: expected whole numbers"), (["--batch=0"], "--batch=0: numbers must be above 0"),
-    (["--new=1"], "--new=1: at least 2"), (["--rounds=0"], "--rounds=0 must be above 0"),
-    (["--threads=-1"], "--threads=-1 must be above 0"), (["--budget_s=0"], "--budget_s=0.0 must be above 0"),
+    (["--new=1"], "--new=1: at least 2"), (["--rounds=0"], "--rounds=0: must be at least 1"),
+    (["--threads=-1"], "--threads=-1: must be at least 1"), (["--budget_s=0"], "--budget_s=0.0 must be above 0"),
 ])  # fmt: skip
 def test_bad_flags(flags, complaint):
     with pytest.raises(UserError, match=complaint):

@@ -214,6 +214,11 @@ class Engine:
         return self._main.model
 
     @property
+    def decoder(self) -> Decoder:
+        """The model's step over the cache."""
+        return self._main
+
+    @property
     def cache(self) -> KVCache:
         """The keys and values of the running requests."""
         return self._main.cache

@@ -1,0 +1,111 @@
+"""What a step of decoding gives a GPU and its host to do, counted and timed on any CPU with the launches left out.
+
+On a GPU the step is one replay of a graph, so the host's work is what the engine does around it; the device's time
+grows with the number of its launches. The drawing of tokens stands outside the graph: it is in the host's time, and not
+counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from gptfast.config import GPTConfig
+from gptfast.engine import Engine, KVCache, Sampling
+from gptfast.engine.decoder import Decoder
+from gptfast.engine.weights import Weights, converted
+from gptfast.model import GPT
+from kernels import OPS
+from kernels._triton import launching
+
+from .host import Count, one_thread
+
+MAKES_NOTHING = {  # a launch
+    "alias", "detach", "empty", "empty_like", "empty_strided", "new_empty", "_reshape_alias", "_unsafe_view",
+}  # fmt: skip
+HOST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one step of the engine asks of a GPU and of the host."""
+
+    kernels: int  # launches of ours
+    torch_ops: int  # of torch's, each a launch or more
+    host_us: float  # of the engine for each step, its device's work left out
+
+
+class CountOps(TorchDispatchMode):
+    """Counts torch's operators that compute or copy; views and allocations give a GPU nothing to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not func.is_view and name not in MAKES_NOTHING:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepWork:
+    """The work of one step of B sequences of `length` tokens, at most block_size - 1.
+
+    By a narrow twin of the model on the CPU: what is launched depends on layers, heads and lengths, not on widths. The
+    kernels' pages run as for an H100, and launch nothing.
+    """
+    narrow = dataclasses.replace(config, n_embd=16 * config.n_head, vocab_size=64)
+    ops = kernels.Ops({name: ("triton", "launches left out", op.triton or op.reference) for name, op in OPS.items()})
+    count, seen = Count(), CountOps()
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=()), launching(count.launcher):
+        model = GPT(narrow, ops).eval()
+        model.dtype = torch.bfloat16
+        model = converted(model, weights)
+        cache = KVCache(narrow, ops, B, dtype=model.dtype, device=torch.device("cpu"))
+        for slot in range(B):
+            cache.reserve(slot, length + 1)
+        cache.lengths.fill_(length)
+        step = Decoder(model, cache, 1, compile=False).step
+        tokens = torch.zeros(B, 1, dtype=torch.int64)
+        step(tokens)
+        before = count.launches
+        with seen:
+            step(tokens)
+        launches = count.launches - before
+        with one_thread():
+            taken_us = host_us(model, B)
+    return StepWork(launches, len(seen.seen), taken_us)
+
+
+def host_us(model: GPT, B: int) -> float:
+    """Microseconds of the engine for each step of B greedy requests, where the model gives ready logits.
+
+    What kernels that were left out would have written may be NaN, which ends a request, and then the engine idles.
+    """
+    rounds = max(2, min(HOST_STEPS, model.config.block_size - 2))
+    engine = Engine(model, slots=B, weights="model")
+    logits = torch.randn(B, 1, model.config.vocab_size)
+    engine.decoder.step = lambda tokens: logits
+    engine.decoder.read = lambda slot, prompt: logits[slot, 0]  # type: ignore[method-assign]
+    requests = [engine.submit([0], Sampling(max_tokens=rounds + 1, temperature=0)) for _ in range(B)]
+    engine.step()  # lets them in
+    taken = [_timed(engine.step) for _ in range(rounds)]
+    unlike = {(request.finish_reason, request.error) for request in requests} - {("length", "")}
+    if unlike or engine.busy:
+        raise RuntimeError(f"the engine did not decode as it was timed: {unlike or 'it still runs'}")
+    return median(taken) * 1e6
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

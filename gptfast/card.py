@@ -59,6 +59,13 @@ class Stage:
             before = now
         return total if self.steps and math.isfinite(total) else None
 
+    @property
+    def rate(self) -> str:
+        """Tokens per second: the median over its updates, else all tokens over all time."""
+        if not any("tokens" in row for row in self.steps):
+            return report._median(self.steps, "tokens_per_s")
+        return _whole((self.tokens or 0) / self.seconds) if self.seconds else MISSING
+
     def last(self, key: str) -> Any:
         """The newest figure of this name in evaluations of the run, or in what the model was judged by."""
         found = [row[key] for row in (*report.of_kind(self.run, "eval"), *self.judged) if row.get(key) is not None]
@@ -159,7 +166,7 @@ def _time(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:
     for stage in stages:
         cells = [
             f"{stage.updates:,}" if stage.steps else MISSING, _whole(stage.tokens), _whole(stage.seconds),
-            report._median(stage.steps, "tokens_per_s"), report._median(stage.steps, "mfu", percent=True),
+            stage.rate, report._median(stage.steps, "mfu", percent=True),
         ]  # fmt: skip
         cells = [MISSING if cell == "n/a" else cell for cell in cells]
         lines.append(f"| {stage.name} | {' | '.join(cells)} |")

@@ -55,7 +55,7 @@ def test_the_page_has_every_section(folders: list[Path], tmp_path: Path, capsys:
     for title in ("# Report card", "## Summary", "## Time and tokens", "## BASE", "## SFT", "## RL"):
         assert f"\n{title}\n" in f"\n{text}"
     # base: 20 s at 100 tokens/s, sft: 10 s, rl: ten updates of half a second and 300 tokens
-    assert "| base | 10 | 2,000 | 20 | 100 | - |" in text and "| rl | 10 | 300 | 5 | - | - |" in text
+    assert "| base | 10 | 2,000 | 20 | 100 | - |" in text and "| rl | 10 | 300 | 5 | 60 | - |" in text
     assert "| all | | 3,300 | 35 | | |" in text and "cost: 35.00 $" in text
     assert "base: data-of-None; sft: data-of-sft; rl: data-of-rl" in text and "once `` upon" in text
     for name in ("base-loss.png", "sft-loss.png", "rl-reward.png"):

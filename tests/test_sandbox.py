@@ -108,7 +108,7 @@ NOT_OUT = {
     "recurses": "import sys; sys.setrecursionlimit(10**9)\ndef f(): return f()\nf(); print('out')",
     "makes many threads": "import threading, time\nfor _ in range(100):\n"
     " threading.Thread(target=time.sleep, args=(1,), daemon=True).start()\nprint('out')",
-    "makes many files": "for i in range(100000): open(f'/tmp/{i}', 'w')\nprint('out')",
+    "makes many files": "for i in range(100000): open(f'/tmp/{i}', 'w').write('x')\nprint('out')",
     "opens many files": "x = [open('/dev/null') for _ in range(100)]; print('out')",
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ class ChatRun:
     block_size: int = 256  # tokens per sequence
     base_iters: int = 200  # updates of the base model
     sft_iters: int = 500  # of SFT
-    rl_iters: int = 40  # of RL
+    rl_iters: int = 20  # of RL; more of them cost other skills
     questions: int = 100  # of an evaluation of RL
     examples: int = 60  # of each task, to be judged by
     answer_tokens: int = 160  # of an answer that is judged, at most
@@ -115,7 +115,7 @@ def practise(config: ChatRun, out: Path, device: str) -> None:
         [
             f"--init_from={out / 'sft'}", f"--out_dir={out / 'rl'}", f"--device={device}", "--task=addition",
             f"--max_iters={config.rl_iters}", "--examples_per_step=16", "--samples=8", "--batch_size=8",
-            "--max_new_tokens=16", "--lr_frac=0.2", "--eval_interval=20", f"--eval_examples={config.questions}",
+            "--max_new_tokens=16", "--lr_frac=0.2", "--eval_interval=10", f"--eval_examples={config.questions}",
             "--eval_samples=4", "--log_interval=1", f"--seed={config.seed}",
         ]
     )  # fmt: skip

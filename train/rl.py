@@ -38,6 +38,8 @@ from train.sft import Finetune, inherit, open_chat
 from train.tasks import judged
 from train.trainer import Recipe, Run, started, train
 
+# An update's time goes into drawing too, and answers differ in length: tokens/s and MFU of training say nothing here.
+UNKNOWN = dict.fromkeys(("tokens_per_s", "mfu", "mfu_palm", "hfu"))
 MOST_SLOTS = 32  # answers at once; others wait
 
 
@@ -113,7 +115,7 @@ class Questions:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), line=line, after_last=False, data=self,
             follow=follow, evaluate=self.evaluate, stage=self.config.stage,
-            fields=lambda run: {"reward": self.reward, "tokens": self.tokens},
+            fields=lambda run: {"reward": self.reward, "tokens": self.tokens, **UNKNOWN},
         )  # fmt: skip
 
     def batches(self, config: Any, model: GPT, **settings: Any) -> Drawing:

@@ -72,7 +72,7 @@ class Recipe:
     data: Data | None = None  # instead of token files
     follow: Callable[[Any, int, Any], float] = dial.follow  # sets the rates of an update
     evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # instead of the loss of both splits of token files
-    fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # more to say in the row of an update
+    fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # in the row of an update, besides or instead
 
 
 @dataclass
@@ -486,10 +486,10 @@ class Meter:
             fresh, average = used["mfu_palm"], self.mfu_palm
             self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh
         run.seconds = self.total_seconds
+        figures = {"tokens_per_s": tokens_per_s, **used, **run.recipe.fields(run)}
         row = log.row(
-            "step", step=run.iteration, loss=loss, ms=1e3 * seconds, seconds=self.total_seconds, lr=rate,
-            tokens_per_s=tokens_per_s, **used, **run.recipe.fields(run),
-        )  # fmt: skip
+            "step", step=run.iteration, loss=loss, ms=1e3 * seconds, seconds=self.total_seconds, lr=rate, **figures
+        )
         line = run.recipe.line(row, config, self.mfu_palm)
         if line is not None:
             log.say(line)

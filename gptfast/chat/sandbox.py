@@ -28,6 +28,7 @@ from gptfast.cli import UserError
 
 JAIL = Path(__file__).with_name("jail.py")
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin")  # read-only in the room: what an interpreter is linked against
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 HOW = (
     "running Python needs a sandbox, and here is none: install bubblewrap (apt-get install bubblewrap), or allow user "
     "namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces=10000) on Linux"
@@ -169,10 +170,12 @@ def _room() -> dict[str, Any]:
 def _bubblewrap(limits: Limits) -> list[str]:
     room = _room()
     binds = [part for folder in room["folders"] for part in ("--ro-bind", folder, folder)]
+    # Not bubblewrap's own --dev, which is a file system that the code could fill.
+    devices = [part for name in DEVICES for part in ("--dev-bind", name, name)]
     environment = [part for name, value in ENVIRONMENT.items() for part in ("--setenv", name, value)]
     return [
         str(shutil.which("bwrap")), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL",
-        "--clearenv", *environment, *binds, "--dev", "/dev", "--size", str(limits.tmp_mb * 2**20), "--tmpfs", "/tmp",
+        "--clearenv", *environment, *binds, *devices, "--size", str(limits.tmp_mb * 2**20), "--tmpfs", "/tmp",
         "--ro-bind", str(JAIL), "/tmp/.jail.py", "--remount-ro", "/", "--chdir", "/tmp",
         room["python"], "-I", "-S", "/tmp/.jail.py",
     ]  # fmt: skip

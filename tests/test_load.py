@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -99,8 +101,6 @@ def test_an_op_that_does_not_exist_is_an_attribute_error():
 def test_without_triton_the_references_run_and_the_kernels_say_why():
     """As on macOS or Windows: the import of triton fails in a fresh process."""
     import subprocess
-    import sys
-import types
 
     code = """
 import sys

@@ -162,7 +162,7 @@ def _stay_sums(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     t = rounds * 0
     for j in tl.range(0, rounds, disable_licm=True):
-        b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        b, g, _, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
         kv = j % 2
         nothing = gl.zeros([BLOCK_M, D], gl.float32, OUT)
         for group in gl.static_range(2):

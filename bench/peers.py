@@ -194,11 +194,10 @@ def liger_layernorm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: 
 
 
 def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of a copy of the logits where they are to be differentiated: it writes their gradient over them."""
+    """Of a copy of the logits: it writes over them, asked for a gradient or not."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    z = logits.clone() if logits.requires_grad and torch.is_grad_enabled() else logits
-    found = LigerCrossEntropyFunction.apply(z, targets, None)
+    found = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
     return found[0] if isinstance(found, tuple) else found
 
 

@@ -413,3 +413,21 @@ def test_no_path_that_a_user_does_not_have() -> None:
         if b"\0" not in content:
             offences += private_lines(name, content.decode("utf-8"))
     assert not offences
+
+
+def paths_of_the_plan(text: str) -> list[str]:
+    """The paths of DESIGN.md's tree: what stands at the margin is a folder, what is indented stands in it."""
+    found, folder = [], ""
+    for line in re.search(r"```\n(.*?)```", text, re.S).group(1).splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else name
+        found.append(folder + name if line.startswith(" ") else name)
+    return found
+
+
+def test_the_plan_names_what_there_is() -> None:
+    plan = paths_of_the_plan((ROOT / "DESIGN.md").read_text(encoding="utf-8"))
+    assert len(plan) > 30 and "kernels/op.py" in plan
+    assert not [path for path in plan if not (ROOT / path).exists()]
+    pages = {path.split("/")[0] for path in tracked() if path.endswith(".py")}
+    assert pages <= {path.rstrip("/") for path in plan}

@@ -246,7 +246,7 @@ class _Product:
         a, b = (x.tensor if isinstance(x, _View) else x for x in (self.a, self.b))
         self.value = a.float() @ b.float()
         if self.acc is not None:
-            self.value = self.value + (self.acc.value if isinstance(self.acc, _Product) else self.acc)
+            self.value = self.value + (self.acc if isinstance(self.acc, Tensor) else self.acc.value)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ProtocolError("a product of matrices is used before it has been waited for")

@@ -185,7 +185,7 @@ def _make_known(operator: Any) -> None:
     Up to torch 2.11 it prints an op that it meets for the first time, and with each argument all that it was made from.
     That doubles with every residual sum: a model of 12 layers did not compile within minutes.
     """
-    lowering = sys.modules.get("torch._inductor.lowering")
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
     make_fallback = getattr(lowering, "make_fallback", None)
     if (
         make_fallback is None

@@ -11,7 +11,7 @@ Memory of one GPU, in bytes, with P weights of which Pm are Muon's, activations 
     activations BT (a [L (6C + 2K + R + nW) + 2C] + 4 [s (2L + 1) + L H])
     loss: a VC for the head's gradient, and min(a BTV, 1 GiB) of logits at a time
 
-of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 4 with swiglu, else 2;
+of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 3 with swiglu, else 2;
 s = 2 statistics of a row in LayerNorm, 1 in RMSNorm. Dropout's masks and activation checkpointing are left out. It is
 what the Triton kernels keep from forward to backward, to the byte (tests/test_plan.py); 10% of the GPU's memory stay
 free for CUDA itself and fragmentation. Several GPUs each hold everything.
@@ -103,7 +103,7 @@ def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
     L, C, K = config.n_layer, config.n_embd, config.kv_heads * config.head_dim
     Q = config.attention_width
     rotated = (Q + K) * ((config.position == "rope") + config.qk_norm_weight)
-    wide = (4 if config.activation == "swiglu" else 2) * config.hidden_width
+    wide = (3 if config.activation == "swiglu" else 2) * config.hidden_width
     statistics = (2 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
     return tokens * (itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics)
 

@@ -162,7 +162,7 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
     """Draw all that a machine's rows hold, into its folder."""
     made: list[Path | None] = []
     measured = from_rows(row for row in bench if row["what"] == "peak")
-    ops = with_numbers(valid(bench, "op"), "flops", "bytes")
+    ops = with_numbers(valid(bench, "op"), "flops", "bytes", "gbs", "tflops")
     for (name,), rows in by(ops, "name").items():
         made.append(op_figure(rows, folder / f"op-{file_name(name)}.png", measured))
     if ops:

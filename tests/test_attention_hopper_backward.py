@@ -86,7 +86,6 @@ GONE = "gl_hopper.mbarrier.MBarrierLayout()"  # in place of a call: does nothing
 STAY = {
     "keys overwritten": (f"{WAIT}(kv_free.index(kv), (j // 2 + 1) & 1)", GONE),
     "queries overwritten": (f"{WAIT}(q_free.index(stage), (t // Q_STAGES + 1) & 1)", GONE),
-    "dout overwritten": (f"{WAIT}(o_free.index(stage), (t // O_STAGES + 1) & 1)", GONE),
     "phase of free dout": ("(t // O_STAGES + 1) & 1", "(t // O_STAGES) & 1"),
     "keys not awaited": (f"{WAIT}(k_full.index(kv * 2 + GROUP), parity)", GONE),
     "values not awaited": (f"{WAIT}(v_full.index(kv * 2 + GROUP), parity)", GONE),

@@ -16,7 +16,7 @@ def test_an_assistant_from_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for page in (chat, prepare):
-        monkeypatch.setattr(page, "pystdlib_text", lambda: (TEXT, "a test"))
+        monkeypatch.setattr(page, "pystdlib_text", lambda: (TEXT, "a test", "0" * 64))
     out = tmp_path / "out"
     sizes = ["--n_layer=1", "--n_embd=32", "--base_iters=2", "--sft_iters=2", "--rl_iters=1", "--examples=1"]
     arguments = [f"--out_dir={out}", "--device=cpu", "--name=Ada", "--block_size=128", "--answer_tokens=2", *sizes]

@@ -144,7 +144,7 @@ def test_taken_for_rows_that_fit_and_lie_on_16_bytes():
 
 @pytest.mark.parametrize(
     "criterion",
-    [Criterion(-100, 0.0, 0.0, None, 114688), Criterion(-100, 0.1, 1e-4, 15.0, 50257)],
+    [Criterion(-100, 0.0, 0.0, None, 53248), Criterion(-100, 0.1, 1e-4, 15.0, 50257)],
     ids=["largest row", "all options"],
 )
 def test_its_machine_code_keeps_the_gates(criterion):

@@ -29,7 +29,8 @@ def started(module: str, *arguments: str, **options: object) -> subprocess.Popen
 
 def test_every_command_is_known() -> None:
     assert {"train.pretrain", "gptfast.sample", "gptfast.hf", "bench", "kernels", "kernels.aot"} <= set(PAGES)
-    assert all("run(main)" in (ROOT / page_of(module)).read_text("utf-8") for module in PAGES)
+    commands = set(PAGES) - {"gptfast.chat.jail"}  # which a sandbox starts, and nobody else
+    assert all("run(main)" in (ROOT / page_of(module)).read_text("utf-8") for module in commands)
 
 
 def page_of(module: str) -> str:

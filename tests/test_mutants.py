@@ -21,9 +21,8 @@ MUTANTS = {
             "load_sum(x_ptr, residual_ptr, m * x_stride_m + n", "load_sum(x_ptr, residual_ptr, m * N + n",
         ),
         "statistics in the input's dtype": (
-            "x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, mask, ADD)\n"
-            "    if ADD",
-            "x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0)\n    if ADD",
+            "mean = tl.div_rn(tl.sum(x, axis=1)[:, None]",
+            "mean = tl.div_rn(tl.sum(x.to(x_ptr.dtype.element_ty), axis=1)[:, None].to(tl.float32)",
         ),
         "eps outside the root": ("1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)",
                                  "1.0 / (tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N) + eps)"),

@@ -165,6 +165,12 @@ def test_two_ranks_learn_as_one(base: Path, tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "two")
-    for name, weight in one.model.items():
-        torch.testing.assert_close(two.model[name], weight, rtol=1e-3, atol=1e-4)
+    one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
+    # Adam divides by the size of a gradient, so weights whose gradient is all rounding go apart; the losses do not.
+    assert len(one) == len(two) > 1
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0.0)
+
+
+def losses_of(out_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["what"] == "step"]

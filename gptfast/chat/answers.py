@@ -30,7 +30,7 @@ class Answer:
     sampling: Sampling
     ids: list[int] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)  # 1 where the model chose this id, 0 where a tool's output was put
-    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    finish_reason: Literal["stop", "length", "cancelled", "error"] | None = None
     calls: int = 0
 
 

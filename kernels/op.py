@@ -124,6 +124,8 @@ def differentiable(
         if torch.compiler.is_compiling():
             output = operator(*inputs)
             return output[0] if n == 1 else output[:n]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(f"{name}: no kernels under torch.func and vmap; use kernels.load('reference')")
         with _on_gpu(name, inputs[tensors[0]]):
             if torch.is_grad_enabled():
                 for i in tensors:

@@ -159,3 +159,11 @@ def test_an_old_inductor_knows_a_custom_op_before_it_meets_it(monkeypatch):
     for _ in range(2):
         torch.ops.gptfast.rmsnorm(x, weight, 1e-6)
     assert made == [(str(torch.Tag.needs_exact_strides), False)]
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev], ids=lambda f: f.__name__)
+def test_under_torch_func_the_kernels_say_what_to_do_instead(transform):
+    function = kernels.load("interpret").rmsnorm
+    with pytest.raises(RuntimeError, match=r"rmsnorm.*torch\.func.*reference"):
+        transform(lambda x: function(x, torch.ones(8)).sum())(torch.randn(4, 8))
+    transform(lambda x: kernels.load("reference").rmsnorm(x, torch.ones(8)).sum())(torch.randn(4, 8))

@@ -67,8 +67,7 @@ def launch_backward_hopper(
     attention_bwd_kernel_prepare[(rows // 64, B * H)](
         out, dout, lse, statistics, sums, *dout.stride()[:3], B * H, T, H, rows, D=D, BLOCK=64, num_warps=4
     )
-    tile: fused.Tile | stay.Tile = fused.TILE
-    programs, kernel = triton.cdiv(S, 128) * B * G, fused.attention_bwd_kernel_fused_hopper
+    programs, tile, kernel = triton.cdiv(S, 128) * B * G, fused.TILE, fused.attention_bwd_kernel_fused_hopper
     if D == 64:
         programs, tile = min(programs, multiprocessors(q)), stay.TILE
         kernel = stay.attention_bwd_kernel_stay_hopper

@@ -4,11 +4,9 @@ As in stay.py, but registers and shared memory hold no third group: each of the 
 keys, also multiplies the differences of both by one half of the keys' columns, and adds that to dq in global memory.
 """
 
-from typing import NamedTuple
-
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
-from .pieces import fetch, fetch_both, gluon_kernel, reduce_add, weights_of
+from .pieces import Tile, fetch, fetch_both, gluon_kernel, reduce_add, weights_of
 
 
 @gluon_jit
@@ -167,16 +165,6 @@ def attention_bwd_kernel_fused_hopper(
         [4, 1],
         [REGISTERS, 24],
     )  # fmt: skip
-
-
-class Tile(NamedTuple):
-    """Queries of a tile; tiles of queries, of dout and of differences in flight; registers of a thread that gathers."""
-
-    block_m: int
-    q_stages: int
-    o_stages: int
-    s_stages: int
-    registers: int
 
 
 # NVIDIA H200, 2026-11-26, at 4 x 4096 x 16 heads of 128.

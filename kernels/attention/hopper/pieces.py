@@ -1,7 +1,7 @@
 """What the Hopper kernels of attention share: who may run them, descriptors, and what goes before and after."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,16 @@ def sums_of(x: Tensor, rows: int, columns: int) -> Any:
     shape = [1, rows, columns]
     layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float32)
     return GluonDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+
+
+class Tile(NamedTuple):
+    """Queries of a tile; tiles of queries, of dout and of differences in flight; registers of a thread that gathers."""
+
+    block_m: int
+    q_stages: int
+    o_stages: int
+    s_stages: int
+    registers: int
 
 
 # ---- inside kernels

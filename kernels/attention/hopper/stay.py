@@ -10,11 +10,9 @@ Tiles of scores are [keys, queries], so that weights and differences are operand
 Barriers are those of forward.py.
 """
 
-from typing import NamedTuple
-
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
-from .pieces import fetch, fetch_both, gluon_kernel, reduce_add, weights_of
+from .pieces import Tile, fetch, fetch_both, gluon_kernel, reduce_add, weights_of
 
 
 @gluon_jit
@@ -249,16 +247,6 @@ def attention_bwd_kernel_stay_hopper(
         [4, 4, 1],
         [REGISTERS, 512 - 24 - 2 * REGISTERS, 24],
     )  # fmt: skip
-
-
-class Tile(NamedTuple):
-    """Queries of a tile; tiles of queries, of dout and of differences in flight; registers of a thread that gathers."""
-
-    block_m: int
-    q_stages: int
-    o_stages: int
-    s_stages: int
-    registers: int
 
 
 # NVIDIA H200, 2026-11-26, at 16 x 1024 x 12 and 1 x 16384 x 32 heads of 64.

@@ -32,8 +32,8 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m mypy
 
 aot: $(READY)  ## compile every kernel for A100, H100 and B200 without a GPU, and hold it to the gates
-	$(PY) -m kernels.aot $(ARGS)
-	$(PY) -m kernels.aot --parity
+	$(PY) -m kernels.proof.aot $(ARGS)
+	$(PY) -m kernels.proof.aot --parity
 
 bench: $(READY)  ## measure: on a GPU the whole campaign, elsewhere what a CPU can show
 	$(PY) -m bench $(ARGS)

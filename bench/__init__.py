@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from gptfast.parallel import settle
+from gptfast.runtime import settle
 
 settle()  # before any page here imports torch
 

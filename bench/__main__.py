@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptfast import cli
-from gptfast.cli import UserError, nearest
+from gptfast.errors import UserError, nearest
 
 HERE = Path(__file__).resolve().parent
 
@@ -68,7 +68,7 @@ CPU = (
     Stage("decode", 100, flags=("--out={out}", "--new=64", "--budget_s=40"), quick_s=100),
     Stage("optim", 35, flags=("--out={out}", "--quick"), quick=(), quick_s=35),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",), quick_s=45),
-    Stage("aot", 30, module="kernels.aot", flags=(), quick=(), quick_s=30), Stage("plots", 25),
+    Stage("aot", 30, module="kernels.proof.aot", flags=(), quick=(), quick_s=30), Stage("plots", 25),
 )  # fmt: skip
 NEEDS_GPU = (
     "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",

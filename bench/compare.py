@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Row
 
 from . import results

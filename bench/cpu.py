@@ -32,9 +32,11 @@ from bench import stats, timing
 from gptfast import cli
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.data import Batches
+from gptfast.errors import UserError
 from gptfast.log import Log, facts
-from gptfast.model import GPT, IGNORED, compute_dtype
+from gptfast.model import GPT, IGNORED
 from gptfast.optim import adamw
+from gptfast.runtime import compute_dtype
 from gptfast.step import Step, language_model
 
 CONFIG = PRESETS["char-cpu"]
@@ -187,7 +189,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="file that the rows are appended to")
     arguments = cli.check_ranges(parser.parse_args(argv))
     if arguments.rounds < 1:
-        raise cli.UserError(f"rounds is {arguments.rounds}; give 1 or more")
+        raise UserError(f"rounds is {arguments.rounds}; give 1 or more")
     compare(arguments.rounds, arguments.compile, arguments.out)
 
 

@@ -36,13 +36,15 @@ from torch import Tensor
 
 import kernels
 from gptfast import mfu
-from gptfast.cli import UserError, check_ranges, made_current, nearest
+from gptfast.cli import check_ranges
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
 from gptfast.engine.weights import Weights, choose_weights, converted
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
+from gptfast.runtime import made_current
 from kernels import _triton
 
 from . import peers, results

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from gptfast import report
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Row, check_row, facts
 
 from . import results

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, nearest
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from kernels._triton import Launcher, launching
 

@@ -18,8 +18,8 @@ from typing import NoReturn
 import torch
 
 from gptfast import cli, mfu
-from gptfast.cli import UserError, nearest
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError, nearest
 
 _SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of a model that is no preset
 

@@ -32,11 +32,13 @@ from torch import Tensor, nn
 
 import kernels
 from gptfast import mfu
-from gptfast.cli import UserError, check_ranges, made_current, nearest
+from gptfast.cli import check_ranges
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts, gpu_state
-from gptfast.model import GPT, IGNORED, compute_dtype
+from gptfast.model import GPT, IGNORED
 from gptfast.optim import adamw
+from gptfast.runtime import compute_dtype, made_current
 from gptfast.step import Step
 from kernels import Ops
 

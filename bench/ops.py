@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, check_ranges, made_current, nearest
+from gptfast.cli import check_ranges
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
-from gptfast.model import compute_dtype
+from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Op
 
 from . import peers, results

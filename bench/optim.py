@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, check_ranges, made_current, nearest
+from gptfast.cli import check_ranges
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.optim import Muon
+from gptfast.runtime import made_current
 from kernels.newton_schulz import KERNEL_PRODUCTS, POLAR_EXPRESS, REFERENCE_PRODUCTS, Products
 
 from . import results

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from gptfast import mfu
-from gptfast.cli import UserError, check_ranges, made_current
+from gptfast.cli import check_ranges
+from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
+from gptfast.runtime import made_current
 
 from . import results
 from .timing import Settings, Truth, Verdict, Work, cpu_cache_bytes, roofline, stopwatch

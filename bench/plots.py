@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast import cli, mfu, report
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Row
 from gptfast.rows import file_name
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from gptfast import mfu
-from gptfast.cli import UserError, nearest
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError, nearest
 from gptfast.log import Row, facts
 from kernels import Cost
 

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError, made_current, nearest
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
-from gptfast.model import GPT, compute_dtype
+from gptfast.model import GPT
+from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Ops
 
 from . import costs, results, trace

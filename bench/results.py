@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Row
 from gptfast.rows import parse
 

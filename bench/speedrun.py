@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptfast import report
-from gptfast.cli import UserError, nearest
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 
 from . import results

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 import kernels
-from gptfast.cli import UserError, check_ranges, nearest
+from gptfast.cli import check_ranges
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts, now
 from kernels import Op
 
@@ -107,15 +108,15 @@ class Trial:
     """A value for an entry, and what the compiler made of it."""
 
     value: Any
-    codes: tuple[Any, ...]  # kernels.aot.Code of each launch
+    codes: tuple[Any, ...]  # kernels.proof.aot.Code of each launch
     broken: tuple[str, ...]  # the gates it breaks
     kernels: tuple[str, ...]  # names of what it launches
     signatures: tuple[str, ...]
 
 
 def trial(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype, entry: Entry, value: Any) -> Trial:
-    """Compile every launch of the op with the entry at this value, and hold the code to the gates of kernels/aot.py."""
-    from kernels import aot
+    """Compile every launch of the op with the entry at this value, and hold the code to the gates of proof/aot.py."""
+    from kernels.proof import aot
 
     with entry.holding(value):
         launches = aot.launches(op, dims, arch, dtype)
@@ -137,7 +138,7 @@ def signatures(
     op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype, entry: Entry, value: Any
 ) -> tuple[str, ...]:
     """What a value would launch, found without compiling; () where the page refuses it."""
-    from kernels import aot
+    from kernels.proof import aot
 
     try:
         with entry.holding(value):
@@ -289,7 +290,7 @@ def read_dims(text: str | None, known: Any) -> dict[str, int]:
 
 def known_arch(arch: int) -> int:
     """`arch` where the gates know its limits, else UserError."""
-    from kernels import aot
+    from kernels.proof import aot
 
     if arch not in aot.CHIPS:
         raise UserError(f"sm_{arch}: the gates know {', '.join(f'sm_{a} ({c.name})' for a, c in aot.CHIPS.items())}")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 MOST_JOBS = 6  # each holds the tensors of a case on the GPU
 

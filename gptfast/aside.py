@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 LOCK = ".lock"
 

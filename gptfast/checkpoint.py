@@ -30,7 +30,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 FORMAT = 2
 FIELDS = {  # of the manifest, by format
@@ -330,9 +330,9 @@ def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
             raise ValueError(f"{name} is altered (sha256 differs)")
     optimizer = _read_tree(folder, "optimizer")
     if PARTS in manifest["files"]:
-        from gptfast.parallel.saving import read_parts
+        from gptfast.parallel.parts import read_parts
 
-        model = read_parts(folder, optimizer)
+        model = read_parts(folder, optimizer, json.loads((folder / PARTS).read_text())["aliases"])
     else:
         model = _read_tensors(folder / "model.safetensors")
     return Checkpoint(

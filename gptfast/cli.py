@@ -20,21 +20,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import errno
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 from gptfast import leave_at_once
-
-if TYPE_CHECKING:
-    import torch
-
-    from kernels import Ops
+from gptfast.errors import UserError, nearest
 
 Config = TypeVar("Config")
 
@@ -57,10 +52,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "budget_s": (0.0, float("inf")),
 }  # fmt: skip
 SHOWN = 80  # characters of what was typed that an error repeats
-
-
-class UserError(ValueError):
-    """Something the user can mend. The message is one line that names the thing and the fix."""
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> int:
@@ -192,79 +183,6 @@ def check_ranges(arguments: argparse.Namespace) -> argparse.Namespace:
 def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
     """The flags that the user typed, `{key: text}`, to tell a choice from a default."""
     return dict(_split(argv, get_type_hints(config_type))[1])
-
-
-def made_current(name: str) -> torch.device:
-    """The device of that name; a numbered GPU, if it is here, as the current one: streams, events and launches are its.
-
-    Raises RuntimeError for a name torch does not know.
-    """
-    import torch
-
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_device(name: str, *, typed: bool) -> str:
-    """The device to run on: `name`, checked, and a GPU made the current one, as cuda without a number means it.
-
-    A GPU that is only the default and not here becomes the CPU, with a line.
-
-    Raises UserError for a device that the user typed and that is not here, and for a name torch does not know.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device={name}: unknown device; use cuda, cuda:N, mps or cpu") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) < count:
-            made_current(name)
-            return name
-        if typed:
-            found = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
-            raise UserError(f"--device={name}: {found}; use --device={'cuda:0' if count else 'cpu'}")
-        print("device: cpu, because there is no CUDA GPU here (--device=cpu says so by itself)")
-        return "cpu"
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={name}: this torch has no MPS here; use --device=cpu")
-    if device.type not in ("cpu", "mps"):
-        raise UserError(f"--device={name}: gptfast runs on cuda, mps and cpu; use --device=cpu")
-    return name
-
-
-def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The dtype of activations that `--dtype=name` means on `device`, and why. auto: the fastest that trains well."""
-    import torch
-
-    from gptfast.model import compute_dtype
-
-    return compute_dtype(device) if name == "auto" else (getattr(torch, name), "asked for")
-
-
-def choose_ops(name: str, device: str) -> Ops:
-    """The implementations that `--kernels=name` means on `device`. Raises UserError for a choice that cannot run."""
-    import torch
-
-    import kernels
-
-    if name == "auto" and torch.cuda.is_available() and not device.startswith("cuda"):
-        name = "cpu"  # auto would choose for the GPU that this run does not use
-    try:
-        return kernels.load(name)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--kernels={name}: {error}") from None
-
-
-def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean "x"?` for the known word most like `word`, or the list of all when none is alike."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 
 def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
-from .cli import UserError
+from .errors import UserError
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import LARGEST_VOCAB, read_meta
 
 IN_MEMORY_BYTES = 64 * 2**20  # a split up to this size is held as int64, 2 to 4 times its size; a larger one is mapped

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from kernels import Ops
 
-from .cli import UserError
 from .config import GPTConfig
+from .errors import UserError
 
 IGNORED = -1  # a target that counts for nothing
 
@@ -331,19 +331,3 @@ class GPT(nn.Module):
             wpe = self.transformer["wpe"]
             wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight.detach()[:block_size].clone()), block_size
         self._set_rotation()
-
-
-def compute_dtype(device: str) -> tuple[torch.dtype, str]:
-    """The fastest dtype of activations in which `device` trains well, and why: (dtype, one line for the log)."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has bfloat16 matrix units"
-        return torch.float16, "the GPU has no bfloat16 matrix units"
-    if kind == "cpu":
-        if torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
-        if torch.cpu._is_avx512_bf16_supported():
-            return torch.bfloat16, "the CPU has bfloat16 dot products (AVX512-BF16)"
-        return torch.float32, "the CPU has no native bfloat16"
-    return torch.float32, f"{kind} is not known to train well in less"

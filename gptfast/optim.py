@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_
 
 from gptfast.config import GPTConfig
-from gptfast.model import compute_dtype
+from gptfast.runtime import compute_dtype
 from kernels.newton_schulz import newton_schulz_reference
 
 Shape = tuple[int, ...]
@@ -146,7 +146,7 @@ class Muon(_Plain):
     and "exp_avg_sq".
 
     newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in; None is
-    bfloat16 where the device has units for it, else what `gptfast.model.compute_dtype` says.
+    bfloat16 where the device has units for it, else what `gptfast.runtime.compute_dtype` says.
     """
 
     def __init__(

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.cli import UserError
 from gptfast.data import Tokens, parts_of, to_device
+from gptfast.errors import UserError
 
 # Pieces to choose from. Of log-normal documents of 600 tokens on average, crops drop 4 % of the tokens at a block_size
 # of 1024 and 2 % at 2048; a tenth of the buffer drops a fifth more. One core packs 30 million tokens per second, and

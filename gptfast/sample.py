@@ -5,7 +5,7 @@ The tokenizer comes out of the checkpoint, so neither the data set nor its folde
 
 from __future__ import annotations
 
-from gptfast.parallel import settle
+from gptfast.runtime import settle
 
 if __name__ == "__main__":
     settle()
@@ -19,10 +19,10 @@ from typing import Literal
 
 import torch
 
-from gptfast import checkpoint, cli, hf
-from gptfast.cli import UserError
+from gptfast import checkpoint, cli, hf, runtime
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, Request, Sampling
+from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer, from_json
 from kernels import Ops
@@ -65,10 +65,10 @@ class Sample:
 
 def main(argv: list[str]) -> None:
     config = cli.parse(Sample, argv)
-    device = cli.choose_device(config.device, typed="device" in cli.typed(argv, Sample))
-    dtype, why = cli.choose_dtype(config.dtype, device)
+    device = runtime.choose_device(config.device, typed="device" in cli.typed(argv, Sample))
+    dtype, why = runtime.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
-    model, tokenizer = load_model(config.init_from, config.out_dir, cli.choose_ops(config.kernels, device), dtype)
+    model, tokenizer = load_model(config.init_from, config.out_dir, runtime.choose_ops(config.kernels, device), dtype)
     prompt = read_prompt(config.start)
     tokens = tokenizer.encode(prompt)
     if not tokens:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gptfast import tokenizer_json
 from gptfast.blanks import LONG, Blanks
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer_json import BYTE_LETTERS
 
 if TYPE_CHECKING:

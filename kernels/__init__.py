@@ -112,7 +112,7 @@ class _Interpreted:
 
         if torch.compiler.is_compiling():  # the compiled graph holds the custom op, whose CPU implementation interprets
             return self.kernel(*args, **kwargs)
-        from .interpret import interpreting
+        from .proof.interpret import interpreting
 
         with interpreting():
             return self.kernel(*args, **kwargs)

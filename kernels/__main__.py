@@ -17,7 +17,7 @@ def kernel_names(name: str) -> list[str]:
     op = OPS[name]
     if op.triton is None or _triton.MISSING:
         return []
-    from .aot import launches
+    from .proof.aot import launches
 
     found = (launch.kernel.__name__ for dims in op.bench for launch in launches(op, dict(dims), 90))
     return sorted(dict.fromkeys(found), key=lambda kernel: "_bwd_" in kernel)

@@ -1,4 +1,4 @@
-"""How the commands of this package start and end: `python -m kernels`, `kernels.aot`, `kernels.traffic`.
+"""How the commands of this package start and end: `python -m kernels`, `kernels.proof.aot`, `kernels.proof.traffic`.
 
 What gptfast.cli does for all others, which this package may not import.
 """

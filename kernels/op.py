@@ -169,7 +169,7 @@ def _operator(name: str, schema: str, function: Callable[..., Any]) -> Callable[
 
     def interpretable() -> None:
         """Let the custom op take CPU tensors, interpreted. Registered only when somebody asks for the interpreter."""
-        from .interpret import interpreting
+        from .proof.interpret import interpreting
 
         def run(*inputs: Any) -> Any:
             with interpreting():

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from kernels import OPS, aot
+from kernels import OPS
 from kernels._triton import jit, tl
+from kernels.proof import aot
 
 WITH_KERNEL = [name for name, op in OPS.items() if op.triton is not None]
 
@@ -16,7 +17,7 @@ def test_the_report_is_fresh():
     """Every launch of every op at its bench sizes is in results/aot.json, from the kernel as it is now."""
     if aot.triton.__version__ != aot.report_version():
         pytest.skip(f"the report is of triton {aot.report_version()}, here is {aot.triton.__version__}")
-    assert not aot.stale(aot.read_report()), "run `python -m kernels.aot --update`"
+    assert not aot.stale(aot.read_report()), "run `python -m kernels.proof.aot --update`"
 
 
 def test_every_gate_in_the_report_holds():

@@ -14,8 +14,8 @@ import torch
 
 import kernels
 from gptfast import checkpoint, hf
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.hf import gguf
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer, CharTokenizer

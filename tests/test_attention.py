@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import aot
 from kernels._triton import Launcher, launcher, launching, skip
 from kernels.attention import attention_triton, backward, forward, reference
 from kernels.attention.reference import attention_reference
-from kernels.interpret import interpreting
+from kernels.proof import aot
+from kernels.proof.interpret import interpreting
 
 interpreted = kernels.load("reference", attention="interpret").attention
 

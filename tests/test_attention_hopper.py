@@ -15,14 +15,14 @@ from oracle import relative_error
 from torch import Tensor
 
 import kernels
-from kernels import aot
 from kernels._triton import Launcher, launching
 from kernels.attention import ATTENTION, attention_gluon, attention_triton
 from kernels.attention.hopper import forward as hopper
 from kernels.attention.hopper import pieces
 from kernels.attention.reference import attention_reference
-from kernels.emulate import ProtocolError, emulating
-from kernels.interpret import interpreting
+from kernels.proof import aot
+from kernels.proof.emulate import ProtocolError, emulating
+from kernels.proof.interpret import interpreting
 
 pytestmark = pytest.mark.triton
 KERNEL = "attention_fwd_kernel_hopper"

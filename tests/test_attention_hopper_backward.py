@@ -14,12 +14,12 @@ from mutants import mutated
 from oracle import relative_error
 from torch import Tensor
 
-from kernels import aot
 from kernels._triton import Launcher, launching
 from kernels.attention import ATTENTION, attention_triton, hopper
 from kernels.attention.hopper import fused, stay
 from kernels.attention.reference import attention_reference
-from kernels.emulate import ProtocolError, emulating
+from kernels.proof import aot
+from kernels.proof.emulate import ProtocolError, emulating
 
 pytestmark = pytest.mark.triton
 KERNELS = {64: "attention_bwd_kernel_stay_hopper", 128: "attention_bwd_kernel_fused_hopper"}

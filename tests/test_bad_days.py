@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from gptfast import checkpoint, cli
-from gptfast.cli import UserError
 from gptfast.data import load_tokens
+from gptfast.errors import UserError
 from gptfast.log import Tracker
 from gptfast.model import GPT
 from train import pretrain
@@ -552,7 +552,7 @@ def test_a_tracker_that_fails_does_not_stop_a_run(
 ) -> None:
     service = Broken(fails)
     monkeypatch.setitem(sys.modules, "trackio", service)
-    monkeypatch.setattr("gptfast.log.TRACKER_PATIENCE_S", 0.2)
+    monkeypatch.setattr("gptfast.log.trackers.TRACKER_PATIENCE_S", 0.2)
     assert cli.run(pretrain.main, [*flags, "--tracker=trackio"]) == 0
     assert "warning: trackio" in capsys.readouterr().err
     assert len(rows(tmp_path / "out")) == 5 and len(service.sent) == (0 if fails == "init" else 2)

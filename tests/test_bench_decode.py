@@ -17,9 +17,9 @@ from bench.peaks import Ceilings
 from bench.step_work import CountOps, host_us, step_work
 from bench.timing import relative_error
 from gptfast import mfu
-from gptfast.cli import UserError
 from gptfast.config import PRESETS
 from gptfast.engine.weights import converted
+from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import GPT
 

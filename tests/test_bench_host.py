@@ -7,7 +7,7 @@ import pytest
 
 import kernels
 from bench import host, results
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 
 def test_rows_hold_launches_and_times(tmp_path):

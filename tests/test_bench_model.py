@@ -15,8 +15,8 @@ from bench import model as bench_model
 from bench.model import Maker, Plan, Variant, fit, is_gpt2, ladder, main, makers, padded, peak_for, run_group, used_ops
 from bench.results import read
 from gptfast import mfu
-from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError
 from gptfast.log import Log, facts
 
 CPU = torch.device("cpu")

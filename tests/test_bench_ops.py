@@ -22,7 +22,7 @@ from bench.ops import Case, cases, fitted, halved, run_case, variants
 from bench.peaks import Ceilings, from_rows
 from bench.results import read
 from bench.timing import Settings, flatten, stopwatch
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Log, check_row, facts
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 from bench import optim
 from bench.results import read
 from bench.timing import Settings
-from gptfast.cli import UserError
 from gptfast.config import PRESETS
+from gptfast.errors import UserError
 from gptfast.log import Log, check_row, facts
 from kernels.newton_schulz import REFERENCE_PRODUCTS
 

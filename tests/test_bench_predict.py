@@ -6,8 +6,8 @@ import pytest
 
 from bench import costs, predict
 from bench.peaks import Ceilings
-from gptfast.cli import UserError
 from gptfast.config import PRESETS
+from gptfast.errors import UserError
 
 # An H200 on 2026-11-26: rates of our ops, and two profiles of a step of GPT-2 124M at B=16 (ms by part).
 OURS = {

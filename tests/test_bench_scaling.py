@@ -9,7 +9,7 @@ import pytest
 
 from bench import scaling
 from bench.scaling import METHODS, PUBLISHED, WORKLOADS, Cluster
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 CLUSTER = Cluster()
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench import speedrun as ablation
 from gptfast import cli
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import check_row
 from train.config import Pretrain
 from train.presets import PRESETS

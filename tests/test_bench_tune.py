@@ -12,7 +12,7 @@ from bench import tune
 from bench.ops import Case
 from bench.timing import Settings, Verdict, summarize
 from bench.tune import Trial, climb, direction_of, distinct, entries, main, neighbours, read_dims, short
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Log, facts
 from kernels.cross_entropy.rows import TILES as CROSS_ENTROPY_TILES
 from kernels.layernorm import TILES

@@ -13,7 +13,7 @@ import tokenizers
 
 from gptfast import blanks
 from gptfast.blanks import Blanks, shortened
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import GPT4_PATTERN, BPETokenizer
 from train.tokenizer import TokenizerConfig, train_bpe
 from train.tokenizer import train as train_tokenizer

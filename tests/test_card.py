@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from gptfast import card, cli, report
+from gptfast import cli
 from gptfast.log import Log, facts
+from gptfast.report import __main__ as report_command
+from gptfast.report import card
 
 
 def stage(folder: Path, name: str | None, rows: list[tuple[str, dict[str, Any]]], tasks: dict[str, float]) -> Path:
@@ -49,7 +51,7 @@ def test_every_figure_stands_in_its_column(folders: list[Path], tmp_path: Path) 
 
 def test_the_page_has_every_section(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*map(str, folders), "--card", f"--out_dir={tmp_path / 'card'}", "--dollars_per_hour=3600"]
-    assert cli.run(report.main, arguments) == 0
+    assert cli.run(report_command.main, arguments) == 0
     path = Path(capsys.readouterr().out.strip())
     text = path.read_text()
     for title in ("# Report card", "## Summary", "## Time and tokens", "## BASE", "## SFT", "## RL"):
@@ -65,10 +67,10 @@ def test_the_page_has_every_section(folders: list[Path], tmp_path: Path, capsys:
 
 def test_what_is_no_stage_is_refused(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert cli.run(report.main, [str(tmp_path / "empty"), "--card"]) == 2
+    assert cli.run(report_command.main, [str(tmp_path / "empty"), "--card"]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err
     again = stage(tmp_path / "again", "sft", [], {})
-    assert cli.run(report.main, [str(folders[1]), str(again), "--card"]) == 2
+    assert cli.run(report_command.main, [str(folders[1]), str(again), "--card"]) == 2
     assert "two folders are of one stage" in capsys.readouterr().err
 
 

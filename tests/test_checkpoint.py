@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gptfast import checkpoint
 from gptfast.checkpoint import Saver, load, save
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [
@@ -494,7 +494,7 @@ def test_an_unwritable_out_dir_is_a_user_error(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys, torch
 from gptfast import checkpoint
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write past the limit fails with EFBIG, as on a full disk
 model = {"w": torch.zeros(100_000)}
 checkpoint.save(sys.argv[1], step=0, model=model, optimizer=dict(model), meta={})

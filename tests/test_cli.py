@@ -10,8 +10,8 @@ from typing import Literal
 import pytest
 import torch
 
-from gptfast import cli
-from gptfast.cli import UserError
+from gptfast import cli, runtime
+from gptfast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -134,33 +134,33 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.choose_device("cpu", typed=True) == "cpu"
+    assert runtime.choose_device("cpu", typed=True) == "cpu"
     assert capsys.readouterr().out == ""
-    assert cli.choose_device("cuda", typed=False) == "cpu"
+    assert runtime.choose_device("cuda", typed=False) == "cpu"
     assert capsys.readouterr().out.startswith("device: cpu, because there is no CUDA GPU here")
     with pytest.raises(UserError, match=r"--device=cuda: there is no CUDA GPU here; use --device=cpu"):
-        cli.choose_device("cuda", typed=True)
+        runtime.choose_device("cuda", typed=True)
     with pytest.raises(UserError, match="unknown device"):
-        cli.choose_device("gpu", typed=True)
+        runtime.choose_device("gpu", typed=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert cli.choose_device("cuda:0", typed=True) == "cuda:0"
+    assert runtime.choose_device("cuda:0", typed=True) == "cuda:0"
     with pytest.raises(UserError, match="GPUs here: 1; use --device=cuda:0"):
-        cli.choose_device("cuda:1", typed=True)
+        runtime.choose_device("cuda:1", typed=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert cli.choose_device("cuda:1", typed=True) == "cuda:1"
-    assert cli.made_current("cuda:2").index == 2 and cli.made_current("cpu").type == "cpu"  # not here; not a GPU
+    assert runtime.choose_device("cuda:1", typed=True) == "cuda:1"
+    assert runtime.made_current("cuda:2").index == 2 and runtime.made_current("cpu").type == "cpu"
     assert current == [torch.device("cuda:0"), torch.device("cuda:1")]  # Triton launches on the current one
 
 
 def test_dtype_and_kernels() -> None:
-    assert cli.choose_dtype("float16", "cpu") == (torch.float16, "asked for")
-    dtype, why = cli.choose_dtype("auto", "cpu")
+    assert runtime.choose_dtype("float16", "cpu") == (torch.float16, "asked for")
+    dtype, why = runtime.choose_dtype("auto", "cpu")
     assert dtype in (torch.float32, torch.bfloat16)
     assert why.startswith("the CPU has")
-    assert cli.choose_ops("auto", "cpu").chosen["layernorm"][0] == "cpu"
+    assert runtime.choose_ops("auto", "cpu").chosen["layernorm"][0] == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"--kernels=triton: .*no CUDA device"):
-            cli.choose_ops("triton", "cpu")
+            runtime.choose_ops("triton", "cpu")

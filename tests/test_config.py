@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig, preset
+from gptfast.errors import UserError
 
 # Radford et al. 2019, table 2; nanoGPT's train_shakespeare_char and its CPU command
 SIZES = {

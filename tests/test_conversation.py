@@ -11,7 +11,7 @@ import pytest
 from gptfast import cli
 from gptfast.chat import conversation
 from gptfast.chat.conversation import SPECIAL_TOKENS, Chat, check, text_of
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, CharTokenizer
 from train import prepare
 from train.tokenizer import train_bpe

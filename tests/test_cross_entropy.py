@@ -15,7 +15,7 @@ import kernels
 from kernels import cross_entropy as page
 from kernels.cross_entropy import rows
 from kernels.cross_entropy.rows import Criterion, cross_entropy_rows
-from kernels.interpret import OutOfBounds, Race, interpreting
+from kernels.proof.interpret import OutOfBounds, Race, interpreting
 
 OP = kernels.OPS["cross_entropy"]
 kernel = kernels.load("reference", cross_entropy="interpret").cross_entropy
@@ -204,7 +204,7 @@ def test_on_a_gpu_it_makes_the_loss_nan(V, target):
 
 def test_nothing_waits_for_the_device():
     """Meta tensors have no data to look at: a look at a value would raise."""
-    from kernels.aot import launches
+    from kernels.proof.aot import launches
 
     names = [launch.kernel.__name__ for launch in launches(OP, dict(M=64, V=50304), 90)]
     assert names == ["cross_entropy_rows_kernel_hopper", "cross_entropy_bwd_kernel"]

@@ -5,12 +5,13 @@ import torch
 from mutants import mutated
 from oracle import relative_error
 
-from kernels import OPS, aot
+from kernels import OPS
 from kernels._triton import HAS_GLUON, Launcher, launching
 from kernels.cross_entropy import hopper
 from kernels.cross_entropy.rows import Criterion, cross_entropy_rows
-from kernels.emulate import ProtocolError, emulating
-from kernels.interpret import OutOfBounds, interpreting
+from kernels.proof import aot
+from kernels.proof.emulate import ProtocolError, emulating
+from kernels.proof.interpret import OutOfBounds, interpreting
 
 OP = OPS["cross_entropy"]
 KERNEL = "cross_entropy_rows_kernel_hopper"

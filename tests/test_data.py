@@ -19,8 +19,8 @@ from torch import Tensor
 
 import kernels
 from gptfast import data, packing
-from gptfast.cli import UserError
 from gptfast.data import Batches, Shards, count_windows, load_tokens, whole_split
+from gptfast.errors import UserError
 from gptfast.packing import PackedBatches
 
 

@@ -21,7 +21,7 @@ from kernels.decode_attention import (
     quantize_kv,
     tile,
 )
-from kernels.interpret import interpreting
+from kernels.proof.interpret import interpreting
 
 # A program for each tile of keys, so that a second kernel combines parts; and one that walks them all.
 SPLIT, WHOLE = 1000, 1

@@ -21,8 +21,8 @@ import pytest
 from local_server import Site, serve
 
 from gptfast import data
-from gptfast.cli import UserError
 from gptfast.data import Shards, load_tokens, parts_of
+from gptfast.errors import UserError
 from gptfast.packing import PackedBatches
 from gptfast.tokenizer import BPETokenizer, load_tokenizer
 from train import documents as stream

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from local_server import Site, serve
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from train.download import download
 
 OLD, NEW = bytes(range(256)) * 40, bytes(reversed(range(256))) * 30

@@ -28,7 +28,7 @@ def started(module: str, *arguments: str, **options: object) -> subprocess.Popen
 
 
 def test_every_command_is_known() -> None:
-    assert {"train.pretrain", "gptfast.sample", "gptfast.hf", "bench", "kernels", "kernels.aot"} <= set(PAGES)
+    assert {"train.pretrain", "gptfast.sample", "gptfast.hf", "bench", "kernels", "kernels.proof.aot"} <= set(PAGES)
     commands = set(PAGES) - {"gptfast.chat.jail"}  # which a sandbox starts, and nobody else
     assert all("run(main)" in (ROOT / page_of(module)).read_text("utf-8") for module in commands)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import kernels
 from gptfast import checkpoint, cli, hf
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gptfast.tokenizer_json import GPT2_PATTERN

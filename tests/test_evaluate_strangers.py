@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import kernels
 from gptfast import checkpoint, cli, hf
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.hf import __main__ as command
 from gptfast.model import GPT
 from train import evaluate

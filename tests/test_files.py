@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from gptfast.cli import UserError
 from gptfast.data import load_tokens, parts_of
+from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer
 from train import documents as stream
 from train.documents import Documents, Shape, make_shards

@@ -29,9 +29,9 @@ TOP_LEVEL = {
     *MAY_IMPORT, "results", ".ci", ".gitignore", "Makefile", "pyproject.toml", "constraints.txt",
     "README.md", "DESIGN.md", "AGENTS.md", "docs", "LICENSE", "SECURITY.md", "CHANGELOG.md",
 }  # fmt: skip
-NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "interpret", "emulate", "aot", "traffic"}
+NOT_OPS = {"__init__", "__main__", "_triton", "op", "prims", "proof"}
 OP_MAY_IMPORT = {"_triton", "op", "prims"}
-IMPORTS_TRITON = {"_triton", "interpret", "aot"}
+IMPORTS_TRITON = {"_triton", "proof"}
 IMPORTED_AT_ONCE = {"torch", "triton", "numpy", "safetensors"}  # all others are heavy or rare, and wait for their use
 LONGEST_PAGE = 600
 
@@ -66,6 +66,7 @@ class Import:
     name: str  # dotted and absolute: 'kernels.op', 'torch.distributed'
     line: int
     at_once: bool  # at module level, so that importing the page imports this
+    for_types: bool = False  # under TYPE_CHECKING
 
 
 @cache
@@ -76,24 +77,22 @@ def _parse(source: str) -> ast.Module:
 def imports(page: Page) -> Iterator[Import]:
     """Every import of a page. `from a import b` yields both a and a.b, since b may be a module."""
     parents = page.module.split(".") if page.path.endswith("__init__.py") else page.module.split(".")[:-1]
-    lazy = {
-        id(inner)
-        for outer in ast.walk(page.tree)
-        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(outer)
-        for inner in ast.walk(outer)
-    }
-    for node in ast.walk(page.tree):
-        at_once = id(node) not in lazy
+    nodes = list(ast.walk(page.tree))
+    typing = {id(inner) for outer in nodes if _is_type_checking(outer) for inner in ast.walk(outer)}
+    functions = [outer for outer in nodes if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lazy = typing | {id(inner) for outer in functions for inner in ast.walk(outer)}
+    for node in nodes:
+        when = id(node) not in lazy, id(node) in typing
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, at_once)
+                yield Import(alias.name, node.lineno, *when)
         elif isinstance(node, ast.ImportFrom):
             above = parents[: len(parents) - node.level + 1] if node.level else []
             base = [*above, *([node.module] if node.module else [])]
             if base:
-                yield Import(".".join(base), node.lineno, at_once)
+                yield Import(".".join(base), node.lineno, *when)
             for alias in node.names:
-                yield Import(".".join([*base, alias.name]), node.lineno, at_once)
+                yield Import(".".join([*base, alias.name]), node.lineno, *when)
 
 
 def _is_type_checking(node: ast.AST) -> bool:
@@ -126,7 +125,7 @@ def kernels_need_only_torch_and_triton(page: Page) -> Iterator[int]:
     if page.package != "kernels":
         return
     allowed = {"torch", "triton", "kernels", *sys.stdlib_module_names}
-    if page.room in ("interpret", "traffic"):
+    if page.room == "proof":
         allowed.add("numpy")
     for found in imports(page):
         if found.name.split(".")[0] not in allowed:
@@ -172,9 +171,9 @@ def only_parallel_is_distributed(page: Page) -> Iterator[int]:
     yield from (node.lineno for node in ast.walk(page.tree) if dotted(node) == "torch.distributed")
 
 
-def only_parallel_reads_the_environment(page: Page) -> Iterator[int]:
-    """Environment variables change a run without a trace; torchrun's, in gptfast/parallel, are the exception."""
-    if page.module == "gptfast.parallel" or page.package == "tests":
+def the_environment_has_two_readers(page: Page) -> Iterator[int]:
+    """Environment variables change a run without a trace, save torchrun's (parallel) and the C library's (runtime)."""
+    if page.module in ("gptfast.parallel", "gptfast.runtime") or page.package == "tests":
         return
     names = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
     yield from (found.line for found in imports(page) if found.name in names)
@@ -283,7 +282,7 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
     ],
     kernels_need_only_torch_and_triton: [
         ("kernels/rotary.py", "import numpy", "import math"),
-        ("kernels/aot.py", "def f():\n    import pandas", "def f():\n    import json"),
+        ("kernels/proof/aot.py", "def f():\n    import pandas", "def f():\n    import json"),
     ],
     triton_has_one_door: [
         ("kernels/layernorm.py", "import triton.language as tl", "from ._triton import tl"),
@@ -296,7 +295,7 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("kernels/attention/__init__.py", "from ..rotary import rotary_reference", "from .forward import forward"),
     ],
     heavy_imports_wait: [
-        ("gptfast/report.py", "import matplotlib.pyplot as plt", "def f():\n    import matplotlib.pyplot as plt"),
+        ("gptfast/rows.py", "import matplotlib.pyplot as plt", "def f():\n    import matplotlib.pyplot as plt"),
         ("gptfast/cli.py", "import tyro", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tyro"),
     ],
     only_parallel_is_distributed: [
@@ -305,7 +304,7 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("gptfast/model.py", "from torch import distributed", "from torch import nn"),
         ("gptfast/model.py", "from torch.distributed.tensor import DTensor", "from torch.distributions import Normal"),
     ],
-    only_parallel_reads_the_environment: [
+    the_environment_has_two_readers: [
         ("train/trainer.py", "import os\nos.environ['X'] = '1'", "import os\nos.cpu_count()"),
         ("bench/timing.py", "from os import getenv", "from os import fspath"),
         ("gptfast/log.py", "import os\nos.getenv('HOST')", "import os\nos.fsync(0)"),
@@ -315,7 +314,7 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("bench/model.py", "PEAK = 989 * 1e12", "share = flops / 1e12"),
         ("train/trainer.py", "PEAKS = {'H100 SXM': 989}", "ARCH = {'H100': 90}"),
         ("bench/plots.py", "LINES = [('NVIDIA A100', 312, 2039)]", "LINES = [('A100', 'dashed', 80)]"),
-        ("kernels/aot.py", "Chip('A100', 19.5, 1555)", "Chip('A100', 108, 167936)"),
+        ("kernels/proof/aot.py", "Chip('A100', 19.5, 1555)", "Chip('A100', 108, 167936)"),
         ("bench/plots.py", "Peak('B200', bf16=2250)", "peak('B200')"),
     ],
     nothing_is_executed_or_unpickled: [
@@ -359,6 +358,27 @@ PLANTED_CASES = [(rule, *case) for rule, cases in PLANTED.items() for case in ca
 def test_rule_sees(rule: Rule, path: str, offence: str, honest: str) -> None:
     assert list(rule(Page(path, offence)))
     assert not list(rule(Page(path, honest)))
+
+
+def circles(sources: list[Page]) -> list[str]:
+    """Modules that import each other, wherever in the page the import stands, save under TYPE_CHECKING."""
+    known = {page.module for page in sources}
+    uses: dict[str, set[str]] = {}
+    for page in sources:
+        names = {found.name for found in imports(page) if not found.for_types and found.name in known - {page.module}}
+        # `from a import b` where a.b is a page needs a only as its folder
+        uses[page.module] = {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+    while free := {name for name, used in uses.items() if not used & uses.keys()}:
+        uses = {name: used for name, used in uses.items() if name not in free}
+    return sorted(name for name in uses if any(name in used for used in uses.values()))
+
+
+def test_imports_go_in_no_circle() -> None:
+    planted = [Page("gptfast/a.py", "def f():\n    import gptfast.b"), Page("gptfast/b.py", "from gptfast.a import f")]
+    assert circles(planted) == ["gptfast.a", "gptfast.b"]
+    honest = Page("gptfast/b.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import gptfast.a")
+    assert circles([planted[0], honest]) == []
+    assert circles([page for page in pages() if page.package != "tests"]) == []
 
 
 def test_every_package_has_pages() -> None:
@@ -416,18 +436,20 @@ def test_no_path_that_a_user_does_not_have() -> None:
 
 
 def paths_of_the_plan(text: str) -> list[str]:
-    """The paths of DESIGN.md's tree: what stands at the margin is a folder, what is indented stands in it."""
-    found, folder = [], ""
+    """The paths of DESIGN.md's tree: each line stands in the folder above it that is indented less."""
+    found: list[str] = []
+    folders: list[tuple[int, str]] = []  # those that the line stands in: their indent and path
     for line in re.search(r"```\n(.*?)```", text, re.S).group(1).splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else name
-        found.append(folder + name if line.startswith(" ") else name)
+        name, indent = line.split()[0], len(line) - len(line.lstrip())
+        folders = [(outer, path) for outer, path in folders if outer < indent]
+        found.append((folders[-1][1] if folders else "") + name)
+        folders.append((indent, found[-1]))
     return found
 
 
 def test_the_plan_names_what_there_is() -> None:
     plan = paths_of_the_plan((ROOT / "DESIGN.md").read_text(encoding="utf-8"))
-    assert len(plan) > 30 and "kernels/op.py" in plan
+    assert len(plan) > 30 and {"kernels/op.py", "kernels/proof/aot.py"} <= set(plan)
     assert not [path for path in plan if not (ROOT / path).exists()]
     pages = {path.split("/")[0] for path in tracked() if path.endswith(".py")}
     assert pages <= {path.rstrip("/") for path in plan}

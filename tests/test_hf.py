@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import kernels
 from gptfast import cli, hf
-from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError
 from gptfast.hf import __main__ as command
 from gptfast.hf import gguf as gguf_file
 from gptfast.model import GPT

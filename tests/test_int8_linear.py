@@ -21,7 +21,7 @@ from kernels.int8_linear import (
     int8_linear_triton,
     quantize,
 )
-from kernels.interpret import interpreting
+from kernels.proof.interpret import interpreting
 
 H100 = 132  # multiprocessors
 FEW, MANY = 3, 20  # rows of x, for the one kernel and for the other

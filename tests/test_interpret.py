@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels._triton import jit, launcher, tl
-from kernels.interpret import OutOfBounds, Overflow, Race, from_bf16, interpreting, to_bf16
+from kernels.proof.interpret import OutOfBounds, Overflow, Race, from_bf16, interpreting, to_bf16
 
 
 def patterns() -> torch.Tensor:

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from oracle import check_parity, relative_error, run
 
 import kernels
-from kernels import aot
 from kernels.layernorm import LAYERNORM, TILES, layernorm_reference, layernorm_triton
 from kernels.prims import loop_tile
+from kernels.proof import aot
 
 interpreted = kernels.load("reference", layernorm="interpret").layernorm
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels._triton import launching, skip
 from kernels.cross_entropy import linear as page
-from kernels.interpret import interpreting
+from kernels.proof.interpret import interpreting
 
 OP = kernels.OPS["linear_cross_entropy"]
 kernel = kernels.load("reference", linear_cross_entropy="interpret").linear_cross_entropy

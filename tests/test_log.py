@@ -118,7 +118,7 @@ def test_the_facts_of_this_machine():
 
 
 def test_outside_git_the_commit_is_unknown_and_not_guessed(monkeypatch, tmp_path):
-    monkeypatch.setattr(log, "__file__", str(tmp_path / "gptfast" / "log.py"))
+    monkeypatch.setattr(log.machine, "__file__", str(tmp_path / "gptfast" / "log" / "machine.py"))
     assert log.commit() == {"commit": None, "dirty": None}
 
 
@@ -136,7 +136,7 @@ def test_gpu_facts_and_state():
 
 
 def test_the_file_does_not_say_where_the_checkout_lies(tmp_path):
-    root = Path(log.__file__).resolve().parents[1]
+    root = Path(log.__file__).resolve().parents[2]
     with Log(tmp_path, name="rows.jsonl", console=False) as file:
         file.row("note", text=f"see {root}/results/cpu and {tmp_path}")
     assert json.loads((tmp_path / "rows.jsonl").read_text())["text"] == f"see results/cpu and {tmp_path}"

@@ -13,8 +13,8 @@ import torch
 
 import kernels
 from gptfast.chat.conversation import Chat
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.model import GPT, IGNORED
 from train.mixture import ConversationBatches, Mixture, Part, read_mixture, rl_multiplier, sft_momentum, sft_multiplier
 from train.tasks import Example, Where

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig
-from gptfast.model import GPT, compute_dtype
+from gptfast.errors import UserError
+from gptfast.model import GPT
 from gptfast.packing import document_starts
+from gptfast.runtime import compute_dtype
 
 OPS = kernels.load("reference")
 BOS = 30  # begins a document

@@ -11,7 +11,7 @@ from mutants import mutated
 from oracle import check_parity
 
 import kernels
-from kernels.interpret import OutOfBounds, Overflow, Race, interpreting
+from kernels.proof.interpret import OutOfBounds, Overflow, Race, interpreting
 
 MUTANTS = {
     "layernorm": {

@@ -13,7 +13,6 @@ from torch import Tensor
 import kernels
 import kernels.newton_schulz as newton_schulz_page
 from kernels._triton import Launcher, launching
-from kernels.interpret import interpreting
 from kernels.newton_schulz import (
     KERNEL_PRODUCTS,
     POLAR_EXPRESS,
@@ -26,6 +25,7 @@ from kernels.newton_schulz import (
     newton_schulz_triton,
     steps_per_gram,
 )
+from kernels.proof.interpret import interpreting
 
 IMPLEMENTATIONS = {
     "reference": newton_schulz_reference,

@@ -24,13 +24,13 @@ from torch import Tensor
 
 import kernels
 from gptfast import checkpoint
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.data import Batches
+from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import adamw, muon
 from gptfast.parallel import Launch, split
-from gptfast.parallel.saving import check_cover
+from gptfast.parallel.parts import check_cover
 from gptfast.parallel.team import Team
 from gptfast.step import Step, evaluate, language_model
 from train.guard import Guard

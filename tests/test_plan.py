@@ -11,8 +11,8 @@ import torch
 
 import kernels
 from gptfast import cli, hf, mfu
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import muon
 from train import build, dial, plan, pretrain

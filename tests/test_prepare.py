@@ -14,8 +14,8 @@ import pytest
 from local_server import Site, serve
 
 from gptfast import cli
-from gptfast.cli import UserError
 from gptfast.data import load_tokens, parts_of
+from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, load_tokenizer
 from train import download as downloading
 from train import prepare as page

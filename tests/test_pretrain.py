@@ -22,6 +22,7 @@ from gptfast import checkpoint, cli, hf, mfu
 from gptfast.config import GPTConfig
 from gptfast.data import Batches
 from gptfast.engine import Engine, Sampling
+from gptfast.errors import UserError
 from gptfast.log import check_row
 from gptfast.model import GPT
 from gptfast.optim import adamw, set_learning_rate
@@ -110,7 +111,7 @@ def test_presets_hold_nanogpts_values() -> None:
     "flag", ["--batch_size=0", "--dropout=1", "--beta2=1.5", "--learning_rate=nan", "--max_iters=-1"]
 )
 def test_impossible_values_are_refused(flag: str) -> None:
-    with pytest.raises(cli.UserError, match=flag.split("=")[0]):
+    with pytest.raises(UserError, match=flag.split("=")[0]):
         cli.parse(Pretrain, [flag], PRESETS)
 
 

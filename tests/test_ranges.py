@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gptfast import cli
-from gptfast.cli import LIMITS, UserError, check_range
+from gptfast.cli import LIMITS, check_range
+from gptfast.errors import UserError
 
 HUGE = ("1e308", "inf", "nan", "-inf")
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from gptfast import report
-from gptfast.cli import UserError, run
+from gptfast.cli import run
+from gptfast.errors import UserError
+from gptfast.report import __main__ as report_command
 
 FACTS: dict[str, Any] = {
     "hardware": {"kind": "cuda", "name": "NVIDIA Test 80GB"},
@@ -160,8 +162,8 @@ def test_reading_names_the_file_and_line_that_is_no_row(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     write(tmp_path / "metrics.jsonl", training())
-    assert run(report.main, [str(tmp_path)]) == 0
+    assert run(report_command.main, [str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
     write(tmp_path / "metrics.jsonl", [row("note", text="x")])
-    assert run(report.main, [str(tmp_path)]) == 2
+    assert run(report_command.main, [str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: no rows of a training run")

@@ -11,7 +11,7 @@ import pytest
 
 from bench import history, results
 from bench.compare import main as compare_main
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import SCHEMA, check_row
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels
 from kernels import rotary
 from kernels._triton import Launcher, launching
-from kernels.interpret import OutOfBounds, Overflow, Race, interpreting
+from kernels.proof.interpret import OutOfBounds, Overflow, Race, interpreting
 from kernels.rotary import ROTARY, inputs, rotary_cpu, rotary_reference, rotary_triton
 
 interpreted = kernels.load("reference", rotary="interpret").rotary

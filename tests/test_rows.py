@@ -10,7 +10,7 @@ import pytest
 
 from bench import plots, results
 from gptfast import report
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.rows import code, file_name, markdown, parse
 
 FACTS = {

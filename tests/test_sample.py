@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptfast import cli, sample
-from gptfast.parallel import others_running
+from gptfast.runtime import others_running
 from train import pretrain
 from train.prepare import prepare
 
@@ -161,7 +161,7 @@ def test_what_else_runs_is_what_the_system_says(tmp_path: Path) -> None:
 def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise(own: dict[str, str], kept: bool) -> None:
     program = """
 import ctypes, gptfast.parallel
-gptfast.parallel.settle()
+gptfast.runtime.settle()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 block = libc.malloc(2**24)

@@ -15,7 +15,7 @@ import pytest
 from gptfast.chat import sandbox as page
 from gptfast.chat.sandbox import Limits, Result, Sandbox, why_not
 from gptfast.chat.tools import Tools
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 KINDS = ("bubblewrap", "namespaces")
 QUICK = Limits(seconds=1, memory_mb=256, processes=8, tmp_mb=4, output_bytes=2000)

@@ -16,7 +16,8 @@ import torch
 
 import kernels
 from gptfast import checkpoint
-from gptfast.cli import UserError, run
+from gptfast.cli import run
+from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import GPT
 from gptfast.optim import groups_table, muon, set_learning_rate

@@ -18,9 +18,9 @@ from gptfast import checkpoint, cli, hf
 from gptfast.chat.answers import Answers, answer_all
 from gptfast.chat.conversation import Chat, check, text_of
 from gptfast.chat.sandbox import why_not
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, Sampling
+from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer
 from train import evaluate, score

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast.cli import UserError
 from gptfast.data import header, load_tokens, of_split
+from gptfast.errors import UserError
 
 
 def test_files_are_of_the_split_that_ends_their_name(tmp_path: Path) -> None:

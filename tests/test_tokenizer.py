@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import (
     BPETokenizer,
     CharTokenizer,

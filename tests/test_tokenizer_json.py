@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import from_json, load_bpe
 from gptfast.tokenizer_json import BYTE_LETTERS, PROBE, prove
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kernels import OPS, traffic
+from kernels import OPS
 from kernels._triton import jit, tl
-from kernels.interpret import interpreting
+from kernels.proof import traffic
+from kernels.proof.interpret import interpreting
 
 REPORTED = sorted({row["op"] for row in traffic.read_report()})
 

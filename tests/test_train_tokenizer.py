@@ -13,7 +13,7 @@ import tiktoken
 import tokenizers
 
 from gptfast import cli
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import GPT4_PATTERN, load_bpe
 from train import tokenizer as page
 from train.tokenizer import main, train_bpe

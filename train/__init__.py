@@ -1,5 +1,5 @@
 """Preparing data and training models, each a command: `python -m train.prepare`, `train.pretrain`, `train.speedrun`."""
 
-from gptfast.parallel import settle
+from gptfast.runtime import settle
 
 settle()  # before any page here imports torch

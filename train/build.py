@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from gptfast import checkpoint, cli, hf
-from gptfast.cli import UserError
+from gptfast import checkpoint, hf, runtime
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
 from gptfast.parallel.team import Team
@@ -66,7 +66,7 @@ def build_model(
     saved: checkpoint.Checkpoint | None,
 ) -> GPT:  # fmt: skip
     """The model that `init_from` asks for, on `device`, no longer than `config.block_size`."""
-    ops = cli.choose_ops(config.kernels, device)
+    ops = runtime.choose_ops(config.kernels, device)
     print(f"kernels:\n{ops}")
     if saved is not None:
         print(f"Resuming training from {saved.path}")

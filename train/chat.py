@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gptfast import card, cli
+from gptfast import cli, runtime
 from gptfast.chat.conversation import text_of
-from gptfast.cli import UserError
+from gptfast.errors import UserError
+from gptfast.report import card
 from train import evaluate, pretrain, rl, sft
 from train.prepare import PrepareConfig, prepare_as, pystdlib_text
 from train.tasks import Identity, Where, find
@@ -56,7 +57,7 @@ class ChatRun:
 def main(argv: list[str]) -> None:
     config = cli.parse(ChatRun, argv)
     started = time.perf_counter()
-    device = cli.choose_device(config.device, typed="device" in cli.typed(argv, ChatRun))
+    device = runtime.choose_device(config.device, typed="device" in cli.typed(argv, ChatRun))
     out = Path(config.out_dir)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out_dir={out}: it holds files already; choose another, or remove it")

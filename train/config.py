@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from kernels.newton_schulz import POLAR_EXPRESS
 
 POSITIVE = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptfast.chat import conversation
 from gptfast.chat.conversation import Chat
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import load_bpe
 
 

@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 
 from gptfast import mfu
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.optim import set_learning_rate, set_scheduled
 from train.config import Pretrain
 

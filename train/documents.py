@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from gptfast.aside import locked
-from gptfast.cli import UserError
 from gptfast.data import HEADER, header, itemsize
+from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, from_json, read_meta
 from train import files
 from train.download import sha256_of

@@ -12,7 +12,7 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 
 def download(

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast import cli, hf
+from gptfast import cli, hf, runtime
 from gptfast.chat.conversation import Chat
-from gptfast.cli import UserError
 from gptfast.data import load_tokens, parts_of
+from gptfast.errors import UserError
 from gptfast.log import Log, facts
 from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
@@ -138,10 +138,10 @@ class Result:
 
 def main(argv: list[str]) -> None:
     config = cli.parse(Evaluate, argv, PRESETS)
-    device = cli.choose_device(config.device, typed="device" in cli.typed(argv, Evaluate))
-    dtype, why = cli.choose_dtype(config.dtype, device)
+    device = runtime.choose_device(config.device, typed="device" in cli.typed(argv, Evaluate))
+    dtype, why = runtime.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
-    ops = cli.choose_ops(config.kernels, device)
+    ops = runtime.choose_ops(config.kernels, device)
     if config.tasks:
         return score_tasks(config, ops, dtype, device)
     documents = read_documents(config)

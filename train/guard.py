@@ -11,7 +11,7 @@ from collections import deque
 from types import FrameType
 from typing import Any, Literal, Self
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.step import Batch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers warn by SIGTERM or SIGUSR1, people by SIGINT

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from gptfast.chat.conversation import Chat
-from gptfast.cli import UserError
 from gptfast.data import to_device
+from gptfast.errors import UserError
 from gptfast.model import IGNORED
 from gptfast.packing import PackedBatch
 from train.tasks import Example, Where, find

@@ -28,8 +28,8 @@ from typing import Literal
 import torch
 
 from gptfast import cli, mfu
-from gptfast.cli import UserError
 from gptfast.config import PRESETS, GPTConfig
+from gptfast.errors import UserError
 from train import dial
 from train.config import Pretrain
 from train.dial import Recipe, Sizes

@@ -45,8 +45,8 @@ from urllib.parse import urlsplit
 
 from gptfast import cli
 from gptfast.aside import locked
-from gptfast.cli import UserError
 from gptfast.data import header, inspect, itemsize
+from gptfast.errors import UserError, nearest
 from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
 from train import conversations
 from train.documents import Documents, Shape, make_shards, replace
@@ -223,7 +223,7 @@ def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str,
     if source is not None:
         return _read_text(Path(source), str(source))
     if name not in ("shakespeare_char", "shakespeare"):
-        raise UserError(f"unknown data set {name}{cli.nearest(name, DATA_SETS)}; for your own text add --source FILE")
+        raise UserError(f"unknown data set {name}{nearest(name, DATA_SETS)}; for your own text add --source FILE")
     path = folder / "input.txt"
     if not path.exists():
         otherwise = f"bring the text as a file: python -m train.prepare {name} --source FILE"

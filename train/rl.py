@@ -24,8 +24,8 @@ from torch import Tensor
 
 from gptfast import checkpoint, cli, hf
 from gptfast.chat.answers import Answers
-from gptfast.cli import UserError
 from gptfast.engine import Engine, Sampling
+from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import GPT
 from gptfast.optim import set_learning_rate

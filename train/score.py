@@ -23,8 +23,8 @@ from torch import Tensor
 from gptfast.chat.answers import Answers, answer_all
 from gptfast.chat.conversation import PYTHON, Chat, text_of
 from gptfast.chat.tools import Tools
-from gptfast.cli import UserError
 from gptfast.engine import Engine, Sampling
+from gptfast.errors import UserError
 from gptfast.model import GPT
 from train.tasks import CHATCORE, Example, Task
 

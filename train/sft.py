@@ -23,7 +23,7 @@ import torch
 
 from gptfast import checkpoint, cli, hf
 from gptfast.chat.conversation import Chat
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import IGNORED
 from gptfast.optim import set_learning_rate, set_scheduled

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from gptfast import cli, mfu, report
-from gptfast.cli import UserError
+from gptfast import cli, mfu, report, runtime
 from gptfast.engine import generate
+from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
 from gptfast.parallel import launch
 from gptfast.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def configure(argv: list[str]) -> tuple[str, Pretrain]:
     typed = cli.typed(argv, Pretrain)
     asked = cli.parse(Pretrain, argv, SPEEDRUN)
     device = asked.device if words or "device" in typed else "cuda" if torch.cuda.is_available() else "cpu"
-    device = cli.choose_device(device, typed="device" in typed)
+    device = runtime.choose_device(device, typed="device" in typed)
     name = words[0] if words else "cpu"
     if not words and device.startswith("cuda"):
         name = "gpu" if (Path(asked.data_dir) / (typed.get("dataset") or GPU.dataset) / "train.bin").is_file() else ""

@@ -21,7 +21,7 @@ from gptfast import cli
 from gptfast.aside import folder_aside
 from gptfast.blanks import shortened
 from gptfast.chat.conversation import SPECIAL_TOKENS
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import ENCODING, GPT4_PATTERN, BPETokenizer, find_bpe
 from gptfast.tokenizer_json import BYTE_LETTERS
 from train.documents import Documents

@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 import torch
 
-from gptfast import checkpoint, cli, mfu
-from gptfast.cli import UserError
+from gptfast import checkpoint, mfu, runtime
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
+from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
 from gptfast.model import GPT
 from gptfast.packing import PackedBatches, document_starts
@@ -106,7 +106,7 @@ class Run:
 @contextlib.contextmanager
 def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Iterator[tuple[Run, Log]]:
     """A run before its first update, alone or as a rank of torchrun's, and its log. Only the first rank prints."""
-    device = cli.choose_device(config.device, typed="device" in typed)
+    device = runtime.choose_device(config.device, typed="device" in typed)
     mode, degrees = config.parallel, dict(tensor=config.tensor_parallel, shard_size=config.shard_size)
     with (
         silence() if launch().rank else contextlib.nullcontext(),  # the first rank speaks for all
@@ -157,7 +157,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     print(f"tokens per iteration will be: {tokens_per_iteration:,}")
     if config.compile:
         check_compiler(device)
-    dtype, why = cli.choose_dtype(config.dtype, device)
+    dtype, why = runtime.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
     if device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 BOS = "<|bos|>"
 USER = ("<|user_start|>", "<|user_end|>")

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 JAIL = Path(__file__).with_name("jail.py")
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin")  # read-only in the room: what an interpreter is linked against

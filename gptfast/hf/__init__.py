@@ -23,8 +23,8 @@ from torch import Tensor
 import kernels
 from gptfast import checkpoint
 from gptfast.aside import folder_aside
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.hf import tokenizer_files
 from gptfast.hf.layouts import LAYOUTS, Settings, Weights, layout_for, layout_of
 from gptfast.model import GPT

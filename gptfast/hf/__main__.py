@@ -20,7 +20,7 @@ import torch
 
 import kernels
 from gptfast import checkpoint, cli, hf
-from gptfast.cli import UserError
+from gptfast.errors import UserError, nearest
 from gptfast.hf import gguf
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     elif argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
-        raise UserError(f"unknown command {argv[0]}{cli.nearest(argv[0], commands)}")
+        raise UserError(f"unknown command {argv[0]}{nearest(argv[0], commands)}")
 
 
 def run_import(argv: list[str]) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gptfast.aside import file_aside
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 from gptfast.hf import exported
 from gptfast.hf.layouts import Weights
 from gptfast.model import GPT

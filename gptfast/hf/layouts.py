@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.cli import UserError
 from gptfast.config import GPTConfig
+from gptfast.errors import UserError
 
 Weights = dict[str, Tensor]
 Settings = Mapping[str, Any]  # config.json

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.chat.conversation import ASSISTANT, BOS, SPECIAL_TOKENS
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_bpe
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 from . import Launch, launch
 

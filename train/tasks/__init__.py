@@ -7,8 +7,7 @@ task.passes(example, "... #### 18")
 
 from __future__ import annotations
 
-from gptfast import cli
-from gptfast.cli import UserError
+from gptfast.errors import UserError, nearest
 from train.tasks.arc import ARC_CHALLENGE, ARC_EASY
 from train.tasks.arithmetic import ADDITION, ARITHMETIC
 from train.tasks.gsm8k import GSM8K
@@ -38,7 +37,7 @@ def find(name: str) -> Task:
     if name.startswith("jsonl:"):
         return of_file(name.removeprefix("jsonl:"))
     if name not in TASKS:
-        raise UserError(f"unknown task {name}{cli.nearest(name, TASKS)}; a file of conversations is jsonl:PATH")
+        raise UserError(f"unknown task {name}{nearest(name, TASKS)}; a file of conversations is jsonl:PATH")
     return TASKS[name]
 
 

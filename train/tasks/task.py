@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 
 SHUFFLE_SEED = 42  # nanochat's, so that "the first 100 examples" are the same there and here
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")

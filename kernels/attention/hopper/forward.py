@@ -6,7 +6,7 @@ under the exponentials of the next; between the groups the tensor cores are pass
 exponentials while the other multiplies. After FlashAttention-3 (Shah et al., arXiv:2407.08608).
 
 The roles speak through barriers in shared memory, each good for one rendezvous after another; its phase, 0 or 1, tells
-two in a row apart. kernels/emulate.py runs the protocol on a CPU and finds what it lacks.
+two in a row apart. kernels/proof/emulate.py runs the protocol on a CPU and finds what it lacks.
 """
 
 from typing import NamedTuple

@@ -27,7 +27,7 @@ from triton.runtime.interpreter import TensorHandle as Handle
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._triton import Launcher, launching
+from .._triton import Launcher, launching
 
 
 class OutOfBounds(RuntimeError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast import report
-from gptfast.cli import UserError
+from gptfast.errors import UserError
 from gptfast.log import Row
 
 STAGES = ("base", "mid", "sft", "rl")

@@ -1,8 +1,8 @@
 """Compile every kernel of every op ahead of time for A100, H100 and B200, without a GPU, and hold the code to gates.
 
-    python -m kernels.aot             compile what changed, print the table, fail on a broken gate or a stale report
-    python -m kernels.aot --update    the same, and write results/aot.json
-    python -m kernels.aot --parity    compile the small cases that parity is tested at, for H100; what fails is named
+    python -m kernels.proof.aot           compile what changed, print the table, fail on a broken gate or a stale report
+    python -m kernels.proof.aot --update  the same, and write results/aot.json
+    python -m kernels.proof.aot --parity  compile the small cases of the parity tests, for H100; failures are named
 
 Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, every launch that it
 makes is recorded, and each distinct one is compiled exactly as the launch would be. Registers, stack and spills come
@@ -33,11 +33,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from . import OPS, _command
-from ._triton import Launcher, launching
-from .op import Op
+from .. import OPS, _command
+from .._triton import Launcher, launching
+from ..op import Op
 
-REPORT = Path(__file__).resolve().parents[1] / "results" / "aot.json"
+REPORT = Path(__file__).resolve().parents[2] / "results" / "aot.json"
 
 
 @dataclass(frozen=True)
@@ -424,7 +424,7 @@ def _label(key: tuple) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when every gate holds and the report is fresh, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels.proof.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
     parser.add_argument("--arch", action="append", type=int, choices=list(CHIPS), help="only this architecture")
@@ -460,7 +460,7 @@ def main(argv: list[str] | None = None) -> int:
     targets = ", ".join(f"sm_{a} ({CHIPS[a].name})" for a in archs)
     print(f"{len(rows)} kernels for {targets}: {fresh} compiled, {len(broken)} broken")
     if changed and not args.update:
-        print(f"{REPORT.parent.name}/{REPORT.name} is stale: run `python -m kernels.aot --update` and commit it")
+        print(f"{REPORT.parent.name}/{REPORT.name} is stale: run `python -m kernels.proof.aot --update` and commit it")
     return 1 if broken or (changed and not args.update) else 0
 
 

@@ -1,4 +1,4 @@
-"""Figures and one-page reports, drawn from rows (gptfast/log.py) and from nothing else, for train and bench alike.
+"""Figures and one-page reports, drawn from rows (gptfast/log/schema.py) and from nothing else, for train and bench alike.
 
 Every figure names the hardware, the date and the commit that its rows bear, and the convention of any MFU it shows.
 What a row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never
@@ -6,18 +6,16 @@ before.
 
     python -m gptfast.report out-speedrun                   # its metrics.jsonl -> report.md and PNGs beside it
     python -m gptfast.report results/*/ops.jsonl --out_dir=report
-    python -m gptfast.report out-base out-sft out-rl --card # one page on all stages of a model (gptfast/card.py)
+    python -m gptfast.report out-base out-sft out-rl --card # one page on all stages of a model (card.py)
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import re
 import statistics
-import sys
 import textwrap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from gptfast.cli import UserError, run
+from gptfast.errors import UserError
 from gptfast.log import Row
 from gptfast.rows import code, file_name, markdown, parse
 
@@ -404,28 +402,3 @@ BENCH_COLUMNS: Columns = {
     "error": "error",
     "valid": lambda row: "yes" if row.get("valid", True) else f"no: {row.get('invalid_reason')}",
 }
-
-
-def main(argv: list[str]) -> None:
-    """Report on logs: files of rows, or folders that hold a metrics.jsonl."""
-    parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
-    parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")
-    parser.add_argument("--card", action="store_true", help="a report card over folders, one for each stage")
-    parser.add_argument(
-        "--dollars_per_hour", "--dollars-per-hour", type=float, help="price of the machine, on the card"
-    )
-    options = parser.parse_args(argv)
-    logs = [path / "metrics.jsonl" if path.is_dir() else path for path in options.paths]
-    out_dir = options.out_dir or logs[0].parent
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if options.card:
-        from gptfast import card
-
-        print(card.write(options.paths, out_dir, options.dollars_per_hour))
-        return
-    print(write_report(read(logs), out_dir))
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

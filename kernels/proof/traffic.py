@@ -1,7 +1,7 @@
 """The bytes that an op's kernels move through memory, beside those it must move: a roofline without a GPU.
 
-    python -m kernels.traffic             count, print the table, fail if it is not what results/traffic.json says
-    python -m kernels.traffic --update    the same, and write results/traffic.json
+    python -m kernels.proof.traffic           count, print the table, fail if it is not what results/traffic.json says
+    python -m kernels.proof.traffic --update  the same, and write results/traffic.json
 
 Each op runs forward and backward at its bench sizes in the interpreter, on the code and the tiles of an H100, and every
 access is counted, by the 32-byte sectors that DRAM moves. To be quick, M, N or B is divided until it stands for a share
@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import OPS, _command
+from .. import OPS, _command
+from ..op import Cost, Op
 from .aot import CHIPS
 from .interpret import Guard, interpreting
-from .op import Cost, Op
 
-REPORT = Path(__file__).resolve().parents[1] / "results" / "traffic.json"
+REPORT = Path(__file__).resolve().parents[2] / "results" / "traffic.json"
 ARCH = 90
 MULTIPROCESSORS = CHIPS[ARCH].multiprocessors
 L2_BYTES = 50 << 20  # of an H100 (NVIDIA H100 white paper, table 4)
@@ -169,7 +169,8 @@ def read_report() -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when the report says what was counted, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.traffic", description=(__doc__ or "").split("\n\n")[0])
+    about = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m kernels.proof.traffic", description=about)
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
     args = parser.parse_args(argv)
@@ -189,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(name)
     if stale:
         print(
-            f"results/{REPORT.name} is stale ({', '.join(stale)}): run `python -m kernels.traffic --update`, commit it"
+            f"results/{REPORT.name} is stale ({', '.join(stale)}): run `python -m kernels.proof.traffic --update` "
+            "and commit it"
         )
     return 1 if stale else 0
 

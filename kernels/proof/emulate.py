@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._triton import GluonDescriptor, GluonKernel, Launcher, gl, gl_async_copy, gl_hopper, launching, tl
+from .._triton import GluonDescriptor, GluonKernel, Launcher, gl, gl_async_copy, gl_hopper, launching, tl
 from .interpret import OutOfBounds, interpreting
 
 

@@ -1,0 +1,95 @@
+"""What is written down: the console line, the JSONL row, the tracker, and the facts of the machine that a figure needs.
+
+A row is one JSON object on one line. Rows of training and of the bench share one schema, `check_row`, so that plots,
+reports and comparisons read both. A row that states a time or a rate must say where it was measured: hardware,
+software, commit, date and command. Rows inside a run (`step`, `eval`, ...) are covered by the `run` row that opens
+the file.
+
+    with Log("out") as log:
+        log.row("run", **facts("cuda"), config={...})
+        log.row("step", step=0, loss=4.2, ms=12.0)
+        log.say("iter 0: loss 4.2000")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from gptfast.errors import UserError
+
+from .machine import command, commit, cpu_facts, driver_version, facts, gpu_limits, gpu_state, hardware, now, software
+from .schema import EVERY_ROW, FACTS, KINDS, NOT_FINITE, OPTIONAL, SCHEMA, Row, check_row, plain
+from .trackers import Tracker
+
+__all__ = [
+    "EVERY_ROW", "FACTS", "KINDS", "NOT_FINITE", "OPTIONAL", "SCHEMA", "Log", "Row", "Tracker", "check_row", "command",
+    "commit", "cpu_facts", "driver_version", "facts", "gpu_limits", "gpu_state", "hardware", "now", "plain", "software",
+]  # fmt: skip
+
+CHECKOUT = f"{Path(__file__).resolve().parents[2]}/"
+
+
+class Log:
+    """Console lines, and checked rows appended to `out_dir/name`, each flushed so that a killed run keeps its rows.
+
+    `out_dir=None` writes no file; `console=False` prints nothing (both together: a rank that stays silent).
+    """
+
+    def __init__(self, out_dir: str | Path | None, *, name: str = "log.jsonl", console: bool = True) -> None:
+        self.console = console
+        self.path = None if out_dir is None else Path(out_dir) / name
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = None if self.path is None else _open_at_line_start(self.path)
+
+    def say(self, text: str) -> None:
+        """Print one line to the console."""
+        if self.console:
+            print(text, flush=True)
+
+    def row(self, what: str, **fields: Any) -> Row:
+        """Check and write one row, and return it. Raises ValueError that names a missing or wrong field.
+
+        In the file, paths inside this checkout are relative to it: its place on this machine is nobody's business.
+        """
+        row = check_row({"schema": SCHEMA, "what": what, "date": now(), **plain(fields)})
+        if self._file is not None:
+            line = json.dumps(row, allow_nan=False).replace(CHECKOUT, "") + "\n"
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                file, self._file = self._file, None
+                with contextlib.suppress(OSError):  # it tries the same bytes again
+                    file.close()
+                raise UserError(
+                    f"cannot write {self.path} ({len(line)} bytes needed): {error.strerror}; "
+                    "free some space, or choose another --out_dir"
+                ) from None
+        return row
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_at_line_start(path: Path) -> Any:
+    """Open to append; a last line that a killed run left half written is ended, so that the next row stays whole."""
+    file = path.open("ab+")
+    if file.tell() > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    file.close()
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""What a row is: one JSON object of a known kind, with the fields that its kind needs. Training and bench share it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+
+
+Row = dict[str, Any]
+
+
+NUMBER = (int, float)
+
+
+TEXT = (str,)
+
+
+MAYBE_TEXT = (str, type(None))
+
+
+MAYBE_NUMBER = (int, float, type(None))
+
+
+EVERY_ROW: dict[str, tuple[type, ...]] = {"schema": (int,), "what": TEXT, "date": TEXT}
+
+
+FACTS: dict[str, tuple[type, ...]] = {
+    "hardware": (dict,), "software": (dict,), "commit": MAYBE_TEXT, "dirty": (bool, type(None)), "command": TEXT,
+}  # fmt: skip
+
+
+TIMES: dict[str, tuple[type, ...]] = {"ms_p20": NUMBER, "ms_p50": NUMBER, "ms_p80": NUMBER, "n": (int,)}
+
+
+# what a row of each kind must hold beside EVERY_ROW
+KINDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "run": FACTS,  # opens a training log; `config` and whatever else describes the run
+    "step": {"step": (int,)},
+    "eval": {"step": (int,)},
+    "sample": {"text": TEXT},
+    "note": {"text": TEXT},
+    "summary": {"name": TEXT, **FACTS},
+    "aot": {"name": TEXT, **FACTS},
+    "op": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
+    "peak": {"name": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
+    "model": {"name": TEXT, "impl": TEXT, "dtype": TEXT, "tokens_per_s": NUMBER, **TIMES, **FACTS},
+    "decode": {"name": TEXT, "impl": TEXT, "dtype": TEXT, "tokens_per_s": NUMBER, **TIMES, **FACTS},
+    "optimizer": {"name": TEXT, "impl": TEXT, **TIMES, **FACTS},  # one step over the matrices of the model `name`
+    "product": {"name": TEXT, "impl": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},  # of Newton-Schulz
+    "profile": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
+    "host": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
+    "tune": {"name": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
+}
+
+
+# fields a row may hold; where present they must be of these types
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "config": (dict,), "dims": (dict,), "valid": (bool,), "invalid_reason": MAYBE_TEXT,
+    "ms_low": NUMBER, "ms_high": NUMBER, "host_ms_p50": MAYBE_NUMBER, "method": TEXT, "threads": (int, type(None)),
+    "tflops": MAYBE_NUMBER, "gbs": MAYBE_NUMBER, "roofline": MAYBE_NUMBER, "roofline_source": MAYBE_TEXT,
+    "error": MAYBE_NUMBER, "error_allowed": MAYBE_NUMBER, "error_dims": (dict,), "inexact": MAYBE_TEXT,
+    "mfu": MAYBE_NUMBER, "mfu_palm": MAYBE_NUMBER, "hfu": MAYBE_NUMBER, "mbu": MAYBE_NUMBER,
+    "tokens_per_s": MAYBE_NUMBER, "memory_bytes": MAYBE_NUMBER, "loss": MAYBE_NUMBER, "ms": MAYBE_NUMBER,
+    "state_before": (dict, type(None)), "state_after": (dict, type(None)),
+}  # fmt: skip
+
+
+def check_row(row: object) -> Row:
+    """Return `row` if it is a row of today's schema; else raise ValueError (TypeError) that names the field."""
+    if not isinstance(row, dict):
+        raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
+    if row.get("schema") != SCHEMA:
+        raise ValueError(f"row has schema {row.get('schema', 'missing')}, this version reads schema {SCHEMA}")
+    _check_fields(row, EVERY_ROW, required=True)
+    what = row["what"]
+    if what not in KINDS:
+        raise ValueError(f"unknown kind of row what={what!r}; known: {', '.join(sorted(KINDS))}")
+    _check_fields(row, KINDS[what], required=True)
+    _check_fields(row, OPTIONAL, required=False)
+    if "hardware" in row and not row["hardware"].get("name"):
+        raise ValueError("hardware.name is missing: a figure must say which machine it is from")
+    if "software" in row and not row["software"].get("torch"):
+        raise ValueError("software.torch is missing")
+    if "ms_p50" in row and not 0 <= row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] < math.inf:
+        raise ValueError(f"times out of order: p20 {row['ms_p20']}, p50 {row['ms_p50']}, p80 {row['ms_p80']}")
+    if row.get("n", 1) < 1:
+        raise ValueError("n is the number of samples, at least 1")
+    return row
+
+
+def _check_fields(row: Row, fields: dict[str, tuple[type, ...]], required: bool) -> None:
+    for name, types in fields.items():
+        if name not in row:
+            if required:
+                raise ValueError(f"{row.get('what', 'row')}: field {name!r} is missing")
+            continue
+        value = row[name]
+        if isinstance(value, str) and float in types and value in NOT_FINITE and not name.startswith("ms_"):
+            continue  # a loss that became nan is a fact worth keeping
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(f"field {name!r} is {value!r}, expected {expected}")
+
+
+NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers; as text they survive, and float() reads them back
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: tensors of one element become numbers, tuples lists, non-finite floats text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "item") and not isinstance(value, bool | int | float | str):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

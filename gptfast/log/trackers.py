@@ -1,0 +1,107 @@
+"""Services that rows of numbers are sent to, on a thread of their own, so that training never waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from gptfast.errors import UserError
+
+from .schema import Row
+
+TRACKER_PATIENCE_S = 10.0  # how long the end of a run waits for what has not been sent
+
+
+TRACKER_BACKLOG = 1000  # rows that wait to be sent; more are dropped, and counted
+
+
+class Tracker:
+    """Sends rows of numbers to wandb, trackio or tensorboard on a thread of its own; kind "none" sends nothing.
+
+    Training never waits for it: a service that is slow, down or broken costs rows, and one warning. Raises UserError,
+    naming the `flag` that asked for it, only where the package is missing.
+    """
+
+    def __init__(self, kind: str, flag: str, out_dir: str | Path, project: str, name: str, config: Row) -> None:
+        self.kind = kind
+        self.dropped = 0
+        self._rows: queue.Queue[Row | None] = queue.Queue(TRACKER_BACKLOG)
+        self._thread: threading.Thread | None = None
+        if kind == "none":
+            return
+        module = _import_tracker(kind, flag)
+        if kind == "tensorboard":
+            connect = partial(_tensorboard, module, Path(out_dir) / "tensorboard")
+        else:
+            connect = partial(_wandb_like, module, project, name, config)
+        self._thread = threading.Thread(target=self._send, args=(connect,), daemon=True)
+        self._thread.start()
+
+    def log(self, row: Row) -> None:
+        """Send one row; "iter" is its step, None values are left out."""
+        if self._thread is None:
+            return
+        try:
+            self._rows.put_nowait({key: value for key, value in row.items() if value is not None})
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Waits TRACKER_PATIENCE_S at most for rows not yet sent; says how many were lost."""
+        if self._thread is None:
+            return
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._rows.put(None, timeout=TRACKER_PATIENCE_S)
+            self._thread.join(TRACKER_PATIENCE_S)
+        lost = self.dropped + self._rows.qsize()
+        if self._thread.is_alive() or lost:
+            print(f"warning: {self.kind} did not take {lost} rows; metrics.jsonl has them all", file=sys.stderr)
+        self._thread = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send(self, connect: Callable[[], tuple[Callable[[Row], Any], Callable[[], Any]]]) -> None:
+        try:
+            send, finish = connect()
+            while (row := self._rows.get()) is not None:
+                send(row)
+            finish()
+        except BaseException as error:
+            print(f"warning: {self.kind} failed and gets no more rows: {error!r}", file=sys.stderr)
+            self.dropped += 1
+
+
+def _import_tracker(kind: str, flag: str) -> Any:
+    module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{flag} needs the package {kind}: pip install {kind}, or leave the flag out") from None
+
+
+def _wandb_like(module: Any, project: str, name: str, config: Row) -> tuple[Callable[[Row], Any], Callable[[], Any]]:
+    module.init(project=project, name=name, config=config)
+    return module.log, getattr(module, "finish", lambda: None)
+
+
+def _tensorboard(module: Any, folder: Path) -> tuple[Callable[[Row], Any], Callable[[], Any]]:
+    writer = module.SummaryWriter(str(folder))
+
+    def send(row: Row) -> None:
+        for key, value in row.items():
+            if key != "iter":
+                writer.add_scalar(key, value, row["iter"])
+
+    return send, writer.close

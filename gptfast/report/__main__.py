@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from gptfast import report
+from gptfast.cli import run
+from gptfast.report import card
+
+
+def main(argv: list[str]) -> None:
+    """Report on logs: files of rows, or folders that hold a metrics.jsonl."""
+    parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")
+    parser.add_argument("--card", action="store_true", help="a report card over folders, one for each stage")
+    parser.add_argument(
+        "--dollars_per_hour", "--dollars-per-hour", type=float, help="price of the machine, on the card"
+    )
+    options = parser.parse_args(argv)
+    logs = [path / "metrics.jsonl" if path.is_dir() else path for path in options.paths]
+    out_dir = options.out_dir or logs[0].parent
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if options.card:
+        print(card.write(options.paths, out_dir, options.dollars_per_hour))
+        return
+    print(report.write_report(report.read(logs), out_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,161 @@
+"""The machine that a run finds: threads and memory of the process, the device, and the dtype it computes in.
+
+Nothing here imports torch at module level, because `bound_spinning` must run before torch loads its thread pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptfast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels import Ops
+
+# Turns that a thread of GNU OpenMP, torch's pool, spins at a barrier before it sleeps. By default 300,000, some
+# milliseconds, and while another program has the core that a barrier waits for, each operation burns them all. On 2
+# cores beside four busy processes a training step of char-cpu takes 412 ms so, and 212 with 1,000 turns; but alone 52
+# and 82, for threads that sleep between operations have to be woken.
+SPIN_TURNS = 1000
+
+
+# What of the freed memory glibc keeps (M_TRIM_THRESHOLD), and up to which size it hands out what it keeps
+# (M_MMAP_THRESHOLD, at most this much): by default little of either, so that activations are new pages at each step,
+# cleared one by one. A step of cpu-sprint has 900 page faults so and takes a fifth longer; without, none.
+KEPT_BYTES, M_TRIM_THRESHOLD = 2**29, -1
+
+
+SERVED_BYTES, M_MMAP_THRESHOLD = 2**25, -3
+
+
+def settle() -> None:
+    """What a command of this library does first, before it imports torch: threads and memory as training wants them."""
+    bound_spinning()
+    keep_memory()
+
+
+def keep_memory() -> bool:
+    """Let freed memory stay with the process, for the next step to take. False where the C library has no such knob.
+
+    The user's own MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ stands, for both.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return True
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all(
+        mallopt(*setting) == 1 for setting in ((M_TRIM_THRESHOLD, KEPT_BYTES), (M_MMAP_THRESHOLD, SERVED_BYTES))
+    )
+
+
+def bound_spinning() -> bool:
+    """On a busy machine, keep CPU threads from spinning while another program needs their core.
+
+    To be called before torch loads its pool: True if it came in time. The user's own GOMP_SPINCOUNT or OMP_WAIT_POLICY
+    stands.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ and 2 * others_running() >= (os.cpu_count() or 1):
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_TURNS))
+    return "torch" not in sys.modules
+
+
+def spin_turns() -> int | None:
+    """The bound that is in force, None where there is none."""
+    turns = os.environ.get("GOMP_SPINCOUNT", "")
+    return int(turns) if turns.isdecimal() else None
+
+
+def others_running(loadavg: Path = Path("/proc/loadavg")) -> int:
+    """How many threads beside this one run, or want to, at this moment; 0 where the system (not Linux) does not say."""
+    try:
+        running, _, _ = loadavg.read_text().split()[3].partition("/")
+        return int(running) - 1
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def made_current(name: str) -> torch.device:
+    """The device of that name; a numbered GPU, if it is here, as the current one: streams, events and launches are its.
+
+    Raises RuntimeError for a name torch does not know.
+    """
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_device(name: str, *, typed: bool) -> str:
+    """The device to run on: `name`, checked, and a GPU made the current one, as cuda without a number means it.
+
+    A GPU that is only the default and not here becomes the CPU, with a line.
+
+    Raises UserError for a device that the user typed and that is not here, and for a name torch does not know.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name}: unknown device; use cuda, cuda:N, mps or cpu") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) < count:
+            made_current(name)
+            return name
+        if typed:
+            found = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
+            raise UserError(f"--device={name}: {found}; use --device={'cuda:0' if count else 'cpu'}")
+        print("device: cpu, because there is no CUDA GPU here (--device=cpu says so by itself)")
+        return "cpu"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: this torch has no MPS here; use --device=cpu")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"--device={name}: gptfast runs on cuda, mps and cpu; use --device=cpu")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype of activations that `--dtype=name` means on `device`, and why. auto: the fastest that trains well."""
+    import torch
+
+    return compute_dtype(device) if name == "auto" else (getattr(torch, name), "asked for")
+
+
+def choose_ops(name: str, device: str) -> Ops:
+    """The implementations that `--kernels=name` means on `device`. Raises UserError for a choice that cannot run."""
+    import torch
+
+    import kernels
+
+    if name == "auto" and torch.cuda.is_available() and not device.startswith("cuda"):
+        name = "cpu"  # auto would choose for the GPU that this run does not use
+    try:
+        return kernels.load(name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--kernels={name}: {error}") from None
+
+
+def compute_dtype(device: str) -> tuple[torch.dtype, str]:
+    """The fastest dtype of activations in which `device` trains well, and why: (dtype, one line for the log)."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has bfloat16 matrix units"
+        return torch.float16, "the GPU has no bfloat16 matrix units"
+    if kind == "cpu":
+        if torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "the CPU has bfloat16 matrix units (AMX)"
+        if torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16, "the CPU has bfloat16 dot products (AVX512-BF16)"
+        return torch.float32, "the CPU has no native bfloat16"
+    return torch.float32, f"{kind} is not known to train well in less"

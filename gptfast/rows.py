@@ -1,6 +1,6 @@
 """Rows that somebody else may have written: checked on reading, and harmless in names of files, figures and Markdown.
 
-The schema (gptfast/log/schema.py) says what a row must hold. Here is what any row may hold at most, so that drawing it neither
+The schema (gptfast/log) says what a row must hold. Here is what any row may hold at most, so that drawing it neither
 fails nor writes where it should not: numbers are finite and of a size that can be drawn, texts short and on one line,
 and what a figure reads is of the type that it reads.
 """

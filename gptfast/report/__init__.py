@@ -1,4 +1,4 @@
-"""Figures and one-page reports, drawn from rows (gptfast/log/schema.py) and from nothing else, for train and bench alike.
+"""Figures and one-page reports, drawn from rows (gptfast/log) and from nothing else, for train and bench alike.
 
 Every figure names the hardware, the date and the commit that its rows bear, and the convention of any MFU it shows.
 What a row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never

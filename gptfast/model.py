@@ -182,7 +182,7 @@ class MLP(nn.Module):
 
     def _widen(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer's product with x, and the bias that is left to add."""
-        if self.fuses_bias and type(layer) is Linear:
+        if self.fuses_bias and isinstance(layer, Linear):
             return layer(x, with_bias=False), layer.bias
         return layer(x), None
 

@@ -135,8 +135,8 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Eighth:
     wide = torch.promote_types(x.dtype, torch.float32)
     largest = torch.finfo(dtype).max
     scale = torch.linalg.vector_norm(x, math.inf, dtype=wide).clamp(min=FLOOR) / largest
-    # The clamp: a quotient may be a rounding above the largest number, and e5m2 would make that Inf.
-    return Eighth((x.to(wide) / scale).clamp(-largest, largest).to(dtype), scale.float())
+    # A quotient may be a rounding of fp32 above the largest number, but that is still the nearest of 8 bits.
+    return Eighth((x.to(wide) / scale).to(dtype), scale.float())
 
 
 def product(a: Eighth, b: Eighth, dtype: torch.dtype, way: Way, *, fast: bool = False) -> Tensor:

@@ -234,6 +234,8 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, bundle: dict[str, asked.
     reader = Reader("rigged", 10_000, BYTES, other.logits, identity="newer weights")
     assert measure(reader, tasks[1], 3, Journal(path)).accuracy == 1.0 and other.calls > 0
     assert scores_of(third, tasks, path) == expected and third.calls == 0
+    scores_of(third, [dataclasses.replace(tasks[0], sha256="another file")], path)
+    assert third.calls > 0
 
 
 def test_weights_that_change_are_judged_anew(tmp_path: Path) -> None:

@@ -214,9 +214,7 @@ def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score
     chat = Chat(_tokenizer(source, folder))  # type: ignore[arg-type]
     reason = hf.why_not(folder)
     if reason:
-        print(f"{source} runs through transformers: {reason}")
-        theirs = _import_transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return score.Theirs(theirs.to(device).eval(), chat)
+        return score.Theirs(_theirs(source, folder, reason, dtype, device), chat)
     return score.Ours(hf.load(source, ops, dtype=dtype).to(device).eval(), chat)
 
 
@@ -417,9 +415,7 @@ def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) 
     if not reason:
         model = hf.load(source, ops, dtype=dtype).to(device).eval()
         return model, model.config.block_size, _tokenizer(source, folder)
-    print(f"{source} runs through transformers: {reason}")
-    auto = _import_transformers().AutoModelForCausalLM
-    theirs = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    theirs = _theirs(source, folder, reason, dtype, device)
     longest = getattr(theirs.config, "max_position_embeddings", None) or context
     if not longest:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
@@ -433,6 +429,13 @@ def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     settings: dict[str, Any] = {"ignore_index": IGNORED, "softcap": model.config.softcap, "reduction": "sum"}
     rows = zip(h, targets, strict=True)
     return torch.stack([model.ops.linear_cross_entropy(row, weight, wanted, **settings) for row, wanted in rows])
+
+
+def _theirs(source: str, folder: Path, reason: str, dtype: torch.dtype, device: str) -> Any:
+    """The model of transformers, because of `reason` not ours."""
+    print(f"{source} runs through transformers: {reason}")
+    auto = _import_transformers().AutoModelForCausalLM
+    return _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
 
 def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:

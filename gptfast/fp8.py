@@ -79,7 +79,8 @@ def convert(model: GPT, way: Way) -> tuple[list[str], list[str]]:
     Returns the names of those and of the ones that stay as they are, the head among them: the loss multiplies it, in
     pieces, and never makes all of its logits.
     """
-    converted, left = [], ["lm_head"]
+    converted: list[str] = []
+    left = ["lm_head"]
     for name, parent in list(model.transformer["h"].named_modules(prefix="transformer.h")):
         for child_name, child in list(parent.named_children()):
             if type(child) is Linear:

@@ -57,6 +57,12 @@ def test_prompts_are_those_written_by_hand(bundle: dict[str, asked.CoreTask]) ->
     assert [bundle[name].chance for name in NAMES] == [0.25, 0.5, 0.0]
 
 
+def test_a_number_is_as_good_as_a_text() -> None:
+    items = [{"context": 7, "continuation": 9}, {"context": "eight", "continuation": 1.5}]
+    task = asked.CoreTask("sums", "language_modeling", 1, " is ", 0.0, items, "")
+    assert asked.prompts(task, 0) == ["eight is 1.5\n\n7 is", "eight is 1.5\n\n7 is 9"]
+
+
 def test_a_limit_cuts_before_examples_are_drawn() -> None:
     cut = asked.read(str(BUNDLE), "", max_examples=3)["colours"]
     kept = [item["query"] for item in cut.items]

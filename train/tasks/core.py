@@ -34,10 +34,11 @@ SETTINGS, CHANCES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 SHUFFLE_SEED, EXAMPLES_SEED = 1337, 1234
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
-FIELDS: dict[str, dict[str, type]] = {
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
+TEXT = (str, int, float)  # an answer may be a number
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "multiple_choice": {"query": TEXT, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": TEXT, "gold": int},
+    "language_modeling": {"context": TEXT, "continuation": TEXT},
 }
 
 Folder = Path | zipfile.Path
@@ -67,7 +68,7 @@ def prompts(task: CoreTask, index: int) -> list[str]:
         return [f"{before}{item['query']}{mark}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
         return [f"{before}{beginning}{mark}{item['continuation']}" for beginning in item["context_options"]]
-    beginning = f"{before}{item['context'].strip()}{mark}"
+    beginning = f"{before}{str(item['context']).strip()}{mark}"
     # The space that `mark` ends with is in one token with the word after it: the beginning alone must not have it.
     return [beginning.strip(), f"{beginning}{item['continuation']}"]
 
@@ -86,7 +87,7 @@ def _told(task: CoreTask, item: dict[str, Any]) -> str:
         return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
     if task.kind == "schema":
         return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
-    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
+    return f"{str(item['context']).strip()}{task.delimiter}{item['continuation']}"
 
 
 # ---- the bundle

@@ -12,7 +12,6 @@ resumed run draws the same. One process.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import GPT
 from gptfast.optim import set_learning_rate
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from gptfast.step import Batch, Objective
 from train import policy
 from train.mixture import rl_multiplier
@@ -256,4 +255,4 @@ def line(row: dict[str, Any], config: Any, mfu_palm: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    leave(cli.run(main))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from gptfast import cli, mfu, report, runtime
 from gptfast.engine import generate
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from gptfast.tokenizer import load_tokenizer
 from train.config import Pretrain
 from train.prepare import prepare
@@ -121,4 +120,4 @@ def sample(run: Run, log: Log) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    leave(cli.run(main))

@@ -39,10 +39,10 @@ from kernels import Cost, Op
 from . import peers, results
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes, measured_ceilings
+from .peers import OURS
 from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
 
 DIRECTIONS = ("forward", "backward", "both")
-OURS = ("triton", "reference")
 MOVES_WORK = frozenset({"linear_cross_entropy"})  # their forward finds gradients, which their backward only scales
 CPU_FLOPS, CPU_BYTES = 5e8, 16e6  # of a forward pass on a CPU
 INEXACT = 0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), else wrong
@@ -93,7 +93,7 @@ class Case:
             arguments = self.draw(0 if self.direction == "backward" else seed)
             if double:
                 arguments = tuple(a.double() if _is_float(a) else a for a in arguments)
-            return flatten(self.bind(self.op.reference, arguments, wanted, cotangent_seed=seed)())
+            return flatten(self.bind(peers.in_torch(self.op), arguments, wanted, cotangent_seed=seed)())
 
         return Truth(lambda seed: answer(seed, True), lambda seed: answer(seed, False))
 
@@ -173,9 +173,11 @@ def variants(op: Op, device: torch.device, compiled: bool, asked: Sequence[str] 
     found: dict[str, Callable] = {}
     if device.type == "cuda" and op.triton is not None:
         found.update(triton=op.triton, **{name: op.variants[name] for name in asked})
-    found["reference"] = op.reference
+    found["reference"] = peers.in_torch(op)
+    if device.type == "cpu" and op.cpu not in (None, found["reference"]):
+        found["cpu"] = op.cpu
     if compiled:
-        found["compile"] = torch.compile(op.reference, dynamic=False)
+        found["compile"] = torch.compile(peers.in_torch(op), dynamic=False)
     return {**found, **peers.of(op.name, device, compiled)}
 
 
@@ -259,7 +261,7 @@ def build(
 ) -> tuple[dict[str, list[Work]], list[int]]:
     """Works of every variant over shared sets of inputs, each run once; a peer that cannot do the case is left out."""
     usable: dict[str, Callable] = {}
-    wanted = [] if case.direction == "forward" else case.differentiable(case.op.reference)
+    wanted = [] if case.direction == "forward" else case.differentiable(peers.in_torch(case.op))
     for name, function in functions.items():
         try:
             if case.direction == "forward":

@@ -42,7 +42,7 @@ from gptfast.model import GPT
 from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Ops
 
-from . import costs, results, trace
+from . import costs, peers, results, trace
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, measured_ceilings
 from .timing import Timing, interleave, summarize
@@ -253,7 +253,7 @@ def training(
     elif impl == "eager":
         maker = page.plain(config, impl, dtype, "no")
     else:
-        ops = kernels.load(impl)
+        ops = kernels.load(impl) if impl != "reference" else peers.ops_in_torch()
         maker = page.ours(config, named(ops) if compiled == "no" else ops, impl, dtype, compiled)
     variant = page.Variant(dataclasses.replace(maker, graph=graph), device)
     variant.compile()
@@ -286,7 +286,7 @@ def inference(config: GPTConfig, impl: str, device: torch.device, B: int, contex
     T = min(context, config.block_size - 1)
     torch.manual_seed(1337)
     with device:
-        ops = kernels.load(impl)
+        ops = kernels.load(impl) if impl != "reference" else peers.ops_in_torch()
         model = GPT(config, named(ops), dtype)
     model.eval()
     tokens = torch.randint(config.vocab_size, (B, T), device=device)

@@ -15,7 +15,8 @@ import torch
 
 import kernels
 from bench.failures import FAILURES
-from bench.ops import DIRECTIONS, OURS, Case, cases, compiling, variants
+from bench.ops import DIRECTIONS, Case, cases, compiling, variants
+from bench.peers import OURS
 from bench.timing import Truth, flatten, judge
 
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels._triton import Launcher, launcher, launching, skip
-from kernels.attention import attention_triton, backward, forward, reference
+from kernels.attention import attention_triton, backward, cpu, forward, reference
+from kernels.attention.cpu import attention_cpu
 from kernels.attention.reference import attention_reference
 from kernels.proof import aot
 from kernels.proof.interpret import interpreting
@@ -76,27 +77,30 @@ def by_definition(q, k, v, *, causal, window, scale, softcap, cu_seqlens) -> Ten
 @pytest.mark.parametrize("softcap, scale", [(None, None), (1.5, 0.7)])
 @pytest.mark.parametrize("window", [None, 0, 2, 50])
 @pytest.mark.parametrize("causal", [True, False])
-def test_reference_is_the_definition(T, S, documents, softcap, scale, window, causal, monkeypatch):
-    monkeypatch.setattr(reference, "FEWEST_AT_ONCE", 3)  # so that a window is walked in several chunks
+def test_reference_and_cpu_path_are_the_definition(T, S, documents, softcap, scale, window, causal, monkeypatch):
+    monkeypatch.setattr(cpu, "FEWEST_AT_ONCE", 3)  # so that a window is walked in several chunks
     q, k, v = qkv(T, S, B=2, H=4, dtype=torch.float64)
     features = dict(causal=causal, window=window, scale=scale, softcap=softcap)
     features["cu_seqlens"] = None if documents is None else torch.tensor(documents)
-    torch.testing.assert_close(attention_reference(q, k, v, **features), by_definition(q, k, v, **features))
+    expected = by_definition(q, k, v, **features)
+    torch.testing.assert_close(attention_reference(q, k, v, **features), expected)
+    torch.testing.assert_close(attention_cpu(q, k, v, **features), expected)
 
 
 @pytest.mark.parametrize(
     "features", [dict(), dict(window=2, softcap=2.0), dict(causal=False, dropout=0.4, seed=3)], ids=str
 )
-def test_gradients_of_the_reference(features):
+@pytest.mark.parametrize("function", [attention_reference, attention_cpu])
+def test_gradients_are_those_of_finite_differences(function, features):
     arguments = tuple(x.requires_grad_() for x in qkv(4, 6, H=2, G=1, D=3, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, return_lse=True, **features), arguments)
+    assert torch.autograd.gradcheck(lambda *x: function(*x, return_lse=True, **features), arguments)
 
 
-def test_reference_long_enough_for_the_fused_operator_is_the_same(monkeypatch):
-    q, k, v = qkv(9, 9, H=4)
-    written_out = results(attention_reference, q, k, v)
-    monkeypatch.setattr(reference, "LONGEST_WRITTEN_OUT", 8)
-    torch.testing.assert_close(results(attention_reference, q, k, v), written_out)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("longest", [8, 9], ids=["fused", "written out"])
+def test_cpu_path_obeys_the_error_rule(longest, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "LONGEST_WRITTEN_OUT", longest)
+    check(*qkv(9, 9, H=4, dtype=dtype), attention_cpu)
 
 
 # ---- the kernels against the reference: every feature alone and with every other
@@ -339,7 +343,7 @@ def test_dropout_keeps_its_share_and_its_mean():
     """Within three standard deviations, over positions and over seeds; no two heads, rows or seeds alike."""
     H, T, S, rate = 4, 64, 64, 0.3
     kept = torch.stack(
-        [reference._kept(s, rate, H, range(T), range(S), torch.device("cpu")) for s in range(20)]
+        [reference.undropped(s, rate, H, range(T), range(S), torch.device("cpu")) for s in range(20)]
     ).double()
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(kept.mean() - (1 - rate)) < 3 * sigma / kept.numel() ** 0.5
@@ -359,7 +363,7 @@ def test_philox_gives_its_published_numbers(monkeypatch):
     """The known answers of Random123 for philox4x32 in 7 rounds: counter and key 0 give 5f6fb709."""
     for bits, expected in ((0x5F6FB709, True), (0x5F6FB709 + 2, False)):
         monkeypatch.setattr(reference, "dropout_threshold", lambda _, bits=bits: bits >> 1)
-        assert reference._kept(0, 0.5, 1, range(1), range(1), torch.device("cpu")).item() is expected
+        assert reference.undropped(0, 0.5, 1, range(1), range(1), torch.device("cpu")).item() is expected
 
 
 def test_dropout_without_a_seed_follows_torch():
@@ -398,12 +402,12 @@ def test_the_kernel_path_has_no_tensor_of_queries_by_keys(features):
     assert T * H * D <= allocations.largest <= 2 * T * H * D < T * T
 
 
-def test_a_windowed_reference_has_no_tensor_of_queries_by_keys():
+def test_a_window_on_a_cpu_has_no_tensor_of_queries_by_keys():
     T, window = 2048, 16
     q, k, v = qkv(T, T, H=1, G=1)
     with Allocations() as allocations:
-        results(attention_reference, q, k, v, window=window)
-    assert allocations.largest <= T * 2 * (window + reference.FEWEST_AT_ONCE) < T * T
+        results(attention_cpu, q, k, v, window=window)
+    assert allocations.largest <= T * 2 * (window + cpu.FEWEST_AT_ONCE) < T * T
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -72,7 +72,7 @@ class Pretrain:
     vocab_multiple: int = 64  # from scratch, round the vocabulary of a BPE tokenizer up to a multiple; 1: as it is
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
     vocab_size: int = 0  # from scratch, rows of embedding and head; 0: as vocab_multiple says
     optimizer: Literal["adamw", "muon", "adamw_by_role"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all
     # else; adamw_by_role: AdamW for the matrices too, with the groups and rates that go with Muon

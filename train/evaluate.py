@@ -72,7 +72,7 @@ class Evaluate:
     out_dir: str = ""  # where evaluation.md and evaluation.jsonl go; nowhere if empty
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
         for name in ("context", "stride", "max_examples", "temperature", "top_k"):

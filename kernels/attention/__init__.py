@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..op import Cost, Op, differentiable, require
 from .backward import launch_backward
+from .cpu import attention_cpu
 from .forward import launch_forward
 from .reference import attention_reference, check
 
@@ -136,6 +137,7 @@ def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0,
 ATTENTION = Op(
     name="attention",
     reference=attention_reference,
+    cpu=attention_cpu,
     triton=attention_triton,
     inputs=inputs,
     parity=(

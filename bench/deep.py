@@ -202,15 +202,13 @@ def looked_at(device: torch.device, proton: str | None) -> Iterator[None]:
         return
     torch.cuda.synchronize()
     if proton is not None:
-        import triton.profiler
-
-        triton.profiler.start(proton, hook="triton")
+        _triton.profiler().start(proton, hook="triton")
     torch.cuda.profiler.start()
     yield
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
     if proton is not None:
-        triton.profiler.finalize()
+        _triton.profiler().finalize()
 
 
 # ---- reports of Nsight Compute

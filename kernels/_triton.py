@@ -56,6 +56,13 @@ class Launcher:
     gluon: bool = True  # whether it takes kernels in Gluon
 
 
+def profiler() -> Any:
+    """Proton, Triton's profiler, which is imported no earlier: it hooks itself into every launch."""
+    import triton.profiler
+
+    return triton.profiler
+
+
 _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
 # For shape functions. Without bound on the multiprocessors a symbolic size is never compared with their number.
 skip = Launcher(lambda kernel, grid, *args, **kwargs: None, multiprocessors=1 << 30)

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import arch, jit, multiprocessors, tl, triton
+from ._triton import arch, jit, multiprocessors, tile_arch, tl, triton
 from .op import Cost, Op, changed, require, without_gradient
 from .prims import require_kernel_dtype, softcapped
 
@@ -396,9 +396,10 @@ COMBINED = 16  # parts that the combination takes at once
 
 def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
     """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
-    if arch not in TILES or dtype == torch.float32:
+    table = TILES.get(tile_arch(arch))
+    if table is None or dtype == torch.float32:
         return CONSERVATIVE
-    return TILES[arch][128 if D <= 128 else 256]
+    return table[128 if D <= 128 else 256]
 
 
 def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Tile, multiprocessors: int) -> int:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import arch, jit, launcher, multiprocessors, skip, tl, triton
+from ._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
 from .op import Cost, Op, require, without_gradient
 from .prims import as_rows, require_kernel_dtype
 
@@ -227,7 +227,7 @@ def by_rows(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> bool:
 
 def tiles(dtype: torch.dtype, arch: int) -> Tiles:
     """What the programs of products in x's dtype take at once on that architecture."""
-    return CONSERVATIVE if dtype == torch.float32 else TILES.get(arch, CONSERVATIVE)
+    return CONSERVATIVE if dtype == torch.float32 else TILES.get(tile_arch(arch), CONSERVATIVE)
 
 
 def rows_at_once(block: Rows, M: int, N: int, K: int, multiprocessors: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import arch, jit, tl, triton
+from ._triton import arch, jit, tile_arch, tl, triton
 from .op import Cost, Op, changed, require, without_gradient
 from .prims import require_kernel_dtype
 
@@ -254,7 +254,7 @@ CONSERVATIVE = Tile(64, 32, 4, 2)
 
 def tile(x: Tensor) -> Tile:
     """The tile for products of x's dtype on the GPU that it is on."""
-    return CONSERVATIVE if x.dtype == torch.float32 else TILES.get(arch(x), CONSERVATIVE)
+    return CONSERVATIVE if x.dtype == torch.float32 else TILES.get(tile_arch(arch(x)), CONSERVATIVE)
 
 
 def _symmetric(x: Tensor, y: Tensor, *terms: float) -> Tensor:

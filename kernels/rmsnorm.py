@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import arch, jit, multiprocessors, tl
+from ._triton import arch, jit, multiprocessors, tile_arch, tl
 from .op import Cost, Op, differentiable
 from .prims import (
     NORM_BACKWARD,
@@ -253,7 +253,7 @@ def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: f
     if M:
         rows, stride = rows_of(x, N)
         other, other_stride = (rows, stride) if residual is None else rows_of(residual, N)
-        tile = TILES["forward"][90 if arch(x) >= 90 else 80].choose(N)
+        tile = TILES["forward"][90 if tile_arch(arch(x)) >= 90 else 80].choose(N)
         pointers = rows, other, rows if weight is None else weight.contiguous(), y, h, rstd
         flags = dict(ADD=add, HAS_WEIGHT=weight is not None, BLOCK_N=tile.block_n, num_warps=tile.num_warps)
         if tile.long:

@@ -15,7 +15,7 @@ from oracle import DTYPES, check_parity, differentiated, doubled, layouts, leave
 from torch import Tensor
 
 import kernels
-from kernels.proof.options import combined, option_sets
+from kernels.proof.options import combined, option_sets, sized
 
 OPS = [op for op in kernels.OPS.values() if op.triton is not None]
 WITH_CPU = [op for op in kernels.OPS.values() if op.cpu is not None]
@@ -203,9 +203,10 @@ def test_one_compilation_serves_many_sizes(op):
     torch._dynamo.reset()
     compiled = torch.compile(kernel_of(op), fullgraph=True, backend=counter, dynamic=True)
     axis = next(iter(op.domain))
-    dims = {name: list(values)[-1] for name, values in op.domain.items()}
+    dims = {name: list(values)[-1] for name, values in {**op.domain, **op.options}.items()}
     for size in list(op.domain[axis])[:1:-3]:  # sizes 0 and 1 are special to the compiler
-        compiled(*op.inputs(**{**dims, axis: size}, dtype=torch.float32)[0])
+        arguments, keywords = op.inputs(**{**dims, axis: size}, dtype=torch.float32)
+        compiled(*arguments, **keywords)
     assert counter.frame_count <= 2
 
 
@@ -274,7 +275,11 @@ def test_reference_gradients(case):
 
 def gradient_dims(op):
     """The smallest of the parity sizes with at least three elements along two axes."""
-    rows = [dims for dims in op.parity if sum(size >= 3 for letter, size in dims.items() if letter.isupper()) >= 2]
+    rows = [
+        dims
+        for dims in op.parity
+        if sized(dims) and sum(size >= 3 for letter, size in dims.items() if letter.isupper()) >= 2
+    ]
     return min(rows, key=lambda dims: sum(size for letter, size in dims.items() if letter.isupper()))
 
 

@@ -128,9 +128,9 @@ def inputs(
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """q (B, T, H, D), k and v (B, S, G, D), normal; scores have the standard deviation `spread`.
 
-    With `documents` several are packed along T, and S is T.
+    With `documents` six are packed along T and S, both the longer of the two.
     """
-    S = T if documents else S
+    T, S = (max(T, S),) * 2 if documents else (T, S)
     q = torch.randn(B, T, H, D, dtype=dtype, device=device) * spread
     k, v = (torch.randn(B, S, G, D, dtype=dtype, device=device) for _ in "kv")
     return (q, k, v), changed(
@@ -146,7 +146,7 @@ def cost(
     documents: bool = False, return_lse: bool = False, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
     """Two products of pairs that are seen forward and five backward; every operand and gradient moved once."""
-    S = T if documents else S
+    T, S = (max(T, S),) * 2 if documents else (T, S)
     seen = pairs_seen(T, S, causal, window, document_starts(T).tolist() if documents else [0, S])
     product, queries, keys = 2 * B * H * D * seen, B * T * H * D * itemsize, B * S * G * D * itemsize
     statistics = B * H * T * 4 * (2 if return_lse else 1)

@@ -122,7 +122,7 @@ def _log_sum_exp(s: Tensor, hidden: Tensor | None) -> Tensor:
 def _drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: range) -> Tensor:
     if seed is None:
         return F.dropout(p, dropout)
-    return p * _kept(seed, dropout, p.shape[0], queries, keys, p.device) / (1.0 - dropout)
+    return torch.where(_kept(seed, dropout, p.shape[0], queries, keys, p.device), p, 0.0) / (1.0 - dropout)
 
 
 def _kept(seed: int, dropout: float, heads: int, queries: range, keys: range, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import secrets
 import time
@@ -71,11 +72,23 @@ class Case:
             return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
         return forward if self.direction == "forward" else backward
 
-    def draw(self, seed: int) -> tuple:
-        """The op's arguments with the random values of this seed."""
+    def inputs(self, seed: int) -> tuple[tuple, dict[str, Any]]:
+        """The op's arguments with the random values of this seed, and its keyword arguments: nothing random."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return self.op.inputs(**self.dims, dtype=DTYPES[self.dtype], device=self.device)
+
+    def draw(self, seed: int) -> tuple:
+        """The op's arguments with the random values of this seed."""
+        return self.inputs(seed)[0]
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        return self.inputs(0)[1]
+
+    def with_options(self, function: Callable) -> Callable:
+        """The function with the op's keyword arguments, itself where there are none: a partial costs time."""
+        return functools.partial(function, **self.keywords) if self.keywords else function
 
     def cotangents(self, outputs: Tensors, seed: int) -> Tensors:
         """Gradients of the outputs; numbers that every dtype holds exactly, so that all variants get the same."""
@@ -104,6 +117,7 @@ class Case:
         return self.work(function, arguments, wanted, cotangent_seed).run
 
     def work(self, function: Callable, arguments: tuple, wanted: Sequence[int], cotangent_seed: int = 0) -> Work:
+        function = self.with_options(function)
         tensors = tuple(a for a in arguments if isinstance(a, Tensor))
 
         def redraw(seed: int) -> None:
@@ -153,7 +167,7 @@ class Case:
         arguments = self.draw(0)
         places = [i for i, a in enumerate(arguments) if _is_float(a) and i not in self.op.constants]
         leaves = tuple(a.requires_grad_() if i in places else a for i, a in enumerate(arguments))
-        outputs = flatten(function(*leaves))
+        outputs = flatten(self.with_options(function)(*leaves))
         found = torch.autograd.grad(
             outputs, [leaves[i] for i in places], self.cotangents(outputs, 0), allow_unused=True
         )

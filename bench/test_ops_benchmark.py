@@ -37,7 +37,7 @@ def test_op(benchmark: Any, case: Case, name: str) -> None:
     function = variants(case.op, case.device, compiled=False)[name]
     with compiling(case.device.type == "cuda"):
         try:
-            function(*case.draw(0))
+            case.with_options(function)(*case.draw(0))
         except FAILURES as error:
             if name in OURS:
                 raise

@@ -1,4 +1,4 @@
-"""Attention: its features, alone and in pairs, beside the generic tests of test_parity.py."""
+"""Attention: sizes, edges, dropout and layouts, beside the generic tests of test_parity.py."""
 
 import itertools
 import re
@@ -103,71 +103,7 @@ def test_cpu_path_obeys_the_error_rule(longest, dtype, monkeypatch):
     check(*qkv(9, 9, H=4, dtype=dtype), attention_cpu)
 
 
-# ---- the kernels against the reference: every feature alone and with every other
-
-FEATURES: dict[str, tuple] = {
-    "dtype": DTYPES,
-    "causal": (True, False),
-    "window": (None, 5, 1000),
-    "softcap": (None, 1.5),
-    "scale": (None, 0.4),
-    "dropout": (0.0, 0.3),
-    "group": (1, 2),
-    "shape": ((37, 37), (7, 41), (41, 34), "documents"),
-    "D": (16, 24),
-    "return_lse": (False, True),
-    "fused": (False, True),
-}
-
-
-def pairwise(factors: dict[str, tuple]) -> list[dict]:
-    """Cases in which any two values of any two factors meet at least once; greedy, and always the same."""
-    names = list(factors)
-    wanted = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(names, 2)
-        for i, j in itertools.product(range(len(factors[a])), range(len(factors[b])))
-    }
-
-    def news(case: dict[str, int], name: str, i: int) -> int:
-        """How many pairs not yet met a value would add to the case."""
-        found = [((name, i), other) for other in case.items()]
-        return sum(pair in wanted or pair[::-1] in wanted for pair in found)
-
-    cases = []
-    while wanted:
-        case = dict(min(wanted))
-        for name in names:
-            if name not in case:
-                case[name] = max(range(len(factors[name])), key=lambda i: news(case, name, i))
-        wanted -= {((a, case[a]), (b, case[b])) for a, b in itertools.combinations(names, 2)}
-        cases.append({name: factors[name][case[name]] for name in names})
-    return cases
-
-
-PAIRS = pairwise(FEATURES)
-
-
-def test_the_table_of_pairs_is_complete():
-    for a, b in itertools.combinations(FEATURES, 2):
-        assert {(c[a], c[b]) for c in PAIRS} == set(itertools.product(FEATURES[a], FEATURES[b]))
-    assert len(PAIRS) < 25
-
-
-@pytest.mark.parametrize("case", PAIRS, ids=lambda c: " ".join(str(v).removeprefix("torch.") for v in c.values()))
-def test_every_pair_of_features(case):
-    case = dict(case)
-    dtype, group, shape, D, fused = (case.pop(name) for name in ("dtype", "group", "shape", "D", "fused"))
-    documents = None
-    if shape == "documents":
-        shape, documents = (37, 37), torch.tensor([0, 0, 3, 4, 33, 37], dtype=torch.int32)
-    (T, S), H = shape, 2
-    q, k, v = qkv(T, S, H=H, G=H // group, D=D, dtype=dtype)
-    if fused:
-        G, length = H // group, max(T, S)
-        whole = torch.randn(1, length, H + 2 * G, D, dtype=dtype)
-        q, k, v = whole[:, :T, :H], whole[:, :S, H : H + G], whole[:, :S, H + G :]
-    check(q, k, v, cu_seqlens=documents, seed=11 if case["dropout"] else None, **case)
+# ---- the kernels against the reference
 
 
 @pytest.mark.parametrize("T, S", [(1, 2), (1, 300), (2, 3), (13, 131), (31, 33), (127, 97), (173, 173), (299, 7)])

@@ -84,7 +84,8 @@ def drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: rang
     if seed is None:
         return F.dropout(p, dropout)
     heads = p.shape[:-2].numel()
-    return p * undropped(seed, dropout, heads, queries, keys, p.device).view(p.shape) / (1.0 - dropout)
+    drawn = undropped(seed, dropout, heads, queries, keys, p.device).view(p.shape)
+    return torch.where(drawn, p, 0.0) / (1.0 - dropout)  # a NaN that is dropped is 0, as in the kernels
 
 
 def undropped(seed: int, dropout: float, heads: int, queries: range, keys: range, device: torch.device) -> Tensor:

@@ -182,7 +182,7 @@ class MLP(nn.Module):
 
     def _widen(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer's product with x, and the bias that is left to add."""
-        if self.fuses_bias and type(layer) is Linear:
+        if self.fuses_bias and isinstance(layer, Linear):
             return layer(x, with_bias=False), layer.bias
         return layer(x), None
 
@@ -281,8 +281,11 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`."""
         x = self.hidden(tokens, cache)
-        z = self.lm_head(x[:, -1:] if last_only else x)
-        softcap = self.config.softcap
+        return self.logits_of(x[:, -1:] if last_only else x)
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of the residual stream x (..., C) that `hidden` gives."""
+        z, softcap = self.lm_head(x), self.config.softcap
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

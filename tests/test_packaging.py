@@ -15,7 +15,9 @@ import pytest
 from test_floorplan import MAY_IMPORT, ROOT, imports, pages
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULE_OF = {"nvidia-ml-py": "pynvml", "pytest-xdist": "xdist", "pytest-benchmark": "pytest_benchmark"}
+MODULE_OF = {
+    "nvidia-ml-py": "pynvml", "pytest-xdist": "xdist", "pytest-benchmark": "pytest_benchmark", "pyyaml": "yaml",
+}  # fmt: skip
 # used when a run asks for it, by those who have it; and what ops are timed beside where it is installed
 OPTIONAL = {"wandb", "flash_attn", "flash_attn_interface", "liger_kernel", "quack"}
 BARE_MACHINE = {

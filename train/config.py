@@ -58,6 +58,10 @@ class Pretrain:
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
+    fp8: bool = (
+        False  # multiply in 8-bit floats in the blocks' large linear maps while training: sm_89 and newer; a CPU
+    )
+    # emulates it
     cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
@@ -139,6 +143,8 @@ class Pretrain:
             raise UserError(f"--target_param_data_ratio={self.target_param_data_ratio}: must be above 0")
         if not 0 < self.assumed_mfu <= 1:
             raise UserError(f"--assumed_mfu={self.assumed_mfu}: must be above 0 and at most 1")
+        if self.fp8 and self.tensor_parallel > 1:
+            raise UserError("--fp8 goes with whole matrices, of which there is one scale; leave --tensor_parallel out")
         if not 0 <= self.warmdown_ratio <= 1:
             raise UserError(f"--warmdown_ratio={self.warmdown_ratio}: must be at least 0 and at most 1")
         if not 0 <= self.dropout < 1:

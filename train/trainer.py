@@ -481,7 +481,8 @@ class Meter:
         block_size = run.model.config.block_size
         tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
         per_rank = tokens_per_s / run.team.size
-        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        dtype = "fp8" if config.fp8 else run.model.dtype
+        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=dtype)
         if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
             fresh, average = used["mfu_palm"], self.mfu_palm
             self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh

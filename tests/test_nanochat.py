@@ -16,12 +16,18 @@ from oracle import check_parity
 from torch import Tensor
 
 import kernels
+from gptfast import cli
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling, generate
 from gptfast.errors import UserError
 from gptfast.model import GPT
+from gptfast.optim import Muon
 from gptfast.packing import document_starts
 from kernels import Op
+from kernels.newton_schulz import POLAR_EXPRESS
+from train import build, dial
+from train.config import Pretrain
+from train.presets import PRESETS
 
 OPS = kernels.load("reference")
 PLAIN = GPTConfig(
@@ -274,3 +280,102 @@ def test_which_layers_have_what() -> None:
 def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         dataclasses.replace(PLAIN, **changes)
+
+
+# ---- how it is trained -----------------------------------------------------------------------------------------------
+def of_depth(depth: int, *flags: str) -> tuple[Pretrain, torch.optim.Optimizer, dict[int, str]]:
+    """What --depth says, the optimizer that is built from it, and the name of each parameter."""
+    argv = [f"--depth={depth}", *flags]
+    config = dial.turn(cli.parse(Pretrain, argv, PRESETS), cli.typed(argv, Pretrain), 32768)
+    with torch.device("meta"):
+        model = GPT(build.architecture_of(config, 64), OPS)
+    return config, build.make_optimizer(config, model), {id(p): name for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("depth", "batch", "width"), [(12, 1.0, 1.0), (20, 2**0.5, (1280 / 768) ** -0.5)])
+def test_groups_are_nanochats(depth: int, batch: float, width: float) -> None:
+    """Rates, betas, decay and members, as its setup_optimizer has them."""
+    _, optimizer, names = of_depth(depth)
+    scaled = batch * width
+    expected = {
+        "head": (0.008 * scaled, (0.8, 0.96), 0.01),
+        "embeddings": (0.3 * scaled, (0.8, 0.995), 0.001),
+        "value embeddings": (0.15 * scaled, (0.8, 0.995), 0.01),
+        "resid_lambdas": (0.005 * batch, (0.8, 0.95), 0.05),
+        "x0_lambdas": (0.5 * batch, (0.96, 0.95), 0.0),
+        "smear, backout": (0.2, (0.8, 0.95), 0.0),
+    }
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    matrices = groups.pop("matrices")
+    assert set(groups) == set(expected)
+    for name, (rate, betas, decay) in expected.items():
+        group = groups[name]
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate), decay), name
+        assert (group["betas"], group["eps"]) == (betas, 1e-10), name
+    members = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
+    assert members["smear, backout"] == {"smear_gate.weight", "smear_lambda", "backout_lambda"}
+    assert members["value embeddings"] == {f"value_embeds.{i}.weight" for i in range(1, depth, 2)}
+    assert {names[id(p)] for p in matrices["params"]} == {
+        name for name in names.values() if name.startswith("transformer.h.")
+    }
+    assert matrices["lr"] == pytest.approx(0.02 * batch)
+    settings = ("cautious", "decay_by_shape", "equalize", "normalize", "nesterov", "beta2", "steps")
+    assert [matrices[key] for key in settings] == [True, True, True, True, True, 0.9, 5]
+
+
+def test_the_schedules_move_every_group_and_the_decay_of_the_matrices_alone() -> None:
+    config, optimizer, _ = of_depth(12)
+    start = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    N, W = 2520, round(0.65 * 2520)
+    for iteration, rates, momentum in ((0, 1 / 40, 0.85), (200, 1.0, 0.91), (N - W, 1.0, 0.97), (N, 0.05, 0.90)):
+        dial.follow(optimizer, iteration, config)
+        for group in optimizer.param_groups:
+            rate, decay = start[group["name"]]
+            assert group["lr"] == pytest.approx(rates * rate), (iteration, group["name"])
+            if group["name"] == "matrices":
+                decay = 0.28 * 0.5 * (1 + math.cos(math.pi * iteration / N))
+                assert group["momentum"] == pytest.approx(momentum)
+            assert group["weight_decay"] == pytest.approx(decay), (iteration, group["name"])
+
+
+def test_the_architecture_without_is_trained_by_its_own_rules() -> None:
+    config, optimizer, _ = of_depth(4, "--architecture=gptfast")
+    assert not config.value_embeddings and config.rules == "plain" and config.window is None
+    assert [group["name"] for group in optimizer.param_groups] == ["matrices", "embeddings", "head"]
+
+
+def test_a_pattern_of_ones_own_needs_no_window() -> None:
+    config, _, _ = of_depth(4, "--window_pattern=L")
+    assert build.architecture_of(config, 64).windows == (None,) * 4
+    config, _, _ = of_depth(4, "--window_pattern=SL", "--value_embeddings=False")
+    assert build.architecture_of(config, 64).windows == (512, None, 512, None) and not config.value_embeddings
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_a_step_of_the_matrices_is_nanochats(shape: tuple[int, int]) -> None:
+    """Two steps in fp64 beside the rule written out: equal rows, orthogonal, its norm, NorMuon, cautious decay."""
+    m, n = shape
+    start, *gradients = torch.randn(3, m, n, dtype=torch.float64)
+    p = torch.nn.Parameter(start.clone())
+    group = dict(
+        kind="muon", params=[p], lr=0.02, momentum=0.9, weight_decay=0.3, cautious=True, decay_by_shape=True,
+        equalize=True, normalize=True, beta2=0.9,
+    )  # fmt: skip
+    optimizer = Muon([group], dtype=torch.float64)
+    w, mean, square = start.clone(), torch.zeros(m, n).double(), torch.zeros(()).double()
+    for gradient in gradients:
+        p.grad = gradient.clone()
+        optimizer.step()
+        mean = torch.lerp(mean, gradient, 0.1)
+        x = torch.lerp(gradient, mean, 0.9)
+        x = x / x.norm(dim=1, keepdim=True) * x.norm() / m**0.5
+        x = x / (1.01 * x.norm())
+        for a, b, c in POLAR_EXPRESS:
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x * min(m, n) ** 0.5 / x.norm()
+        square = 0.9 * square + 0.1 * x.square().mean(1 if m >= n else 0, keepdim=True)
+        even = x * square.rsqrt()
+        x = even * x.norm() / even.norm()
+        w = w - 0.02 * max(1, m / n) ** 0.5 * (x + 0.3 * w * (x * w >= 0))
+        torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-9)

@@ -160,8 +160,8 @@ def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
         head_lr=rate if config.head_lr is None else config.head_lr,
         scalar_lr=rate if config.scalar_lr is None else config.scalar_lr,
         momentum=config.momentum, weight_decay=decay, cautious=config.cautious, decay_by_shape=config.decay_by_shape,
-        normalize=config.normalize,
-        steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
+        equalize=config.equalize, normalize=config.normalize, normalize_beta2=config.normalize_beta2,
+        rules=config.rules, steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
         matrix_kind="muon" if config.optimizer == "muon" else "adamw",
     )  # fmt: skip
     for group in optimizer.param_groups:

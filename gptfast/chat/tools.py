@@ -45,9 +45,16 @@ class Tools:
 
     def run(self, call: str) -> str | None:
         """The output of `call`, or None if there is none to be had."""
-        found = calculate(call) if self.calculator else None
-        if found is not None or self.python is None:
-            return found
+        output = self.calculate(call)
+        return output if output is not None or self.python is None else self.run_python(call)
+
+    def calculate(self, call: str) -> str | None:
+        """The calculator's output, at once, or None if it has none."""
+        return calculate(call) if self.calculator else None
+
+    def run_python(self, call: str) -> str:
+        """What `call` prints in the sandbox, in its own time."""
+        assert self.python is not None, "there is no sandbox; ask `python` first"
         return self.python.run(call).text
 
 

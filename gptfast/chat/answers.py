@@ -20,7 +20,7 @@ from typing import Literal
 
 from gptfast.chat.conversation import PYTHON, Chat
 from gptfast.chat.tools import Tools
-from gptfast.engine import Engine, Request, Sampling
+from gptfast.engine import Engine, Logprob, Request, Sampling
 
 NAP_S = 0.02  # that a step waits for Python when nothing else is to be done
 
@@ -34,6 +34,7 @@ class Answer:
     plain: bool = False  # a text to be continued, in which nothing is called
     ids: list[int] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)  # 1 where the model chose this id, 0 where a tool's output was put
+    logprobs: list[Logprob | None] = field(default_factory=list)  # of each id that was drawn, if asked for
     finish_reason: Literal["stop", "length", "cancelled", "error"] | None = None
     error: str = ""  # what went wrong
     calls: int = 0
@@ -92,7 +93,7 @@ class Answers:
             if answer is None:
                 continue
             before = len(answer.ids)
-            if self._take(answer, update.tokens):
+            if self._take(answer, update.tokens, update.logprobs):
                 self.engine.cancel(request)
                 del self._running[request]
             elif request.finish_reason is not None:
@@ -101,11 +102,13 @@ class Answers:
             grown.append((answer, answer.ids[before:]))
         return grown
 
-    def _take(self, answer: Answer, tokens: Sequence[int]) -> bool:
+    def _take(self, answer: Answer, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> bool:
         """Adds tokens up to the first call that has an output, which is put in now or when Python is done."""
-        for token in tokens:
+        for i, token in enumerate(tokens):
             answer.ids.append(token)
             answer.drawn.append(1)
+            if logprobs:
+                answer.logprobs.append(logprobs[i])
             call = self._call(answer)
             if call is None:
                 continue
@@ -147,6 +150,8 @@ class Answers:
         forced = self.chat.output(output)[: answer.sampling.max_tokens - len(answer.ids)]
         answer.ids += forced
         answer.drawn += [0] * len(forced)
+        if answer.sampling.logprobs is not None:
+            answer.logprobs += [None] * len(forced)
         answer.calls += 1
         self._submit(answer)
 

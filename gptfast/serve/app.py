@@ -177,14 +177,15 @@ class Service:
         self.state, self.batcher, self.defaults = state, batcher, defaults
 
     async def chat(self, request: Request) -> Any:
-        return await self._openai(request, asking.chat, replies.Chat())
+        return await self._openai(request, asking.chat, replies.Chat)
 
     async def plain(self, request: Request) -> Any:
-        return await self._openai(request, asking.plain, replies.Plain())
+        return await self._openai(request, asking.plain, replies.Plain)
 
-    async def _openai(self, request: Request, parse: Callable[..., Asked], shape: replies.Chat | replies.Plain) -> Any:
+    async def _openai(self, request: Request, parse: Callable[..., Asked], shape: Callable[..., Any]) -> Any:
         asked = parse(asking.read_json(await read_body(request)), self.defaults)
-        envelope = Envelope(shape, self.defaults.model)
+        spelling = None if asked.logprobs is None else self.state.spelling
+        envelope = Envelope(shape(spelling), self.defaults.model)
         try:
             answers = await self._submit(asked)
         except (Full, Closing) as error:
@@ -215,7 +216,8 @@ class Service:
             for _ in range(asked.n):
                 sampling = Sampling(
                     min(asked.max_tokens, room), asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty,
-                    asked.seed_of(number), self.state.plain_stops if not asked.messages else (), asked.stop,
+                    seed=asked.seed_of(number), stop_tokens=() if asked.messages else self.state.plain_stops,
+                    stop=asked.stop, logprobs=asked.logprobs,
                 )  # fmt: skip
                 answering.add(ids, sampling, plain=not asked.messages)
                 number += 1
@@ -291,6 +293,7 @@ class Answering:
                 index, event = came.result()
                 choice = self.choices[index]
                 choice.add(event.pieces)
+                choice.likely += event.likely
                 choice.tokens = self._tickets[index].tokens
                 if event.finish_reason is not None:
                     choice.finish_reason = event.finish_reason
@@ -375,7 +378,7 @@ class Streamed(EventStream):
         return self._chunks([part for index in range(len(self.answering.choices)) for part in shape.begin(index)])
 
     def more(self, index: int, event: Event) -> list[Any]:
-        found = self._chunks(self.envelope.shape.more(index, event.pieces))
+        found = self._chunks(self.envelope.shape.more(index, event.pieces, event.likely))
         failure = _failure(event)
         if failure is not None:
             return [*found, replies.error(failure, "server_error")]

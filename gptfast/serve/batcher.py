@@ -13,7 +13,7 @@ from gptfast.chat.answers import Answer, Answers
 from gptfast.chat.conversation import Chat
 from gptfast.chat.parts import PartStream, Piece
 from gptfast.chat.tools import Tools
-from gptfast.engine import Engine, Sampling
+from gptfast.engine import Engine, Logprob, Sampling
 from gptfast.serve.meter import Meter
 
 PYTHONS = 4  # calls of Python at a time; the others wait
@@ -38,6 +38,7 @@ class Event:
     """What a step added to a ticket. With a `finish_reason` it is the last one."""
 
     pieces: list[Piece] = field(default_factory=list)
+    likely: list[tuple[int, Logprob]] = field(default_factory=list)  # of the ids of what it says, if asked for
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error", with what went wrong in `error`
     error: str = ""
 
@@ -60,6 +61,21 @@ class Ticket:
     def tokens(self) -> int:
         """Of the answer so far, outputs of tools included."""
         return len(self.answer.ids) if self.answer else 0
+
+    def read(self, ids: Sequence[int]) -> tuple[list[Piece], list[tuple[int, Logprob]]]:
+        """The pieces that the newest `ids` of the answer make certain, and how probable those were that it says."""
+        assert self.answer is not None and self.parts is not None
+        if not self.answer.logprobs:
+            return self.parts.push(ids), []
+        pieces: list[Piece] = []
+        likely: list[tuple[int, Logprob]] = []
+        for i, logprob in zip(ids, self.answer.logprobs[len(self.answer.logprobs) - len(ids) :], strict=True):
+            if self.parts.stopped:
+                break
+            pieces += self.parts.push([i])
+            if logprob is not None and self.parts.says(i):
+                likely.append((i, logprob))
+        return pieces, likely
 
 
 class Batcher:
@@ -196,23 +212,24 @@ class Batcher:
         if ids and ticket.first_at is None:
             ticket.first_at = now
             self.meter.first_token(now - ticket.asked_at)
-        pieces, reason = ticket.parts.push(ids), answer.finish_reason
+        pieces, likely = ticket.read(ids)
+        reason = answer.finish_reason
         if ticket.parts.stopped:
             self._answers.cancel(answer)
             reason = "stop"
         elif reason is not None:
             pieces += ticket.parts.flush()
         if reason is not None:
-            return self._finish(ticket, reason, answer.error, pieces)
-        if pieces:
-            ticket.deliver(Event(pieces))
+            return self._finish(ticket, reason, answer.error, Event(pieces, likely))
+        if pieces or likely:
+            ticket.deliver(Event(pieces, likely))
 
     def _drop(self, ticket: Ticket, reason: str, error: str = "") -> None:
         if ticket.answer is not None:
             self._answers.cancel(ticket.answer)
         self._finish(ticket, reason, error)
 
-    def _finish(self, ticket: Ticket, reason: str, error: str = "", pieces: Sequence[Piece] = ()) -> None:
+    def _finish(self, ticket: Ticket, reason: str, error: str = "", last: Event | None = None) -> None:
         if ticket.done:
             return
         ticket.done = True
@@ -222,7 +239,7 @@ class Batcher:
             self._by_answer.pop(ticket.answer, None)
         now = time.perf_counter()
         self.meter.finished(reason, len(ticket.prompt), ticket.tokens, ticket.asked_at, ticket.first_at, now)
-        ticket.deliver(Event(list(pieces), reason, error))
+        ticket.deliver(replace(last or Event(), finish_reason=reason, error=error))
 
     def _kept(self) -> int:
         """Positions of the cache that hold keys and values."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gptfast.chat.parts import Piece
+from gptfast.engine import Logprob
+from gptfast.tokenizer import Tokenizer
+
+NEVER = -9999.0  # the logarithm of no probability, as OpenAI's API writes it
 
 
 def dumps(value: Any) -> bytes:
@@ -27,6 +31,33 @@ def error(message: str, kind: str, param: str | None = None, code: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class Spelling:
+    """How tokens are written where their probabilities are told."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        ranks: Mapping[bytes, int] = getattr(tokenizer, "ranks", {})
+        self._bytes = {token: spelled for spelled, token in ranks.items()}
+
+    def content(self, token: int) -> bytes:
+        """The bytes of a token, which need not be whole characters."""
+        spelled = self._bytes.get(token)
+        return self._tokenizer.decode([token]).encode() if spelled is None else spelled
+
+    def text(self, token: int) -> str:
+        """The token's text, or its bytes where they are none: bytes:\\xe6\\x97."""
+        content = self.content(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token as the chat API has it."""
+        shown = {"token": self.text(token), "bytes": list(self.content(token))}
+        return {**shown, "logprob": max(logprob, NEVER)}
+
+
 @dataclass
 class Choice:
     """One answer as it has come so far."""
@@ -34,6 +65,7 @@ class Choice:
     prompt_tokens: int
     tokens: int = 0
     parts: list[Piece] = field(default_factory=list)
+    likely: list[tuple[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, pieces: Sequence[Piece]) -> None:
@@ -48,27 +80,35 @@ class Choice:
 
 
 class Chat:
-    """Replies of /v1/chat/completions."""
+    """Replies of /v1/chat/completions. `spelling` where probabilities are asked for."""
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def __init__(self, spelling: Spelling | None) -> None:
+        self.spelling = spelling
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         if any(piece.kind != "text" for piece in choice.parts):
             message["parts"] = [{"type": piece.kind, "text": piece.text} for piece in choice.parts]
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+        logprobs = self._logprobs(choice.likely)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def begin(self, index: int) -> list[dict[str, Any]]:
         return [self._delta(index, {"role": "assistant", "content": ""})]
 
-    def more(self, index: int, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-        return [
+    def more(self, index: int, pieces: Sequence[Piece], likely: Sequence[tuple[int, Logprob]]) -> list[dict[str, Any]]:
+        found = [
             self._delta(
                 index,
                 {"content": piece.text} if piece.kind == "text" else {"part": {"type": piece.kind, "text": piece.text}},
             )
             for piece in pieces
         ]
+        if likely:
+            found = found or [self._delta(index, {"content": ""})]
+            found[0]["logprobs"] = self._logprobs(likely)
+        return found
 
     def end(self, index: int, reason: str) -> dict[str, Any]:
         return self._delta(index, {}, reason)
@@ -76,27 +116,54 @@ class Chat:
     def _delta(self, index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
+    def _logprobs(self, likely: Sequence[tuple[int, Logprob]]) -> dict[str, Any] | None:
+        if self.spelling is None:
+            return None
+        content = []
+        for token, (logprob, top) in likely:
+            entries = [self.spelling.entry(*candidate) for candidate in top]
+            content.append({**self.spelling.entry(token, logprob), "top_logprobs": entries})
+        return {"content": content, "refusal": None}
+
 
 class Plain:
-    """Replies of /v1/completions."""
+    """Replies of /v1/completions. `spelling` where probabilities are asked for."""
 
     object = chunk_object = "text_completion"
     prefix = "cmpl-"
 
+    def __init__(self, spelling: Spelling | None) -> None:
+        self.spelling = spelling
+        self._written: dict[int, int] = {}  # characters of each choice's tokens so far
+
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return self._text(index, choice.text, choice.finish_reason)
+        return self._text(index, choice.text, choice.finish_reason, self._logprobs(index, choice.likely))
 
     def begin(self, index: int) -> list[dict[str, Any]]:
         return []
 
-    def more(self, index: int, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-        return [self._text(index, piece.text, None) for piece in pieces]
+    def more(self, index: int, pieces: Sequence[Piece], likely: Sequence[tuple[int, Logprob]]) -> list[dict[str, Any]]:
+        text = "".join(piece.text for piece in pieces)
+        return [self._text(index, text, None, self._logprobs(index, likely))] if text or likely else []
 
     def end(self, index: int, reason: str) -> dict[str, Any]:
-        return self._text(index, "", reason)
+        return self._text(index, "", reason, None)
 
-    def _text(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _text(self, index: int, text: str, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, index: int, likely: Sequence[tuple[int, Logprob]]) -> dict[str, Any] | None:
+        if self.spelling is None:
+            return None
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, (logprob, top) in likely:
+            text = self.spelling.text(token)
+            found["tokens"].append(text)
+            found["token_logprobs"].append(max(logprob, NEVER))
+            found["top_logprobs"].append({self.spelling.text(other): max(value, NEVER) for other, value in top})
+            found["text_offset"].append(self._written.get(index, 0))
+            self._written[index] = self._written.get(index, 0) + len(text)
+        return found
 
 
 class Envelope:

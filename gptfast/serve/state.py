@@ -10,6 +10,7 @@ from gptfast import mfu
 from gptfast.engine import Engine
 from gptfast.serve.batcher import Batcher
 from gptfast.serve.meter import Meter
+from gptfast.serve.replies import Spelling
 from gptfast.tokenizer import Tokenizer
 
 
@@ -24,6 +25,7 @@ class State:
         bos = self.tokenizer.bos
         self.plain_stops = () if bos is None else (bos,)  # a text that is continued ends where the next one begins
         self.paths: tuple[str, ...] = ()
+        self.spelling = Spelling(self.tokenizer)
         self._engine, self._started = engine, int(time.time())
         cache = engine.cache
         self._room = cache.pages * cache.page_size

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 HEADERS_S = 10.0  # for a request's headers to come
+KEEP_ALIVE_S = 5.0  # for the next request on a connection
 MOST_CONNECTIONS = 512
 AFTER_GRACE_S = 3.0  # for the last answers to be told that they are over
 
@@ -57,6 +58,7 @@ class Server:
             uvicorn.Config(
                 app, http=_impatient(), ws="none", lifespan="off", log_level="error", access_log=False,
                 server_header=False, limit_concurrency=MOST_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_S,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=round(serving.grace_s + AFTER_GRACE_S),
             )
         )  # fmt: skip

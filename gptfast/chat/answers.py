@@ -20,7 +20,7 @@ from typing import Literal
 
 from gptfast.chat.conversation import PYTHON, Chat
 from gptfast.chat.tools import Tools
-from gptfast.engine import Engine, Request, Sampling
+from gptfast.engine import Engine, Logprob, Request, Sampling
 
 NAP_S = 0.02  # that a step waits for Python when nothing else is to be done
 
@@ -34,6 +34,7 @@ class Answer:
     plain: bool = False  # a text to be continued, in which nothing is called
     ids: list[int] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)  # 1 where the model chose this id, 0 where a tool's output was put
+    logprobs: list[Logprob | None] = field(default_factory=list)  # of each id that was drawn, if asked for
     finish_reason: Literal["stop", "length", "cancelled", "error"] | None = None
     error: str = ""  # what went wrong
     calls: int = 0
@@ -49,16 +50,24 @@ class Answers:
     def __init__(
         self, engine: Engine, chat: Chat | None, tools: Tools | None = None, *, pool: Executor | None = None
     ) -> None:
-        self.engine, self.chat, self.pool = engine, chat, pool
+        self.engine, self.pool = engine, pool
+        self._chat = chat
         self.tools = Tools() if tools is None else tools
         self._running: dict[Request, Answer] = {}
         self._calling: dict[Future[str], Answer] = {}
 
     def submit(self, prompt: Sequence[int], sampling: Sampling, *, plain: bool = False) -> Answer:
         """Queues an answer to the ids `prompt`, or their continuation. Raises ValueError as Engine.submit does."""
-        answer = Answer(list(prompt), sampling, plain or self.chat is None)
+        answer = Answer(list(prompt), sampling, plain or self._chat is None)
         self._submit(answer)
         return answer
+
+    @property
+    def chat(self) -> Chat:
+        """The rendering of conversations. Raises ValueError where the model knows none."""
+        if self._chat is None:
+            raise ValueError("chat: this model knows no conversations; all its answers are plain")
+        return self._chat
 
     @property
     def busy(self) -> bool:
@@ -84,7 +93,7 @@ class Answers:
             if answer is None:
                 continue
             before = len(answer.ids)
-            if self._take(answer, update.tokens):
+            if self._take(answer, update.tokens, update.logprobs):
                 self.engine.cancel(request)
                 del self._running[request]
             elif request.finish_reason is not None:
@@ -93,11 +102,13 @@ class Answers:
             grown.append((answer, answer.ids[before:]))
         return grown
 
-    def _take(self, answer: Answer, tokens: Sequence[int]) -> bool:
+    def _take(self, answer: Answer, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> bool:
         """Adds tokens up to the first call that has an output, which is put in now or when Python is done."""
-        for token in tokens:
+        for i, token in enumerate(tokens):
             answer.ids.append(token)
             answer.drawn.append(1)
+            if logprobs:
+                answer.logprobs.append(logprobs[i])
             call = self._call(answer)
             if call is None:
                 continue
@@ -113,7 +124,7 @@ class Answers:
 
     def _call(self, answer: Answer) -> str | None:
         """The call that the newest id ends, None if it ends none."""
-        if self.chat is None or answer.plain:
+        if answer.plain:
             return None
         first, last = (self.chat.ids[name] for name in PYTHON)
         if answer.ids[-1] != last:
@@ -136,10 +147,11 @@ class Answers:
         return grown
 
     def _put_in(self, answer: Answer, output: str) -> None:
-        assert self.chat is not None
         forced = self.chat.output(output)[: answer.sampling.max_tokens - len(answer.ids)]
         answer.ids += forced
         answer.drawn += [0] * len(forced)
+        if answer.sampling.logprobs is not None:
+            answer.logprobs += [None] * len(forced)
         answer.calls += 1
         self._submit(answer)
 
@@ -150,7 +162,7 @@ class Answers:
             return
         seed = None if sampling.seed is None else (sampling.seed + answer.calls * 0x9E3779B97F4A7C15) % 2**63
         stops = sampling.stop_tokens
-        if self.chat is not None and not answer.plain:
+        if not answer.plain:
             stops = (*stops, self.chat.end_of_turn, self.chat.bos)
         request = self.engine.submit(
             answer.prompt + answer.ids, replace(sampling, max_tokens=left, seed=seed, stop_tokens=stops)

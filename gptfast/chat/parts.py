@@ -32,6 +32,10 @@ class PartStream:
         self._kind, self._part = "text", TextStream(tokenizer, self._stop)
         self.stopped = False  # a stop string is complete, and nothing follows
 
+    def says(self, i: int) -> bool:
+        """Whether the id `i`, the newest, is of what the answer says."""
+        return self._kind == "text" and i not in self._special
+
     def push(self, ids: Iterable[int]) -> list[Piece]:
         """The pieces that `ids` make certain."""
         pieces: list[Piece] = []

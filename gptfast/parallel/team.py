@@ -102,6 +102,14 @@ class Team:
         self._asked = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group=self._control, async_op=True)
         return answer
 
+    def largest(self, number: int) -> int:
+        """The largest number that any rank gives, for all; they wait for one another."""
+        if self.size > 1:
+            given = torch.tensor(number)
+            dist.all_reduce(given, dist.ReduceOp.MAX, group=self._control)
+            number = int(given)
+        return number
+
     def barrier(self) -> None:
         """Returns when every rank is here."""
         if self.size > 1:

@@ -215,7 +215,8 @@ def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score
     reason = hf.why_not(folder)
     if reason:
         print(f"{source} runs through transformers: {reason}")
-        theirs = _import_transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        auto = _import_transformers().AutoModelForCausalLM
+        theirs = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True)
         return score.Theirs(theirs.to(device).eval(), chat)
     return score.Ours(hf.load(source, ops, dtype=dtype).to(device).eval(), chat)
 

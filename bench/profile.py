@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast import checkpoint
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
@@ -404,6 +403,8 @@ def config_of(name: str) -> GPTConfig:
     """The sizes of a preset, or of the model whose checkpoints are in a folder. UserError where it is neither."""
     if name in PRESETS:
         return PRESETS[name]
+    from gptfast import checkpoint
+
     if not checkpoint.exists(name):
         raise UserError(f"--models={name} is no preset and no folder with a checkpoint{nearest(name, PRESETS)}")
     return GPTConfig(**checkpoint.load(name).meta["model"])

@@ -65,7 +65,7 @@ def save(
     def write(folder: Path) -> None:
         write_parts(folder, optimizer)
 
-    main = optimizer.max(team.gather(os.getpid()) if optimizer.team.is_main else 0)
+    main = optimizer.team.gather(os.getpid())[0]
     if optimizer.team.is_main:
         checkpoint.save(
             out_dir, step=step, model={}, optimizer=optimizer.settings(), meta=meta, write_parts=write, **settings

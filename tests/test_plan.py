@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -376,3 +377,19 @@ def test_fine_tuning_a_local_pretrained_model(tmp_path: Path, text: str, capsys:
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.2
     assert "tokens per iteration will be: 512" in printed
     assert hf.load(tmp_path / "out", OPS).config.block_size == 32
+
+
+def test_a_measured_rate_stands_in_place_of_the_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (Path(__file__).parents[1] / "results" / "nvidia-h200" / "profile.jsonl").read_text().splitlines()
+    (tmp_path / "profile.jsonl").write_text("\n".join(rows))
+    best = max(json.loads(row)["tokens_per_s"] for row in rows)
+    share = mfu.utilization(best, plan.PRESETS["gpt2"], 1024, peak=plan.gpu_named("H200 SXM"))["mfu"]
+    assert share is not None and 0.3 < share < 0.5
+    assert cli.run(plan.main, ["H200 SXM", f"--measured={tmp_path}"]) == 0
+    told = capsys.readouterr().out
+    assert f"a measured MFU of {share:.0%} (gpt2)" in told
+    line = next(line for line in told.splitlines() if line.startswith("gpt2 "))
+    assert abs(float(line.split()[8].replace(",", "")) / best - 1) < 0.01  # tokens/s
+    assert cli.run(plan.main, ["H100 SXM", f"--measured={tmp_path}"]) == 2
+    assert "rows of NVIDIA H200" in capsys.readouterr().err
+    assert cli.run(plan.main, ["H200 SXM", f"--measured={tmp_path / 'none'}"]) == 2

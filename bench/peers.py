@@ -214,15 +214,15 @@ def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Of a copy of the logits: it writes over them, asked for a gradient or not."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    found = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
-    return found[0] if isinstance(found, tuple) else found
+    result = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def liger_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    found = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
-    return found[0] if isinstance(found, tuple) else found
+    result = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def quack_rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -245,8 +245,8 @@ def flash_attention(version: int) -> Function:
             from flash_attn_interface import flash_attn_func
         else:
             from flash_attn import flash_attn_func
-        found = flash_attn_func(q, k, v, causal=True)
-        return found[0] if isinstance(found, tuple) else found
+        result = flash_attn_func(q, k, v, causal=True)
+        return result[0] if isinstance(result, tuple) else result
 
     return run
 

@@ -153,10 +153,10 @@ def workload(rows: Sequence[Row]) -> str:
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(report.dims(row), []).append(row)
-    return found
+        groups.setdefault(report.dims(row), []).append(row)
+    return groups
 
 
 def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> list[Path]:

@@ -73,18 +73,18 @@ class Report:
 
     def parts(self) -> list[dict[str, Any]]:
         """Rows of the table by part: part, calls, ms, share of the wall clock, gbs, tflops, of_measured."""
-        found = []
+        lines = []
         for name, (calls, ms) in self.trace.parts().items():
             cost = self.costs.get(name)
             known = cost is not None and ms > 0
             share = self.measured and known and self.measured.fraction(ms, cost.flops, cost.bytes, self.dtype)  # type: ignore[union-attr]
-            found.append({
+            lines.append({
                 "part": name, "calls": calls, "ms": ms, "share": ms / self._whole_ms,
                 "gbs": cost.bytes / ms / 1e6 if known else None,  # type: ignore[union-attr]
                 "tflops": cost.flops / ms / 1e9 if known else None,  # type: ignore[union-attr]
                 "of_measured": share or None,
             })  # fmt: skip
-        return found
+        return lines
 
     @property
     def _whole_ms(self) -> float:

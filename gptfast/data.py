@@ -95,17 +95,17 @@ def inspect(path: str | Path) -> TokenFile:
         raise _damaged(path, "it is empty")
     with path.open("rb") as file:
         start = file.read(LLMC_HEADER.size)
-    found = _ours(path, start) or _llmc(path, start)
-    if found is None:
+    tokens = _ours(path, start) or _llmc(path, start)
+    if tokens is None:
         if size_bytes % 2:
             raise _damaged(path, f"its size of {size_bytes} bytes is odd, and a token has 2")
         return TokenFile(path, 0, 2, size_bytes // 2, None)
-    expected_bytes = found.offset_bytes + found.itemsize * found.count
+    expected_bytes = tokens.offset_bytes + tokens.itemsize * tokens.count
     if size_bytes != expected_bytes:
-        raise _damaged(path, f"it has {size_bytes} bytes, and its {found.count} tokens take {expected_bytes}")
-    if found.count == 0:
+        raise _damaged(path, f"it has {size_bytes} bytes, and its {tokens.count} tokens take {expected_bytes}")
+    if tokens.count == 0:
         raise _damaged(path, "it has no tokens")
-    return found
+    return tokens
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tokens:

@@ -193,8 +193,8 @@ def document_starts(x: Tensor, bos: int) -> Tensor:
     """cu_seqlens (documents + 1,) int64 of rows x (B, T): one starts with each row, and with each `bos` in it."""
     starts = x == bos
     starts[:, 0] = True
-    found = starts.flatten().nonzero().flatten()
-    return torch.cat([found, found.new_tensor([x.numel()])])
+    indices = starts.flatten().nonzero().flatten()
+    return torch.cat([indices, indices.new_tensor([x.numel()])])
 
 
 def _bodies(tokens: np.ndarray, bos: int, offset: int) -> Iterator[tuple[int, int]]:

@@ -149,10 +149,10 @@ def _gpu_here() -> str:
 
 def gpu_named(name: str) -> mfu.Peak:
     """The GPU of that name. Raises UserError for one whose peak is not known."""
-    found = mfu.peak(name)
-    if found is None or found.bf16 is None:
+    peak = mfu.peak(name)
+    if peak is None or peak.bf16 is None:
         raise UserError(f"{name}: {mfu.why_unknown(name)}")
-    return found
+    return peak
 
 
 def prices_of(text: str) -> dict[str, float]:
@@ -181,16 +181,16 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
         f"{'model':<12}{'parameters':>15}{'FLOP/token':>12}{'tokens':>17}{'an update':>11}{'updates':>9}{'batch':>7}"
         f"{'GB':>7}{'tokens/s':>12}{'hours':>10}{'dollars':>10}",
     ]
-    for name, model, counted, found in _models(config):
-        tokens = found.batch_tokens * found.iterations
-        batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu)
+    for name, model, counted, recipe in _models(config):
+        tokens = recipe.batch_tokens * recipe.iterations
+        batch = _micro_batch(model, gpu, recipe.batch_tokens // config.n_gpu)
         held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
         flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
         spent = None if batch == 0 else _gpu_hours(flops, gpu, nearest_mfu(reached, model) or config.assumed_mfu)
         hours = spent and spent / config.n_gpu
         lines.append(
-            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{found.batch_tokens:>11,}"
-            f"{found.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
+            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
+            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
             f"{_or_na(spent and price and spent * price, ',.0f'):>10}"
         )
@@ -243,14 +243,14 @@ def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
             for d in (depth, dial.REFERENCE_DEPTH)
         )
         counted = dial.sizes(model, config.architecture)
-        found = dial.recipe(
+        recipe = dial.recipe(
             counted, dial.sizes(reference, config.architecture), model.n_embd, ratio=config.ratio
         )  # fmt: skip
-        rows.append((f"d{depth}", model, counted, found))
+        rows.append((f"d{depth}", model, counted, recipe))
     for name in PUBLISHED if not config.depth else ():
         counted, reference_counted = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
-        found = dial.recipe(counted, reference_counted, PRESETS[name].n_embd, ratio=config.ratio)
-        rows.append((name, PRESETS[name], counted, found))
+        recipe = dial.recipe(counted, reference_counted, PRESETS[name].n_embd, ratio=config.ratio)
+        rows.append((name, PRESETS[name], counted, recipe))
     return rows
 
 

@@ -164,10 +164,12 @@ class Questions:
             drawn = policy.roll_out(answers, self.task, example, seed=seed, **settings)
             passed.append([rollout.reward > 0 for rollout in drawn])
         passed = [answers for part in run.team.gather(passed) for answers in part]
-        found = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
-        log.say(f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in found.items()))
-        log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **found)
-        return {"train": 1 - self.reward, "val": 1 - found["pass@1"]}  # the share that fails
+        shares = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
+        log.say(
+            f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in shares.items())
+        )
+        log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **shares)
+        return {"train": 1 - self.reward, "val": 1 - shares["pass@1"]}  # the share that fails
 
 
 class Drawing:

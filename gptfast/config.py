@@ -162,6 +162,24 @@ def _require(condition: bool, field: str, message: str) -> None:
         raise UserError(f"{field} {message}")
 
 
+def nanochat(
+    *, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, n_kv_head: int | None = None,
+    window_pattern: str = "SSSL",
+) -> GPTConfig:  # fmt: skip
+    """nanochat's model of these sizes, to the last weight (gpt.py of github.com/karpathy/nanochat at 92d63d4).
+
+    A layer of S sees a quarter of the context, rounded up to a multiple of 128.
+    """
+    window = -(-block_size // (4 * 128)) * 128 if "S" in window_pattern else None
+    return GPTConfig(
+        block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+        n_kv_head=n_kv_head, bias=False, norm="rmsnorm", norm_eps=2.0**-23, position="rope", rope_base=100_000.0,
+        rope_sign=-1, activation="relu2", qk_norm=True, qk_gain=1.2, tied=False, softcap=15.0, embedding_norm=True,
+        window_pattern=window_pattern, window=window, value_embeddings=True, residual_scalars=True, smear=True,
+        backout=True, initialization="nanochat",
+    )  # fmt: skip
+
+
 def preset(name: str) -> GPTConfig:
     """The config of that name in PRESETS. Raises UserError with the names there are."""
     if name not in PRESETS:

@@ -242,6 +242,9 @@ class Block(nn.Module):
         return x, self.mlp(self.shift_2(y, cache, documents))
 
 
+LARGEST_TABLE = 2**24  # numbers of cos and sin each, whatever the weights
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. `dtype` is the dtype of the activations; the parameters are fp32.
 
@@ -439,6 +442,20 @@ class GPT(nn.Module):
         wpe = self.transformer["wpe"].weight.numel() if self.config.position == "learned" else 0
         return total - wpe if non_embedding else total
 
+    @classmethod
+    def of(
+        cls, config: GPTConfig, weights: dict[str, Tensor], ops: Ops, dtype: torch.dtype = torch.float32, *, where: str
+    ) -> GPT:
+        """The model of `config` that has these weights, copied, on the CPU.
+
+        Sizes are held to the weights before memory is taken for them. Raises UserError, which names `where`, for
+        weights that are missing, unknown, of another shape, or no numbers.
+        """
+        _check_weights(config, weights, ops, where)
+        model = cls(config, ops, dtype)
+        model.load_state_dict(weights)
+        return model
+
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the longest sequence, for pretrained weights. Raises UserError if it would grow."""
         if block_size > self.config.block_size:
@@ -448,3 +465,29 @@ class GPT(nn.Module):
             wpe = self.transformer["wpe"]
             wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight.detach()[:block_size].clone()), block_size
         self._set_rotation()
+
+
+def _check_weights(config: GPTConfig, weights: dict[str, Tensor], ops: Ops, where: str) -> None:
+    """Raises UserError unless these are all the weights of such a model, and numbers."""
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"the weights in {where} do not fit its config: {reason}; fetch it again, or train another")
+
+    total = sum(w.numel() for w in weights.values())
+    if config.n_layer > len(weights):
+        raise refuse(f"there are {len(weights)} tensors for {config.n_layer} layers")
+    if config.block_size * config.head_dim > max(LARGEST_TABLE, total):  # of rotary positions
+        raise refuse(f"block_size is {config.block_size}, and all weights have {total:,} numbers")
+    with torch.device("meta"):
+        expected = GPT(config, ops).state_dict()
+    for reason, names in (
+        ("there is no", expected.keys() - weights.keys()), ("it has no place for", weights.keys() - expected.keys())
+    ):  # fmt: skip
+        if names:
+            raise refuse(f"{reason} {', '.join(sorted(names)[:3])}{f' ({len(names)} in all)' * (len(names) > 3)}")
+    for name, shape in ((name, tuple(tensor.shape)) for name, tensor in expected.items()):
+        w = weights[name]
+        if tuple(w.shape) != shape or not w.is_floating_point():
+            raise refuse(f"{name} is {tuple(w.shape)} {str(w.dtype).removeprefix('torch.')}, not {shape} of floats")
+        if not w.float().sum().isfinite() and not w.float().isfinite().all():  # a sum is quick, and may overflow
+            raise UserError(f"{where} has weights that are no numbers, the first in {name}; use an older checkpoint")

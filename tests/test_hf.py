@@ -152,13 +152,13 @@ REFUSED = [
     ({"model_type": "mamba"}, "model_type 'mamba'; gptfast reads gpt2, llama"),
     ({"hidden_size": None}, "lacks hidden_size"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scales its rotary positions (llama3)"),
-    ({"head_dim": 32}, "size mismatch"),
+    ({"head_dim": 32}, "do not fit its config: transformer.h.0."),
     ({"attention_bias": True}, "attention_bias=True and mlp_bias=False; gptfast has biases in all"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu; gptfast has silu, relu"),
     ({"hidden_act": "relu"}, "gated by ReLU"),
     ({"model_type": "qwen3"}, "lack model.layers.0.self_attn.q_norm.weight"),
     ({"num_hidden_layers": 1}, "has weights that a llama has not: model.layers.1"),
-    ({"intermediate_size": 95}, "size mismatch"),
+    ({"intermediate_size": 95}, "do not fit its config: transformer.h.0."),
 ]
 
 

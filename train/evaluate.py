@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast import cli, hf, runtime
+from gptfast import cli, hf, runtime, untrusted
 from gptfast.chat.conversation import Chat
 from gptfast.data import load_tokens, parts_of
 from gptfast.errors import UserError, nearest
@@ -39,7 +39,7 @@ from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
 from kernels import Ops
 from train import core, score
-from train.files import decoded
+from train.files import TEXT_BYTES, decoded
 from train.score import Encoder
 from train.tasks import Where, judged
 from train.tasks.core import CoreTask
@@ -256,11 +256,11 @@ def read_documents(config: Evaluate) -> list[str]:
     """The text file as one document; or the documents of a split, decoded."""
     if config.text:
         try:
-            documents = [decoded(Path(config.text).read_bytes(), Path(config.text))]
+            documents = [decoded(untrusted.content(config.text, TEXT_BYTES), Path(config.text))]
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = getattr(error, "strerror", None) or error
+            reason = untrusted.reason(error)
             raise UserError(f"--text={config.text}: cannot read it ({reason}); name a text file") from None
     else:
         folder = Path(config.data_dir) / config.dataset

@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from gptfast import checkpoint, cli, hf
+from gptfast import checkpoint, cli, hf, untrusted
 from gptfast.chat.conversation import Chat
+from gptfast.config import config_of
 from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import IGNORED
@@ -113,7 +114,10 @@ def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -
     block_size = None
     if any(folder.glob("ckpt-*")):
         meta = checkpoint.load(folder).meta
-        base, block_size = meta.get("config", {}), meta["model"]["block_size"]
+        with untrusted.expected(f"what {folder} was trained with", "train the base again"):
+            base, block_size = dict(meta.get("config", {})), config_of(meta.get("model")).block_size
+            for key in set(INHERITED) & set(base):
+                cli.check_range(key, base[key])
     chosen: dict[str, Any] = {} if "block_size" in typed or block_size is None else {"block_size": block_size}
     for key in INHERITED:
         if key in base and key not in typed:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gptfast import checkpoint, mfu, runtime
+from gptfast import checkpoint, mfu, runtime, untrusted
 from gptfast.aside import locked
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
@@ -38,7 +38,7 @@ from gptfast.tokenizer import bos_of
 from train import dial
 from train.build import build_model, build_optimizer, check_compiler, choose_graph, describe_data
 from train.config import Pretrain
-from train.guard import Guard, Refused, Stopped, Stopper
+from train.guard import Guard, Output, Refused, Stopped, Stopper, tell
 
 EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
 WARM_UP = 5  # iterations before MFU is reckoned
@@ -262,8 +262,10 @@ def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
             f"{saved.path} holds no position in the data, so no run goes on from it; train anew in another --out_dir, "
             f"from its weights if you like: --init_from={saved.path.parent}"
         )
+    with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
+        config_then = dict(saved.meta["config"])
     for name, before in (("optimizer", "adamw"), ("documents", False)):  # and what a run without the flag had
-        theirs = saved.meta["config"].get(name, before)
+        theirs = config_then.get(name, before)
         if theirs != getattr(config, name):
             raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
 
@@ -304,15 +306,16 @@ def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str,
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
-    run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
-    run.batches.load_state_dict(saved.meta["batches"])
-    if run.scaler is not None and saved.meta["scaler"]:
-        run.scaler.load_state_dict(saved.meta["scaler"])
-    set_generator_state(saved.meta["generators"])
-    if "guard" in saved.meta:  # version 0.1 had none
-        run.guard.load_state_dict(saved.meta["guard"])
-    run.iteration = run.saved = saved.step
-    run.best_val_loss = saved.meta["best_val_loss"]
+    with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
+        run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
+        run.batches.load_state_dict(saved.meta["batches"])
+        if run.scaler is not None and saved.meta["scaler"]:
+            run.scaler.load_state_dict(saved.meta["scaler"])
+        set_generator_state(saved.meta["generators"])
+        if "guard" in saved.meta:  # version 0.1 had none
+            run.guard.load_state_dict(saved.meta["guard"])
+        run.iteration = run.saved = saved.step
+        run.best_val_loss = float(saved.meta["best_val_loss"])
 
 
 def generator_state() -> dict[str, torch.Tensor]:
@@ -339,6 +342,7 @@ def train(run: Run, log: Log) -> None:
         Stopper(deferred=run.team.size > 1) as stopper,
         checkpoint.Saver(background=run.config.async_save) as saver,
         tracker(run.config) as track,
+        contextlib.redirect_stdout(Output(sys.stdout, stopper)) as output,
     ):
         first = run.iteration
         try:
@@ -352,7 +356,10 @@ def train(run: Run, log: Log) -> None:
             if run.saved != run.iteration:
                 save(run, saver)
             saver.wait()
-            log.say(f"{stop} at iteration {run.iteration}; go on with --resume=latest")
+            text = f"{stop} at iteration {run.iteration}; go on with --resume=latest"
+            if run.team.is_main and output.failure is not None:
+                tell(text)
+            log.say(text)
             if stop.signum == signal.SIGINT:
                 raise
             sys.exit(128 + stop.signum)

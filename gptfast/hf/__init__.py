@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast import checkpoint
+from gptfast import checkpoint, untrusted
 from gptfast.aside import folder_aside
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, config_of
 from gptfast.errors import UserError
 from gptfast.hf import nanochat, tokenizer_files
 from gptfast.hf.layouts import LAYOUTS, Settings, Weights, layout_for, layout_of
@@ -51,32 +51,33 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
     folder = find(source)
     if _is_ours(folder):
         saved = checkpoint.load(folder)
-        config, weights = GPTConfig(**saved.meta["model"]), saved.model
+        config, weights = config_of(saved.meta.get("model")), saved.model
     elif own := nanochat.newest(folder):
         config, weights = nanochat.read(own)
     else:
         settings, theirs = read_settings(folder), _read_tensors(folder)
         layout = layout_of(settings)
-        config = layout.config(settings)
-        try:
-            weights = layout.take(config, theirs)
-        except KeyError as error:
-            raise UserError(f"the weights in {folder} lack {error.args[0]}; config.json says {layout.name}") from None
+        config = read_config(folder, settings)
+        if config.n_layer > len(theirs):  # before each layer is looked for
+            raise UserError(
+                f"the {len(theirs)} tensors in {folder} do not fit its config.json: {config.n_layer} layers"
+            )
+        with untrusted.expected(f"what {folder} holds", "fetch it again"):
+            try:
+                weights = layout.take(config, theirs)
+            except KeyError as error:
+                lacking = f"the weights in {folder} lack {error.args[0]}"
+                raise UserError(f"{lacking}; config.json says {layout.name}") from None
         if theirs:
             raise UserError(f"{folder} has weights that a {layout.name} has not: {', '.join(sorted(theirs)[:5])}")
-    model = GPT(config, ops or kernels.load("auto"), dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit its config.json: {_second_line(error)}") from None
-    return model
+    return GPT.of(config, weights, ops or kernels.load("auto"), dtype, where=str(folder))
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of what `load` loads. Raises UserError where there is none."""
     folder = find(source)
     if _is_ours(folder):
-        return from_json(checkpoint.load(folder).meta["tokenizer"])
+        return from_json(checkpoint.load(folder).meta.get("tokenizer"))
     if nanochat.newest(folder):
         raise UserError(
             f"{folder}: nanochat keeps its tokenizer as a pickle, which could run code and is not read; leave it out "
@@ -93,7 +94,7 @@ def why_not(folder: Path) -> str:
         return ""
     settings = read_settings(folder)
     try:
-        layout_of(settings).config(settings)
+        read_config(folder, settings)
     except UserError as reason:
         return str(reason)
     return ""
@@ -195,30 +196,33 @@ def read_settings(folder: Path) -> Settings:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds neither a checkpoint of ours nor config.json; give a folder with a model")
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is no JSON object; fetch it again")
-    return settings
+    return untrusted.json_object(path, "fetch it again")
+
+
+def read_config(folder: Path, settings: Settings) -> GPTConfig:
+    """What config.json means as a config of ours. Raises UserError where it is none."""
+    with untrusted.expected(str(folder / "config.json"), "fetch it again"):
+        return layout_of(settings).config(settings)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the parts that its index lists."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     index = folder / INDEX
-    parts = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else [SINGLE]
+    parts: list[Any] = [SINGLE]
+    if index.is_file():
+        with untrusted.expected(str(index), "fetch it again"):
+            parts = sorted(set(untrusted.json_object(index, "fetch it again")["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in parts:
+        if not untrusted.plain_name(name):
+            raise UserError(f"{index} names {str(name)[:80]!r}, which is no file of its folder; fetch it again")
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; give a folder written by save_pretrained")
         try:
-            tensors |= load_file(folder / name)
-        except SafetensorError as error:
-            raise UserError(f"{folder / name} is damaged ({error}); fetch it again") from None
+            with untrusted.opened(folder / name) as file:
+                tensors |= untrusted.tensors(file)[0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name} is damaged ({untrusted.reason(error)}); fetch it again") from None
     return tensors
 
 
@@ -235,9 +239,3 @@ def _unshared(tensors: Weights) -> Weights:
         result[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return result
-
-
-def _second_line(error: Exception) -> str:
-    """torch lists what does not fit below its first line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return (lines[1:2] or lines)[0][:200]

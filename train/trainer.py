@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from gptfast import checkpoint, mfu, runtime
+from gptfast.aside import locked
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
@@ -111,6 +112,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
     with (
         silence() if launch().rank else contextlib.nullcontext(),  # the first rank speaks for all
         join(mode, backend=config.backend, device=device, **degrees) as team,
+        held(config.out_dir, team),
         open_log(config.out_dir, team) as log,
     ):
         run = start(config, recipe, team)
@@ -134,12 +136,28 @@ def silence() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held(out_dir: str, team: Team) -> Iterator[None]:
+    """out_dir is this run's alone; the first rank holds it for all. Raises UserError that names another run there."""
+    with contextlib.ExitStack() as stack:
+        if team.is_main:
+            with unwritable(out_dir):
+                stack.enter_context(locked(Path(out_dir)))
+        yield
+
+
 def open_log(out_dir: str, team: Team) -> Log:
     """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
     if not team.is_main:
         return Log(None, console=False)
-    try:
+    with unwritable(out_dir):
         return Log(out_dir, name="metrics.jsonl")
+
+
+@contextlib.contextmanager
+def unwritable(out_dir: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
 
@@ -150,19 +168,7 @@ def open_log(out_dir: str, team: Team) -> Log:
 def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
     torch.manual_seed(config.seed)
-    device = team.device
-    print(f"running on {team}")
-    team.share(config.gradient_accumulation_steps)
-    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
-    if config.compile:
-        check_compiler(device)
-    dtype, why = runtime.choose_dtype(config.dtype, device)
-    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
-    if device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
-        torch.backends.cudnn.allow_tf32 = True
-
+    device, dtype = team.device, settings_of_torch(config, team)
     folder = Path(config.data_dir) / config.dataset
     if recipe.data is None:
         vocab_size, tokenizer = describe_data(folder)
@@ -185,14 +191,6 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     if team.size > 1 and (dtype == torch.float16 or config.async_save):
         raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
     called, optimizer = build_optimizer(config, model, team)
-    settings: dict[str, Any] = dict(device=device, rank=team.data_rank, ranks=team.data_size)
-    batches: Any
-    if recipe.data is not None:
-        batches = recipe.data.batches(config, model, **settings)
-    elif bos is None:
-        batches = Batches(splits["train"], config.batch_size, block_size, seed=config.seed, **settings)
-    else:
-        batches = PackedBatches(splits["train"], config.batch_size, block_size, bos=bos, **settings)
     run = Run(
         config=config,
         recipe=recipe,
@@ -206,7 +204,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
         bos=bos,
-        batches=batches,
+        batches=open_batches(config, recipe, model, splits.get("train"), bos, team),
         cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=splits == {} or bos is not None),
     )
     if saved is not None:
@@ -214,6 +212,35 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     if team.size > 1:  # each draws dropout of its own, tensor ranks the same
         torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
     return run
+
+
+def settings_of_torch(config: Pretrain, team: Team) -> torch.dtype:
+    """Sets torch up for the device; returns the dtype of the activations. Prints what it chose, and why."""
+    print(f"running on {team}")
+    team.share(config.gradient_accumulation_steps)
+    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
+    if config.compile:
+        check_compiler(team.device)
+    dtype, why = runtime.choose_dtype(config.dtype, team.device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
+    if team.device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
+        torch.backends.cudnn.allow_tf32 = True
+    return dtype
+
+
+def open_batches(
+    config: Pretrain, recipe: Recipe, model: GPT, tokens: Tokens | None, bos: int | None, team: Team
+) -> Any:
+    """The iterator of this rank's micro-batches: the recipe's own, or of `tokens`, with `bos` packed by documents."""
+    settings: dict[str, Any] = dict(device=team.device, rank=team.data_rank, ranks=team.data_size)
+    if recipe.data is not None:
+        return recipe.data.batches(config, model, **settings)
+    assert tokens is not None
+    if bos is None:
+        return Batches(tokens, config.batch_size, model.config.block_size, seed=config.seed, **settings)
+    return PackedBatches(tokens, config.batch_size, model.config.block_size, bos=bos, **settings)
 
 
 def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
@@ -481,7 +508,8 @@ class Meter:
         block_size = run.model.config.block_size
         tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
         per_rank = tokens_per_s / run.team.size
-        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        dtype = "fp8" if config.fp8 else run.model.dtype
+        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=dtype)
         if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
             fresh, average = used["mfu_palm"], self.mfu_palm
             self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh

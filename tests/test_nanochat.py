@@ -19,6 +19,7 @@ import kernels
 from gptfast import cli
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling, generate
+from gptfast.engine.cache import Piece
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import Muon
@@ -185,10 +186,10 @@ def test_decoding_with_the_cache_is_the_full_forward_over_three_windows(settings
     starts, full = (5, 2), model.logits(tokens)
     for slot, start in enumerate(starts):
         assert cache.reserve(slot, 40)
-        prompt = cache.prompt(slot)
-        first = model.logits(tokens[slot : slot + 1, :start], cache=prompt)
+        piece = cache.pieces([Piece(slot, 0, start)])
+        first = model.logits(tokens[slot : slot + 1, :start], cache=piece)
         torch.testing.assert_close(first[0], full[slot, :start], rtol=1e-4, atol=1e-4)
-        prompt.advance(start)
+        piece.advance()
     at = torch.tensor(starts)
     for T in itertools.islice(itertools.cycle((1, 3, 2)), 16):
         where = at[:, None] + torch.arange(T)

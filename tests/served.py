@@ -106,13 +106,13 @@ def asking(path: str, body: Any, **headers: str) -> bytes:
     return f"POST {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode() + content
 
 
-async def exchange(server: Server, sent: bytes) -> Response | None:
+async def exchange(server: Server, sent: bytes, patience_s: float = PATIENCE_S) -> Response | None:
     """What comes back for `sent`; None where the server closes without a word."""
     host, port = server.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(sent)
-        received = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        received = await asyncio.wait_for(reader.read(), patience_s)
     except ConnectionError:
         return None
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,21 @@ def get(server: Server, path: str, **headers: str) -> Response:
     response = asyncio.run(exchange(server, f"GET {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode()))
     assert response is not None
     return response
+
+
+@contextmanager
+def until_it_answers(url: str, body: Any) -> Iterator[list[bytes]]:
+    """The lines of a streamed completion as they come; the block begins when the first has, and at its end all have."""
+    lines: list[bytes] = []
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
+        reader = threading.Thread(target=lambda: lines.extend(line for line in reply if line.strip()))
+        reader.start()
+        until(lambda: bool(lines))
+        yield lines
+        reader.join()
 
 
 def user(text: str) -> list[dict[str, Any]]:

@@ -205,12 +205,12 @@ def compiled(model: GPT, size: Size) -> Variant:
     plain = copy.deepcopy(model, {**shared, id(model.ops): ops})
     plain = converted(plain, "model")
     cache = KVCache(model.config, ops, size.B, dtype=model.dtype, device=model.lm_head.weight.device)
-    decoder = Decoder(plain, cache, 1, compile=True)
+    decoder = Decoder(plain, cache, compile=True)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         for slot in range(size.B):
             cache.release(slot)
-        logits = torch.stack([decoder.read(slot, row) for slot, row in enumerate(tokens.tolist())])
+        logits = torch.stack([decoder.read_whole(slot, row) for slot, row in enumerate(tokens.tolist())])
         found = [logits.argmax(-1, keepdim=True)]
         while len(found) < n:
             found.append(decoder.step(found[-1])[:, -1].argmax(-1, keepdim=True))

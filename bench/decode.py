@@ -163,8 +163,8 @@ def naive(model: GPT) -> Variant:
     return Variant("naive", _name(model.dtype), itemsize, itemsize, generate, _last(model), NAIVE_LENGTHS)
 
 
-def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
-    """transformers' generate, with its cache and torch's attention, over the same weights."""
+def transformers_model(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Any:
+    """GPT-2 of transformers, with torch's attention, over the weights of `model`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from gptfast import hf
@@ -176,7 +176,12 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
         theirs: Any = GPT2LMHeadModel(chosen)
     theirs.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.eval()
+    return theirs.eval()
+
+
+def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
+    """transformers' generate, with its cache and torch's attention, over the same weights."""
+    theirs = transformers_model(config, model, dtype)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         mask = torch.ones_like(tokens)

@@ -163,8 +163,8 @@ def naive(model: GPT) -> Variant:
     return Variant("naive", _name(model.dtype), itemsize, itemsize, generate, _last(model), NAIVE_LENGTHS)
 
 
-def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
-    """transformers' generate, with its cache and torch's attention, over the same weights."""
+def transformers_model(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Any:
+    """GPT-2 of transformers, with torch's attention, over the weights of `model`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from gptfast import hf
@@ -176,7 +176,12 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
         theirs: Any = GPT2LMHeadModel(chosen)
     theirs.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.eval()
+    return theirs.eval()
+
+
+def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
+    """transformers' generate, with its cache and torch's attention, over the same weights."""
+    theirs = transformers_model(config, model, dtype)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         mask = torch.ones_like(tokens)
@@ -200,12 +205,12 @@ def compiled(model: GPT, size: Size) -> Variant:
     plain = copy.deepcopy(model, {**shared, id(model.ops): ops})
     plain = converted(plain, "model")
     cache = KVCache(model.config, ops, size.B, dtype=model.dtype, device=model.lm_head.weight.device)
-    decoder = Decoder(plain, cache, 1, compile=True)
+    decoder = Decoder(plain, cache, compile=True)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         for slot in range(size.B):
             cache.release(slot)
-        logits = torch.stack([decoder.read(slot, row) for slot, row in enumerate(tokens.tolist())])
+        logits = torch.stack([decoder.read_whole(slot, row) for slot, row in enumerate(tokens.tolist())])
         found = [logits.argmax(-1, keepdim=True)]
         while len(found) < n:
             found.append(decoder.step(found[-1])[:, -1].argmax(-1, keepdim=True))

@@ -57,6 +57,27 @@ def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {**STYLES, **{name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}}
 
 
+def serve_figure(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Tokens/s and the times of a request against the load, one line for each way of serving."""
+    figure, (rate, first, each) = report.new_figure(title, panels=3)
+    looks = styles(row["impl"] for row in rows)
+    for (impl,), mine in by(sorted(rows, key=lambda row: row["dims"]["load"]), "impl").items():
+        color, marker = looks[impl]
+        load = [row["dims"]["load"] for row in mine]
+        rate.plot(load, [row["tokens_per_s"] for row in mine], color=color, marker=marker, label=impl)
+        for axis, what in ((first, "ttft"), (each, "tpot")):
+            axis.plot(load, [row[f"{what}_ms_p50"] for row in mine], color=color, marker=marker)
+            axis.plot(load, [row[f"{what}_ms_p95"] for row in mine], color=color, linestyle="dotted")
+    rate.set(ylabel="tokens/s")
+    rate.set_ylim(bottom=0)
+    first.set(ylabel="ms to the first token\np50; dotted p95", yscale="log")
+    first.yaxis.set_major_formatter("{x:,g}")
+    each.set(ylabel="ms for each further one\np50; dotted p95", xlabel="load: arrivals over what one at a time can do")
+    each.set_ylim(bottom=0)
+    rate.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    return report.save(figure, path, rows)
+
+
 def same_code_once(rows: Sequence[Row]) -> list[Row]:
     """The rows without peers that ran the same code as another of their family, which bears both names.
 

@@ -7,7 +7,7 @@
 Each figure names the hardware, date, commit and, where it shows one, the convention of MFU. A folder with a row that is
 damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: an overview of
 all ops, each op against size, rooflines, the ladder of kernels, MFU and tokens/s by model, where the time of a step
-goes, decoding, and the loss of training runs against time.
+goes, decoding, the server under load, and the loss of training runs against time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptfast.log import Row
 from gptfast.rows import file_name
 
 from . import results
-from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, styles
+from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, serve_figure, styles
 from .peaks import Ceilings, from_rows
 
 Value = Callable[[Row], float]
@@ -180,6 +180,8 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
         made.append(
             report.comparison_figure(rows, folder / f"decode-{file_name(name)}.png", title, "tokens_per_s", "tokens/s")
         )
+    for (name,), rows in by(valid(bench, "serve"), "name").items():
+        made.append(serve_figure(rows, folder / f"serve-{file_name(name)}.png", f"{name}: the server under load"))
     for log in logs:
         run = report.last_run(log)
         made.append(

@@ -306,9 +306,9 @@ def _decoding(
     B, S = tokens.shape
     with torch.inference_mode():
         cache = KVCache(model.config, ops, B, dtype=dtype, device=device)
-        decoder = Decoder(model, cache, 1, compile=False)
+        decoder = Decoder(model, cache, compile=False)
         for slot in range(B):
-            decoder.read(slot, tokens[slot].tolist())
+            decoder.read_whole(slot, tokens[slot].tolist())
     newest = tokens[:, -1:].contiguous()
     step = torch.inference_mode()(lambda: decoder.step(newest))
     held = sum(x.nbytes for x in vars(cache).values() if isinstance(x, Tensor))

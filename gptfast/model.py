@@ -281,19 +281,24 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`."""
         x = self.hidden(tokens, cache)
-        z = self.lm_head(x[:, -1:] if last_only else x)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of what `hidden` gives (..., C)."""
+        z = self.lm_head(x)
         softcap = self.config.softcap
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The normalized residual stream (B, T, C) that the head reads, for tokens (B, T) int64.
 
-        With a cache they continue what its rows hold; its owner advances it. `cu_seqlens` (N + 1,) int32 says where N
-        documents start in tokens.flatten(), and where the last ends: each is as if it were alone, its positions counted
-        from 0; none may be longer than block_size. Raises ValueError if T > block_size.
+        With a cache they continue what its rows hold; its owner advances it, and it says how many it takes.
+        `cu_seqlens` (N + 1,) int32 says where N documents start in tokens.flatten(), and where the last ends: each is
+        as if it were alone, its positions counted from 0; none may be longer than block_size. Raises ValueError if
+        T > block_size.
         """
         B, T = tokens.shape
-        if T > self.config.block_size:
+        if cache is None and T > self.config.block_size:
             raise ValueError(f"tokens: {T} positions, but block_size is {self.config.block_size}")
         positions: slice | Tensor = slice(T)
         documents = None

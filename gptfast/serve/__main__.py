@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     defaults = Defaults(name, config.max_tokens, config.temperature, config.top_k)
     serving = Serving(defaults, guarded, config.queue, config.grace_s)
     server = Server(engine, tools, serving, listener, peak_of(config, device))
-    print(f"serving {name} at {server.url}; Ctrl-C ends it within {config.grace_s:g} s", flush=True)
+    print(f"serving {name} at {server.url}; Ctrl-C ends it within {server.ends_within_s:g} s", flush=True)
     try:
         server.serve()
     except KeyboardInterrupt:  # uvicorn's way to say that it ended because of one

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_BODY_BYTES = 2**20
 BODY_S = 10.0  # for a request's body to come
+MOST_UNWANTED_BYTES, UNWANTED_S = 2**24, 1.0  # of a refused body, read so that the refusal arrives
 SEND_S = 30.0  # for a client to take what it is sent
 OPEN_TO_ALL = ("/", "/health", "/favicon.ico")  # paths that need no token
 SAFE_HEADERS = {
@@ -91,7 +92,13 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        sent = 0
+        sent, has_more = 0, True
+
+        async def heard() -> Message:
+            nonlocal has_more
+            message = await receive()
+            has_more = bool(message.get("more_body"))
+            return message
 
         async def counted(message: Message) -> None:
             nonlocal sent
@@ -102,8 +109,10 @@ class Gate:
 
         try:
             self._check(scope)
-            await self.app(scope, receive, counted)
+            await self.app(scope, heard, counted)
         except BadRequest as error:
+            if has_more:
+                await _swallow(receive)
             await refusal(error, close=True)(scope, receive, counted)
         except (Gone, TimeoutError):
             if not sent:
@@ -306,6 +315,18 @@ class Answering:
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _swallow(receive: Receive) -> None:
+    """Read the rest of a body that nobody wants, if it comes soon: who still sends would not see the reply."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(UNWANTED_S):
+            while size < MOST_UNWANTED_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 class Whole:

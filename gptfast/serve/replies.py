@@ -62,7 +62,7 @@ class Spelling:
 class Choice:
     """One answer as it has come so far."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # of its prompt, 0 where an earlier choice has the same
     tokens: int = 0
     parts: list[Piece] = field(default_factory=list)
     likely: list[tuple[int, Logprob]] = field(default_factory=list)
@@ -191,6 +191,6 @@ class Envelope:
 
 def usage(choices: Sequence[Choice]) -> dict[str, int]:
     """Tokens of the prompts, each counted once, and of the answers, outputs of tools included."""
-    prompt = choices[0].prompt_tokens if choices else 0
+    prompt = sum(choice.prompt_tokens for choice in choices)
     answered = sum(choice.tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptfast import mfu
 from gptfast.chat.conversation import Chat
+from gptfast.chat.sandbox import EXTRA_S
 from gptfast.chat.tools import Tools
 from gptfast.engine import Engine
 from gptfast.errors import UserError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 HEADERS_S = 10.0  # for a request's headers to come
+KEEP_ALIVE_S = 5.0  # for the next request on a connection
 MOST_CONNECTIONS = 512
 AFTER_GRACE_S = 3.0  # for the last answers to be told that they are over
 
@@ -57,6 +59,7 @@ class Server:
             uvicorn.Config(
                 app, http=_impatient(), ws="none", lifespan="off", log_level="error", access_log=False,
                 server_header=False, limit_concurrency=MOST_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_S,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=round(serving.grace_s + AFTER_GRACE_S),
             )
         )  # fmt: skip
@@ -65,6 +68,12 @@ class Server:
     def url(self) -> str:
         host, port = self._listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def ends_within_s(self) -> float:
+        """Seconds from Ctrl-C to the end at most, a call of Python that runs included."""
+        python = self.batcher.tools.python
+        return self._serving.grace_s + AFTER_GRACE_S + (python.limits.seconds + EXTRA_S if python else 0.0)
 
     def serve(self) -> None:
         """Serves until Ctrl-C, SIGTERM or `stop`; then running answers may finish within `grace_s`."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from scripted import tiny
-from torch import Tensor
 
 from gptfast.chat.conversation import Chat
 from gptfast.chat.tools import Tools
@@ -32,7 +31,11 @@ PATIENCE_S = 30.0  # for what must happen; on a good day it takes milliseconds
 
 @cache
 def tokenizer() -> BPETokenizer:
-    return train_bpe([TEXT], 300)
+    """Its special tokens are among the holes, so that no answer ends by itself."""
+    trained = train_bpe([TEXT], 300)
+    special = torch.tensor(sorted(trained.special_tokens.values()))
+    trained.holes = lambda: special  # type: ignore[method-assign]
+    return trained
 
 
 @cache
@@ -40,8 +43,8 @@ def chat() -> Chat:
     return Chat(tokenizer())
 
 
-class Endless(Engine):
-    """An engine that ends no answer by itself, and waits before each step, so that a test can act meanwhile."""
+class Unhurried(Engine):
+    """An engine that waits before each step, so that a test can act meanwhile."""
 
     pause_s = 0.0
 
@@ -49,13 +52,10 @@ class Endless(Engine):
         time.sleep(self.pause_s)
         return super().step()
 
-    def _draw(self, *arguments: Any) -> Tensor:
-        tokens = super()._draw(*arguments)
-        return torch.where(tokens < min(chat().ids.values()), tokens, tokens % 256)
 
-
-def engine(slots: int = 4, block_size: int = 256) -> Endless:
-    return Endless(tiny(tokenizer(), block_size), slots=slots, tokenizer=tokenizer(), weights="model")
+def engine(slots: int = 4, block_size: int = 256) -> Unhurried:
+    model = tiny(tokenizer(), block_size)
+    return Unhurried(model, slots=slots, tokenizer=tokenizer(), weights="model", page_size=16)
 
 
 @contextmanager

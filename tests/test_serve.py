@@ -284,10 +284,10 @@ def test_an_engine_that_fails_ends_its_answers_and_goes_on(slow: Server, monkeyp
     decode = slow.engine._decode
     broken = [True]
 
-    def failing() -> None:
+    def failing() -> bool:
         if broken.pop() if broken else False:
             raise RuntimeError("out of memory\nmore")
-        decode()
+        return decode()
 
     monkeypatch.setattr(slow.engine, "_decode", failing)
     with pytest.raises(openai.InternalServerError, match="the engine failed: out of memory"):
@@ -335,7 +335,7 @@ def test_figures(server: Server, client: OpenAI) -> None:
     stats = get(server, "/stats").json
     assert stats["tokens_per_s"] > 0 and stats["ttft_ms_p50"] > 0 and stats["mbu"] is None
     assert (stats["slots"], stats["busy"], stats["queue"], stats["kv_used"]) == (4, 0, 0, 0)
-    assert stats["kv_total"] == 4 * 256 == 4 * stats["context_length"] and stats["model"] == "tiny"
+    assert stats["kv_total"] >= 4 * 256 == 4 * stats["context_length"] and stats["model"] == "tiny"
     assert stats["kernels"]["attention"] == "reference" and stats["device"]
     text = get(server, "/metrics").body.decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -363,3 +363,23 @@ def test_a_token_and_a_name(capsys: pytest.CaptureFixture[str]) -> None:
         assert get(server, "/health", Host="evil.example").status == 403
         assert get(server, "/health", Host=f"127.0.0.1:{server.url.rsplit(':')[-1]}").status == 200
     assert not capsys.readouterr().err
+
+
+def test_the_next_turn_does_not_read_the_last_again() -> None:
+    """All whole pages of the conversation so far are there, the answer's too."""
+    answer = "The word berry has 2 r. " * 6
+    script = {"first": told(chat(), answer), "second": told(chat(), "Be brief.")}
+    with serving(scripted(chat(), script, page_size=16)) as server:  # type: ignore[arg-type]
+        conversation = user("first")
+        reply = post(server, "/v1/chat/completions", {"messages": conversation}).json
+        assert reply["choices"][0]["message"]["content"] == answer
+        shared, before = (
+            reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"],
+            get(server, "/stats").json,
+        )
+        conversation += [reply["choices"][0]["message"], *user("second")]
+        length = post(server, "/v1/chat/completions", {"messages": conversation}).json["usage"]["prompt_tokens"]
+        after = get(server, "/stats").json
+        reused = after["prompt_tokens_reused"] - before["prompt_tokens_reused"]
+        assert after["prompt_tokens_read"] - before["prompt_tokens_read"] == length - reused
+        assert shared - 16 <= reused <= shared and shared > 5 * 16

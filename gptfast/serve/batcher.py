@@ -242,6 +242,8 @@ class Batcher:
         ticket.deliver(replace(last or Event(), finish_reason=reason, error=error))
 
     def _kept(self) -> int:
-        """Positions of the cache that hold keys and values."""
-        most = self.engine.config.block_size
+        """Positions of the cache that running answers take; in pages, those that they share count once."""
+        cache, most = self.engine.cache, self.engine.config.block_size
+        if cache.paged:
+            return (cache.pages - cache.pool.free) * cache.page_size
         return sum(min(len(request.prompt) + len(request.tokens), most) for request in self.engine.running)

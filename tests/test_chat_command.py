@@ -176,7 +176,7 @@ def test_what_no_longer_fits_is_forgotten(chat: Chat) -> None:
 def test_an_error_of_the_engine_takes_the_message_back(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scripted(chat, {"hello": told(chat, "Hello")}, slots=1)
     session = Session(Answers(engine, chat))
-    monkeypatch.setattr(engine, "_next", lambda ids: -1)
+    monkeypatch.setattr(engine, "next", lambda ids: -1)
     with pytest.raises(UserError, match="not numbers"):
         list(session.ask("hello"))
     assert session.turns == [] and not engine.running
@@ -196,10 +196,10 @@ def test_a_reader_who_leaves_frees_the_slot(chat: Chat) -> None:
 class Interrupted(Scripted):
     """Ctrl-C comes while the answer's fourth token is drawn."""
 
-    def _next(self, ids: Sequence[int]) -> int:
+    def next(self, ids: Sequence[int]) -> int:
         if len(ids) - ids[::-1].index(self.chat.ids["<|assistant_start|>"]) - len(ids) == -3:
             os.kill(os.getpid(), signal.SIGINT)
-        return super()._next(ids)
+        return super().next(ids)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(run: Run, chat: Chat, tokenizer: BPETokenizer) -> None:
@@ -235,9 +235,9 @@ from gptfast.chat.conversation import Chat
 from train.tokenizer import train_bpe
 
 class Slow(Scripted):
-    def _next(self, ids):
+    def next(self, ids):
         time.sleep(0.02)
-        return super()._next(ids)
+        return super().next(ids)
 
 tokenizer = train_bpe(["What is 12*7? It is 84. Hello there, good day, " * 9], 290)
 chat = Chat(tokenizer)

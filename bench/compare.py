@@ -23,9 +23,9 @@ from gptfast.errors import UserError
 from gptfast.log import Row
 
 from . import results
+from .peers import OURS
 from .results import Change
 
-OURS = ("triton", "gluon", "reference")
 CLOCK_SLACK = 0.03  # lower clocks than this explain nothing
 CAUSES = ("real", "method", "versions", "hardware", "noise")
 
@@ -154,7 +154,7 @@ def report(changes: Sequence[Change], causes: Causes, threshold: float) -> int:
             times = f"{change.old_ms:.4f} -> {change.new_ms:.4f} ms"
             told = f"  [{name}{': ' + why if why else ''}]" if name else ""
             print(f"{change.verdict:8s} {change.ratio - 1:+7.1%}  {times:>24s}  {change.label}{told}")
-    found = counts(changes)
-    shown = ", ".join(f"{found[verdict]} {verdict}" for verdict in ("slower", "faster", "same", "invalid"))
+    totals = counts(changes)
+    shown = ", ".join(f"{totals[verdict]} {verdict}" for verdict in ("slower", "faster", "same", "invalid"))
     print(f"{len(changes)} compared at a threshold of {threshold:.0%}: {shown}")
     return exit_code(changes, causes)

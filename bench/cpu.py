@@ -170,14 +170,14 @@ def _report(samples: dict[str, list[float]], log: Log) -> None:
     print(f"{'':20} {'p20':>8} {'median':>8} {'p80':>8} {'faster than plain':>20}")
     for variant, values in samples.items():
         (impl, dtype), ratio = variant.split(), stats.compare(values, base)
-        found = timing.summarize(values, method="perf_counter", threads=torch.get_num_threads(), cold=False)
+        times = timing.summarize(values, method="perf_counter", threads=torch.get_num_threads(), cold=False)
         print(
-            f"{impl:9} {dtype:10} {found.ms_p20:8.2f} {found.ms_p50:8.2f} {found.ms_p80:8.2f}"
+            f"{impl:9} {dtype:10} {times.ms_p20:8.2f} {times.ms_p50:8.2f} {times.ms_p80:8.2f}"
             f"   x{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         )
         log.row(
-            "model", name="char-cpu step", impl=impl, dtype=dtype, tokens_per_s=tokens_per_step / found.ms_p50 * 1e3,
-            speedup=ratio.ratio, speedup_low=ratio.low, speedup_high=ratio.high, **found.fields(), **facts("cpu"),
+            "model", name="char-cpu step", impl=impl, dtype=dtype, tokens_per_s=tokens_per_step / times.ms_p50 * 1e3,
+            speedup=ratio.ratio, speedup_low=ratio.low, speedup_high=ratio.high, **times.fields(), **facts("cpu"),
         )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ class Truth:
 def truth(model: GPT, prompts: Tensor, n: int) -> Truth:
     """What the weights of `model` say in fp32, by the reference of every op and without a cache."""
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, {**shared, id(model.ops): kernels.load("reference")})
+    plain = copy.deepcopy(model, {**shared, id(model.ops): peers.ops_in_torch()})
     plain.dtype = torch.float32
     tokens, first = prompts[:COMPARED_ROWS], None
     for _ in range(n):  # one sequence at a time, which takes the least memory
@@ -163,8 +163,8 @@ def naive(model: GPT) -> Variant:
     return Variant("naive", _name(model.dtype), itemsize, itemsize, generate, _last(model), NAIVE_LENGTHS)
 
 
-def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
-    """transformers' generate, with its cache and torch's attention, over the same weights."""
+def transformers_model(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Any:
+    """GPT-2 of transformers, with torch's attention, over the weights of `model`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from gptfast import hf
@@ -176,7 +176,12 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
         theirs: Any = GPT2LMHeadModel(chosen)
     theirs.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.eval()
+    return theirs.eval()
+
+
+def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
+    """transformers' generate, with its cache and torch's attention, over the same weights."""
+    theirs = transformers_model(config, model, dtype)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         mask = torch.ones_like(tokens)
@@ -193,19 +198,19 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
 
 def compiled(model: GPT, size: Size) -> Variant:
     """torch.compile of a step of the model in plain torch over a static cache, with torch's attention under a mask."""
-    chosen = {name: ("reference", "plain torch", op.reference) for name, op in kernels.OPS.items()}
+    chosen = {name: ("reference", "plain torch", peers.in_torch(op)) for name, op in kernels.OPS.items()}
     fused = peers.sdpa_decode(None)
     ops = kernels.Ops({**chosen, "decode_attention": ("sdpa", "torch's attention", fused)})
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, {**shared, id(model.ops): ops})
     plain = converted(plain, "model")
     cache = KVCache(model.config, ops, size.B, dtype=model.dtype, device=model.lm_head.weight.device)
-    decoder = Decoder(plain, cache, 1, compile=True)
+    decoder = Decoder(plain, cache, compile=True)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         for slot in range(size.B):
             cache.release(slot)
-        logits = torch.stack([decoder.read(slot, row) for slot, row in enumerate(tokens.tolist())])
+        logits = torch.stack([decoder.read_whole(slot, row) for slot, row in enumerate(tokens.tolist())])
         found = [logits.argmax(-1, keepdim=True)]
         while len(found) < n:
             found.append(decoder.step(found[-1])[:, -1].argmax(-1, keepdim=True))

@@ -42,7 +42,7 @@ from gptfast.runtime import compute_dtype, made_current
 from gptfast.step import Step
 from kernels import Ops
 
-from . import results
+from . import peers, results
 from .cpu import PlainGPT
 from .failures import FAILURES, in_one_line
 from .peaks import MEASURED_SLACK, from_rows
@@ -110,7 +110,7 @@ def is_gpt2(config: GPTConfig) -> bool:
 
 def ours(config: GPTConfig, ops: Ops, label: str, dtype: torch.dtype, compiled: str, rung: int | None = None) -> Maker:
     return Maker(
-        label, dtype, lambda dtype: GPT(config, ops, dtype), lambda: GPT(config, kernels.load("reference")),
+        label, dtype, lambda dtype: GPT(config, ops, dtype), lambda: GPT(config, peers.ops_in_torch()),
         compiled=compiled, rung=rung, ops={name: how for name, (how, _) in ops.chosen.items()},
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def used_ops(config: GPTConfig) -> list[str]:
 
         return run
 
-    ops = Ops({name: ("reference", "", noting(name, op.reference)) for name, op in kernels.OPS.items()})
+    ops = Ops({name: ("reference", "", noting(name, peers.in_torch(op))) for name, op in kernels.OPS.items()})
     heads: dict[str, Any] = {"n_head": 2, "n_kv_head": 2, "n_embd": 8}
     tiny = dataclasses.replace(config, n_layer=2, vocab_size=8, block_size=4, dropout=0.0, **heads)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
@@ -150,12 +150,12 @@ def ladder(
     config: GPTConfig, dtype: torch.dtype, compiled: str, load: Callable[..., Ops] = kernels.load
 ) -> list[Maker]:
     """The reference, then one kernel more at each rung; the last rung, `triton`, has them all."""
-    rungs = [ours(config, load("reference"), "reference", dtype, compiled, rung=0)]
-    on: dict[str, str] = {}
+    on = dict(peers.IN_TORCH)
+    rungs = [ours(config, load("reference", **on), "reference", dtype, compiled, rung=0)]
     for name in (name for name in used_ops(config) if kernels.OPS[name].triton is not None):
         on[name] = "triton"
         rungs.append(ours(config, load("reference", **on), f"+{name}", dtype, compiled, rung=len(rungs)))
-    rungs[-1] = dataclasses.replace(rungs[-1], label=TRITON) if on else rungs[-1]
+    rungs[-1] = dataclasses.replace(rungs[-1], label=TRITON) if len(rungs) > 1 else rungs[-1]
     return rungs
 
 
@@ -165,48 +165,48 @@ def makers(config: GPTConfig, device: torch.device, compiled: str, rungs: bool, 
     if device.type == "cpu":
         native, _ = compute_dtype("cpu")
         dtypes = dict.fromkeys((torch.float32, native))
-        found = [ours(config, kernels.load("cpu"), "eager", dtype, "no") for dtype in dtypes]
+        chosen = [ours(config, kernels.load("cpu"), "eager", dtype, "no") for dtype in dtypes]
         if is_gpt2(config):
-            found.append(plain(config, "plain eager", torch.float32, "no"))
+            chosen.append(plain(config, "plain eager", torch.float32, "no"))
         if is_gpt2(config) and config.bias and has_transformers:
-            found.append(transformers(config, torch.float32))
-        return found
+            chosen.append(transformers(config, torch.float32))
+        return chosen
     dtype, _ = compute_dtype(str(device))
-    found = ladder(config, dtype, compiled)
-    found = found[::-1] if rungs else found[-1:]  # ours first, so that it is measured whatever happens
+    chosen = ladder(config, dtype, compiled)
+    chosen = chosen[::-1] if rungs else chosen[-1:]  # ours first, so that it is measured whatever happens
     if not quick and torch.cuda.get_device_capability(device) >= fp8.OLDEST:
-        found.insert(1, dataclasses.replace(found[0], label=f"{TRITON} fp8", fp8=True, rung=None))
+        chosen.insert(1, dataclasses.replace(chosen[0], label=f"{TRITON} fp8", fp8=True, rung=None))
     if not is_gpt2(config):
-        return found
+        return chosen
     backend = "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
-    found.insert(1, plain(config, "torch.compile", dtype, compiled, attention=backend))
+    chosen.insert(1, plain(config, "torch.compile", dtype, compiled, attention=backend))
     if full:
         mode = "max-autotune-no-cudagraphs"  # at these sizes the host is not what limits
-        found.append(plain(config, "torch.compile max-autotune", dtype, compiled, mode=mode, attention=backend))
+        chosen.append(plain(config, "torch.compile max-autotune", dtype, compiled, mode=mode, attention=backend))
     if has_transformers and (rungs or full or quick):
-        found.append(transformers(config, dtype))
-    return found
+        chosen.append(transformers(config, dtype))
+    return chosen
 
 
-def with_graphs(found: Sequence[Maker]) -> list[Maker]:
+def with_graphs(chosen: Sequence[Maker]) -> list[Maker]:
     """Ours and plain torch.compile once more, each step as one CUDA graph as the trainer launches it."""
     twins = [
         dataclasses.replace(maker, label=f"{maker.label} + CUDA graph", graph=True, rung=None)
-        for maker in found
+        for maker in chosen
         if maker.label in (TRITON, f"{TRITON} fp8", "torch.compile")
     ]
-    return [*found, *twins]
+    return [*chosen, *twins]
 
 
-def asked_for(found: Sequence[Maker], labels: str | None) -> list[Maker]:
+def asked_for(there: Sequence[Maker], labels: str | None) -> list[Maker]:
     """Those of the makers that a comma-separated list names; all without a list. UserError names one there is not."""
     if labels is None:
-        return list(found)
-    wanted, known = [label.strip() for label in labels.split(",")], [maker.label for maker in found]
+        return list(there)
+    wanted, known = [label.strip() for label in labels.split(",")], [maker.label for maker in there]
     for label in wanted:
         if label not in known:
             raise UserError(f"--impl={label}: no such variant of this model here{nearest(label, known)}")
-    return [maker for maker in found if maker.label in wanted]
+    return [maker for maker in there if maker.label in wanted]
 
 
 # ---- one variant at work ---------------------------------------------------------------------------------------------
@@ -270,17 +270,17 @@ class Variant:
         """(last loss, error of a fresh batch's loss, why the figure is invalid). Overwrites the batch."""
         last = self.step(tokens, targets).item()
         draw(tokens, targets, vocab_size, secrets.randbits(31))
-        found = self.forward(tokens, targets).item()
+        loss = self.forward(tokens, targets).item()
         with self.device:
             twin = self.maker.twin()
         twin.load_state_dict(self.model.state_dict())
         with torch.no_grad():  # row by row: all logits in fp32 are much memory
             exact = torch.stack([twin(x[None], y[None]) for x, y in zip(tokens, targets, strict=True)]).mean().item()
-        error = abs(found - exact) / abs(exact)
+        error = abs(loss - exact) / abs(exact)
         eps = FP8_MISSES if self.maker.fp8 else torch.finfo(self.maker.dtype).eps
         allowed = max(eps, 8 * torch.finfo(torch.float32).eps)
         if not error <= allowed:
-            return last, error, f"loss {found:.6g} where its weights give {exact:.6g} in fp32"
+            return last, error, f"loss {loss:.6g} where its weights give {exact:.6g} in fp32"
         if self.first_loss is None or not last < self.first_loss:
             return last, error, f"the loss went from {self.first_loss} to {last:.6g}: nothing was learned"
         return last, error, None
@@ -476,10 +476,10 @@ def padded(config: GPTConfig) -> GPTConfig:
 
 def peak_for(device: torch.device, peak_tflops: float | None, out: Path) -> mfu.Peak | None:
     """The peak that was given, else the datasheet's, else what `bench peaks` measured into `out`, and named so."""
-    found = mfu.peak_of(device, peak_tflops)
+    peak = mfu.peak_of(device, peak_tflops)
     path = out / "peaks.jsonl"
-    if found is not None or not path.exists():
-        return found
+    if peak is not None or not path.exists():
+        return peak
     threads = None if device.type == "cuda" else torch.get_num_threads()
     seen = from_rows(row for row in results.latest(results.read(path)) if row.get("threads") == threads)
     if seen is None:

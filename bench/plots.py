@@ -7,7 +7,7 @@
 Each figure names the hardware, date, commit and, where it shows one, the convention of MFU. A folder with a row that is
 damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: an overview of
 all ops, each op against size, rooflines, the ladder of kernels, MFU and tokens/s by model, where the time of a step
-goes, decoding, and the loss of training runs against time.
+goes, decoding, the server under load, and the loss of training runs against time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from gptfast.log import Row
 from gptfast.rows import file_name
 
 from . import results
-from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, styles
+from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, serve_figure, styles
 from .peaks import Ceilings, from_rows
+from .peers import OURS
 
 Value = Callable[[Row], float]
 
@@ -152,10 +153,10 @@ def workload(rows: Sequence[Row]) -> str:
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(report.dims(row), []).append(row)
-    return found
+        groups.setdefault(report.dims(row), []).append(row)
+    return groups
 
 
 def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> list[Path]:
@@ -180,6 +181,8 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
         made.append(
             report.comparison_figure(rows, folder / f"decode-{file_name(name)}.png", title, "tokens_per_s", "tokens/s")
         )
+    for (name,), rows in by(valid(bench, "serve"), "name").items():
+        made.append(serve_figure(rows, folder / f"serve-{file_name(name)}.png", f"{name}: the server under load"))
     for log in logs:
         run = report.last_run(log)
         made.append(
@@ -190,7 +193,7 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
 
 def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: Ceilings | None) -> list[Path]:
     """Every row of our ops as a point, and every part of a profiled step whose work is declared."""
-    mine = next((impl for impl in ("triton", "reference") if any(row["impl"] == impl for row in ops)), "")
+    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in ops)), "")
     points = [{**row, "label": row["name"], "ms": row["ms_p50"]} for row in ops if row["impl"] == mine and row["flops"]]
     roofs = [roof for roof in (sheet(ops), measured) if roof is not None]
     made = []
@@ -221,7 +224,7 @@ def sheet(rows: Sequence[Row]) -> Ceilings | None:
 
 def between(row: Row) -> bool:
     """Whether a row is a rung between the ladder's ends."""
-    return row.get("rung") is not None and row["impl"] not in ("triton", "reference")
+    return row.get("rung") is not None and row["impl"] not in OURS
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -246,9 +249,9 @@ def ops_table(rows: Sequence[Row]) -> str:
         mine = [row for row in group if row["direction"] == "both"]
         largest = max((row["bytes"] for row in mine), default=None)
         mine = [row for row in mine if row["bytes"] == largest]
-        ours = next((row for impl in ("triton", "reference") for row in mine if row["impl"] == impl), None)
+        ours = next((row for impl in OURS for row in mine if row["impl"] == impl), None)
         if ours is not None:
-            peers = [row for row in mine if row["impl"] not in ("triton", "reference") and row.get("inexact") is None]
+            peers = [row for row in mine if row["impl"] not in OURS and row.get("inexact") is None]
             picked.append(
                 {**ours, "peer": min(peers, key=lambda row: row["ms_p50"], default=None), "flop": in_flops(mine)}
             )

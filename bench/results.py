@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 from gptfast.log import Row
 from gptfast.rows import parse
@@ -34,11 +35,11 @@ def read(path: str | Path) -> list[Row]:
     """The rows of one file, all of one machine. Raises UserError that names the file and line of what is wrong."""
     path = Path(path)
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python -m bench` writes results") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text: {untrusted.reason(error)}") from None
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     _check_one_machine(path, rows)
     return rows

@@ -143,8 +143,8 @@ def race_table(rows: Sequence[Row]) -> str:
         both = [(baseline[seed], row) for seed, row in of.items() if seed in baseline and name != BASELINE]
 
         def ratios(key: str) -> str | None:
-            found = sorted(base[key] / row[key] for base, row in both)
-            return f"{statistics.median(found):.1f} ({found[0]:.1f} to {found[-1]:.1f})" if found else None
+            speedups = sorted(base[key] / row[key] for base, row in both)
+            return f"{statistics.median(speedups):.1f} ({speedups[0]:.1f} to {speedups[-1]:.1f})" if speedups else None
 
         first = next(iter(of.values()))
         return {

@@ -1,6 +1,6 @@
 """Training in 8-bit floats: the large linear maps of the blocks multiply numbers of 8 bits, forward and backward.
 
-    found = convert(model, way("cuda"))       # before torch.compile; the parameters stay the same fp32 tensors
+    converted, left = convert(model, way("cuda"))   # before torch.compile; the parameters stay the same fp32 tensors
 
     y  = s_x s_w · x8 w8^T      x8 = e4m3(x / s_x)   w8 = e4m3(w / s_w)      s = max |.| / the format's largest number
     dx = s_g s_w · g8 w8        g8 = e5m2(g / s_g)

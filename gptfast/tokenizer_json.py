@@ -89,9 +89,9 @@ def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[i
     theirs.encode_special_tokens = True  # as text: so that tokens in it are what ours makes of them
     written = [token["content"] for token in content.get("added_tokens") or [] if not token["special"]]
     for text in (PROBE, " ".join([f"a{name} b {name}c" for name in written]), "a", " ", "\n\n a  "):
-        expected, found = theirs.encode(text, add_special_tokens=False).ids, encode(text)
-        if found != expected:
-            place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+        expected, ours = theirs.encode(text, add_special_tokens=False).ids, encode(text)
+        if ours != expected:
+            place = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), len(ours))
             raise UserError(f"{path} encodes a probe otherwise than gptfast would, from token {place} on; {ELSEWHERE}")
 
 

@@ -19,8 +19,8 @@ def kernel_names(name: str) -> list[str]:
         return []
     from .proof.aot import launches
 
-    found = (launch.kernel.__name__ for dims in op.bench for launch in launches(op, dict(dims), 90))
-    return sorted(dict.fromkeys(found), key=lambda kernel: "_bwd_" in kernel)
+    names = (launch.kernel.__name__ for dims in op.bench for launch in launches(op, dict(dims), 90))
+    return sorted(dict.fromkeys(names), key=lambda kernel: "_bwd_" in kernel)
 
 
 def markdown() -> str:

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast import cli, hf, runtime
+from gptfast import cli, hf, runtime, untrusted
 from gptfast.chat.conversation import Chat
 from gptfast.data import load_tokens, parts_of
 from gptfast.errors import UserError, nearest
@@ -39,7 +39,7 @@ from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
 from kernels import Ops
 from train import core, score
-from train.files import decoded
+from train.files import TEXT_BYTES, decoded
 from train.score import Encoder
 from train.tasks import Where, judged
 from train.tasks.core import CoreTask
@@ -69,7 +69,7 @@ class Evaluate:
     out_dir: str = ""  # where evaluation.md and evaluation.jsonl go; nowhere if empty
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
         for name in ("context", "stride", "max_examples", "temperature", "top_k"):
@@ -193,11 +193,11 @@ def core_tasks(config: Evaluate, named: Sequence[str]) -> list[CoreTask]:
     bundle = read_core(config.task_dir, config.data_dir, config.max_examples)
     if "core" in named:
         return list(bundle.values())
-    found = [name.removeprefix(core.PREFIX) for name in named]
-    for name in found:
+    asked = [name.removeprefix(core.PREFIX) for name in named]
+    for name in asked:
         if name not in bundle:
             raise UserError(f"unknown task {core.PREFIX}{name}{nearest(name, bundle)}; core means all")
-    return [bundle[name] for name in found]
+    return [bundle[name] for name in asked]
 
 
 def _made(folder: str) -> Path:
@@ -253,11 +253,11 @@ def read_documents(config: Evaluate) -> list[str]:
     """The text file as one document; or the documents of a split, decoded."""
     if config.text:
         try:
-            documents = [decoded(Path(config.text).read_bytes(), Path(config.text))]
+            documents = [decoded(untrusted.content(config.text, TEXT_BYTES), Path(config.text))]
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = getattr(error, "strerror", None) or error
+            reason = untrusted.reason(error)
             raise UserError(f"--text={config.text}: cannot read it ({reason}); name a text file") from None
     else:
         folder = Path(config.data_dir) / config.dataset

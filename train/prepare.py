@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptfast import cli
+from gptfast import cli, untrusted
 from gptfast.aside import locked
 from gptfast.data import header, inspect, itemsize
 from gptfast.errors import UserError, nearest
@@ -51,7 +51,7 @@ from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
 from train import conversations
 from train.documents import Documents, Shape, make_shards, replace
 from train.download import download, sha256_of
-from train.files import builder_of, decoded, exists
+from train.files import TEXT_BYTES, builder_of, decoded, exists
 
 TRAIN_FRACTION = 0.9
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -69,7 +69,6 @@ READY = {  # name: data set, beginning of its files' names, number of those for 
 }
 READY_TOKENS = 100_000_000  # in each of those files
 DATA_SETS = (*TEXTS, *ON_THE_HUB, *READY)
-TEXT_BYTES = 2**30  # a text is read into memory, where it takes some times its size
 
 PYSTDLIB_CHARACTERS = 8_000_000
 PYSTDLIB_LEFT_OUT = {
@@ -240,9 +239,11 @@ def _read_text(path: Path, origin: str) -> tuple[str, str, str]:
                 f"{path} has {path.stat().st_size:,} bytes, and a text is read whole; "
                 "put its documents into a .jsonl file, or into a folder of .txt files"
             )
-        content = path.read_bytes()
+        content = untrusted.content(path, TEXT_BYTES)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
+        reason = untrusted.reason(error)
         raise UserError(f"cannot read {origin[:200]}: {reason}; give an existing text file with --source") from None
     return decoded(content, path), origin, hashlib.sha256(content).hexdigest()
 

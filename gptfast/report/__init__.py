@@ -23,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 from gptfast.log import Row
 from gptfast.rows import code, file_name, markdown, parse
@@ -45,9 +46,9 @@ def read(paths: Iterable[Path | str]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give a .jsonl file of rows") from None
+            lines = untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({untrusted.reason(error)}); give a .jsonl file of rows") from None
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -123,6 +123,8 @@ def _no_gpu() -> str:
 
     if not torch.cuda.is_available():
         return "no CUDA device"
+    if torch.version.hip:
+        return f"{torch.cuda.get_device_name()} is AMD's; the kernels compile for it, but were never run there"
     major, minor = torch.cuda.get_device_capability()
     return "" if major >= 8 else f"{torch.cuda.get_device_name()} is sm_{major}{minor}; the kernels need sm_80 or newer"
 

@@ -203,6 +203,22 @@ def test_stop_ends_the_answer_and_tells_the_server(opened: Open, how: str) -> No
     assert page.evaluate("JSON.parse(localStorage['gptfast.conversations'])[0].messages[1].state") == "stopped"
 
 
+def test_who_scrolls_up_is_left_there(opened: Open) -> None:
+    answer = Gated("line  \n\n" * 60, "more\n\n" * 20, "end")
+    _, page = opened(answer)
+    ask(page, "sing")
+    answer.gate.release()
+    scroll = page.locator("#scroll")
+    page.wait_for_function("() => document.querySelector('#scroll').scrollTop > 500")  # it follows what grows
+    scroll.evaluate("one => { one.scrollTop = 100 }")
+    page.wait_for_selector("#down:visible")
+    answer.gate.release(9)
+    done(page)
+    page.click("#down")
+    page.wait_for_selector("#down:not(:visible)", state="hidden")
+    assert scroll.evaluate("one => one.scrollHeight - one.scrollTop - one.clientHeight") < 80
+
+
 def test_a_reload_loses_nothing(opened: Open) -> None:
     gated = Gated("half an ", "answer")
     model, page = opened(gated)

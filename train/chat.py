@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
             print(f"== {title}: {time.perf_counter() - before:.0f} s")
         path = card.write([out / stage for stage in ("base", "sft", "rl")], out)
     print(f"\n{path}: written {time.perf_counter() - started:.0f} s after the start")
+    print(f"talk to it here:         python -m gptfast.chat {out / 'rl'}")
+    print(f"or in a browser:         python -m gptfast.serve --out_dir={out / 'rl'}")
 
 
 def make_data(config: ChatRun, out: Path, device: str) -> None:

@@ -281,7 +281,8 @@ def tell(run: Run, log: Log) -> None:
     )
     log.say(text)
     log.row("note", text=text, **{f"conversations_{key}": value for key, value in counts.items()})
-    print(f"talk to it, or judge it: python -m train.evaluate --models={Path(run.config.out_dir)} --tasks=...")
+    out = Path(run.config.out_dir)
+    print(f"talk to it, or judge it: python -m gptfast.chat {out}; python -m train.evaluate --models={out} --tasks=...")
 
 
 if __name__ == "__main__":

@@ -528,9 +528,8 @@ def main(argv: Sequence[str]) -> int:
     torch._dynamo.config.recompile_limit = 64  # a ladder compiles one function many times, on purpose
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
-    with Log(out, name="model.jsonl") as log:
+    with results.campaign(out, "model.jsonl") as log:
         failed = campaign(arguments, device, peak_for(device, arguments.peak_tflops, out), log, common)
-    results.compact(out / "model.jsonl")
     return 1 if failed else 0
 
 

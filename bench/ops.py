@@ -508,7 +508,7 @@ def main(argv: Sequence[str]) -> int:
     roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
     measured = measured_ceilings(roof, device, dtypes, out)
     failed, beside = False, {name: list[str]() for name in names}
-    with Log(out, name="ops.jsonl") as log:
+    with results.campaign(out, "ops.jsonl") as log:
         if on_gpu:
             beside, right = proven(names, asked, dtypes, device, log)
             failed = not right
@@ -537,7 +537,6 @@ def main(argv: Sequence[str]) -> int:
                 failed = True
                 log.row("note", name=str(case), text=f"failed: {type(error).__name__}: {error}")
                 log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
-    results.compact(out / "ops.jsonl")
     return 1 if failed else 0
 
 

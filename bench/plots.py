@@ -288,6 +288,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--readme", choices=TABLES, help="print this table as Markdown, and draw nothing")
     parser.add_argument("--quick", action="store_true", help="accepted as in every page; drawing is quick")
     arguments = parser.parse_args(argv)
+    for flag, folder in (("out", arguments.out), ("root", arguments.root)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--{flag}={folder}: no such folder; give one with rows, as python -m bench writes them")
     folders = [arguments.out] if arguments.out else machines(arguments.root)
     if arguments.readme:
         rows = [row for folder in folders for row in read(folder)[0]]

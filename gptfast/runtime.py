@@ -82,11 +82,14 @@ def others_running(loadavg: Path = Path("/proc/loadavg")) -> int:
 def made_current(name: str) -> torch.device:
     """The device of that name; a numbered GPU, if it is here, as the current one: streams, events and launches are its.
 
-    Raises RuntimeError for a name torch does not know.
+    Raises UserError for a name torch does not know.
     """
     import torch
 
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # argparse makes a list of `--device=--`
+        raise UserError(f"--device={str(name)[:80]}: unknown device; use cuda, cuda:N or cpu") from None
     if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
         torch.cuda.set_device(device)
     return device

@@ -292,16 +292,11 @@ class ClosedPipe(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize("more", [[], ["--eval_interval=1"]])
 def test_output_that_nobody_reads_any_more_saves_and_says_so(
-    tmp_path: Path,
-    flags: list[str],
-    more: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The update under way is finished first: resumed, the run ends as one that was read to its end."""
-    flags = [*flags, "--log_interval=1", "--max_iters=40", *more]
+    flags = [*flags, "--log_interval=1", "--max_iters=40"]
     assert cli.run(pretrain.main, [*flags, f"--out_dir={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", ClosedPipe())

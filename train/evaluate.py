@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import cli, hf, runtime, untrusted
+from gptfast.aside import check_writable, unwritable, write_whole
 from gptfast.chat.conversation import Chat
 from gptfast.data import load_tokens, parts_of
 from gptfast.errors import UserError, nearest
@@ -139,6 +140,8 @@ def main(argv: list[str]) -> None:
     dtype, why = runtime.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
     ops = runtime.choose_ops(config.kernels, device)
+    if config.out_dir:
+        check_writable(Path(config.out_dir))
     if config.tasks:
         return score_tasks(config, ops, dtype, device)
     documents = read_documents(config)
@@ -220,12 +223,8 @@ def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score
 
 def write_scores(scores: dict[str, list[score.Score]], whole: Sequence[str], out_dir: str, device: str) -> None:
     """tasks.md, and a row for each model and task in tasks.jsonl; one of CORE where `whole` lists its tasks."""
-    try:
-        log = Log(out_dir, name="tasks.jsonl")
-        (Path(out_dir) / "tasks.md").write_text(score.table(scores, whole) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
-    with log:
+    write_whole(Path(out_dir) / "tasks.md", score.table(scores, whole) + "\n")
+    with unwritable(Path(out_dir)), Log(out_dir, name="tasks.jsonl") as log:
         for name, found in scores.items():
             for s in found:
                 log.row(
@@ -516,12 +515,8 @@ def _plus_minus(error: float, digits: int) -> str:
 
 def write(results: Sequence[Result], out_dir: str, device: str) -> None:
     """evaluation.md, and a row for each model in evaluation.jsonl."""
-    try:
-        log = Log(out_dir, name="evaluation.jsonl")
-        (Path(out_dir) / "evaluation.md").write_text(table(results) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
-    with log:
+    write_whole(Path(out_dir) / "evaluation.md", table(results) + "\n")
+    with unwritable(Path(out_dir)), Log(out_dir, name="evaluation.jsonl") as log:
         for r in results:
             log.row(
                 "summary", name=r.name, parameters=r.parameters, context=r.context, tokens=r.tokens, bytes=r.bytes,

@@ -15,7 +15,7 @@ from gptfast import cli
 from gptfast.parallel import launch, leave
 from train import dial, plan
 from train.build import architecture_of, vocab_size_of
-from train.config import Pretrain
+from train.config import Pretrain, check_rates
 from train.presets import PRESETS
 from train.trainer import Recipe, started, train
 
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
         print(f"Overriding: {key} = {getattr(config, key)}")
     if config.depth:
         config = dial.turn(config, typed, vocab_size_of(config))
+    check_rates(config)
     if config.dry_run:
         print(plan.describe(config, architecture_of(config, vocab_size_of(config))))
         return

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from gptfast import checkpoint, mfu, runtime, untrusted
-from gptfast.aside import locked
+from gptfast.aside import locked, unwritable
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
@@ -141,7 +141,7 @@ def held(out_dir: str, team: Team) -> Iterator[None]:
     """out_dir is this run's alone; the first rank holds it for all. Raises UserError that names another run there."""
     with contextlib.ExitStack() as stack:
         if team.is_main:
-            with unwritable(out_dir):
+            with unwritable(Path(out_dir)):
                 stack.enter_context(locked(Path(out_dir)))
         yield
 
@@ -150,16 +150,8 @@ def open_log(out_dir: str, team: Team) -> Log:
     """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
     if not team.is_main:
         return Log(None, console=False)
-    with unwritable(out_dir):
+    with unwritable(Path(out_dir)):
         return Log(out_dir, name="metrics.jsonl")
-
-
-@contextlib.contextmanager
-def unwritable(out_dir: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
 
 
 # ---- before the first step

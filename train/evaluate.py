@@ -59,8 +59,7 @@ class Evaluate:
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
     batch_size: int = 8  # windows at once
-    tasks: str = ""  # tasks of train/tasks to be judged by instead of a text: all, or names with commas between; core:
-    # all 22 of CORE, core:NAME one of them
+    tasks: str = ""  # in place of a text, tasks of train/tasks: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
     samples: int = 1  # answers to each problem, of which one must pass

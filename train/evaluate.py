@@ -58,7 +58,7 @@ class Evaluate:
     data_dir: str = "data"  # folder of the prepared data sets
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
-    batch_size: int = 8  # windows at once
+    batch_size: int = 8  # windows at once; of CORE, as many tokens as they have
     tasks: str = ""  # in place of a text, tasks of train/tasks: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import torch
 from gptfast import checkpoint, cli
 from gptfast.data import load_tokens
 from gptfast.errors import UserError
-from gptfast.log import Tracker
 from gptfast.model import GPT
 from train import pretrain
 from train.guard import Guard, Refused, Stopped, Stopper
@@ -600,22 +598,3 @@ def test_a_tracker_that_fails_does_not_stop_a_run(
     assert cli.run(pretrain.main, [*flags, "--tracker=trackio"]) == 0
     assert "warning: trackio" in capsys.readouterr().err
     assert len(rows(tmp_path / "out")) == 5 and len(service.sent) == (0 if fails == "init" else 2)
-
-
-def test_tensorboard_gets_every_number_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            written.append(folder)
-
-        def add_scalar(self, *scalar: object) -> None:
-            written.append(scalar)
-
-        def close(self) -> None:
-            written.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    with Tracker("tensorboard", "--tracker=tensorboard", tmp_path, "project", "name", {}) as tracker:
-        tracker.log({"iter": 3, "val/loss": 2.5, "mfu": None})
-    assert written == [str(tmp_path / "tensorboard"), ("val/loss", 2.5, 3), "closed"]

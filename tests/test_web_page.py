@@ -324,18 +324,29 @@ def test_what_the_server_refuses(opened: Open) -> None:
     page.click("text=Try again")
     done(page)
     assert said(page)[-1] == "answer 5 to five" and page.locator(".trouble, .versions").count() == 0
+    model.refusals = [(400, {"message": "no"}, {})]
+    ask(page, "lost")
+    done(page)
+    ask(page, "found")
+    done(page)
+    with page.expect_download() as caught:
+        page.click("#export")
+    exported = json.loads(Path(caught.value.path()).read_text())["messages"]
+    for messages in (model.requests[-1]["messages"], exported):  # what nothing came of is neither told nor kept
+        assert "lost" not in [message["content"] for message in messages]
+    assert exported[-1] == {"role": "assistant", "content": "answer 6 to found"}
     model.refusals = [(401, {"message": "give the server's token"}, {})]
     ask(page, "six")
     page.wait_for_selector("#token:focus")
     page.keyboard.type("a-secret-of-ours")
     page.keyboard.press("Enter")
-    page.click("text=Try again")
+    page.get_by_text("Try again").last.click()
     done(page)
-    assert model.tokens[-1] == "Bearer a-secret-of-ours" and said(page)[-1] == "answer 6 to six"
+    assert model.tokens[-1] == "Bearer a-secret-of-ours" and said(page)[-1] == "answer 7 to six"
     model.answer = lambda messages: ["half ", {"error": {"message": "the engine failed"}}]
     ask(page, "seven")
     done(page)
-    assert said(page)[-1] == "half" and page.locator(".trouble span").inner_text() == "the engine failed"
+    assert said(page)[-1] == "half" and page.locator(".trouble span").last.inner_text() == "the engine failed"
     model.close()
     ask(page, "eight")
     done(page)

@@ -48,6 +48,7 @@ from .timing import summarize
 FIRST_LETTER = 0x20000  # of a tokenizer that has a character, and nothing else, for every id
 CALIBRATIONS = 3  # answers alone, whose median is what one at a time can do
 LONGEST_S = 120.0  # that a client waits for the next token
+FAILED: tuple[type[Exception], ...] = (*FAILURES, OSError)
 
 Emit = Callable[[], None]  # to be called at every token
 Generate = Callable[[list[int], int, Emit], None]  # n tokens after ids
@@ -242,7 +243,7 @@ def run_model(name: str, arguments: argparse.Namespace, log: Log, common: Row) -
                 continue
             try:
                 fields = figures(name, impl, dtype, dims, rate, way(asks), arguments.new, threads)
-            except (*FAILURES, OSError, TimeoutError) as error:
+            except FAILED as error:
                 failed = True
                 log.row("note", name=f"{name} {impl} {dims}", text=f"failed: {type(error).__name__}: {error}")
                 log.say(f"serve {name} {impl} {dims}: FAILED: {in_one_line(error)}")

@@ -18,6 +18,8 @@ from served import chat, engine, get, post, serving, until, user
 from gptfast.chat.answers import Answers, answer_all
 from gptfast.chat.conversation import text_of
 from gptfast.chat.parts import PartStream
+from gptfast.chat.sandbox import Limits, Result
+from gptfast.chat.tools import Tools
 from gptfast.engine import Sampling
 from gptfast.serve.app import Guarded
 from gptfast.serve.asking import SEED_STEP
@@ -326,6 +328,40 @@ def test_calls_are_shown_beside_what_is_said() -> None:
         events = post(server, "/chat/completions", asked).events
         assert events[-1] == {"done": True} and {"token": "84", "gpu": 0, "part": "python_output"} in events
         assert "".join(event.get("token", "") for event in events if "part" not in event) == "It is  84."
+
+
+class Patient:
+    """A sandbox whose code ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.called, self.may_end, self.limits = threading.Event(), threading.Event(), Limits()
+
+    def run(self, code: str) -> Result:
+        self.called.set()
+        assert self.may_end.wait(served.PATIENCE_S)
+        return Result(True, f"ran {code}")
+
+
+def test_others_go_on_while_python_runs() -> None:
+    """On one slot; and who leaves meanwhile is gone at once."""
+    call, output = ("python", "import time"), ("python_output", "ran import time")
+    script = {"call": told(chat(), "So: ", call, output, "done."), "other": told(chat(), "Be brief.")}
+    python = Patient()
+    with (
+        serving(scripted(chat(), script, slots=1), Tools(python=python), queue=1) as server,  # type: ignore[arg-type]
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        calling = pool.submit(ask, client, "call", max_tokens=99)
+        assert python.called.wait(served.PATIENCE_S)
+        assert ask(client, "other").choices[0].message.content == "Be brief."
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=0.1), "call", max_tokens=99)
+        until(lambda: server.batcher.open == 1)
+        python.may_end.set()
+        message = calling.result().choices[0].message
+        assert message.content == "So: done." and {"type": output[0], "text": output[1]} in message.parts
+        until(lambda: served.is_idle(server))
 
 
 def test_figures(server: Server, client: OpenAI) -> None:

@@ -59,7 +59,7 @@ class Server:
             uvicorn.Config(
                 app, http=_impatient(), ws="none", lifespan="off", log_level="error", access_log=False,
                 server_header=False, limit_concurrency=MOST_CONNECTIONS,
-                timeout_keep_alive=KEEP_ALIVE_S,  # type: ignore[arg-type]
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=round(serving.grace_s + AFTER_GRACE_S),
             )
         )  # fmt: skip

@@ -41,7 +41,8 @@ from train.trainer import EVAL_SEED, Recipe, Run, diverged, started, train
 SAMPLED = 1000  # conversations that tell how many tokens an epoch has
 INHERITED = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "matrix_lr", "head_lr", "scalar_lr",
-    "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "normalize", "newton_schulz_steps",
+    "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "decay_by_shape", "equalize", "normalize",
+    "normalize_beta2", "rules", "newton_schulz_steps",
 )  # fmt: skip
 RATES = ("learning_rate", "matrix_lr", "head_lr", "scalar_lr")
 

@@ -31,7 +31,7 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-aot: $(READY)  ## compile every kernel for A100, H100 and B200 without a GPU, and hold it to the gates
+aot: $(READY)  ## compile every kernel for seven architectures without a GPU, and hold it to the gates
 	$(PY) -m kernels.proof.aot $(ARGS)
 	$(PY) -m kernels.proof.aot --parity
 

@@ -83,14 +83,14 @@ NEEDS_GPU = (
 
 def pages() -> dict[str, str]:
     """The pages that can be run, `main` in bench/<name>.py, with the first line of each; none of them is imported."""
-    found = {}
+    summaries = {}
     for path in sorted(HERE.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if not path.stem.startswith("_") and any(
             isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body
         ):
-            found[path.stem] = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
-    return found
+            summaries[path.stem] = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+    return summaries
 
 
 def main(argv: Sequence[str]) -> int:

@@ -115,7 +115,7 @@ class Truth:
 def truth(model: GPT, prompts: Tensor, n: int) -> Truth:
     """What the weights of `model` say in fp32, by the reference of every op and without a cache."""
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, {**shared, id(model.ops): kernels.load("reference")})
+    plain = copy.deepcopy(model, {**shared, id(model.ops): peers.ops_in_torch()})
     plain.dtype = torch.float32
     tokens, first = prompts[:COMPARED_ROWS], None
     for _ in range(n):  # one sequence at a time, which takes the least memory
@@ -198,7 +198,7 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
 
 def compiled(model: GPT, size: Size) -> Variant:
     """torch.compile of a step of the model in plain torch over a static cache, with torch's attention under a mask."""
-    chosen = {name: ("reference", "plain torch", op.reference) for name, op in kernels.OPS.items()}
+    chosen = {name: ("reference", "plain torch", peers.in_torch(op)) for name, op in kernels.OPS.items()}
     fused = peers.sdpa_decode(None)
     ops = kernels.Ops({**chosen, "decode_attention": ("sdpa", "torch's attention", fused)})
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
@@ -502,11 +502,10 @@ def main(argv: Sequence[str]) -> int:
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     arguments.compile = device.type == "cuda" if arguments.compile is None else arguments.compile
-    with Log(out, name="decode.jsonl") as log:
+    with results.campaign(out, "decode.jsonl") as log:
         peak = peak_bandwidth(device, out)
         chosen_models = models[:1] if arguments.quick else models
         failed = campaign([(name, size) for name in chosen_models for size in chosen], arguments, peak, log, common)
-    results.compact(out / "decode.jsonl")
     return 1 if failed else 0
 
 

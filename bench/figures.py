@@ -18,6 +18,7 @@ from gptfast import report
 from gptfast.log import Row
 
 from .peaks import Ceilings
+from .peers import OURS
 from .trace import PARTS
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -40,10 +41,10 @@ NARROWEST = 0.045  # of the longest bar, for a number to be written into a piece
 # ---- ops -------------------------------------------------------------------------------------------------------------
 def by(rows: Iterable[Row], *fields: str) -> dict[tuple, list[Row]]:
     """Rows grouped by these fields, in order of appearance."""
-    found: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(field) for field in fields), []).append(row)
-    return found
+        groups.setdefault(tuple(row.get(field) for field in fields), []).append(row)
+    return groups
 
 
 def in_flops(rows: Sequence[Row]) -> bool:
@@ -265,8 +266,8 @@ def two_a_line(label: str) -> str:
 # ---- all ops of a machine --------------------------------------------------------------------------------------------
 def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None) -> Path | None:
     """Every op of ours: how many times longer its best peer takes, and its fraction of the ceiling; a dot a size."""
-    found: dict[str, list[tuple[float | None, float | None]]] = {}
-    mine = next((impl for impl in ("triton", "reference") if any(row["impl"] == impl for row in rows)), None)
+    marks: dict[str, list[tuple[float | None, float | None]]] = {}
+    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in rows)), None)
     for (name, direction, dtype), group in by(rows, "name", "direction", "dtype").items():
         if direction == "backward" and any(r["name"] == name and r["direction"] == "both" for r in rows):
             continue
@@ -276,12 +277,12 @@ def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None =
                     and not _ours(r["impl"]) and not r.get("inexact")]  # fmt: skip
                 ratio = min(peers) / row["ms_p50"] if peers else None
                 share = _of_measured(row, measured) or row.get("roofline")
-                found.setdefault(f"{name}, {direction}, {dtype}", []).append((ratio, share))
-    if not found:
+                marks.setdefault(f"{name}, {direction}, {dtype}", []).append((ratio, share))
+    if not marks:
         return None
     figure, ((left, right),) = report.new_grid(f"Every op ({mine}): best peer, and ceiling", 1, 2)
-    figure.set_size_inches(11, 2.4 + 0.27 * len(found))
-    for place, values in enumerate(found.values()):
+    figure.set_size_inches(11, 2.4 + 0.27 * len(marks))
+    for place, values in enumerate(marks.values()):
         ratios = [ratio for ratio, _ in values if ratio is not None]
         shares = [100 * share for _, share in values if share is not None]
         for panel, some, form in ((left, ratios, "{:.2f}x"), (right, shares, "{:.0f} %")):
@@ -297,14 +298,14 @@ def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None =
             panel.annotate("  " + form.format(middle), (max(*some, base), place), va="center", fontsize=8)
     left.axvline(1.0, color="black", linewidth=1.0)
     left.set_xscale("log", base=2)
-    most = [r for values in found.values() for r, _ in values if r is not None] or [1.0]
+    most = [r for values in marks.values() for r, _ in values if r is not None] or [1.0]
     ticks = [2.0**i for i in range(math.floor(math.log2(min(*most, 1))), math.ceil(math.log2(max(*most, 1))) + 2)]
     left.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     left.minorticks_off()
-    left.set_yticks(range(len(found)), list(found), fontsize=8)
+    left.set_yticks(range(len(marks)), list(marks), fontsize=8)
     right.set_yticks([])
     for panel in (left, right):
-        panel.set_ylim(len(found) - 0.4, -0.6)
+        panel.set_ylim(len(marks) - 0.4, -0.6)
     left.set_xlabel("time of the best peer / ours (right of the line: ours is faster)")
     right.set(xlabel="% of what a copy or a GEMM reaches" if measured else "% of the roofline", xlim=(0, 118))
     notes = ["a dot is a size, a bar their median; the plain torch reference counts as a peer"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import functools
 import pstats
 import statistics
 import time
@@ -52,9 +53,9 @@ def short(dims: dict[str, Any]) -> dict[str, Any]:
 
 def calls(op: kernels.Op, dims: dict[str, Any], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """What to time, by direction. The backward alone is the difference to a forward that keeps what it needs."""
-    arguments = op.inputs(**dims, dtype=dtype)
+    arguments, keywords = op.inputs(**dims, dtype=dtype)
     assert op.triton is not None
-    kernel = op.triton
+    kernel = functools.partial(op.triton, **keywords) if keywords else op.triton  # a partial would cost time of its own
     plain = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
 
     def leaf(i: int, a: Any) -> Any:
@@ -68,7 +69,7 @@ def calls(op: kernels.Op, dims: dict[str, Any], dtype: torch.dtype) -> dict[str,
         with torch.no_grad():
             kernel(*plain)
 
-    found: dict[str, Callable[[], Any]] = {"forward": forward}
+    functions: dict[str, Callable[[], Any]] = {"forward": forward}
     if op.differentiable:
         outputs = kernel(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -78,21 +79,21 @@ def calls(op: kernels.Op, dims: dict[str, Any], dtype: torch.dtype) -> dict[str,
             outputs = kernel(*arguments)
             torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), leaves, gradients)
 
-        found["kept forward"], found["both"] = lambda: kernel(*arguments), both
-    return found
+        functions["kept forward"], functions["both"] = lambda: kernel(*arguments), both
+    return functions
 
 
 def samples(call: Callable[[], Any]) -> list[float]:
     """Microseconds per call, of SAMPLES runs of CALLS calls, after warming up."""
     for _ in range(CALLS):
         call()
-    found = []
+    times = []
     for _ in range(SAMPLES):
         started = time.perf_counter_ns()
         for _ in range(CALLS):
             call()
-        found.append((time.perf_counter_ns() - started) / CALLS / 1e3)
-    return sorted(found)
+        times.append((time.perf_counter_ns() - started) / CALLS / 1e3)
+    return sorted(times)
 
 
 @contextmanager
@@ -139,10 +140,10 @@ def profile(op: kernels.Op, dtype: torch.dtype) -> None:
         todo = calls(op, short(dict(op.bench[0])), dtype)
         call = todo.get("both", todo["forward"])
         samples(call)
-        with cProfile.Profile() as found:
+        with cProfile.Profile() as profiler:
             for _ in range(20 * CALLS):
                 call()
-    pstats.Stats(found).sort_stats("tottime").print_stats(20)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(20)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -163,8 +164,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     common = facts("cpu")
     out = arguments.out or results.folder(common["hardware"])
-    with Log(out, name="host.jsonl") as log:
+    with results.campaign(out, "host.jsonl") as log:
         for name in names:
             measure(kernels.OPS[name], torch.bfloat16, log, common)
-    results.compact(out / "host.jsonl")
     return 0

@@ -1,8 +1,8 @@
 """Every op at the sizes of real models, by every implementation and peer, in every direction.
 
     python -m bench ops                                # all of it
-    python -m bench ops --only=layernorm,attention --quick
     python -m bench ops --variants=gluon               # and a kernel that runs only when asked for, beside the others
+    python -m bench ops --only=rotary --quick --options    # one size of an op, and with its options
     pytest bench/ --benchmark-only                     # the same cases under pytest-benchmark
 
 Variants of one case run side by side in one process. `forward` runs without gradients, `backward` alone, `both` is a
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import secrets
 import time
@@ -35,14 +36,15 @@ from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Op
+from kernels.proof.options import varied
 
 from . import peers, results
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes, measured_ceilings
+from .peers import OURS
 from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
 
 DIRECTIONS = ("forward", "backward", "both")
-OURS = ("triton", "reference")
 MOVES_WORK = frozenset({"linear_cross_entropy"})  # their forward finds gradients, which their backward only scales
 CPU_FLOPS, CPU_BYTES = 5e8, 16e6  # of a forward pass on a CPU
 INEXACT = 0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), else wrong
@@ -71,11 +73,23 @@ class Case:
             return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
         return forward if self.direction == "forward" else backward
 
-    def draw(self, seed: int) -> tuple:
-        """The op's arguments with the random values of this seed."""
+    def inputs(self, seed: int) -> tuple[tuple, dict[str, Any]]:
+        """The op's arguments with the random values of this seed, and its keyword arguments: nothing random."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return self.op.inputs(**self.dims, dtype=DTYPES[self.dtype], device=self.device)
+
+    def draw(self, seed: int) -> tuple:
+        """The op's arguments with the random values of this seed."""
+        return self.inputs(seed)[0]
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        return self.inputs(0)[1]
+
+    def with_options(self, function: Callable) -> Callable:
+        """The function with the op's keyword arguments, itself where there are none: a partial costs time."""
+        return functools.partial(function, **self.keywords) if self.keywords else function
 
     def cotangents(self, outputs: Tensors, seed: int) -> Tensors:
         """Gradients of the outputs; numbers that every dtype holds exactly, so that all variants get the same."""
@@ -93,7 +107,7 @@ class Case:
             arguments = self.draw(0 if self.direction == "backward" else seed)
             if double:
                 arguments = tuple(a.double() if _is_float(a) else a for a in arguments)
-            return flatten(self.bind(self.op.reference, arguments, wanted, cotangent_seed=seed)())
+            return flatten(self.bind(peers.in_torch(self.op), arguments, wanted, cotangent_seed=seed)())
 
         return Truth(lambda seed: answer(seed, True), lambda seed: answer(seed, False))
 
@@ -104,6 +118,7 @@ class Case:
         return self.work(function, arguments, wanted, cotangent_seed).run
 
     def work(self, function: Callable, arguments: tuple, wanted: Sequence[int], cotangent_seed: int = 0) -> Work:
+        function = self.with_options(function)
         tensors = tuple(a for a in arguments if isinstance(a, Tensor))
 
         def redraw(seed: int) -> None:
@@ -153,7 +168,7 @@ class Case:
         arguments = self.draw(0)
         places = [i for i, a in enumerate(arguments) if _is_float(a) and i not in self.op.constants]
         leaves = tuple(a.requires_grad_() if i in places else a for i, a in enumerate(arguments))
-        outputs = flatten(function(*leaves))
+        outputs = flatten(self.with_options(function)(*leaves))
         found = torch.autograd.grad(
             outputs, [leaves[i] for i in places], self.cotangents(outputs, 0), allow_unused=True
         )
@@ -173,9 +188,11 @@ def variants(op: Op, device: torch.device, compiled: bool, asked: Sequence[str] 
     found: dict[str, Callable] = {}
     if device.type == "cuda" and op.triton is not None:
         found.update(triton=op.triton, **{name: op.variants[name] for name in asked})
-    found["reference"] = op.reference
+    found["reference"] = peers.in_torch(op)
+    if device.type == "cpu" and op.cpu not in (None, found["reference"]):
+        found["cpu"] = op.cpu
     if compiled:
-        found["compile"] = torch.compile(op.reference, dynamic=False)
+        found["compile"] = torch.compile(peers.in_torch(op), dynamic=False)
     return {**found, **peers.of(op.name, device, compiled)}
 
 
@@ -231,16 +248,19 @@ def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 
 
 def cases(
-    names: Sequence[str], dtypes: Sequence[str], directions: Sequence[str], device: torch.device, quick: bool
-) -> list[Case]:
+    names: Sequence[str], dtypes: Sequence[str], directions: Sequence[str], device: torch.device, quick: bool,
+    options: bool = False,
+) -> list[Case]:  # fmt: skip
     """All cases, ordered so that a campaign that is stopped has seen every op before it sees more sizes of one.
 
     `backward` of further sizes comes last: it is `both` less what is known of `forward`.
     """
     found: dict[str, Case] = {}
     last: dict[str, Case] = {}
-    sizes = {name: by_worth(kernels.OPS[name].bench) for name in names}
-    for rank in range(1 if quick else max(map(len, sizes.values()))):
+    sizes = {name: by_worth(kernels.OPS[name].bench)[: 1 if quick else None] for name in names}
+    for name in names if options else ():
+        sizes[name] += varied(kernels.OPS[name])
+    for rank in range(max(map(len, sizes.values()))):
         for name in names:
             op = kernels.OPS[name]
             for dtype in dtypes if rank < len(sizes[name]) else ():
@@ -259,7 +279,7 @@ def build(
 ) -> tuple[dict[str, list[Work]], list[int]]:
     """Works of every variant over shared sets of inputs, each run once; a peer that cannot do the case is left out."""
     usable: dict[str, Callable] = {}
-    wanted = [] if case.direction == "forward" else case.differentiable(case.op.reference)
+    wanted = [] if case.direction == "forward" else case.differentiable(peers.in_torch(case.op))
     for name, function in functions.items():
         try:
             if case.direction == "forward":
@@ -461,6 +481,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--samples", type=int, help="at least so many (default: 40 on a GPU, 10 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
+    parser.add_argument("--options", action="store_true", help="the first size with each op's options too, in pairs")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     parser.add_argument("--warm", metavar="I/N", help="only compile and run once the I-th of N shares; no rows")
@@ -480,14 +501,14 @@ def main(argv: Sequence[str]) -> int:
     samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
     settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
     if arguments.warm:
-        todo = cases(names, dtypes, directions, device, arguments.quick)
+        todo = cases(names, dtypes, directions, device, arguments.quick, arguments.options)
         return warm(todo, names, asked, _share(arguments.warm), arguments.compile, started + arguments.budget_s)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
     measured = measured_ceilings(roof, device, dtypes, out)
     failed, beside = False, {name: list[str]() for name in names}
-    with Log(out, name="ops.jsonl") as log:
+    with results.campaign(out, "ops.jsonl") as log:
         if on_gpu:
             beside, right = proven(names, asked, dtypes, device, log)
             failed = not right
@@ -497,7 +518,8 @@ def main(argv: Sequence[str]) -> int:
         for name in alone:
             log.say(f"ops    {name}: left out, comparable in --direction=both alone")
             del beside[name]
-        todo = cases(list(beside), dtypes, directions, device, arguments.quick) if beside else []
+        quick, options = arguments.quick, arguments.options
+        todo = cases(list(beside), dtypes, directions, device, quick, options) if beside else []
         if on_gpu and peers.absent():
             log.say(f"ops    peers that are not installed: {', '.join(peers.absent())}")
         for number, case in enumerate(todo, 1):
@@ -515,7 +537,6 @@ def main(argv: Sequence[str]) -> int:
                 failed = True
                 log.row("note", name=str(case), text=f"failed: {type(error).__name__}: {error}")
                 log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
-    results.compact(out / "ops.jsonl")
     return 1 if failed else 0
 
 

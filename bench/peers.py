@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.op import require
+from kernels import Ops, load
+from kernels.op import Op, require
 
 Function = Callable[..., Any]
 
@@ -44,6 +45,22 @@ class Peer:
 def of(op: str, device: torch.device, compiled: bool = True) -> dict[str, Function]:
     """The peers of an op that can run here, by name. Without `compiled` none that compiles itself."""
     return {name: peer.run for name, peer in PEERS.get(op, {}).items() if peer.can_run(device, compiled)}
+
+
+OURS = ("triton", "gluon", "cpu", "reference")  # names of our own implementations in rows; others are peers'
+# What people write for an op without kernels of their own is its reference, but torch's fused operator for attention,
+# whose reference holds T x S scores for every head: at T = 16k no GPU's memory does.
+IN_TORCH = {"attention": "cpu"}
+
+
+def in_torch(op: Op) -> Function:
+    """An op as people write it in plain torch."""
+    return op.cpu if IN_TORCH.get(op.name) == "cpu" and op.cpu is not None else op.reference
+
+
+def ops_in_torch() -> Ops:
+    """All ops as people write them in plain torch."""
+    return load("reference", **IN_TORCH)
 
 
 def version(op: str, name: str) -> str | None:
@@ -197,15 +214,15 @@ def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Of a copy of the logits: it writes over them, asked for a gradient or not."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    found = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
-    return found[0] if isinstance(found, tuple) else found
+    result = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def liger_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    found = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
-    return found[0] if isinstance(found, tuple) else found
+    result = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def quack_rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -228,8 +245,8 @@ def flash_attention(version: int) -> Function:
             from flash_attn_interface import flash_attn_func
         else:
             from flash_attn import flash_attn_func
-        found = flash_attn_func(q, k, v, causal=True)
-        return found[0] if isinstance(found, tuple) else found
+        result = flash_attn_func(q, k, v, causal=True)
+        return result[0] if isinstance(result, tuple) else result
 
     return run
 

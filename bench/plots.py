@@ -26,6 +26,7 @@ from gptfast.rows import file_name
 from . import results
 from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, serve_figure, styles
 from .peaks import Ceilings, from_rows
+from .peers import OURS
 
 Value = Callable[[Row], float]
 
@@ -152,10 +153,10 @@ def workload(rows: Sequence[Row]) -> str:
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(report.dims(row), []).append(row)
-    return found
+        groups.setdefault(report.dims(row), []).append(row)
+    return groups
 
 
 def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> list[Path]:
@@ -192,7 +193,7 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
 
 def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: Ceilings | None) -> list[Path]:
     """Every row of our ops as a point, and every part of a profiled step whose work is declared."""
-    mine = next((impl for impl in ("triton", "reference") if any(row["impl"] == impl for row in ops)), "")
+    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in ops)), "")
     points = [{**row, "label": row["name"], "ms": row["ms_p50"]} for row in ops if row["impl"] == mine and row["flops"]]
     roofs = [roof for roof in (sheet(ops), measured) if roof is not None]
     made = []
@@ -223,7 +224,7 @@ def sheet(rows: Sequence[Row]) -> Ceilings | None:
 
 def between(row: Row) -> bool:
     """Whether a row is a rung between the ladder's ends."""
-    return row.get("rung") is not None and row["impl"] not in ("triton", "reference")
+    return row.get("rung") is not None and row["impl"] not in OURS
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -248,9 +249,9 @@ def ops_table(rows: Sequence[Row]) -> str:
         mine = [row for row in group if row["direction"] == "both"]
         largest = max((row["bytes"] for row in mine), default=None)
         mine = [row for row in mine if row["bytes"] == largest]
-        ours = next((row for impl in ("triton", "reference") for row in mine if row["impl"] == impl), None)
+        ours = next((row for impl in OURS for row in mine if row["impl"] == impl), None)
         if ours is not None:
-            peers = [row for row in mine if row["impl"] not in ("triton", "reference") and row.get("inexact") is None]
+            peers = [row for row in mine if row["impl"] not in OURS and row.get("inexact") is None]
             picked.append(
                 {**ours, "peer": min(peers, key=lambda row: row["ms_p50"], default=None), "flop": in_flops(mine)}
             )
@@ -287,6 +288,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--readme", choices=TABLES, help="print this table as Markdown, and draw nothing")
     parser.add_argument("--quick", action="store_true", help="accepted as in every page; drawing is quick")
     arguments = parser.parse_args(argv)
+    for flag, folder in (("out", arguments.out), ("root", arguments.root)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--{flag}={folder}: no such folder; give one with rows, as python -m bench writes them")
     folders = [arguments.out] if arguments.out else machines(arguments.root)
     if arguments.readme:
         rows = [row for folder in folders for row in read(folder)[0]]

@@ -98,7 +98,7 @@ def host_us(model: GPT, B: int) -> float:
     drawn = Drawn(torch.ones(B, 2, dtype=torch.int64), torch.empty(B, 1, 0, dtype=torch.float64))
     engine.loop.run = lambda kinds: drawn  # type: ignore[method-assign]
     engine.decoder.read = lambda pieces: torch.zeros(len(pieces), model.config.n_embd)  # type: ignore[method-assign]
-    engine.model.head = lambda x: torch.randn(len(x), model.config.vocab_size)  # type: ignore[method-assign]
+    engine.model.logits_of = lambda x: torch.randn(len(x), model.config.vocab_size)  # type: ignore[method-assign]
     requests = [engine.submit([0], Sampling(max_tokens=rounds + 1, temperature=0)) for _ in range(B)]
     engine.step()  # lets them in
     taken = [_timed(engine.step) for _ in range(rounds)]

@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from gptfast import checkpoint, cli, hf, runtime
-from gptfast.config import GPTConfig
+from gptfast import checkpoint, cli, hf, runtime, untrusted
+from gptfast.config import config_of
 from gptfast.engine import Engine, Request, Sampling
 from gptfast.errors import UserError
 from gptfast.model import GPT
@@ -48,7 +48,7 @@ class Sample:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits
     compile: bool = False  # compile the decoding step with torch.compile
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens"):
@@ -133,9 +133,8 @@ def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tu
     if init_from != "resume":
         return hf.load(init_from, ops, dtype=dtype), hf.load_tokenizer(init_from)
     saved = checkpoint.load(out_dir)
-    model = GPT(GPTConfig(**saved.meta["model"]), ops, dtype)
-    model.load_state_dict(saved.model)
-    return model, from_json(saved.meta["tokenizer"])
+    model = GPT.of(config_of(saved.meta.get("model")), saved.model, ops, dtype, where=str(saved.path))
+    return model, from_json(saved.meta.get("tokenizer"))
 
 
 def read_prompt(start: str) -> str:
@@ -144,10 +143,9 @@ def read_prompt(start: str) -> str:
         return start
     path = start.removeprefix("FILE:")
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        return untrusted.text(path).replace("\r\n", "\n")
+    except (OSError, ValueError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else untrusted.reason(error)
         raise UserError(f"--start=FILE:{path}: cannot read it ({reason}); name a text file") from None
 
 

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 import kernels
 from gptfast import checkpoint, cli, hf
+from gptfast.chat.conversation import SPECIAL_TOKENS
 from gptfast.errors import UserError
 from gptfast.hf import __main__ as command
 from gptfast.model import GPT
+from gptfast.tokenizer import BPETokenizer
 from train import evaluate
 
 transformers = pytest.importorskip("transformers")
@@ -66,7 +68,7 @@ def test_a_bloom_is_evaluated_on_all_of_the_text(tmp_path: Path, capsys: pytest.
     assert "runs through transformers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["model", "tokenizer"])
+@pytest.mark.parametrize("part", ["model", "tokenizer", "player"])
 def test_no_code_of_an_author_runs_whatever_is_answered(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,19 +85,31 @@ def test_no_code_of_an_author_runs_whatever_is_answered(
     theirs = {"auto_map": {"AutoTokenizer": ["theirs.C", "theirs.C"]}, "tokenizer_class": "C"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(theirs))
     with pytest.raises(UserError, match="gptfast runs no code that comes with a model") as error:
-        if part == "model":
+        if part == "player":
+            specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+            BPETokenizer.from_ranks({bytes([i]): i for i in range(256)}, specials).save(tmp_path)
+            evaluate.open_player(str(tmp_path), OPS, torch.float32, "cpu")
+        elif part == "model":
             evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu")
         else:
             evaluate.TheirTokenizer("theirs", tmp_path)
     assert not asked and not (tmp_path / "ran").exists() and "\n" not in str(error.value)
 
 
-def test_weights_that_are_pickled_are_never_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use", ["text", "core", "conversations"])
+def test_weights_that_are_pickled_are_never_opened(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
     config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    monkeypatch.setattr(evaluate, "Chat", lambda tokenizer: None)
+    monkeypatch.setattr(evaluate, "_tokenizer", lambda source, folder: None)
     with pytest.raises(UserError, match="reads weights from safetensors only"):
-        evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu", context=8)
+        if use == "text":
+            evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu", context=8)
+        elif use == "core":
+            evaluate.open_reader(str(tmp_path), OPS, torch.float32, "cpu", evaluate.Evaluate(context=8))
+        else:
+            evaluate.open_player(str(tmp_path), OPS, torch.float32, "cpu")
 
 
 def test_a_model_is_imported_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer
 from train import evaluate, score
-from train.score import Score, Settings, chatcore, measure
+from train.score import Score, Settings, mean_centred, measure
 from train.tasks import TASKS, Example, Identity, Task, Where, find, gsm8k, humaneval, judged
 from train.tasks.arc import make as make_arc
 from train.tasks.identity import answers as identity_answers
@@ -243,8 +243,8 @@ def test_a_model_that_knows_scores_100_and_one_that_guesses_25(chat: Chat) -> No
 def test_chatcore_by_hand() -> None:
     passed = {"arc_easy": 50, "arc_challenge": 25, "mmlu": 40, "gsm8k": 10, "humaneval": 5}
     scores = [Score(name, count, 100, TASKS[name].chance) for name, count in passed.items()]
-    assert chatcore(scores[:4]) is None
-    core = chatcore(scores)
+    assert mean_centred(scores[:4]) is None
+    core = mean_centred(scores)
     assert core is not None and core[0] == pytest.approx((1 / 3 + 0 + 0.2 + 0.1 + 0.05) / 5)
     errors = [score.error / (1 - score.chance) for score in scores]
     assert core[1] == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 5)

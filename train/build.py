@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from gptfast import checkpoint, hf, runtime
-from gptfast.config import GPTConfig
+from gptfast import checkpoint, fp8, hf, mfu, runtime
+from gptfast.config import GPTConfig, config_of
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
 from gptfast.parallel.team import Team
 from gptfast.step import no_graph
-from gptfast.tokenizer import GPT2_VOCAB, load_tokenizer, read_meta
+from gptfast.tokenizer import GPT2_VOCAB, check_vocab, load_tokenizer, read_meta
 from train import dial
 from train.config import Pretrain
 
@@ -39,6 +39,7 @@ def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
     if meta is not None:
+        check_vocab(meta, folder)
         print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
         return meta["vocab_size"], meta["tokenizer"]
     if (folder / "meta.pkl").exists():
@@ -70,9 +71,8 @@ def build_model(
     print(f"kernels:\n{ops}")
     if saved is not None:
         print(f"Resuming training from {saved.path}")
-        architecture = GPTConfig(**saved.meta["model"])
-        model = GPT(dataclasses.replace(architecture, dropout=config.dropout), ops, dtype)
-        model.load_state_dict(saved.model)
+        architecture = dataclasses.replace(config_of(saved.meta.get("model")), dropout=config.dropout)
+        model = GPT.of(architecture, saved.model, ops, dtype, where=str(saved.path))
     elif config.init_from == "scratch":
         print("Initializing a new model from scratch")
         tokens = vocab_size or GPT2_VOCAB
@@ -93,7 +93,30 @@ def build_model(
         model.crop_block_size(config.block_size)
     elif config.block_size > model.config.block_size:
         print(f"block_size: {model.config.block_size}, the model's own, not {config.block_size}")
-    return model.to(device)
+    model = model.to(device)
+    if config.fp8:
+        use_fp8(config, model, device)
+    return model
+
+
+def use_fp8(config: Pretrain, model: GPT, device: str) -> None:
+    """Makes the large linear maps of `model` multiply in 8 bits; says which, how, and by which peak MFU is reckoned."""
+    way = fp8.way(device)
+    converted, left = fp8.convert(model, way)
+    if not converted:
+        raise UserError(
+            f"--fp8: no linear map of the blocks is at least {fp8.SMALLEST} by {fp8.SMALLEST} and of sizes that "
+            f"{fp8.MULTIPLE} divides; leave it out"
+        )
+    how = "torch._scaled_mm" if way == "scaled_mm" else "emulation, which a CPU is no faster by"
+    kinds = dict.fromkeys(name.split(".")[-1] for name in left)
+    print(
+        f"fp8: {len(converted)} linear maps, e4m3 forward and e5m2 gradients, by {how}; as before: {', '.join(kinds)}"
+    )
+    peak = mfu.peak_of(torch.device(device), config.peak_tflops)
+    rate = None if peak is None else peak.flops("fp8")
+    if peak is not None and rate is not None:
+        print(f"mfu: against the dense fp8 peak of {peak.device}, {rate / 1e12:,.0f} TFLOP/s")
 
 
 @torch.no_grad()
@@ -137,8 +160,8 @@ def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
         head_lr=rate if config.head_lr is None else config.head_lr,
         scalar_lr=rate if config.scalar_lr is None else config.scalar_lr,
         momentum=config.momentum, weight_decay=decay, cautious=config.cautious, decay_by_shape=config.decay_by_shape,
-        normalize=config.normalize,
-        steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
+        equalize=config.equalize, normalize=config.normalize, normalize_beta2=config.normalize_beta2,
+        rules=config.rules, steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
         matrix_kind="muon" if config.optimizer == "muon" else "adamw",
     )  # fmt: skip
     for group in optimizer.param_groups:

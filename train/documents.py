@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from gptfast.aside import locked
+from gptfast import untrusted
+from gptfast.aside import file_aside, flush, locked
 from gptfast.data import HEADER, header, itemsize
 from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, from_json, read_meta
@@ -321,7 +322,7 @@ class Job:
         """Has the parts on the disk, and then the file that vouches for them."""
         for part in self.parts.values():
             if part.path("part").exists():
-                _flush(part.path("part"))
+                flush(part.path("part"))
         progress = {
             "settings": self.settings, "state": self.state, "documents": self.documents, "text_bytes": self.text_bytes,
             "empty": self.empty, "mended": self.mended, "files": self.files,
@@ -335,7 +336,7 @@ class Job:
         path = part.path("bin")
         with part.path("part").open("r+b") as file:
             file.write(header(part.tokens, self.tokenizer.vocab_size, self.tokenizer.fingerprint))
-        _flush(part.path("part"))
+        flush(part.path("part"))
         os.replace(part.path("part"), path)
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tokens": part.tokens}
         part.number, part.tokens, part.finished = part.number + 1, 0, part.finished + part.tokens
@@ -412,16 +413,8 @@ def _make_shards(
 
 def replace(path: Path, content: bytes) -> None:
     """Writes a file so that it is, at every instant, wholly the old one or wholly the new one."""
-    building = path.with_name(f".tmp-{path.name}")
-    try:
-        with building.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
-    except OSError:
-        building.unlink(missing_ok=True)
-        raise
+    with file_aside(path, flushed=True) as building:
+        building.write_bytes(content)
 
 
 def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shard_tokens: int) -> Job:
@@ -434,14 +427,16 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
         job = Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
         job.rewind()
         return job
-    progress = json.loads(path.read_text("utf-8"))
-    _check_same(folder, _but_for_files_to_come(progress, settings), settings)
-    parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
-    job = Job(
-        folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
-        progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
-    )  # fmt: skip
-    job.rewind()
+    fix = f"remove {folder} and begin again"
+    progress = untrusted.json_object(path, fix)
+    with untrusted.expected(str(path), fix):
+        _check_same(folder, _but_for_files_to_come(progress, settings), settings)
+        parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
+        job = Job(
+            folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
+            progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
+        )  # fmt: skip
+        job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
     return job
 
@@ -499,14 +494,12 @@ def _check_files(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """Compares every file with its sha256."""
     from tqdm import tqdm
 
-    for name, entry in tqdm(meta["files"].items(), desc=f"checking {folder.name}", unit=" files"):
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
-            raise UserError(f"{path} is missing or damaged (its sha256 differs); remove {folder} and prepare it again")
-    print(f"{folder} is whole: {sum(entry['tokens'] for entry in meta['files'].values()):,} tokens")
+    with untrusted.expected(f"{folder / MANIFEST}", f"remove {folder} and prepare it again"):
+        for name, entry in tqdm(meta["files"].items(), desc=f"checking {folder.name}", unit=" files"):
+            path = folder / name
+            if not path.is_file() or sha256_of(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path} is missing or damaged (its sha256 differs); remove {folder} and prepare it again"
+                )
+        print(f"{folder} is whole: {sum(entry['tokens'] for entry in meta['files'].values()):,} tokens")
     return meta
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

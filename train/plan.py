@@ -12,22 +12,25 @@ Memory of one GPU, in bytes, with P weights of which Pm are Muon's, activations 
     loss: a VC for the head's gradient, and min(a BTV, 1 GiB) of logits at a time
 
 of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 3 with swiglu, else 2;
-s = 2 statistics of a row in LayerNorm, 1 in RMSNorm. Dropout's masks and activation checkpointing are left out. It is
-what the Triton kernels keep from forward to backward, to the byte (tests/test_plan.py); 10% of the GPU's memory stay
-free for CUDA itself and fragmentation. Several GPUs each hold everything.
+s = 2 statistics of a row in LayerNorm, 1 in RMSNorm; nanochat's parts: `_nanochats_bytes`. Dropout's masks
+and activation checkpointing are left out. It is what the Triton kernels keep from forward to backward, to the byte
+(tests/test_plan.py); 10% of the GPU's memory stay free for CUDA itself and fragmentation. Several GPUs each hold
+everything.
 
 Time = FLOPs / (GPUs · peak · MFU), exact FLOPs and dense bf16 peaks (gptfast/mfu.py) at an MFU that you assume.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import torch
 
-from gptfast import cli, mfu
+from gptfast import cli, mfu, report
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.errors import UserError
 from train import dial
@@ -51,8 +54,9 @@ class Plan:
     vocab_size: int = dial.VOCAB  # of the dial's models
     ratio: float = dial.RATIO  # tokens to train on for each weight of the blocks and the head
     assumed_mfu: float = 0.4  # the part of the peak that training reaches
+    measured: str = ""  # folder of rows, as results/nvidia-h200: what training reached there, in place of assumed_mfu
     prices: str = "H100 SXM=3"  # dollars for an hour of a GPU, NAME=DOLLARS with commas between; n/a for all others
-    architecture: Literal["gptfast", "nanochat"] = "gptfast"  # whose model of a depth to count; nanochat's: no memory
+    architecture: dial.Architecture = "nanochat"  # whose model of a depth to count
 
     def __post_init__(self) -> None:
         for name in ("n_gpu", "context", "vocab_size", "ratio"):
@@ -92,7 +96,7 @@ def memory(config: GPTConfig, batch: int, *, optimizer: str, itemsize: int = 2) 
         weights=4 * parameters,
         gradients=4 * parameters,
         optimizer=8 * (parameters - momenta) + 4 * momenta,
-        copies=itemsize * blocks if itemsize < 4 else 0,
+        copies=itemsize * (blocks + mfu.smear_params(config) + config.smear + config.backout) if itemsize < 4 else 0,
         activations=activation_bytes(config, tokens, itemsize),
         loss=itemsize * mfu.lm_head_params(config) + min(itemsize * tokens * config.vocab_size, LOGITS_BYTES),
     )
@@ -105,7 +109,18 @@ def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
     rotated = (Q + K) * ((config.position == "rope") + config.qk_norm_weight)
     wide = (3 if config.activation == "swiglu" else 2) * config.hidden_width
     statistics = (2 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
-    return tokens * (itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics)
+    plain = itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics
+    return tokens * (plain + _nanochats_bytes(config, itemsize))
+
+
+def _nanochats_bytes(config: GPTConfig, itemsize: int) -> int:
+    """The same of a token in nanochat's parts: what each scales, adds and gates."""
+    L, C, K, G = config.n_layer, config.n_embd, config.kv_heads * config.head_dim, config.kv_heads
+    numbers = config.residual_scalars * L * C + config.smear * (2 * C + 2)
+    numbers += len(config.value_layers) * 2 * (K + G)
+    numbers += config.backout * C * (L // 2 == L - 1)  # elsewhere the next layer keeps it anyway
+    numbers += config.embedding_norm * C
+    return itemsize * numbers + 4 * config.embedding_norm
 
 
 def largest_batch(config: GPTConfig, memory_bytes: float, *, optimizer: str) -> int:
@@ -134,10 +149,10 @@ def _gpu_here() -> str:
 
 def gpu_named(name: str) -> mfu.Peak:
     """The GPU of that name. Raises UserError for one whose peak is not known."""
-    found = mfu.peak(name)
-    if found is None or found.bf16 is None:
+    peak = mfu.peak(name)
+    if peak is None or peak.bf16 is None:
         raise UserError(f"{name}: {mfu.why_unknown(name)}")
-    return found
+    return peak
 
 
 def prices_of(text: str) -> dict[str, float]:
@@ -156,22 +171,26 @@ def prices_of(text: str) -> dict[str, float]:
 def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     """A line for each model: what it counts, the largest micro-batch that fits, and time and price of its training."""
     price = prices_of(config.prices).get(gpu.device)
+    reached = measured_mfu(config.measured, gpu) if config.measured else {}
+    at = ", ".join(f"{share:.0%} ({name})" for name, share in reached.items())
     lines = [
         f"{config.n_gpu} x {gpu.device}, {_or_na(gpu.memory_gb, 'g', ' GB')} and {_tera(gpu.bf16)} bf16 TFLOP/s each, "
-        f"at an assumed MFU of {config.assumed_mfu:.0%}; contexts of {config.context} tokens",
+        f"at {f'a measured MFU of {at}' if reached else f'an assumed MFU of {config.assumed_mfu:.0%}'}; "
+        f"contexts of {config.context} tokens",
         "",
         f"{'model':<12}{'parameters':>15}{'FLOP/token':>12}{'tokens':>17}{'an update':>11}{'updates':>9}{'batch':>7}"
         f"{'GB':>7}{'tokens/s':>12}{'hours':>10}{'dollars':>10}",
     ]
-    for name, model, counted, found in _models(config):
-        tokens = found.batch_tokens * found.iterations
-        batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu) if model else None
-        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if model and batch else None
-        spent = None if batch == 0 else _gpu_hours(counted.flops_per_token * tokens, gpu, config.assumed_mfu)
+    for name, model, counted, recipe in _models(config):
+        tokens = recipe.batch_tokens * recipe.iterations
+        batch = _micro_batch(model, gpu, recipe.batch_tokens // config.n_gpu)
+        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
+        flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
+        spent = None if batch == 0 else _gpu_hours(flops, gpu, nearest_mfu(reached, model) or config.assumed_mfu)
         hours = spent and spent / config.n_gpu
         lines.append(
-            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{found.batch_tokens:>11,}"
-            f"{found.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
+            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
+            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
             f"{_or_na(spent and price and spent * price, ',.0f'):>10}"
         )
@@ -179,24 +198,59 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     return "\n".join(lines) + note
 
 
-def _models(config: Plan) -> list[tuple[str, GPTConfig | None, Sizes, Recipe]]:
-    """Name, model, what it counts and how to train it. nanochat's own models are counted only."""
-    rows: list[tuple[str, GPTConfig | None, Sizes, Recipe]] = []
-    for depth in (config.depth,) if config.depth else DEPTHS:
-        models = [dial.model_of(d, config.vocab_size, config.context) for d in (depth, dial.REFERENCE_DEPTH)]
-        if config.architecture == "nanochat":
-            counted, reference = (
-                dial.nanochat_sizes(d, config.vocab_size, config.context) for d in (depth, dial.REFERENCE_DEPTH)
+def measured_mfu(folder: str, gpu: mfu.Peak) -> dict[str, float]:
+    """By preset, the most that a training step reached on this GPU, from the rows of `bench model` and `bench profile`.
+
+    Raises UserError where the folder has no such row, or rows of another GPU.
+    """
+    paths = [path for name in ("model", "profile") if (path := Path(folder) / f"{name}.jsonl").is_file()]
+    reached: dict[str, float] = {}
+    for row in report.read(paths):
+        if (
+            row["what"] not in ("model", "profile")
+            or row["name"] not in PRESETS
+            or row.get("direction", "train") != "train"
+        ):
+            continue
+        device = mfu.peak(row["hardware"]["name"])
+        if device is None or device.device != gpu.device:
+            raise UserError(
+                f"--measured={folder}: rows of {row['hardware']['name']}, not of {gpu.device}; name that GPU"
             )
-        else:
-            counted, reference = map(dial.sizes, models)
-        found = dial.recipe(counted, reference, models[0].n_embd, ratio=config.ratio)
-        rows.append((f"d{depth}", models[0] if config.architecture == "gptfast" else None, counted, found))
-    for name in PUBLISHED if config.architecture == "gptfast" and not config.depth else ():
-        counted, reference = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
-        rows.append(
-            (name, PRESETS[name], counted, dial.recipe(counted, reference, PRESETS[name].n_embd, ratio=config.ratio))
+        model = PRESETS[row["name"]]
+        T = row.get("dims", {}).get("T", model.block_size)
+        share = mfu.utilization(row["tokens_per_s"], model, T, peak=gpu, dtype=getattr(torch, row["dtype"]))["mfu"]
+        if share is not None and row.get("valid", True):
+            reached[row["name"]] = max(share, reached.get(row["name"], 0.0))
+    if not reached:
+        raise UserError(f"--measured={folder}: no row of a training step there; make some with python -m bench model")
+    return reached
+
+
+def nearest_mfu(reached: Mapping[str, float], model: GPTConfig) -> float | None:
+    """What the model nearest in size reached."""
+    size = math.log(dial.sizes(model).parameters)
+    distance = lambda name: abs(math.log(dial.sizes(PRESETS[name]).parameters) - size)
+    return reached[min(reached, key=distance)] if reached else None
+
+
+def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
+    """Name, model, what it counts and how to train it."""
+    rows: list[tuple[str, GPTConfig, Sizes, Recipe]] = []
+    for depth in (config.depth,) if config.depth else DEPTHS:
+        model, reference = (
+            dial.model_of(d, config.vocab_size, config.context, architecture=config.architecture)
+            for d in (depth, dial.REFERENCE_DEPTH)
         )
+        counted = dial.sizes(model, config.architecture)
+        recipe = dial.recipe(
+            counted, dial.sizes(reference, config.architecture), model.n_embd, ratio=config.ratio
+        )  # fmt: skip
+        rows.append((f"d{depth}", model, counted, recipe))
+    for name in PUBLISHED if not config.depth else ():
+        counted, reference_counted = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
+        recipe = dial.recipe(counted, reference_counted, PRESETS[name].n_embd, ratio=config.ratio)
+        rows.append((name, PRESETS[name], counted, recipe))
     return rows
 
 
@@ -221,7 +275,8 @@ def _gpu_hours(flops: float, gpu: mfu.Peak, assumed_mfu: float) -> float:
 
 def describe(config: Pretrain, model: GPTConfig) -> str:
     """The plan of `python -m train.pretrain ... --dry_run`."""
-    counted, flops = dial.sizes(model), mfu.flops_per_token(model, model.block_size)
+    counted = dial.sizes(model, config.architecture) if config.depth else dial.sizes(model)
+    flops = mfu.flops_per_token(model, model.block_size)
     held = memory(model, config.batch_size, optimizer=config.optimizer)
     per_update = config.gradient_accumulation_steps * config.batch_size * model.block_size
     tokens = per_update * config.max_iters
@@ -229,14 +284,16 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
     head_lr = config.learning_rate if config.head_lr is None else config.head_lr
     muon = f"matrices {config.matrix_lr:.4g}, head {head_lr:.4g}, others " if config.optimizer == "muon" else ""
     warmdown = f" over the last {config.warmdown_ratio:.0%}" if config.schedule == "trapezoid" else ""
+    values = f", value embeddings {mfu.value_params(model):,}" if model.value_embeddings else ""
     rows = {
         "model": f"{model.n_layer} layers, {model.n_head} heads of {model.head_dim}, width {model.n_embd}, "
         f"context {model.block_size}, vocabulary {model.vocab_size:,}",
         "parameters": f"{counted.parameters:,}; {counted.parameters - positions:,} without positions; blocks "
-        f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}",
+        f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}{values}",
+        **(_dialled(config, model, counted, per_update) if config.depth else {}),
         "checkpoint": f"{(held.weights + held.optimizer) / 1e6:,.0f} MB",
-        "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; {flops.palm / flops.mfu:.4f} times as "
-        "many by PaLM's count",
+        "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; by PaLM's count {flops.palm:.4e}, "
+        f"{flops.palm / flops.mfu:.4f} times as many",
         "horizon": f"{config.max_iters:,} updates of {per_update:,} tokens = {tokens:,} tokens, "
         f"{tokens / counted.scaling:.2f} for each weight of blocks and head",
         "update": f"{config.gradient_accumulation_steps} micro-batches of {config.batch_size} sequences, over all GPUs",
@@ -249,6 +306,21 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
     return "\n".join(
         [*(f"{name:<12}{text}" for name, text in rows.items()), "", *_on_gpus(config, model, flops.mfu * tokens)]
     )
+
+
+def _dialled(config: Pretrain, model: GPTConfig, counted: Sizes, batch_tokens: int) -> dict[str, str]:
+    """What the dial turned: data, batch, and by what the rates of depth 12 are multiplied."""
+    kind = config.architecture
+    reference = dial.model_of(dial.REFERENCE_DEPTH, model.vocab_size, model.block_size, config.head_dim, kind)
+    found = dial.recipe(
+        counted, dial.sizes(reference, kind), model.n_embd, ratio=config.target_param_data_ratio,
+        iterations=config.max_iters, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    return {
+        "dial": f"{kind}'s depth {config.depth}: {config.target_param_data_ratio:g} tokens for each of "
+        f"{counted.scaling:,} weights of blocks and head, {found.tokens:,}",
+        "scales": f"rates {found.batch_scale:.4f} for the batch, AdamW's {found.width_scale:.4f} besides for the width",
+    }
 
 
 def _on_gpus(config: Pretrain, model: GPTConfig, flops: float) -> list[str]:

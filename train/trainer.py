@@ -23,7 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
-from gptfast import checkpoint, mfu, runtime
+from gptfast import checkpoint, mfu, runtime, untrusted
+from gptfast.aside import locked, unwritable
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
@@ -37,7 +38,7 @@ from gptfast.tokenizer import bos_of
 from train import dial
 from train.build import build_model, build_optimizer, check_compiler, choose_graph, describe_data
 from train.config import Pretrain
-from train.guard import Guard, Refused, Stopped, Stopper
+from train.guard import Guard, Output, Refused, Stopped, Stopper, tell
 
 EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
 WARM_UP = 5  # iterations before MFU is reckoned
@@ -111,6 +112,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
     with (
         silence() if launch().rank else contextlib.nullcontext(),  # the first rank speaks for all
         join(mode, backend=config.backend, device=device, **degrees) as team,
+        held(config.out_dir, team),
         open_log(config.out_dir, team) as log,
     ):
         run = start(config, recipe, team)
@@ -134,14 +136,22 @@ def silence() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held(out_dir: str, team: Team) -> Iterator[None]:
+    """out_dir is this run's alone; the first rank holds it for all. Raises UserError that names another run there."""
+    with contextlib.ExitStack() as stack:
+        if team.is_main:
+            with unwritable(Path(out_dir)):
+                stack.enter_context(locked(Path(out_dir)))
+        yield
+
+
 def open_log(out_dir: str, team: Team) -> Log:
     """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
     if not team.is_main:
         return Log(None, console=False)
-    try:
+    with unwritable(Path(out_dir)):
         return Log(out_dir, name="metrics.jsonl")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
 
 
 # ---- before the first step
@@ -150,19 +160,7 @@ def open_log(out_dir: str, team: Team) -> Log:
 def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
     torch.manual_seed(config.seed)
-    device = team.device
-    print(f"running on {team}")
-    team.share(config.gradient_accumulation_steps)
-    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
-    if config.compile:
-        check_compiler(device)
-    dtype, why = runtime.choose_dtype(config.dtype, device)
-    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
-    if device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
-        torch.backends.cudnn.allow_tf32 = True
-
+    device, dtype = team.device, settings_of_torch(config, team)
     folder = Path(config.data_dir) / config.dataset
     if recipe.data is None:
         vocab_size, tokenizer = describe_data(folder)
@@ -185,14 +183,6 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     if team.size > 1 and (dtype == torch.float16 or config.async_save):
         raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
     called, optimizer = build_optimizer(config, model, team)
-    settings: dict[str, Any] = dict(device=device, rank=team.data_rank, ranks=team.data_size)
-    batches: Any
-    if recipe.data is not None:
-        batches = recipe.data.batches(config, model, **settings)
-    elif bos is None:
-        batches = Batches(splits["train"], config.batch_size, block_size, seed=config.seed, **settings)
-    else:
-        batches = PackedBatches(splits["train"], config.batch_size, block_size, bos=bos, **settings)
     run = Run(
         config=config,
         recipe=recipe,
@@ -206,7 +196,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
         bos=bos,
-        batches=batches,
+        batches=open_batches(config, recipe, model, splits.get("train"), bos, team),
         cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=splits == {} or bos is not None),
     )
     if saved is not None:
@@ -214,6 +204,35 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     if team.size > 1:  # each draws dropout of its own, tensor ranks the same
         torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
     return run
+
+
+def settings_of_torch(config: Pretrain, team: Team) -> torch.dtype:
+    """Sets torch up for the device; returns the dtype of the activations. Prints what it chose, and why."""
+    print(f"running on {team}")
+    team.share(config.gradient_accumulation_steps)
+    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
+    if config.compile:
+        check_compiler(team.device)
+    dtype, why = runtime.choose_dtype(config.dtype, team.device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
+    if team.device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
+        torch.backends.cudnn.allow_tf32 = True
+    return dtype
+
+
+def open_batches(
+    config: Pretrain, recipe: Recipe, model: GPT, tokens: Tokens | None, bos: int | None, team: Team
+) -> Any:
+    """The iterator of this rank's micro-batches: the recipe's own, or of `tokens`, with `bos` packed by documents."""
+    settings: dict[str, Any] = dict(device=team.device, rank=team.data_rank, ranks=team.data_size)
+    if recipe.data is not None:
+        return recipe.data.batches(config, model, **settings)
+    assert tokens is not None
+    if bos is None:
+        return Batches(tokens, config.batch_size, model.config.block_size, seed=config.seed, **settings)
+    return PackedBatches(tokens, config.batch_size, model.config.block_size, bos=bos, **settings)
 
 
 def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
@@ -235,8 +254,10 @@ def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
             f"{saved.path} holds no position in the data, so no run goes on from it; train anew in another --out_dir, "
             f"from its weights if you like: --init_from={saved.path.parent}"
         )
+    with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
+        config_then = dict(saved.meta["config"])
     for name, before in (("optimizer", "adamw"), ("documents", False)):  # and what a run without the flag had
-        theirs = saved.meta["config"].get(name, before)
+        theirs = config_then.get(name, before)
         if theirs != getattr(config, name):
             raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
 
@@ -277,15 +298,16 @@ def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str,
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
-    run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
-    run.batches.load_state_dict(saved.meta["batches"])
-    if run.scaler is not None and saved.meta["scaler"]:
-        run.scaler.load_state_dict(saved.meta["scaler"])
-    set_generator_state(saved.meta["generators"])
-    if "guard" in saved.meta:  # version 0.1 had none
-        run.guard.load_state_dict(saved.meta["guard"])
-    run.iteration = run.saved = saved.step
-    run.best_val_loss = saved.meta["best_val_loss"]
+    with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
+        run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
+        run.batches.load_state_dict(saved.meta["batches"])
+        if run.scaler is not None and saved.meta["scaler"]:
+            run.scaler.load_state_dict(saved.meta["scaler"])
+        set_generator_state(saved.meta["generators"])
+        if "guard" in saved.meta:  # version 0.1 had none
+            run.guard.load_state_dict(saved.meta["guard"])
+        run.iteration = run.saved = saved.step
+        run.best_val_loss = float(saved.meta["best_val_loss"])
 
 
 def generator_state() -> dict[str, torch.Tensor]:
@@ -312,6 +334,7 @@ def train(run: Run, log: Log) -> None:
         Stopper(deferred=run.team.size > 1) as stopper,
         checkpoint.Saver(background=run.config.async_save) as saver,
         tracker(run.config) as track,
+        contextlib.redirect_stdout(Output(sys.stdout, stopper)) as output,
     ):
         first = run.iteration
         try:
@@ -325,7 +348,10 @@ def train(run: Run, log: Log) -> None:
             if run.saved != run.iteration:
                 save(run, saver)
             saver.wait()
-            log.say(f"{stop} at iteration {run.iteration}; go on with --resume=latest")
+            text = f"{stop} at iteration {run.iteration}; go on with --resume=latest"
+            if run.team.is_main and output.failure is not None:
+                tell(text)
+            log.say(text)
             if stop.signum == signal.SIGINT:
                 raise
             sys.exit(128 + stop.signum)
@@ -481,7 +507,8 @@ class Meter:
         block_size = run.model.config.block_size
         tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
         per_rank = tokens_per_s / run.team.size
-        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        dtype = "fp8" if config.fp8 else run.model.dtype
+        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=dtype)
         if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
             fresh, average = used["mfu_palm"], self.mfu_palm
             self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.engine.pages import Pages
+from gptfast.model import narrowed
 from kernels import Ops
 from kernels.decode_attention import QUANTIZED, Cache, quantize_kv
 from kernels.op import require
@@ -89,7 +90,7 @@ class KVCache:
         self.k, self.v = per_layer(shape, self._stored or dtype), per_layer(shape, self._stored or dtype)
         scales = shape[:3] if self._stored else (0,)
         self.k_scale, self.v_scale = per_layer(scales, torch.float32), per_layer(scales, torch.float32)
-        places = config.token_shift * (1 + 2 * config.n_layer * config.block_shift)
+        places = config.smear_place + config.smear
         self._recent = torch.zeros(places, slots, RECENT, config.n_embd, dtype=dtype, device=device)
         # Who goes on from the end of a page needs the newest inputs there, which its slot never saw.
         self._tail = min(TAPS, self.page_size) * (self.paged and remembers)
@@ -123,6 +124,7 @@ class KVCache:
             self._seen,
             self.table if self.paged else None,
             *scales,
+            window=self.config.windows[layer],
         )
         return out.reshape(q.shape)
 
@@ -258,15 +260,16 @@ class Pieces:
         """Keeps k and v (1, N, G, D) of `layer`; attention of q (1, N, H, D), causal in each text."""
         cache = self.cache
         cache.keep(layer, self._where, k, v)
-        attention = cache.ops.attention
-        if self._starts is not None:
-            longest = max(piece.tokens for piece in self.list)
-            return attention(q, k, v, causal=True, window=longest - 1, cu_seqlens=self._starts)
+        attention, window = cache.ops.attention, cache.config.windows[layer]
+        if self._starts is not None:  # without a window one that hides nothing, for which the reference computes less
+            hidden = max(piece.tokens for piece in self.list) - 1
+            window = hidden if window is None else min(hidden, window)
+            return attention(q, k, v, causal=True, window=window, cu_seqlens=self._starts)
         out, first = [], 0
         for piece, alone, rows in zip(self.list, self._alone, self._kept, strict=True):
             own = slice(first, first := first + piece.tokens)
             seen = [k[:, own], v[:, own]] if alone else cache.kept(layer, piece.slot, piece.end, rows, q.dtype)
-            out.append(attention(q[:, own], *seen, causal=True))
+            out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, piece.end)))
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
     def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:

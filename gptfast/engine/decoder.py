@@ -56,7 +56,7 @@ class Decoder:
 
     def read_whole(self, slot: int, prompt: Sequence[int]) -> Tensor:
         """A whole prompt goes into the empty `slot`; the logits (V,) of what follows it."""
-        return self.model.head(self.read([(Piece(slot, 0, len(prompt)), prompt)]))[0]
+        return self.model.logits_of(self.read([(Piece(slot, 0, len(prompt)), prompt)]))[0]
 
     def reread(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """The logits (n, V) of what follows the last block_size tokens of each text, of which it has as many; nothing

@@ -302,7 +302,7 @@ class Engine:
 
     def _begin(self, ready: list[tuple[Row, Tensor]]) -> None:
         """The first token of rows whose texts have been read, which run from the next step on."""
-        self._draw([row for row, _ in ready], self.model.head(torch.stack([hidden for _, hidden in ready])))
+        self._draw([row for row, _ in ready], self.model.logits_of(torch.stack([hidden for _, hidden in ready])))
         for row, _ in ready:
             self._loop.start(row.slot, self._scheduler.most(row.request))
 

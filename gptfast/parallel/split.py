@@ -71,14 +71,14 @@ def rectangles(name: str, shape: torch.Size, config: GPTConfig, team: Team, rank
     columns = tuple(n // team.tensor if by_row else n for n in shape[1:])
     first_column = tuple(t * n if by_row else 0 for n in columns)
 
-    found, row = [], 0
+    pieces, row = [], 0
     for (matrix, first, rows), whole in zip(parts, stacked_rows(name, shape, config), strict=True):
         a, b = max(low, row), min(high, row + rows)
         if a < b:
             offset = (first + a - row, *first_column)
-            found.append(Rectangle(matrix, (whole, *shape[1:]), offset, (b - a, *columns), a - low))
+            pieces.append(Rectangle(matrix, (whole, *shape[1:]), offset, (b - a, *columns), a - low))
         row += rows
-    return found
+    return pieces
 
 
 def chunk(rows: int, ways: int, index: int) -> tuple[int, int]:
@@ -144,6 +144,8 @@ def split_matrices(model: GPT, team: Team) -> None:
             raise UserError(f"--tensor_parallel={ways} does not divide the {what}, {number}")
     if config.qk_norm_weight:  # each rank would have the gradient of its own heads only
         raise UserError(f"--tensor_parallel={ways} cannot split a model with qk_norm_weight; leave the flag out")
+    if config.value_embeddings:  # their tables and gates are of all heads
+        raise UserError(f"--tensor_parallel={ways} cannot split a model with value_embeddings; leave the flag out")
     plan = {
         "attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(),
         "mlp.c_fc": ColwiseParallel(), "mlp.c_proj": RowwiseParallel(),

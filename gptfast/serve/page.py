@@ -24,6 +24,7 @@ def read_page(path: Path = PAGE) -> tuple[bytes, str]:
     allowed = {kind: " ".join(found) or "'none'" for kind, found in hashes.items()}
     policy = (
         f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
-        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     )
     return content, policy

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptfast.aside import write_whole
 from gptfast.errors import UserError
 from gptfast.log import Row
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{arguments.old} and {arguments.new} have no measurement in common")
     causes = {c.label: ("real", "") if arguments.across else cause(c, changes, arguments.threshold) for c in changes}
     if arguments.json:
-        arguments.json.write_text(json.dumps(summary(changes, causes), indent=1), encoding="utf-8")
+        write_whole(arguments.json, json.dumps(summary(changes, causes), indent=1))
     return report(changes, causes, arguments.threshold)
 
 

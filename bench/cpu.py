@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import kernels
 from bench import stats, timing
 from gptfast import cli
+from gptfast.aside import check_writable
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.data import Batches
 from gptfast.errors import UserError
@@ -190,6 +191,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = cli.check_ranges(parser.parse_args(argv))
     if arguments.rounds < 1:
         raise UserError(f"rounds is {arguments.rounds}; give 1 or more")
+    if arguments.out is not None:
+        check_writable(arguments.out.parent)
+        if arguments.out.is_dir():
+            raise UserError(f"--out={arguments.out}: it is a folder; name a file")
     compare(arguments.rounds, arguments.compile, arguments.out)
 
 

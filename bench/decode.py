@@ -502,11 +502,10 @@ def main(argv: Sequence[str]) -> int:
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     arguments.compile = device.type == "cuda" if arguments.compile is None else arguments.compile
-    with Log(out, name="decode.jsonl") as log:
+    with results.campaign(out, "decode.jsonl") as log:
         peak = peak_bandwidth(device, out)
         chosen_models = models[:1] if arguments.quick else models
         failed = campaign([(name, size) for name in chosen_models for size in chosen], arguments, peak, log, common)
-    results.compact(out / "decode.jsonl")
     return 1 if failed else 0
 
 

@@ -164,8 +164,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     common = facts("cpu")
     out = arguments.out or results.folder(common["hardware"])
-    with Log(out, name="host.jsonl") as log:
+    with results.campaign(out, "host.jsonl") as log:
         for name in names:
             measure(kernels.OPS[name], torch.bfloat16, log, common)
-    results.compact(out / "host.jsonl")
     return 0

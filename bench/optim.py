@@ -255,7 +255,7 @@ def campaign(arguments: argparse.Namespace, device: torch.device, models: list[s
             return False
 
     right = True
-    with Log(arguments.out or results.folder(common["hardware"]), name="optim.jsonl") as log:
+    with results.campaign(arguments.out or results.folder(common["hardware"]), "optim.jsonl", compacted=False) as log:
         for name in models:
             right &= attempt(f"step of {name}", partial(run_steps, name, device, rounds, log, common))
         functions, dtype = implementations(device, arguments.compile), DTYPES[arguments.dtype]

@@ -268,9 +268,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = check_ranges(parser.parse_args(argv))
     device, dtypes = made_current(arguments.device), chosen_dtypes(arguments.dtype)
     out = arguments.out or results.folder(facts(device)["hardware"])
-    with Log(out, name="peaks.jsonl") as log:
+    with results.campaign(out, "peaks.jsonl") as log:
         rows = measure(device, dtypes, log, quick=arguments.quick, threads=arguments.threads)
-    results.compact(out / "peaks.jsonl")
     return 0 if all(row["valid"] for row in rows) else 1
 
 

@@ -395,7 +395,6 @@ def main(argv: Sequence[str]) -> int:
         config_of(name)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
-    out.mkdir(parents=True, exist_ok=True)
     return campaign(arguments, device, models, impls, out, common)
 
 
@@ -429,7 +428,7 @@ def campaign(
     dtype = str(compute_dtype(str(device))[0]).removeprefix("torch.")
     threads = None if device.type == "cuda" else torch.get_num_threads()
     measured = measured_ceilings(ceilings(device, [dtype], out, threads), device, [dtype], out)
-    with Log(out, name="profile.jsonl") as log:
+    with results.campaign(out, "profile.jsonl") as log:
         for name, impl in ((name, impl) for name in models for impl in impls):
             if time.monotonic() - started > arguments.budget_s:
                 log.say(f"profile {name} {impl}: not begun within {arguments.budget_s:.0f} s")
@@ -443,7 +442,6 @@ def campaign(
             torch.compiler.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    results.compact(out / "profile.jsonl")
     for path in figures.profiles(results.read(out / "profile.jsonl"), out):
         print(path)
     return 1 if failed else 0

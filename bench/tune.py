@@ -305,7 +305,7 @@ def tune(op: Op, dims: dict[str, Any], chosen: Sequence[Entry], arguments: argpa
     out = arguments.out or results.folder(common["hardware"])
     settings = Settings(samples=arguments.samples, most_samples=10 * arguments.samples, budget_s=2.0)
     lines = []
-    with Log(out, name="tune.jsonl") as log:
+    with results.campaign(out, "tune.jsonl", compacted=False) as log:
         for entry in chosen:
             changed = changed_kernels(op, dims, arch, dtype, entry)
             if not changed:

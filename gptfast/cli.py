@@ -87,7 +87,10 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
             print(f"error: no file can have so long a name: {_shown(str(error.filename))}", file=sys.stderr)
             return 2
         if not (failures or _is_broken(sys.stdout)):
-            raise
+            if error.filename is None:
+                raise
+            print(f"error: {_shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
         code = 1
     if failures or _is_broken(sys.stdout):
         failure = failures[0] if failures else OSError(errno.EIO, "it is closed")

@@ -417,7 +417,7 @@ class BPETokenizer:
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pair of tokens that each longer token is merged from, in order; ranks alone determine it."""
         ranks = self.ranks
-        return [_halves(token, ranks) for token in ranks if len(token) > 1]
+        return [tokenizer_json.halves(token, ranks) for token in ranks if len(token) > 1]
 
     def _tokens(self) -> str:
         """Every ordinary token in base64 at the place of its id, apart by spaces; nothing at the place of others."""
@@ -490,17 +490,6 @@ def load_bpe(folder: str | Path) -> BPETokenizer:
     if (folder / HUGGING_FACE).exists():
         return _from_hugging_face(folder / HUGGING_FACE)
     raise UserError(f"no tokenizer in {folder}: give a folder with {ENCODING} or {HUGGING_FACE}")
-
-
-def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge gives `token`: what is left when all merges of a lower rank are done."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        rank, place = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        if rank >= ranks[token]:
-            raise UserError(f"not the ranks of a BPE: token {token!r} does not come of a merge")
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts[0], parts[1]
 
 
 def _from_hugging_face(path: Path) -> BPETokenizer:

@@ -22,6 +22,7 @@ from gptfast.chat import __main__ as command
 from gptfast.chat import conversation, terminal
 from gptfast.chat.answers import Answers
 from gptfast.chat.conversation import Chat
+from gptfast.chat.sandbox import Sandbox
 from gptfast.chat.session import Session
 from gptfast.chat.tools import Tools
 from gptfast.engine import Sampling
@@ -127,6 +128,16 @@ def test_one_question(run: Run, chat: Chat, tmp_path: Path) -> None:
 def test_a_model_that_knows_no_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(command.main, [str(tmp_path / "none"), "--device=cpu"]) == 2
     assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_python_runs_in_the_sandbox(run: Run, chat: Chat) -> None:
+    try:
+        Sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+    parts = ("python", "print(sum(range(10)), len('naïve'))"), ("python_output", "45 5\n")
+    code, out, err = run({"hello": told(chat, *parts, "So 45.")}, "hello\n", "--tools=python")
+    assert (code, out) == (0, "So 45.\n") and "  >>> print(sum(range(10)), len('naïve'))\n      45 5\n(" in err
 
 
 def test_python_is_refused_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:

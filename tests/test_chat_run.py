@@ -27,7 +27,9 @@ def test_an_assistant_from_nothing(
     assert "| Metric | BASE | MID | SFT | RL |" in report and "| pass@1 | - | - | - |" in report
     for task in chat.TASKS.split(","):
         assert f"| {task} | " in report
-    assert (out / "rl-reward.png").exists() and "Inherited: optimizer = muon" in capsys.readouterr().out
+    assert (out / "rl-reward.png").exists()
+    said = capsys.readouterr().out
+    assert "Inherited: optimizer = muon" in said and f"python -m gptfast.chat {out / 'rl'}\n" in said
     assert cli.run(chat.main, arguments) == 2 and "holds files already" in capsys.readouterr().err
 
 

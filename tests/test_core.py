@@ -57,6 +57,12 @@ def test_prompts_are_those_written_by_hand(bundle: dict[str, asked.CoreTask]) ->
     assert [bundle[name].chance for name in NAMES] == [0.25, 0.5, 0.0]
 
 
+def test_a_number_is_as_good_as_a_text() -> None:
+    items = [{"context": 7, "continuation": 9}, {"context": "eight", "continuation": 1.5}]
+    task = asked.CoreTask("sums", "language_modeling", 1, " is ", 0.0, items, "")
+    assert asked.prompts(task, 0) == ["eight is 1.5\n\n7 is", "eight is 1.5\n\n7 is 9"]
+
+
 def test_a_limit_cuts_before_examples_are_drawn() -> None:
     cut = asked.read(str(BUNDLE), "", max_examples=3)["colours"]
     kept = [item["query"] for item in cut.items]
@@ -234,6 +240,8 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, bundle: dict[str, asked.
     reader = Reader("rigged", 10_000, BYTES, other.logits, identity="newer weights")
     assert measure(reader, tasks[1], 3, Journal(path)).accuracy == 1.0 and other.calls > 0
     assert scores_of(third, tasks, path) == expected and third.calls == 0
+    scores_of(third, [dataclasses.replace(tasks[0], sha256="another file")], path)
+    assert third.calls > 0
 
 
 def test_weights_that_change_are_judged_anew(tmp_path: Path) -> None:
@@ -275,6 +283,9 @@ def test_the_bundle_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pyt
         ("core.yaml", "small/who.jsonl", "../../who.jsonl", "leads out of the bundle"),
         ("core.yaml", "small/who.jsonl", "small/whom.jsonl", "cannot read .*whom.jsonl"),
         ("core.yaml", "icl_tasks:", "icl_tasks: [", "bring the bundle again"),
+        ("core.yaml", "num_fewshot: [1]", "num_fewshot: 1", "bring the bundle again"),
+        ("eval_data/small/who.jsonl", "{", "[" * 100_000 + "{", "line 1: no item of schema .it is nested too deep"),
+        ("eval_data/small/who.jsonl", '{"context_options"', '[], {"context_options"', "line 1: no item of schema"),
         ("eval_meta_data.csv", "who,", "whom,", "has no random baseline of who"),
         ("eval_meta_data.csv", ",50,", ",100,", "at least 0 and below 100"),
         ("eval_data/small/who.jsonl", '"gold": 1', '"gold": 2', "who.jsonl, line 2: no item of schema .gold cannot"),

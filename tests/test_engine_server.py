@@ -6,15 +6,19 @@ import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import kernels
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, Request, Sampling
+from gptfast.engine.loop import Arriving
 from gptfast.engine.pages import Pages
+from gptfast.engine.sampling import Kinds, Settings, draw
 from gptfast.model import GPT
 
 OPS = kernels.load("reference")
@@ -263,3 +267,135 @@ def test_random_arrivals_and_departures_lose_no_page(lag: int) -> None:
         cut = len(request.tokens) if request.finish_reason == "cancelled" else None
         assert request.tokens == tokens[:cut]
     assert {request.finish_reason for request in requests} == {"length", "cancelled"}
+
+
+# ---- the loop on the device ------------------------------------------------------------------------------------------
+class NoReads(TorchFunctionMode):
+    """Refuses whatever would let the host wait for a number, but where it is allowed."""
+
+    READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero")
+    allowed = False
+    reads = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.READS and not self.allowed:
+            raise AssertionError(f"the host reads by {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guesses", [0, 2])
+def test_a_step_reads_nothing_back_and_tokens_come_the_stated_steps_late(
+    guesses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way to draw, in requests of every kind; attention may look at its lengths, which on a CPU it does."""
+    model, reading = make(MODERN), NoReads()
+    options = dict(draft=make(MODERN, 1), guesses=guesses) if guesses else {}
+    engine = Engine(model, slots=4, page_size=4, lag=2, **options)
+    kinds = [dict(temperature=0), dict(logprobs=2), dict(top_k=5, repetition_penalty=1.2), dict(top_p=0.7)]
+    requests = [engine.submit([i, 1, 2], Sampling(40, seed=i, **kind)) for i, kind in enumerate(kinds)]
+
+    def unseen(function: Callable[..., Any], counts: bool = False) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            reading.allowed, before = True, reading.allowed
+            reading.reads += counts
+            try:
+                return function(*arguments, **named)
+            finally:
+                reading.allowed = before
+
+        return call
+
+    for ops in {id(twin.ops): twin.ops for twin in (engine.model, engine.loop.main.model)}.values():
+        monkeypatch.setattr(ops, "decode_attention", unseen(ops.decode_attention))
+    engine.step()  # the prompts
+    monkeypatch.setattr(Arriving, "read", unseen(Arriving.read, counts=True))
+    with reading:
+        for steps in range(1, 9):
+            engine.step()
+            assert reading.reads == max(0, steps - 1)  # of the prompts' first tokens, then of a step each, two late
+            if not guesses:
+                assert [len(request.tokens) for request in requests] == [max(0, steps - 1)] * 4
+    finish(engine)
+    assert [request.tokens for request in requests] == alone(model, [(r.prompt, r.sampling) for r in requests])
+
+
+def test_what_ends_is_seen_late_and_nobody_sees_what_came_after() -> None:
+    """A stop token while a step and another are under way: the slot's next tokens are nobody's."""
+    model = make(GPT2)
+    (tokens,) = alone(model, [([1, 2], Sampling(30, seed=1))])
+    stop = next(token for token in tokens[8:] if token not in tokens[:8])
+    engine = Engine(model, slots=2, lag=2)
+    stopped = engine.submit([1, 2], Sampling(30, seed=1, stop_tokens=(stop,)))
+    other = engine.submit([3], Sampling(30, seed=2))
+    after = engine.submit([1, 2], Sampling(30, seed=1))
+    given: dict[Request, list[int]] = {stopped: [], other: [], after: []}
+    while engine.busy:
+        for update in engine.step():
+            given[update.request] += update.tokens
+    assert stopped.finish_reason == "stop" and given[stopped] == stopped.tokens == tokens[: tokens.index(stop)]
+    assert given[after] == after.tokens == tokens
+    assert given[other] == alone(model, [([3], Sampling(30, seed=2))])[0]
+    assert_empty(engine)
+
+
+def test_rows_of_every_kind_draw_what_each_draws_alone() -> None:
+    """One batch of all kinds, with equal logits among them, as in 16 bits: the order of equals is part of the rule."""
+    samplings = [
+        Sampling(temperature=0), Sampling(), Sampling(temperature=0.5), Sampling(top_k=3), Sampling(top_k=64),
+        Sampling(top_k=65), Sampling(top_k=500), Sampling(top_p=0.6), Sampling(top_k=9, top_p=0.9), Sampling(top_k=700),
+    ]  # fmt: skip
+    logits = torch.randn(len(samplings), 600).mul(2).round()  # some hundred of each value
+    uniform = torch.rand(len(samplings), dtype=torch.float64)
+    together = draw(logits, uniform, Settings.of(samplings), Kinds.of(samplings, 600))
+    for i, sampling in enumerate(samplings):
+        one = draw(logits[i : i + 1], uniform[i : i + 1], Settings.of([sampling]), Kinds.of([sampling], 600))
+        assert one[0] == together[i]
+    expected = sorted(range(600), key=lambda token: (-logits[3, token].item(), token))[:3]
+    drawn = draw(logits[3].expand(99, 600), torch.linspace(0, 0.999, 99).double(), Settings.of([samplings[3]] * 99),
+                 Kinds.of([samplings[3]], 600))  # fmt: skip
+    assert sorted(set(drawn.tolist())) == sorted(expected)
+
+
+# ---- layers with a window --------------------------------------------------------------------------------------------
+WINDOWED = dataclasses.replace(MODERN, n_layer=3, block_size=120, window=5, window_pattern="SSL")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(prefill_tokens=7), dict(page_size=4, prefix_cache=False, pages=70, prefill_tokens=60),
+        dict(kv_storage="int8", prefill_tokens=9), dict(page_size=4, pages=70, prefill_tokens=9),
+        dict(draft=True, guesses=3, prefill_tokens=30), dict(page_size=8, prefix_cache=False, lag=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_with_a_window_hold_that_and_no_more(options: dict) -> None:
+    """Past where their few pages begin again, in any company: and a pool that remembers holds all."""
+    model = make(WINDOWED)
+    options = options | (dict(draft=make(WINDOWED, 1)) if options.get("draft") else {})
+    engine = Engine(model, slots=3, **options)
+    rng = random.Random(3)
+    wanted = [
+        ([rng.randrange(61) for _ in range(n)], Sampling(m, 0)) for n, m in ((1, 60), (50, 12), (50, 12), (59, 9))
+    ]
+    wanted[2] = (wanted[1][0], Sampling(12, seed=1))  # cloned
+    storage = {key: options[key] for key in ("kv_storage",) if key in options}
+    assert ask(engine, wanted) == [ask(Engine(model, **storage), [one])[0] for one in wanted]
+    if not storage:
+        assert ask(engine, wanted[:1])[0] == naive(model, *wanted[0])
+    first, last = engine.cache.k[0], engine.cache.k[-1]
+    if engine.cache.paged and engine.cache.pool.remembers:
+        assert first.shape == last.shape and not engine.cache.is_ring(0)
+    else:
+        page = min(engine.cache.page_size, 16)
+        assert len(first) * first.shape[1] <= 3 * (5 + 2 * 8 + 2 * page) and engine.cache.is_ring(1)
+        assert engine.cache.paged or first.numel() < last.numel() / 2
+
+
+@torch.no_grad()
+def naive(model: GPT, prompt: Sequence[int], sampling: Sampling) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(sampling.max_tokens):
+        tokens.append(int(model.logits(torch.tensor([tokens[-model.config.block_size :]]), last_only=True).argmax()))
+    return tokens[len(prompt) :]

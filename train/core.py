@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 from train.score import Encoder, Score
 from train.tasks.core import CoreTask, prompts
@@ -89,14 +90,13 @@ def judge(reader: Reader, task: CoreTask, indices: Sequence[int], batch_size: in
     for first in range(0, len(flat), batch_size):
         batch = order[first : first + batch_size]
         likely |= zip(batch, read(reader, [flat[i] for i in batch]), strict=True)
-    right, place = [], 0
+    right, first = [], 0
     for index, of_item in zip(indices, sequels, strict=True):
-        found = [likely[place + i] for i in range(len(of_item))]
-        place += len(of_item)
+        nats, hits = zip(*(likely[first + i] for i in range(len(of_item))), strict=True)
+        first += len(of_item)
         if task.kind == "language_modeling":
-            right.append(found[0][1])
+            right.append(hits[0])
         else:
-            nats = [mean for mean, _ in found]
             right.append(nats.index(min(nats)) == task.items[index]["gold"])
     return right
 
@@ -129,13 +129,13 @@ def sequels_of(task: CoreTask, index: int, tokenizer: Encoder, context: int) -> 
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     ids = [begin + tokenizer.encode(text) for text in texts]
     if task.kind == "schema":
-        same = _common([found[::-1] for found in ids])
-        starts = [len(found) - same for found in ids]
+        ending = _common([sequence[::-1] for sequence in ids])
+        starts = [len(sequence) - ending for sequence in ids]
     else:
         starts = [_common(ids)] * len(ids)
     if task.kind == "language_modeling":
         ids, starts = ids[1:], starts[1:]
-    return [_cut(task, found, start, context) for found, start in zip(ids, starts, strict=True)]
+    return [_cut(task, sequence, start, context) for sequence, start in zip(ids, starts, strict=True)]
 
 
 def _cut(task: CoreTask, ids: list[int], start: int, context: int) -> Sequel:
@@ -168,9 +168,9 @@ class Journal:
         self._known: dict[tuple[str, int], list[bool]] = {}
         if path is None or not path.is_file():
             return
-        for line in path.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last may have been cut off
-                row = json.loads(line)
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(*untrusted.STRANGE):  # the last may have been cut off
+                row = untrusted.parsed(line)
                 self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
 
     def read(self, key: str, first: int) -> list[bool] | None:

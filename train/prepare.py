@@ -68,6 +68,7 @@ READY = {  # name: data set, beginning of its files' names, number of those for 
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
 READY_TOKENS = 100_000_000  # in each of those files
+OF_DOCUMENTS = ("val_fraction", "shard_tokens", "processes", "max_tokens")  # flags
 DATA_SETS = (*TEXTS, *ON_THE_HUB, *READY)
 
 PYSTDLIB_CHARACTERS = 8_000_000
@@ -116,13 +117,16 @@ def prepare_as(config: PrepareConfig) -> Path:
     folder = Path(config.data_dir) / config.name
     try:
         if config.name == "chat":
+            _no_flags(config, "for documents", "column", *OF_DOCUMENTS)
             conversations.prepare(
                 config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
             )
         elif config.name in READY and not config.source:
+            _no_flags(config, "for other data", "tokenizer", "column", "subset", "split", *OF_DOCUMENTS[:-1])
             with locked(folder):
                 _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):
+            _no_flags(config, "for documents, and this is one text", "column", "subset", "split", *OF_DOCUMENTS)
             text, origin, sha256 = _text(config.name, folder, config.source or None)
             _write_text(
                 folder, text, origin, sha256, config.tokenizer or ("gpt2" if config.name == "shakespeare" else "char")
@@ -133,6 +137,13 @@ def prepare_as(config: PrepareConfig) -> Path:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {folder}: {reason}; free some space or choose another --data_dir") from None
     return folder
+
+
+def _no_flags(config: PrepareConfig, meant_for: str, *names: str) -> None:
+    """Raises UserError for a flag that would be ignored."""
+    for name in names:
+        if getattr(config, name) != getattr(PrepareConfig, name):
+            raise UserError(f"--{name}={getattr(config, name)} is {meant_for}; leave it out")
 
 
 def _is_text(config: PrepareConfig) -> bool:

@@ -15,7 +15,7 @@ from gptfast import cli
 from gptfast.parallel import launch, leave
 from train import dial, plan
 from train.build import architecture_of, vocab_size_of
-from train.config import Pretrain
+from train.config import Pretrain, check_rates
 from train.presets import PRESETS
 from train.trainer import Recipe, started, train
 
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
     for key in typed if not launch().rank else ():
         print(f"Overriding: {key} = {getattr(config, key)}")
     if config.depth:
-        config = dial.turn(config, typed, vocab_size_of(config))
+        config = dial.configure(config, typed, vocab_size_of(config))
+    check_rates(config)
     if config.dry_run:
         print(plan.describe(config, architecture_of(config, vocab_size_of(config))))
         return

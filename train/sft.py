@@ -176,7 +176,7 @@ class Conversations:
     def recipe(self) -> Recipe:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), after_last=False, data=self,
-            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            set_schedule=set_schedule, evaluate=self.evaluate, stage=self.config.stage,
         )  # fmt: skip
 
     def batches(self, config: Any, model: Any, **settings: Any) -> ConversationBatches:
@@ -260,7 +260,7 @@ def objective_of(config: Sft) -> Callable[[torch.nn.Module], Objective]:
     return together
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates and Muon's momentum of an update; returns the learning rate."""
     rate = config.learning_rate * sft_multiplier(
         iteration / max(1, config.max_iters), warmup=config.warmup_ratio, warmdown=config.warmdown_ratio,
@@ -282,7 +282,8 @@ def tell(run: Run, log: Log) -> None:
     )
     log.say(text)
     log.row("note", text=text, **{f"conversations_{key}": value for key, value in counts.items()})
-    print(f"talk to it, or judge it: python -m train.evaluate --models={Path(run.config.out_dir)} --tasks=...")
+    out = Path(run.config.out_dir)
+    print(f"talk to it, or judge it: python -m gptfast.chat {out}; python -m train.evaluate --models={out} --tasks=...")
 
 
 if __name__ == "__main__":

@@ -250,7 +250,11 @@ TILES = {
 LONG = 2048
 LONG_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 64): Tile(64, 64, 4, 3, True)}
 # Where random numbers take so many registers that the tiles above would spill.
-DROPOUT_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
+DROPOUT_TILES = {
+    ("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True),
+    ("dq", 100, 256): Tile(64, 16, 8, 2, True), ("dk_dv", 100, 64): Tile(32, 128, 8, 2, True),
+    ("dk_dv", 100, 128): Tile(32, 128, 8, 2, True),
+}  # fmt: skip
 
 
 def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False) -> Tile:

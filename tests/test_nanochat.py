@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import Muon
 from gptfast.packing import document_starts
+from gptfast.parallel.split import split_matrices
 from kernels import Op
 from kernels.newton_schulz import POLAR_EXPRESS
 from train import build, dial
@@ -259,6 +261,12 @@ def test_packed_documents_are_each_by_itself() -> None:
     ]
     together = model(tokens, targets, cu_seqlens, reduction="sum")
     torch.testing.assert_close(together, torch.stack(alone).sum())
+
+
+def test_tensor_ranks_refuse_value_embeddings() -> None:
+    team: Any = SimpleNamespace(mesh=object(), tensor=2)
+    with pytest.raises(UserError, match="--tensor_parallel=2 cannot split a model with value_embeddings"):
+        split_matrices(make(ALL), team)
 
 
 # ---- what it starts from ---------------------------------------------------------------------------------------------

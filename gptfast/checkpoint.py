@@ -238,7 +238,7 @@ def _step(folder: Path) -> int:
 
 
 def _serial(folder: Path) -> int | None:
-    """The how manieth save of its out_dir this was; None if the manifest cannot be read."""
+    """Returns the ordinal of this save within its out_dir; None if the manifest cannot be read."""
     try:
         return _read_manifest(folder)["serial"]
     except (OSError, ValueError):

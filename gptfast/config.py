@@ -58,6 +58,15 @@ class GPTConfig:
     initialization: Literal["gpt2", "nanochat"] = "gpt2"  # of the weights
 
     @property
+    def nanochats(self) -> tuple[str, ...]:
+        """The fields of nanochat's parts that this config has on: what computes a block by itself must know them."""
+        names = (
+            "embedding_norm", "window", "value_embeddings", "residual_scalars", "smear", "backout", "rope_sign",
+            "qk_gain",
+        )  # fmt: skip
+        return tuple(name for name in names if getattr(self, name) != getattr(GPTConfig, name))
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """Of each layer, how many positions before its own a query sees; None: all."""
         letters = (self.window_pattern or "L") * self.n_layer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptfast.errors import UserError
@@ -27,7 +27,7 @@ STRANGE = (
 )  # fmt: skip
 
 
-def opened(path: str | Path) -> BinaryIO:
+def opened(path: str | Path) -> io.BufferedReader:
     """The file of that name, to be read. Raises OSError, for a folder, pipe or device too, which nobody waits for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -75,6 +75,8 @@ def tensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
     They lie in the file, each page of which is read when it is needed; to write to them changes no file. Raises
     ValueError for a file that is none.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
             names = opened.keys()

@@ -141,7 +141,7 @@ def test_a_file_with_more_than_tensors_is_refused_and_nothing_runs(
         hf.load_tokenizer(folder)
 
 
-def test_checkpoints_of_other_versions_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_of_other_versions_and_strange_ones_are_refused(tmp_path: Path) -> None:
     theirs = tensors(saved(tmp_path))
     for name in ("smear_lambda", "x0_lambdas", "value_embeds.0.weight", "transformer.h.1.attn.c_k.weight"):
         with pytest.raises(UserError, match=f"has no {name}: it is of a nanochat with another architecture"):
@@ -154,8 +154,13 @@ def test_checkpoints_of_other_versions_are_refused(tmp_path: Path) -> None:
         hf.load(saved(tmp_path, theirs, logit_cap=30), OPS)
     with pytest.raises(UserError, match="holds no state dict"):
         hf.load(saved(tmp_path / "list", [torch.ones(2)]), OPS)
+    for strange in (dict(n_layer="3"), dict(sequence_len=None), dict(n_head=10**30), dict(window_pattern=["S"])):
+        with pytest.raises(UserError, match=r"^[^\n]+$"):
+            hf.load(saved(tmp_path, theirs, **strange), OPS)
+    with pytest.raises(UserError, match="do not fit its meta: 1000000 layers"):
+        hf.load(saved(tmp_path, theirs, n_layer=1_000_000), OPS)
     (tmp_path / "meta_000007.json").write_text("{}")
-    with pytest.raises(UserError, match="is not nanochat's"):
+    with pytest.raises(UserError, match="KeyError: 'model_config'"):
         hf.load(tmp_path, OPS)
     (tmp_path / "meta_000007.json").unlink()
     with pytest.raises(UserError, match="nanochat keeps it beside the model"):

@@ -12,7 +12,7 @@ import openai
 import pytest
 import served
 from openai import OpenAI
-from scripted import scripted, told
+from scripted import scripted, tiny, told
 from served import chat, engine, get, post, serving, until, user
 
 from gptfast.chat.answers import Answers, answer_all
@@ -20,7 +20,7 @@ from gptfast.chat.conversation import text_of
 from gptfast.chat.parts import PartStream
 from gptfast.chat.sandbox import Limits, Result
 from gptfast.chat.tools import Tools
-from gptfast.engine import Sampling
+from gptfast.engine import Engine, Sampling
 from gptfast.serve.app import Guarded
 from gptfast.serve.asking import SEED_STEP
 from gptfast.serve.server import Server
@@ -378,6 +378,16 @@ def test_figures(server: Server, client: OpenAI) -> None:
     assert float(values["gptfast_slots"]) == 4 and float(values['gptfast_tokens_total{kind="completion"}']) >= 20
     assert float(values["gptfast_ttft_seconds_count"]) == float(values['gptfast_ttft_seconds_bucket{le="+Inf"}']) > 0
     assert float(values['gptfast_http_replies_total{path="/health",status="200"}']) >= 1
+
+
+@pytest.mark.parametrize("weights", ["float16", "int8"])
+def test_every_form_of_weights_is_served(weights: Any) -> None:
+    made = Engine(tiny(served.tokenizer(), 256), slots=1, tokenizer=served.tokenizer(), weights=weights)
+    with serving(made) as server:
+        assert (
+            post(server, "/v1/completions", {"prompt": "Hi", "max_tokens": 3}).json["usage"]["completion_tokens"] == 3
+        )
+        assert get(server, "/stats").json["weights"].startswith(weights)
 
 
 def test_the_page_runs_under_a_policy(server: Server) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import served
 from browsing import Gated, Open, ask, done, said
+from scripted import scripted, told
 
 from gptfast.chat import conversation
 from gptfast.serve.page import PAGE, read_page
@@ -324,18 +326,29 @@ def test_what_the_server_refuses(opened: Open) -> None:
     page.click("text=Try again")
     done(page)
     assert said(page)[-1] == "answer 5 to five" and page.locator(".trouble, .versions").count() == 0
+    model.refusals = [(400, {"message": "no"}, {})]
+    ask(page, "lost")
+    done(page)
+    ask(page, "found")
+    done(page)
+    with page.expect_download() as caught:
+        page.click("#export")
+    exported = json.loads(Path(caught.value.path()).read_text())["messages"]
+    for messages in (model.requests[-1]["messages"], exported):  # what nothing came of is neither told nor kept
+        assert "lost" not in [message["content"] for message in messages]
+    assert exported[-1] == {"role": "assistant", "content": "answer 6 to found"}
     model.refusals = [(401, {"message": "give the server's token"}, {})]
     ask(page, "six")
     page.wait_for_selector("#token:focus")
     page.keyboard.type("a-secret-of-ours")
     page.keyboard.press("Enter")
-    page.click("text=Try again")
+    page.get_by_text("Try again").last.click()
     done(page)
-    assert model.tokens[-1] == "Bearer a-secret-of-ours" and said(page)[-1] == "answer 6 to six"
+    assert model.tokens[-1] == "Bearer a-secret-of-ours" and said(page)[-1] == "answer 7 to six"
     model.answer = lambda messages: ["half ", {"error": {"message": "the engine failed"}}]
     ask(page, "seven")
     done(page)
-    assert said(page)[-1] == "half" and page.locator(".trouble span").inner_text() == "the engine failed"
+    assert said(page)[-1] == "half" and page.locator(".trouble span").last.inner_text() == "the engine failed"
     model.close()
     ask(page, "eight")
     done(page)
@@ -376,6 +389,34 @@ def test_the_live_panel(opened: Open) -> None:
     )
     model.stats = {"kernels": None, "tools": None, "slots": "many", "busy": -1e9}
     page.wait_for_function("() => document.querySelector('#device').innerText === 'n/a'")
+
+
+def test_the_page_and_the_server_agree(browser: Any) -> None:
+    """The real server, with a model that says what it is told: tools, branches, the panel, and the context's end."""
+    chat = served.chat()
+    long = [f"{n} " + "Hello there, what is it? 12345 " * 4 for n in range(4)]
+    script = {text: told(chat, "xyz " * 9, f"{n}") for n, text in enumerate(long)}
+    script["hello"] = told(chat, "It is ", ("python", "12*7"), ("python_output", "84"), "**84**.")
+    with served.serving(scripted(chat, script, slots=3, block_size=256)) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        ask(page, "hello")
+        done(page)
+        assert page.locator(".tool").inner_text().split() == ["TOOL", "12*7", "84"]
+        assert page.locator(".md strong").inner_text() == "84"
+        page.locator("article.assistant").get_by_label("Another answer").click()
+        done(page)
+        assert page.locator("article.assistant .versions").inner_text() == "2/2"
+        assert "tokens · " in page.locator("article.assistant .figures").inner_text()
+        for n, text in enumerate(long):
+            ask(page, text.strip() + " ")
+            done(page)
+            assert said(page)[-1].endswith(str(n)) and page.locator(".trouble").count() == 0
+        assert page.locator(".seam").count() == 1
+        page.wait_for_function("() => document.querySelector('#busy').innerText === '0 of 3'")
+        assert "tiny" in page.inner_text("#about") and "256 tokens of context" in page.inner_text("#about")
+        page.close()
+        assert served.is_idle(server)
 
 
 # ---- themes, keys, a phone

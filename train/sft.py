@@ -41,7 +41,8 @@ from train.trainer import EVAL_SEED, Recipe, Run, diverged, started, train
 SAMPLED = 1000  # conversations that tell how many tokens an epoch has
 INHERITED = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "matrix_lr", "head_lr", "scalar_lr",
-    "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "normalize", "newton_schulz_steps",
+    "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "decay_by_shape", "equalize", "normalize",
+    "normalize_beta2", "rules", "newton_schulz_steps",
 )  # fmt: skip
 RATES = ("learning_rate", "matrix_lr", "head_lr", "scalar_lr")
 
@@ -175,7 +176,7 @@ class Conversations:
     def recipe(self) -> Recipe:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), after_last=False, data=self,
-            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            set_schedule=set_schedule, evaluate=self.evaluate, stage=self.config.stage,
         )  # fmt: skip
 
     def batches(self, config: Any, model: Any, **settings: Any) -> ConversationBatches:
@@ -259,7 +260,7 @@ def objective_of(config: Sft) -> Callable[[torch.nn.Module], Objective]:
     return together
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates and Muon's momentum of an update; returns the learning rate."""
     rate = config.learning_rate * sft_multiplier(
         iteration / max(1, config.max_iters), warmup=config.warmup_ratio, warmdown=config.warmdown_ratio,

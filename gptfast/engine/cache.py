@@ -159,7 +159,7 @@ class KVCache:
         )
         return out.reshape(q.shape)
 
-    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, slots * T, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
         recent, new = self._recent[place], x.view(self.slots, -1, x.shape[-1])
         T, before = new.shape[1], self._positions[:, :1] + torch.arange(-taps, 0, device=x.device)
@@ -330,7 +330,7 @@ class Pieces:
             out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, seen[0].shape[1])))
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
-    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, N, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
         old = self.cache._recent[place].flatten(0, 1)[self._old].masked_fill(self._before_all, 0.0)
         self._inputs.append((place, x[0, self._newest], x[0, self._last]))

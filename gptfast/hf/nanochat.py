@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast import untrusted
 from gptfast.aside import folder_aside
 from gptfast.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig, nanochat
 from gptfast.errors import UserError
@@ -50,9 +51,13 @@ def newest(source: str | Path) -> Path | None:
 
 def read(path: Path) -> tuple[GPTConfig, Weights]:
     """The model of a model_*.pt, described by the meta_*.json beside it. Raises UserError for what it is not."""
-    config = _read_config(path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json")))
+    meta = path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json"))
+    settings = untrusted.json_object(meta, "nanochat keeps it beside the model")
+    with untrusted.expected(str(meta), "fetch it again"):
+        config = _config(settings["model_config"])
     try:
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
+        with untrusted.opened(path) as file:
+            theirs = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle's, zipfile's and its own types
         raise UserError(
             f"{path} is damaged, or holds more than tensors, which could run code and is not read "
@@ -60,30 +65,31 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
         ) from None
     if not isinstance(theirs, dict) or not all(isinstance(x, Tensor) for x in theirs.values()):
         raise UserError(f"{path} holds no state dict; give nanochat's model_*.pt")
-    theirs = {name.removeprefix("_orig_mod."): w.float() for name, w in theirs.items()}
-    try:
-        ours = _taken(config, theirs)
-    except KeyError as error:
-        raise UserError(
-            f"{path} has no {error.args[0]}: it is of a nanochat with another architecture than 92d63d4's; use that one"
-        ) from None
+    if config.n_layer > len(theirs):  # before each layer is looked for
+        raise UserError(f"the {len(theirs)} tensors in {path} do not fit its meta: {config.n_layer} layers")
+    with untrusted.expected(f"what {path} holds", "fetch it again"):
+        theirs = {name.removeprefix("_orig_mod."): w.float() for name, w in theirs.items()}
+        try:
+            ours = _taken(config, theirs)
+        except KeyError as error:
+            raise UserError(
+                f"{path} has no {error.args[0]}: it is of a nanochat with another architecture than 92d63d4's; use that"
+            ) from None
     if theirs:
         raise UserError(f"{path} has weights that nanochat at 92d63d4 has not: {', '.join(sorted(theirs)[:5])}")
     return config, ours
 
 
-def _read_config(path: Path) -> GPTConfig:
-    try:
-        settings = json.loads(path.read_text("utf-8"))["model_config"]
-        known = {name: settings.pop(name) for name in SIZES}
-        T, pattern = settings.pop("sequence_len"), settings.pop("window_pattern", "L").upper()
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; nanochat keeps it beside the model") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not nanochat's ({type(error).__name__}: {error}); fetch it again") from None
-    if settings:
-        raise UserError(f"{path} says {', '.join(settings)} of the model, which nanochat at 92d63d4 has not")
-    return nanochat(block_size=T, window_pattern=pattern, **known)
+def _config(settings: dict[str, Any]) -> GPTConfig:
+    """Of meta's model_config. Checkpoints from before windows say nothing of them, and have none."""
+    known = {name: settings[name] for name in SIZES}
+    unknown = set(settings) - {*SIZES, "sequence_len", "window_pattern"}
+    if unknown:
+        raise UserError(
+            f"its meta says {', '.join(sorted(unknown)[:5])} of the model, which nanochat at 92d63d4 has not"
+        )
+    pattern = settings.get("window_pattern", "L").upper()
+    return nanochat(block_size=settings["sequence_len"], window_pattern=pattern, **known)
 
 
 def _taken(config: GPTConfig, theirs: Weights) -> Weights:

@@ -6,11 +6,12 @@ second one does not.
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +93,9 @@ def main(argv: list[str]) -> int:
     serving = Serving(defaults, guarded, config.queue, config.grace_s)
     server = Server(engine, tools, serving, listener, peak_of(config, device))
     print(f"serving {name} at {server.url}; Ctrl-C ends it within {server.ends_within_s:g} s", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn's way to say that it ended because of one
         server.serve()
-    except KeyboardInterrupt:  # uvicorn's way to say that it ended because of one
-        print("ended")
+    print("ended")
     return 0
 
 

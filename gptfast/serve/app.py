@@ -7,7 +7,7 @@ import contextlib
 import hmac
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -288,7 +288,7 @@ class Answering:
     def cancel(self) -> None:
         self._batcher.cancel(self._tickets)
 
-    async def events(self, receive: Receive) -> AsyncIterator[list[tuple[int, Event]]]:
+    async def events(self, receive: Receive) -> AsyncGenerator[list[tuple[int, Event]], None]:
         """Yields what has come, as (choice, event)s, until all answers are done. Raises Gone when the client leaves."""
         watch = asyncio.create_task(self._watch(receive))
         try:

@@ -81,7 +81,7 @@ class Ticket:
 class Batcher:
     """Answers tickets on `engine`, in a thread of its own: at most `queue` of them wait while all slots are taken.
 
-    Nobody else may use `engine` meanwhile. `submit`, `cancel` and `drain` may be called from any thread.
+    Nobody else may use `engine` meanwhile. After `start`, `submit`, `cancel` and `drain` may be called from any thread.
     """
 
     def __init__(self, engine: Engine, chat: Chat | None, tools: Tools, queue: int, meter: Meter) -> None:
@@ -98,6 +98,9 @@ class Batcher:
         self._deadline = math.inf
         self.closing = False
         self._thread = threading.Thread(target=self._run, name="engine")
+
+    def start(self) -> None:
+        """Begin to answer. To be followed by `drain` and `join`."""
         self._thread.start()
 
     # ---- any thread --------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class Server:
 
     def serve(self) -> None:
         """Serves until Ctrl-C, SIGTERM or `stop`; then running answers may finish within `grace_s`."""
+        self.batcher.start()
         try:
             asyncio.run(self._uvicorn.serve(sockets=[self._listener]))
         finally:
@@ -100,6 +101,8 @@ def running(engine: Engine, tools: Tools, serving: Serving) -> Iterator[Server]:
     try:
         while thread.is_alive() and not server.started:
             time.sleep(0.005)
+        if not server.started:
+            raise RuntimeError("the server did not start; its thread says why")
         yield server
     finally:
         server.stop()

@@ -111,4 +111,4 @@ def _position_bytes(engine: Engine) -> int:
 def _device_name(engine: Engine) -> str:
     from gptfast.log import hardware
 
-    return str(hardware(engine.model.lm_head.weight.device)["name"])
+    return str(hardware(engine.cache.lengths.device)["name"])

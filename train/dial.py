@@ -8,6 +8,10 @@
 The derivations are nanochat's (github.com/karpathy/nanochat), and so are the schedules. B: the critical batch grows as
 a power of the data (Bergsma et al., "Power Lines", arXiv:2505.13738); rates: Malladi et al., arXiv:2205.10287. The
 model is nanochat's to the last weight, or ours of its width, without value embeddings, windows and scalars.
+
+nanochat's parts are tuned for long runs. In 300 updates of 1,024 characters of Python's standard library (contexts of
+256, rates of depth 12, no decay; one seed) depth 4 came to a validation loss of 1.581, ours of as many parameters
+(3.24 million, by --mlp_width=1048) to 1.451.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ _TILES_OF = {80: 80, 87: 80, 86: 86, 89: 86, 120: 86, 121: 86, 90: 90, 100: 100,
 
 
 def tile_arch(arch: int) -> int:
-    """Which of 80, 86, 90 and 100 an architecture takes its tiles from; 0, for the most conservative ones, if unknown."""
+    """Which of 80, 86, 90 and 100 an architecture takes its tiles from; if unknown 0, for the most conservative."""
     return _TILES_OF.get(arch, 0)
 
 

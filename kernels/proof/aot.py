@@ -408,7 +408,7 @@ def digest(launch: Launch) -> str:
 def cases(op: Op, arch: int) -> list[dict[str, Any]]:
     """What an op is compiled at: its bench sizes, and its options combined with those of them that differ in tiles.
 
-    On architectures that take the tiles of another one only such sizes, by default and with the most of the options.
+    On architectures that take the tiles of another one only such sizes, and the first of them with most of the options.
     """
     if op.triton is None:
         return []
@@ -417,7 +417,8 @@ def cases(op: Op, arch: int) -> list[dict[str, Any]]:
         constants = {(x.kernel.__name__, str(sorted(x.kwargs.items()))) for x in launches(op, dict(dims), arch)}
         unlike.setdefault(frozenset(constants), {letter: size for letter, size in dims.items() if letter.isupper()})
     if tile_arch(arch) != arch:
-        return [{**dims, **options} for dims in unlike.values() for options in ({}, farthest_options(op))]
+        first = next(iter(unlike.values()))
+        return [*unlike.values(), {**first, **farthest_options(op)}]
     return [*map(dict, op.bench), *combined(op, list(unlike.values()))]
 
 

@@ -249,7 +249,7 @@ class KVCache:
         wide = Cache(*found, *(take(x[layer]) for x in (self.k_scale, self.v_scale))).widened(torch.float32)
         return [x.to(dtype) for x in wide]
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def as_kept(self, x: Tensor) -> Tensor:
         """Keys or values as they will be when they are kept."""
         if not self._stored:
             return x
@@ -324,7 +324,7 @@ class Pieces:
             seen = [k[:, own], v[:, own]]
             if is_ring and not self._alone[i]:
                 past = cache.kept(layer, piece.slot, 0, self._past[i], q.dtype)
-                seen = [torch.cat((old, cache.rounded(new)), dim=1) for old, new in zip(past, seen, strict=True)]
+                seen = [torch.cat((old, cache.as_kept(new)), dim=1) for old, new in zip(past, seen, strict=True)]
             elif not self._alone[i]:
                 seen = cache.kept(layer, piece.slot, piece.end, self._kept[i], q.dtype)
             out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, seen[0].shape[1])))

@@ -25,7 +25,7 @@ from gptfast.config import GPTConfig
 from gptfast.engine.pages import Pages
 from gptfast.model import narrowed
 from kernels import Ops
-from kernels.decode_attention import QUANTIZED, Cache, quantize_kv
+from kernels.decode_attention import QUANTIZED, quantize_kv
 from kernels.op import require
 
 # Positions of which a token shift's input is kept: two before the next token, and as many as may be taken back.
@@ -246,8 +246,8 @@ class KVCache:
         found = [take(x[layer]) for x in (self.k, self.v)]
         if not self._stored:
             return found
-        wide = Cache(*found, *(take(x[layer]) for x in (self.k_scale, self.v_scale))).widened(torch.float32)
-        return [x.to(dtype) for x in wide]
+        scales = (take(x[layer])[..., None] for x in (self.k_scale, self.v_scale))
+        return [(numbers.float() * scale).to(dtype) for numbers, scale in zip(found, scales, strict=True)]
 
     def as_kept(self, x: Tensor) -> Tensor:
         """Keys or values as they will be when they are kept."""

@@ -399,3 +399,20 @@ def naive(model: GPT, prompt: Sequence[int], sampling: Sampling) -> list[int]:
     for _ in range(sampling.max_tokens):
         tokens.append(int(model.logits(torch.tensor([tokens[-model.config.block_size :]]), last_only=True).argmax()))
     return tokens[len(prompt) :]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_on_a_gpu_a_step_is_one_graph_for_each_set_of_kinds(name: str) -> None:
+    """The CPU's test_what_a_request_draws_depends_on_nothing_else, by the kernels, with tokens that are read late."""
+    model = make(ARCHITECTURES[name])
+    model.ops = kernels.load("auto")
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = model.ops
+    model, wanted = model.cuda(), texts(COUNT, 44)
+    whole = [ask(Engine(model, lag=0), [one])[0] for one in wanted]
+    engine = Engine(model, slots=4, page_size=4, pages=40, prefill_tokens=9)
+    assert engine.lag == 1 and ask(engine, wanted) == whole
+    recorded = len(engine.loop._graphs)
+    assert ask(engine, wanted) == whole and len(engine.loop._graphs) == recorded > 1

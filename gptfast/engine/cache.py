@@ -25,7 +25,7 @@ from gptfast.config import GPTConfig
 from gptfast.engine.pages import Pages
 from gptfast.model import narrowed
 from kernels import Ops
-from kernels.decode_attention import QUANTIZED, Cache, quantize_kv
+from kernels.decode_attention import QUANTIZED, quantize_kv
 from kernels.op import require
 
 # Positions of which a token shift's input is kept: two before the next token, and as many as may be taken back.
@@ -246,10 +246,10 @@ class KVCache:
         found = [take(x[layer]) for x in (self.k, self.v)]
         if not self._stored:
             return found
-        wide = Cache(*found, *(take(x[layer]) for x in (self.k_scale, self.v_scale))).widened(torch.float32)
-        return [x.to(dtype) for x in wide]
+        scales = (take(x[layer])[..., None] for x in (self.k_scale, self.v_scale))
+        return [(numbers.float() * scale).to(dtype) for numbers, scale in zip(found, scales, strict=True)]
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def as_kept(self, x: Tensor) -> Tensor:
         """Keys or values as they will be when they are kept."""
         if not self._stored:
             return x
@@ -324,7 +324,7 @@ class Pieces:
             seen = [k[:, own], v[:, own]]
             if is_ring and not self._alone[i]:
                 past = cache.kept(layer, piece.slot, 0, self._past[i], q.dtype)
-                seen = [torch.cat((old, cache.rounded(new)), dim=1) for old, new in zip(past, seen, strict=True)]
+                seen = [torch.cat((old, cache.as_kept(new)), dim=1) for old, new in zip(past, seen, strict=True)]
             elif not self._alone[i]:
                 seen = cache.kept(layer, piece.slot, piece.end, self._kept[i], q.dtype)
             out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, seen[0].shape[1])))

@@ -152,7 +152,7 @@ class Loop:
         tokens = self._newest if self.draft is None else self._guess(self.draft, lengths, settings, kinds)
         logits, guesses = self.main.logits(tokens), tokens[:, 1:].to(self._where)
         found = [self._draw_at(logits[:, i], lengths, guesses[:, :i], settings, kinds) for i in range(1 + self.guesses)]
-        drawn = torch.stack([token for token, _ in found], dim=1)
+        drawn = torch.stack([token for token, _ in found], dim=1) if self.guesses else found[0][0][:, None]
         if self.draft is None:
             count, newest = live.to(torch.int32), drawn
         else:  # a guess counts where it is what the model draws there, and so do those before it
@@ -160,7 +160,10 @@ class Loop:
             count = torch.where(live, torch.minimum(right + 1, self._window - lengths), 0)
             newest = drawn.gather(1, (count.long() - 1).clamp(min=0)[:, None])
         newest = newest.clamp(min=0)  # of logits that are no numbers; the host ends that row when it hears of it
-        self._newest.copy_(torch.where(live[:, None], newest, self._newest.to(self._where)))
+        if self._where == self._device:
+            torch.where(live[:, None], newest, self._newest, out=self._newest)
+        else:
+            self._newest.copy_(torch.where(live[:, None], newest, self._newest.to(self._where)))
         if self._occurred is not None and kinds.penalized:
             for i in range(1 + self.guesses):
                 token = drawn[:, i].clamp(min=0)
@@ -184,11 +187,14 @@ class Loop:
         self, logits: Tensor, lengths: Tensor, guesses: Tensor, settings: Settings, kinds: Kinds
     ) -> tuple[Tensor, Tensor]:
         """A token for every slot from its logits (slots, V), after its text and guesses (slots, i)."""
-        at = (lengths.long() + 1 + guesses.shape[1]).clamp(max=self._window)[:, None]
+        uniform = self._uniforms[:, 0]  # of no matter where nobody draws
+        if kinds.plain or kinds.ordered:
+            at = (lengths.long() + 1 + guesses.shape[1]).clamp(max=self._window)[:, None]
+            uniform = self._uniforms.gather(1, at)[:, 0]
         occurred = self._occurred if kinds.penalized else None
         if occurred is not None and guesses.shape[1]:
             occurred = occurred.scatter(1, guesses.clamp(max=self.vocabulary - 1), True)
-        return self._draw(logits, self._uniforms.gather(1, at)[:, 0], settings, kinds, occurred)
+        return self._draw(logits, uniform, settings, kinds, occurred)
 
     def _draw(
         self, logits: Tensor, uniform: Tensor, settings: Settings, kinds: Kinds, occurred: Tensor | None

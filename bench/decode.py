@@ -14,6 +14,9 @@ bandwidth, by the datasheet or by the copy of `python -m bench peaks`. `error` i
 against the same weights in fp32 and plain torch, and `same_tokens` counts the first tokens that are theirs as well; of
 more than four sequences the first four are compared. `kernels`, `torch_ops` and `host_us` are what a step of the engine
 launches of ours and of torch's, and its host's work around that: bench/step_work.py, counted on any machine's CPU.
+`shares` of the time of a step of the engine: `weights` and `cache`, what reading them takes at that bandwidth;
+`launches`, all that is left, `launch_us` for each; and beside these `host`, its work, which the device need not wait
+for while the host is a step ahead.
 """
 
 from __future__ import annotations
@@ -366,7 +369,24 @@ def figures(
         "error": error, "same_tokens": agrees, "config": dataclasses.asdict(config),
         "kernels": work and work.kernels, "torch_ops": work and work.torch_ops, "host_us": work and work.host_us,
         "valid": not beyond, "invalid_reason": f"mbu {share:.2f}: not all was read" if beyond else None,
+        **(shares(config, size, way, step_s, peak, work) if work else {}),
     }  # fmt: skip
+
+
+def shares(config: GPTConfig, size: Size, way: Variant, step_s: float, peak: mfu.Peak, work: StepWork) -> Row:
+    """Of a step of `step_s` seconds: what its bytes take, what is left for launches, and the host's work beside it."""
+    if peak.bytes_per_s is None:
+        return {}
+    read = [
+        mfu.decode_bytes(config, context, size.B, weight_bytes=way.weight_bytes, kv_bytes=way.kv_bytes)
+        for context in (0, size.prompt + size.new // 2)
+    ]
+    weights, both = (count / peak.bytes_per_s / step_s for count in read)
+    left = max(0.0, 1 - both)
+    return {
+        "shares": {"weights": weights, "cache": both - weights, "launches": left, "host": work.host_us / step_s / 1e6},
+        "launch_us": left * step_s * 1e6 / (work.kernels + work.torch_ops),
+    }
 
 
 def line(row: Row) -> str:
@@ -379,7 +399,9 @@ def line(row: Row) -> str:
     error = "    n/a" if row["error"] is None else f"{row['error']:.1e}"
     launches = "" if row["kernels"] is None else f"  launches {row['kernels']}+{row['torch_ops']}"
     host = "" if row["host_us"] is None else f"  host {row['host_us']:.0f} us"
-    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}  {sizes}{verdict}"
+    parts = " ".join(f"{part} {100 * value:.0f}%" for part, value in row.get("shares", {}).items())
+    goes = f"  ({parts})" if parts else ""
+    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}{goes}  {sizes}{verdict}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

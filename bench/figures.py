@@ -76,7 +76,7 @@ def serve_figure(rows: Sequence[Row], path: Path, title: str) -> Path:
     each.set(ylabel="ms for each further one\np50; dotted p95", xlabel="load: arrivals over what one at a time can do")
     each.set_ylim(bottom=0)
     rate.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    return report.save(figure, path, rows)
+    return report.save_figure(figure, path, rows)
 
 
 def same_code_once(rows: Sequence[Row]) -> list[Row]:
@@ -164,7 +164,7 @@ def op_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None)
     notes = [f"dashed: {source}"] if source else []
     notes += [f"dotted: {measured.source}"] if measured else []
     notes.append("at our mark: how many times longer the best peer takes; both: forward and backward in one")
-    return report.save(figure, path, rows, notes=[*notes, "GB/s of compulsory bytes"])
+    return report.save_figure(figure, path, rows, notes=[*notes, "GB/s of compulsory bytes"])
 
 
 def _ours(impl: str) -> bool:
@@ -310,7 +310,7 @@ def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None =
     right.set(xlabel="% of what a copy or a GEMM reaches" if measured else "% of the roofline", xlim=(0, 118))
     notes = ["a dot is a size, a bar their median; the plain torch reference counts as a peer"]
     notes += [f"ceiling: {measured.source}"] if measured else []
-    return report.save(figure, path, rows, notes=notes)
+    return report.save_figure(figure, path, rows, notes=notes)
 
 
 def roofline_figure(
@@ -340,7 +340,7 @@ def roofline_figure(
                 linestyle=":" if roof.slack else "--", label=roof.source)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="FLOPs per compulsory byte", ylabel="TFLOP/s")
     axis.legend(frameon=False, fontsize=7, ncols=2)
-    return report.save(figure, path, rows)
+    return report.save_figure(figure, path, rows)
 
 
 # ---- profiles --------------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def profile_figure(rows: Sequence[Row], path: Path) -> Path:
     notes = [
         "kernels under torch.profiler; the number at the end is the wall clock without it; idle: what is left of it"
     ]
-    return report.save(figure, path, rows, notes=notes)
+    return report.save_figure(figure, path, rows, notes=notes)
 
 
 def _whole(row: Row) -> float:

@@ -140,4 +140,4 @@ def figure(cases: Sequence[Sequence[Row]], folder: Path, name: str) -> Path | No
     axis.set_xticks(range(len(commits)), commits, fontsize=7)
     axis.set(ylabel="ms / first ms", ylim=(0, None))
     axis.legend(frameon=False, fontsize=6, loc="lower left")
-    return report.save(drawn, folder / f"history-{name}.png", [row for case in cases for row in case])
+    return report.save_figure(drawn, folder / f"history-{name}.png", [row for case in cases for row in case])

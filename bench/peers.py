@@ -127,9 +127,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def sdpa_decode(backend: str | None) -> Function:
     """torch's fused attention: of its own choice under a mask made from lengths, or by a backend that takes no mask."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None) -> Tensor:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None, window: int | None = None
+    ) -> Tensor:  # fmt: skip
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        require(window is None, "window: not for torch's attention here; leave it out")
         require(not any(x is not None for x in rest), "k: neither pages nor scales are known to torch's attention")
         T, mask = q.shape[1], None
         if backend is None:

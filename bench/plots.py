@@ -81,7 +81,7 @@ def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.set_xlabel(f"mfu, % of {peak_label(rows[0])}" if known else "tokens/s")
-    return report.save(figure, path, rows, ["mfu"] if known else [], [workload(rows)])
+    return report.save_figure(figure, path, rows, ["mfu"] if known else [], [workload(rows)])
 
 
 def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
@@ -95,7 +95,7 @@ def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot([place - width / 2, place + width / 2], [palm(row)] * 2, color="black", linewidth=1.0)
     axis.set_ylabel("mfu, % (bar and number; line above: mfu_palm)")
     peaks = dict.fromkeys(f"peak, {row['dtype']}: {peak_label(row)}" for row in rows)
-    return report.save(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
+    return report.save_figure(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
 
 
 def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
@@ -103,7 +103,7 @@ def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
     figure, axis, _ = model_bars(rows, "Training throughput", *[lambda row: row["tokens_per_s"]] * 2)
     axis.set_ylabel("tokens/s")  # linear, from zero: a bar's height is what the eye compares
     axis.yaxis.set_major_formatter("{x:,.0f}")
-    return report.save(figure, path, rows, notes=[workload(rows)])
+    return report.save_figure(figure, path, rows, notes=[workload(rows)])
 
 
 def model_bars(

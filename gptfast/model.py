@@ -35,7 +35,7 @@ class Cache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, B * T, G, D); the causal attention of q (1, B * T, H, D) to all that is kept, like q."""
 
-    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, B * T, C), the input numbered `place` of a token shift or the smear; it 1 ... `taps` earlier."""
 
 
@@ -107,8 +107,8 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         taps, y = len(self.weight), x
-        earlier = shifted(x, taps) if cache is None else cache.earlier(self.place, x, taps)
-        for i, (before, w) in enumerate(zip(earlier, self.weight.to(x.dtype), strict=True), 1):
+        previous = shifted(x, taps) if cache is None else cache.previous(self.place, x, taps)
+        for i, (before, w) in enumerate(zip(previous, self.weight.to(x.dtype), strict=True), 1):
             if documents is not None:
                 before = before.masked_fill((documents.position < i)[:, None], 0.0)
             y = torch.addcmul(y, before, w)
@@ -405,7 +405,7 @@ class GPT(nn.Module):
         if self.smear_gate is None:
             return x
         place = self.config.smear_place
-        (before,) = shifted(x, 1) if cache is None else cache.earlier(place, x, 1)
+        (before,) = shifted(x, 1) if cache is None else cache.previous(place, x, 1)
         if documents is not None:
             before = before.masked_fill((documents.position < 1)[:, None], 0.0)
         return torch.addcmul(x, self.smear_lambda.to(x.dtype) * self.smear_gate(x), before)

@@ -34,7 +34,7 @@ KEPT_BYTES, M_TRIM_THRESHOLD = 2**29, -1
 SERVED_BYTES, M_MMAP_THRESHOLD = 2**25, -3
 
 
-def settle() -> None:
+def set_up_process() -> None:
     """What a command of this library does first, before it imports torch: threads and memory as training wants them."""
     bound_spinning()
     keep_memory()

@@ -5,10 +5,10 @@ The tokenizer comes out of the checkpoint, so neither the data set nor its folde
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
 import random
 import sys

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ STRANGE = (
 )  # fmt: skip
 
 
-def opened(path: str | Path) -> io.BufferedReader:
+def opened(path: str | Path) -> BufferedReader:
     """The file of that name, to be read. Raises OSError, for a folder, pipe or device too, which nobody waits for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -69,7 +69,7 @@ def json_object(path: str | Path, fix: str) -> dict[str, Any]:
     return value
 
 
-def tensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors(file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of an open safetensors file, on the CPU, and its metadata: of this file, whatever has its name now.
 
     They lie in the file, each page of which is read when it is needed; to write to them changes no file. Raises

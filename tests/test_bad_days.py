@@ -487,7 +487,7 @@ attempt, rank, size = launch().attempt, launch().rank, launch().size
 draw = random.Random(attempt)  # the same on every rank
 victim, fatal, in_save = draw.randrange(size), draw.randint(1, 12), attempt % 2 == 1
 delay_s = draw.uniform(0, 0.02)
-step, save, steps = Step.__call__, saving.save, []
+step, save, steps = Step.__call__, saving.save_sharded, []
 
 def die():
     (notes / f"killed-{attempt}").write_text(str(time.time()))
@@ -506,7 +506,7 @@ def save_and_die(*args, **settings):
         threading.Timer(delay_s, die).start()
     return save(*args, **settings)
 
-Step.__call__, saving.save = step_or_die, save_and_die
+Step.__call__, saving.save_sharded = step_or_die, save_and_die
 sys.exit(cli.run(pretrain.main, sys.argv[3:]))
 """
 

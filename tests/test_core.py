@@ -152,6 +152,15 @@ def test_the_batch_does_not_matter(batch_size: int, bundle: dict[str, asked.Core
     assert scores_of(half, tasks, batch_size=batch_size) == scores_of(half, tasks)
 
 
+def test_short_sequences_fill_a_batch_and_long_ones_do_not_overflow_it() -> None:
+    lengths = [3, 100, 50, 10, 10, 100, 2, 1] + [1] * 20
+    chosen = list(core.batches(lengths, 2, 100))
+    assert sorted(i for batch in chosen for i in batch) == list(range(len(lengths)))
+    assert chosen[:2] == [[1, 5], [2, 3, 4, 0]] and max(map(len, chosen)) == 4 * 2
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 2 * 100 for batch in chosen)
+    assert list(core.batches([100, 100], 1, 64)) == [[0], [1]]
+
+
 def gpt2(folder: Path) -> Path:
     """A GPT-2 of transformers with random weights, and a tokenizer of bytes."""
     transformers = pytest.importorskip("transformers")

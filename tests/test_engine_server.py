@@ -355,3 +355,47 @@ def test_rows_of_every_kind_draw_what_each_draws_alone() -> None:
     drawn = draw(logits[3].expand(99, 600), torch.linspace(0, 0.999, 99).double(), Settings.of([samplings[3]] * 99),
                  Kinds.of([samplings[3]], 600))  # fmt: skip
     assert sorted(set(drawn.tolist())) == sorted(expected)
+
+
+# ---- layers with a window --------------------------------------------------------------------------------------------
+WINDOWED = dataclasses.replace(MODERN, n_layer=3, block_size=120, window=5, window_pattern="SSL")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(prefill_tokens=7), dict(page_size=4, prefix_cache=False, pages=70, prefill_tokens=60),
+        dict(kv_storage="int8", prefill_tokens=9), dict(page_size=4, pages=70, prefill_tokens=9),
+        dict(draft=True, guesses=3, prefill_tokens=30), dict(page_size=8, prefix_cache=False, lag=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_with_a_window_hold_that_and_no_more(options: dict) -> None:
+    """Past where their few pages begin again, in any company: and a pool that remembers holds all."""
+    model = make(WINDOWED)
+    options = options | (dict(draft=make(WINDOWED, 1)) if options.get("draft") else {})
+    engine = Engine(model, slots=3, **options)
+    rng = random.Random(3)
+    wanted = [
+        ([rng.randrange(61) for _ in range(n)], Sampling(m, 0)) for n, m in ((1, 60), (50, 12), (50, 12), (59, 9))
+    ]
+    wanted[2] = (wanted[1][0], Sampling(12, seed=1))  # cloned
+    storage = {key: options[key] for key in ("kv_storage",) if key in options}
+    assert ask(engine, wanted) == [ask(Engine(model, **storage), [one])[0] for one in wanted]
+    if not storage:
+        assert ask(engine, wanted[:1])[0] == naive(model, *wanted[0])
+    first, last = engine.cache.k[0], engine.cache.k[-1]
+    if engine.cache.paged and engine.cache.pool.remembers:
+        assert first.shape == last.shape and not engine.cache.is_ring(0)
+    else:
+        page = min(engine.cache.page_size, 16)
+        assert len(first) * first.shape[1] <= 3 * (5 + 2 * 8 + 2 * page) and engine.cache.is_ring(1)
+        assert engine.cache.paged or first.numel() < last.numel() / 2
+
+
+@torch.no_grad()
+def naive(model: GPT, prompt: Sequence[int], sampling: Sampling) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(sampling.max_tokens):
+        tokens.append(int(model.logits(torch.tensor([tokens[-model.config.block_size :]]), last_only=True).argmax()))
+    return tokens[len(prompt) :]

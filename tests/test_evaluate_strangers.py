@@ -112,6 +112,21 @@ def test_weights_that_are_pickled_are_never_opened(use: str, tmp_path: Path, mon
             evaluate.open_player(str(tmp_path), OPS, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("begins", [None, 90])
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(begins: int | None) -> None:
+    class Wide:
+        bos = begins
+        encode = staticmethod(lambda text: [*text.encode()])
+        decode = staticmethod(lambda ids: bytes(ids).decode())
+
+    with pytest.raises(UserError, match="m: its tokenizer has a token 98 where its model has 98 tokens"):
+        evaluate.Fitting("m", Wide(), 98).encode("ab")
+    assert evaluate.Fitting("m", Wide(), 99).encode("ab") == [97, 98]
+    if begins is not None:
+        with pytest.raises(UserError, match="has a token 90 where its model has 64"):
+            evaluate.Fitting("m", Wide(), 64)
+
+
 def test_a_model_is_imported_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")

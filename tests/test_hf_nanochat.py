@@ -133,7 +133,7 @@ def test_a_file_with_more_than_tensors_is_refused_and_nothing_runs(
     folder = saved(tmp_path / "bait", {"resid_lambdas": Bait()})
     with pytest.raises(UserError, match="holds more than tensors, which could run code and is not read"):
         hf.load(folder, OPS)
-    (folder / "model_000007.pt").write_bytes(pickle.dumps(Bait()))
+    (folder / "model_000007.pt").write_bytes(pickle.dumps(Bait(), protocol=2))
     with pytest.raises(UserError, match="damaged, or holds more than tensors"):
         hf.load(folder, OPS)
     assert not Path("opened").exists()

@@ -150,9 +150,6 @@ def load_documents(folder: Path) -> None:
 
 
 def make_log(folder: Path) -> None:
-    make_run(folder)
-    for each in ("model", "optimizer"):
-        (folder / "ckpt-000002" / f"{each}.safetensors").unlink(missing_ok=True)
     facts = {"hardware": {"name": "x"}, "software": {"torch": "2"}, "commit": None, "dirty": None, "command": "c"}
     head = {"schema": 1, "date": "2026-01-01T00:00:00Z"}
     rows = [
@@ -162,6 +159,10 @@ def make_log(folder: Path) -> None:
         {**head, "what": "sample", "text": "words"},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load_log(folder: Path) -> None:
+    report.write_report(report.read([folder / "metrics.jsonl"]), folder)
 
 
 def make_talks(folder: Path) -> None:
@@ -208,14 +209,21 @@ LOADERS = [
 
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.name)
 def test_a_hostile_file_is_refused_in_one_line(
-    loader: Loader, tmp_path: Path, chaos: Callable[[int, int], int], capfd: pytest.CaptureFixture[str]
+    loader: Loader, tmp_path: Path, chaos: Callable[[int, int], int]
 ) -> None:
     count = chaos(12, 200)
     verdicts = attacks(loader, tmp_path, count)
     assert sum(verdicts.values()) == count and verdicts["refused"] >= count // 8
-    with capfd.disabled():
-        if count > 100:
-            print(f"\n{loader.name}: {verdicts}")
+    if count > 100:
+        print(f"{loader.name}: {verdicts}")
+
+
+def test_a_hostile_row_is_refused_or_drawn(tmp_path: Path, chaos: Callable[[int, int], int]) -> None:
+    count = chaos(8, 420)
+    verdicts = attacks(Loader("log", make_log, load_log, writes=True), tmp_path, count)
+    assert sum(verdicts.values()) == count
+    if count > 100:
+        print(f"rows: {verdicts}")
 
 
 # ---- each kind by itself

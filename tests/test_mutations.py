@@ -34,18 +34,19 @@ COMMANDS: dict[str, list[str]] = {
     "train.evaluate": [f"--text={NOTHING}", "--device=cpu"], "train.plan": [],
     "gptfast.sample": [f"--out_dir={NOTHING}"], "gptfast.hf.__main__": ["export", NOTHING, "--to=x"],
     "gptfast.report.__main__": [NOTHING], "bench.mfu": [], "bench.compare": [NOTHING, NOTHING],
-    "bench.plots": [f"--out={NOTHING}"], "bench.scaling": ["--out=/proc/no_folder"], "bench.ops": [f"--only={NOTHING}"],
-    "bench.optim": [f"--models={NOTHING}"], "bench.host": [f"--ops={NOTHING}"], "bench.decode": [f"--models={NOTHING}"],
-    "bench.profile": [f"--models={NOTHING}"], "bench.speedrun": [f"--preset={NOTHING}"],
-    "bench.history": [f"--root={NOTHING}"], "bench.tune": [NOTHING], "bench.cpu": ["--out=/proc/no_folder/x"],
-    "bench.predict": [f"--model={NOTHING}"],
+    "bench.plots": [f"--out={NOTHING}"], "bench.scaling": ["--out=/proc/no_folder"],
+    "bench.ops": [f"--only={NOTHING}", "--out=out"], "bench.optim": [f"--models={NOTHING}", "--out=out"],
+    "bench.host": [f"--ops={NOTHING}", "--out=out"], "bench.decode": [f"--models={NOTHING}", "--out=out"],
+    "bench.profile": [f"--models={NOTHING}", "--out=out"], "bench.speedrun": [f"--preset={NOTHING}", "--out=out"],
+    "bench.history": [f"--root={NOTHING}"], "bench.tune": [NOTHING, "--out=out"],
+    "bench.cpu": ["--out=/proc/no_folder/x"], "bench.predict": [f"--model={NOTHING}"],
 }  # fmt: skip
 VALUES = [
     "", "0", "-1", "1", "2", "nan", "inf", "-inf", "1e999", "1e-320", "1e300", "99999999999999999999", "9" * 5000,
     "0x10", "1_0", "a", "é", "../..", "/dev/full", "None", "True", "false", "[1]", "{}", "x" * 5000, "cuda", "cuda:99",
     "mps", "meta", "a,b,,c", "-", "--", "%s%n", "1.5", "gpt2,gpt2", "\n", "\x1b[31m",
 ]  # fmt: skip
-SECONDS = 20  # after which a command that still runs was given what it could take
+SECONDS = 4  # after which a command that still runs was given what it could take
 
 
 class TooLong(BaseException):

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import Muon
 from gptfast.packing import document_starts
+from gptfast.parallel.split import split_matrices
 from kernels import Op
 from kernels.newton_schulz import POLAR_EXPRESS
 from train import build, dial
@@ -261,6 +263,12 @@ def test_packed_documents_are_each_by_itself() -> None:
     torch.testing.assert_close(together, torch.stack(alone).sum())
 
 
+def test_tensor_ranks_refuse_value_embeddings() -> None:
+    team: Any = SimpleNamespace(mesh=object(), tensor=2)
+    with pytest.raises(UserError, match="--tensor_parallel=2 cannot split a model with value_embeddings"):
+        split_matrices(make(ALL), team)
+
+
 # ---- what it starts from ---------------------------------------------------------------------------------------------
 def test_initialization_is_nanochats() -> None:
     torch.manual_seed(0)
@@ -324,7 +332,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 def of_depth(depth: int, *flags: str) -> tuple[Pretrain, torch.optim.Optimizer, dict[int, str]]:
     """What --depth says, the optimizer that is built from it, and the name of each parameter."""
     argv = [f"--depth={depth}", *flags]
-    config = dial.turn(cli.parse(Pretrain, argv, PRESETS), cli.typed(argv, Pretrain), 32768)
+    config = dial.configure(cli.parse(Pretrain, argv, PRESETS), cli.typed(argv, Pretrain), 32768)
     with torch.device("meta"):
         model = GPT(build.architecture_of(config, 64), OPS)
     return config, build.make_optimizer(config, model), {id(p): name for name, p in model.named_parameters()}
@@ -366,7 +374,7 @@ def test_the_schedules_move_every_group_and_the_decay_of_the_matrices_alone() ->
     start = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     N, W = 2520, round(0.65 * 2520)
     for iteration, rates, momentum in ((0, 1 / 40, 0.85), (200, 1.0, 0.91), (N - W, 1.0, 0.97), (N, 0.05, 0.90)):
-        dial.follow(optimizer, iteration, config)
+        dial.set_schedule(optimizer, iteration, config)
         for group in optimizer.param_groups:
             rate, decay = start[group["name"]]
             assert group["lr"] == pytest.approx(rates * rate), (iteration, group["name"])

@@ -145,7 +145,7 @@ def test_momentum_and_decay() -> None:
 
 def turned(*flags: str) -> Pretrain:
     config = cli.parse(Pretrain, flags, PRESETS)
-    return dial.turn(config, cli.typed(flags, Pretrain), 32768)
+    return dial.configure(config, cli.typed(flags, Pretrain), 32768)
 
 
 def test_an_optimizer_follows_the_schedule() -> None:
@@ -155,20 +155,20 @@ def test_an_optimizer_follows_the_schedule() -> None:
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     expected = {"matrices": config.matrix_lr, "embeddings": config.learning_rate, "head": config.head_lr}
     assert {name: rates[name] for name in expected} == pytest.approx(expected)
-    assert dial.follow(optimizer, 675, config) == pytest.approx(0.525 * config.learning_rate)
+    assert dial.set_schedule(optimizer, 675, config) == pytest.approx(0.525 * config.learning_rate)
     for group in optimizer.param_groups:
         assert group["lr"] == pytest.approx(0.525 * rates[group["name"]])
     matrices = next(group for group in optimizer.param_groups if group["kind"] == "muon")
     assert matrices["weight_decay"] == pytest.approx(config.weight_decay * dial.half_cosine(675, 1000))
     assert matrices["momentum"] == pytest.approx(dial.momentum(675, 1000))
     assert matrices["cautious"] and matrices["normalize"] and matrices["decay_by_shape"]
-    assert dial.follow(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
+    assert dial.set_schedule(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
 
 
 def test_a_rate_of_zero_follows_the_trapezoid() -> None:
     config = Pretrain(schedule="trapezoid", learning_rate=0.0, min_lr=0.0, warmup_iters=2, lr_decay_iters=10)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
-    assert [dial.follow(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
+    assert [dial.set_schedule(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
 
 
 # ---- train.pretrain --depth

@@ -59,10 +59,7 @@ class Pretrain:
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
-    fp8: bool = (
-        False  # multiply in 8-bit floats in the blocks' large linear maps while training: sm_89 and newer; a CPU
-    )
-    # emulates it
+    fp8: bool = False  # train the blocks' large linear maps in 8-bit floats: on sm_89 and newer; a CPU emulates it
     cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product

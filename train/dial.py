@@ -139,7 +139,7 @@ def recipe(
     )
 
 
-def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
+def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
     """`config` with what follows from its depth, in all that neither the command line (`typed`) nor a preset chose.
 
     Raises UserError for a shape typed beside the depth, and for a batch that micro-batches do not divide.
@@ -232,7 +232,7 @@ def learning_rate(iteration: int, schedule: Schedule) -> float:
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
     """Sets what changes from update to update; returns the learning rate.
 
     The cosine changes the rates alone; trapezoid and linear also Muon's momentum and the matrices' weight decay.

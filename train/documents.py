@@ -426,6 +426,7 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
             raise UserError(f"{folder} holds token files already; choose another name, or remove it")
         job = Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
         job.rewind()
+        job.save()  # so that no file is there that it does not tell of, whenever this ends
         return job
     fix = f"remove {folder} and begin again"
     progress = untrusted.json_object(path, fix)

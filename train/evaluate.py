@@ -58,9 +58,8 @@ class Evaluate:
     data_dir: str = "data"  # folder of the prepared data sets
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
-    batch_size: int = 8  # windows at once
-    tasks: str = ""  # tasks of train/tasks to be judged by instead of a text: all, or names with commas between; core:
-    # all 22 of CORE, core:NAME one of them
+    batch_size: int = 8  # windows at once; of CORE, as many tokens as they have
+    tasks: str = ""  # in place of a text, tasks of train/tasks: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
     samples: int = 1  # answers to each problem, of which one must pass
@@ -413,12 +412,38 @@ def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) 
     reason = hf.why_not(folder)
     if not reason:
         model = hf.load(source, ops, dtype=dtype).to(device).eval()
-        return model, model.config.block_size, _tokenizer(source, folder)
+        return model, model.config.block_size, Fitting(source, _tokenizer(source, folder), model.config.vocab_size)
     theirs = _theirs(source, folder, reason, dtype, device)
     longest = getattr(theirs.config, "max_position_embeddings", None) or context
     if not longest:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return theirs, longest, _tokenizer(source, folder)
+    return theirs, longest, Fitting(source, _tokenizer(source, folder), theirs.get_input_embeddings().num_embeddings)
+
+
+class Fitting:
+    """A tokenizer whose ids its model of `vocabulary` tokens has. Raises UserError, before the model sees it, for more.
+
+    On a GPU a lookup beyond the table ends the process.
+    """
+
+    def __init__(self, source: str, tokenizer: Encoder, vocabulary: int) -> None:
+        self.source, self.tokenizer, self.vocabulary = source, tokenizer, vocabulary
+        self.bos = tokenizer.bos
+        self._check([] if self.bos is None else [self.bos])
+
+    def encode(self, text: str) -> list[int]:
+        return self._check(self.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _check(self, ids: list[int]) -> list[int]:
+        if ids and max(ids) >= self.vocabulary:
+            raise UserError(
+                f"{self.source}: its tokenizer has a token {max(ids)} where its model has {self.vocabulary} tokens; "
+                "give the tokenizer that belongs to it"
+            )
+        return ids
 
 
 def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     for key in typed if not launch().rank else ():
         print(f"Overriding: {key} = {getattr(config, key)}")
     if config.depth:
-        config = dial.turn(config, typed, vocab_size_of(config))
+        config = dial.configure(config, typed, vocab_size_of(config))
     check_rates(config)
     if config.dry_run:
         print(plan.describe(config, architecture_of(config, vocab_size_of(config))))

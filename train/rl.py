@@ -118,7 +118,7 @@ class Questions:
     def recipe(self) -> Recipe:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), line=line, after_last=False, data=self,
-            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            set_schedule=set_schedule, evaluate=self.evaluate, stage=self.config.stage,
             fields=self.fields,
         )  # fmt: skip
 
@@ -258,7 +258,7 @@ def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
     return make
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates of an update, which fall linearly to 0; returns the learning rate."""
     rate = config.learning_rate * rl_multiplier(iteration, max(1, config.max_iters))
     set_learning_rate(optimizer, rate)

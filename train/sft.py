@@ -176,7 +176,7 @@ class Conversations:
     def recipe(self) -> Recipe:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), after_last=False, data=self,
-            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            set_schedule=set_schedule, evaluate=self.evaluate, stage=self.config.stage,
         )  # fmt: skip
 
     def batches(self, config: Any, model: Any, **settings: Any) -> ConversationBatches:
@@ -260,7 +260,7 @@ def objective_of(config: Sft) -> Callable[[torch.nn.Module], Objective]:
     return together
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates and Muon's momentum of an update; returns the learning rate."""
     rate = config.learning_rate * sft_multiplier(
         iteration / max(1, config.max_iters), warmup=config.warmup_ratio, warmdown=config.warmdown_ratio,

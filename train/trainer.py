@@ -71,7 +71,7 @@ class Recipe:
     after_last: bool = True  # one update more after the last evaluation, as nanoGPT makes
     stage: str | None = None  # what a report card calls the run: base, mid, sft or rl; None: base
     data: Data | None = None  # instead of token files
-    follow: Callable[[Any, int, Any], float] = dial.follow  # sets the rates of an update
+    set_schedule: Callable[[Any, int, Any], float] = dial.set_schedule  # of the rates of an update; returns the first
     evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # instead of the loss of both splits of token files
     fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # in the row of an update, besides or instead
 
@@ -278,7 +278,7 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def save(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
+def save_run(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
     """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, where it was just evaluated."""
     print(f"saving checkpoint to {run.config.out_dir}")
     write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score)
@@ -293,7 +293,7 @@ def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str,
         return
     from gptfast.parallel import saving
 
-    saving.save(folder, run.optimizer, step=run.iteration, meta=meta, **settings)
+    saving.save_sharded(folder, run.optimizer, step=run.iteration, meta=meta, **settings)
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -342,11 +342,11 @@ def train(run: Run, log: Log) -> None:
                 iterate(run, log, stopper, saver, track)
             except Stopped:
                 if run.step is not None:
-                    run.step.settle()
+                    run.step.finish()
                 raise
         except Stopped as stop:
             if run.saved != run.iteration:
-                save(run, saver)
+                save_run(run, saver)
             saver.wait()
             text = f"{stop} at iteration {run.iteration}; go on with --resume=latest"
             if run.team.is_main and output.failure is not None:
@@ -382,11 +382,11 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
         run.position_before = run.position
         run.position = {"batches": run.batches.state_dict(), "generators": generator_state()}
         stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
-        rate = run.recipe.follow(run.optimizer, run.iteration, config)
+        rate = run.recipe.set_schedule(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters
         if is_last or config.eval_only or (config.eval_interval and run.iteration % config.eval_interval == 0):
             meter.pause()
-            step.settle()
+            step.finish()
             losses = (run.recipe.evaluate or evaluate)(run, log)
             track.log(wandb_row(run.iteration, losses, rate, meter.mfu_palm))
             if config.eval_only:
@@ -395,7 +395,7 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
             run.best_val_loss = min(losses["val"], run.best_val_loss)
             if (is_best or config.always_save_checkpoint) and run.iteration > first:
                 stopper.hold()
-                save(run, saver, score=losses["val"])
+                save_run(run, saver, score=losses["val"])
                 stopper.release()
             if is_last and config.whole_val:
                 run.whole_loss = evaluate_whole_split(run, log)
@@ -406,11 +406,11 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
         meter.iterations += 1
         due = run.iteration % config.log_interval == 0
         if due:
-            step.settle()
+            step.finish()
         skipped = tell_skipped(run, log, first)
         if due and run.iteration not in skipped:
             meter.report(loss.item(), rate, log)
-    step.settle()
+    step.finish()
     tell_skipped(run, log, first)
     stopper.hold()
 

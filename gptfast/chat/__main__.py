@@ -7,10 +7,10 @@ stops an answer, Ctrl-D ends the program. Through pipes stdout holds the answers
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
 import contextlib
 import signal

@@ -8,7 +8,9 @@
     cache.advance(1)
 
 Every slot holds one sequence. Contiguous, a slot is one stretch of memory; in pages, it takes them from a common pool,
-and sequences that begin alike share the pages of what they share (Kwon et al., arXiv:2309.06180).
+and sequences that begin alike share the pages of what they share (Kwon et al., arXiv:2309.06180). A layer with a window
+keeps no more than that, round and round in a few pages of its slot, unless a pool remembers: whoever goes on from there
+needs what lay before.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from kernels.op import require
 RECENT = 16
 TAPS = 2  # positions that a token shift looks back, at most
 MAX_STEP = 8  # tokens of a row in one step, as many as decode_attention takes
+RING_PAGE = 16  # positions, at most, of a page of a layer with a window
 
 
 class Piece(NamedTuple):
@@ -47,11 +50,12 @@ class Piece(NamedTuple):
 class KVCache:
     """Keys and values of `slots` sequences of up to `capacity` tokens each (by default the model's block_size).
 
-    Per layer `k` and `v` are (N, page_size, G, D), where a contiguous cache has one page for each slot. `dtype` is that
-    of the activations; `storage` "int8" or "fp8" keeps rounded numbers with an fp32 scale per head and position.
-    `lengths` (slots,) int32 counts the tokens kept. With a `page_size` the slots take pages from `pool`, which has
-    `pages` of them, by default enough for all; with `remembers` it knows full pages by their text. A cache `beside`
-    another has the same pages, for another model. All memory is allocated here, and every shape stays as it is.
+    Per layer `k` and `v` are (N, page_size, G, D), where a contiguous cache has one page for each slot, and a layer
+    that keeps its window alone as few small ones as hold it. `dtype` is that of the activations; `storage` "int8" or
+    "fp8" keeps rounded numbers with an fp32 scale per head and position. `lengths` (slots,) int32 counts the tokens
+    kept. With a `page_size` the slots take pages from `pool`, which has `pages` of them, by default enough for all;
+    with `remembers` it knows full pages by their text. A cache `beside` another has the same pages, for another model.
+    All memory is allocated here, and every shape stays as it is.
     """
 
     def __init__(
@@ -84,12 +88,15 @@ class KVCache:
         count = self.pages + self.paged  # page 0 of a pool takes what slots without pages write
         shape = (count, self.page_size, config.kv_heads, config.head_dim)
 
-        def per_layer(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        ring = self._plan_ring(device, may=not (self.paged and remembers))
 
-        self.k, self.v = per_layer(shape, self._stored or dtype), per_layer(shape, self._stored or dtype)
-        scales = shape[:3] if self._stored else (0,)
-        self.k_scale, self.v_scale = per_layer(scales, torch.float32), per_layer(scales, torch.float32)
+        def per_layer(dtype: torch.dtype, width: int = 4) -> list[Tensor]:
+            shapes = [ring if self.is_ring(layer) else shape for layer in range(config.n_layer)]
+            return [torch.zeros(shape[:width], dtype=dtype, device=device) for shape in shapes]
+
+        self.k, self.v = per_layer(self._stored or dtype), per_layer(self._stored or dtype)
+        none = [torch.zeros(0, device=device)] * config.n_layer
+        self.k_scale, self.v_scale = (per_layer(torch.float32, 3) if self._stored else none for _ in "kv")
         places = config.smear_place + config.smear
         self._recent = torch.zeros(places, slots, RECENT, config.n_embd, dtype=dtype, device=device)
         # Who goes on from the end of a page needs the newest inputs there, which its slot never saw.
@@ -102,6 +109,27 @@ class KVCache:
         self.table: Tensor = beside.table if beside else empty if self.paged else own
         self._rows = torch.arange(slots, device=device)[:, None]
 
+    def _plan_ring(self, device: torch.device | str, may: bool) -> tuple[int, ...]:
+        """Of layers with a window: `_span` pages for each slot, 0 where that saves nothing. Returns their shape."""
+        config, slots = self.config, self.slots
+        window = next((window for window in config.windows if window is not None), None)
+        self._ring_page, self._span = min(self.page_size, RING_PAGE), 0
+        if window is not None and may:  # what a step sees, adds, and takes back; they begin anywhere in a page
+            self._span = -(-(window + 2 * MAX_STEP) // self._ring_page) + 1
+            self._span *= self._span * self._ring_page < self.capacity
+        blocks = torch.arange(-(-self.capacity // self._ring_page), device=device)
+        first = torch.arange(slots, device=device)[:, None] * self._span
+        self._ring_table = (first + blocks % max(1, self._span)).to(torch.int32)
+        return slots * self._span, self._ring_page, config.kv_heads, config.head_dim
+
+    def is_ring(self, layer: int) -> bool:
+        """Whether `layer` keeps its window alone."""
+        return self._span > 0 and self.config.windows[layer] is not None
+
+    def table_of(self, layer: int) -> Tensor | None:
+        """Which pages of `layer` hold each slot's text, as decode_attention takes it: None where a slot is a page."""
+        return self._ring_table if self.is_ring(layer) else self.table if self.paged else None
+
     # ---- one step of all slots ---------------------------------------------------------------------------------------
     def place(self, T: int) -> Tensor:
         """Positions (slots, T) int64 of the next T tokens of every slot, which `attend` and `earlier` then keep."""
@@ -110,25 +138,28 @@ class KVCache:
         self._positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         page = self.table.gather(1, self._positions // self.page_size).long()
         self._where = (page * self.page_size + self._positions % self.page_size).flatten()
+        if self._span:
+            page = self._ring_table.gather(1, self._positions // self._ring_page).long()
+            self._ring_where = (page * self._ring_page + self._positions % self._ring_page).flatten()
         self._seen = self.lengths + T
         return self._positions.clamp(max=self.config.block_size - 1)  # guesses past it are never taken
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, slots * T, G, D) of `layer`; attention of q (1, slots * T, H, D) to all kept, like q."""
-        self.keep(layer, self._where, k, v)
+        self.keep(layer, self._ring_where if self.is_ring(layer) else self._where, k, v)
         scales = (self.k_scale[layer], self.v_scale[layer]) if self._stored else (None, None)
         out = self.ops.decode_attention(
             q.reshape(self.slots, -1, *q.shape[2:]),
             self.k[layer],
             self.v[layer],
             self._seen,
-            self.table if self.paged else None,
+            self.table_of(layer),
             *scales,
             window=self.config.windows[layer],
         )
         return out.reshape(q.shape)
 
-    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, slots * T, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
         recent, new = self._recent[place], x.view(self.slots, -1, x.shape[-1])
         T, before = new.shape[1], self._positions[:, :1] + torch.arange(-taps, 0, device=x.device)
@@ -182,8 +213,12 @@ class KVCache:
         positions = torch.arange(shared * self.page_size, length)
         old, new = (to_device(self.rows(s, positions), self.lengths.device) for s in (source, slot))
         for stored in (self.k, self.v, *((self.k_scale, self.v_scale) if self._stored else ())):
-            for x in stored:
-                x.flatten(0, 1)[new] = x.flatten(0, 1)[old]
+            for layer, x in enumerate(stored):
+                if self.is_ring(layer):
+                    ring = x.view(self.slots, self._span, *x.shape[1:])
+                    ring[slot] = ring[source]
+                else:
+                    x.flatten(0, 1)[new] = x.flatten(0, 1)[old]
         self._recent[:, slot] = self._recent[:, source]
         self.lengths[slot] = length
 
@@ -203,7 +238,7 @@ class KVCache:
                 stored[layer].flatten(0, 1).index_copy_(0, where, new[0])
 
     def kept(self, layer: int, slot: int, length: int, rows: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-        """The first `length` keys and values (1, length, G, D) of a slot, which lie in these rows of all pages."""
+        """The first `length` keys and values (1, length, G, D) of a slot, or those of these rows of all pages."""
 
         def take(x: Tensor) -> Tensor:
             return x[slot : slot + 1, :length] if rows is None else x.flatten(0, 1)[rows][None]
@@ -214,10 +249,22 @@ class KVCache:
         wide = Cache(*found, *(take(x[layer]) for x in (self.k_scale, self.v_scale))).widened(torch.float32)
         return [x.to(dtype) for x in wide]
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Keys or values as they will be when they are kept."""
+        if not self._stored:
+            return x
+        numbers, scale = quantize_kv(x, self._stored)
+        return (numbers.float() * scale[..., None]).to(x.dtype)
+
     def rows(self, slot: int, positions: Tensor) -> Tensor:
         """Where positions (n,) of a slot lie, counted over the rows of all pages; on the host."""
         pages = torch.tensor(self.pool.held[slot] if self.paged else [slot])
         return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def ring_rows(self, slot: int, positions: Tensor) -> Tensor:
+        """The same in a layer that keeps its window alone."""
+        size = self._ring_page
+        return (slot * self._span + positions // size % self._span) * size + positions % size
 
     def ends(self, where: Tensor) -> Tensor:
         """Where in `_ends` the inputs of rows `where` go: those at the ends of pages; others to page 0, for nobody."""
@@ -235,6 +282,7 @@ class Pieces:
     def __init__(self, cache: KVCache, pieces: Sequence[Piece]) -> None:
         self.cache, self.list = cache, pieces
         self._inputs: list[tuple[int, Tensor, Tensor]] = []  # of token shifts, kept when all has gone well
+        self._rings: list[tuple[int, Tensor, Tensor]] = []  # keys and values of layers with a window, likewise
         device = cache.lengths.device
         positions = [torch.arange(piece.start, piece.end) for piece in pieces]
         where = [cache.rows(piece.slot, at) for piece, at in zip(pieces, positions, strict=True)]
@@ -246,6 +294,8 @@ class Pieces:
             None if alone or not cache.paged else to_device(cache.rows(piece.slot, torch.arange(piece.end)), device)
             for piece, alone in zip(pieces, alone, strict=True)
         ]
+        if cache._span:
+            self._plan_rings()
         self._alone, self._starts = alone, None
         if all(alone) and len(pieces) > 1 and device.type != "cpu":  # where a kernel for each piece is as fast
             ends = torch.tensor([0, *(piece.tokens for piece in pieces)]).cumsum(0)
@@ -259,20 +309,28 @@ class Pieces:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, N, G, D) of `layer`; attention of q (1, N, H, D), causal in each text."""
         cache = self.cache
-        cache.keep(layer, self._where, k, v)
-        attention, window = cache.ops.attention, cache.config.windows[layer]
+        attention, window, is_ring = cache.ops.attention, cache.config.windows[layer], cache.is_ring(layer)
+        if is_ring:
+            self._rings.append((layer, k[:, self._ring_from], v[:, self._ring_from]))
+        else:
+            cache.keep(layer, self._where, k, v)
         if self._starts is not None:  # without a window one that hides nothing, for which the reference computes less
             hidden = max(piece.tokens for piece in self.list) - 1
             window = hidden if window is None else min(hidden, window)
             return attention(q, k, v, causal=True, window=window, cu_seqlens=self._starts)
         out, first = [], 0
-        for piece, alone, rows in zip(self.list, self._alone, self._kept, strict=True):
+        for i, piece in enumerate(self.list):
             own = slice(first, first := first + piece.tokens)
-            seen = [k[:, own], v[:, own]] if alone else cache.kept(layer, piece.slot, piece.end, rows, q.dtype)
-            out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, piece.end)))
+            seen = [k[:, own], v[:, own]]
+            if is_ring and not self._alone[i]:
+                past = cache.kept(layer, piece.slot, 0, self._past[i], q.dtype)
+                seen = [torch.cat((old, cache.rounded(new)), dim=1) for old, new in zip(past, seen, strict=True)]
+            elif not self._alone[i]:
+                seen = cache.kept(layer, piece.slot, piece.end, self._kept[i], q.dtype)
+            out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, seen[0].shape[1])))
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
-    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, N, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
         old = self.cache._recent[place].flatten(0, 1)[self._old].masked_fill(self._before_all, 0.0)
         self._inputs.append((place, x[0, self._newest], x[0, self._last]))
@@ -285,8 +343,24 @@ class Pieces:
         for place, newest, last in self._inputs:
             cache._recent[place].flatten(0, 1)[self._newest_to] = newest
             cache._ends[place][self._last_to] = last
+        for layer, k, v in self._rings:
+            cache.keep(layer, self._ring_to, k, v)
         slots, ends = (torch.tensor(x) for x in zip(*((piece.slot, piece.end) for piece in self.list), strict=True))
         cache.lengths[to_device(slots, device)] = to_device(ends.to(torch.int32), device)
+
+    def _plan_rings(self) -> None:
+        """Where the window before each piece lies, which tokens at its end are kept, and where they go."""
+        cache, device = self.cache, self._where.device
+        window, size = max(w for w in cache.config.windows if w is not None), cache._span * cache._ring_page
+        self._past, came, goes, first = [], [], [], 0
+        for piece in self.list:
+            seen = torch.arange(max(0, piece.start - window), piece.start)
+            self._past.append(to_device(cache.ring_rows(piece.slot, seen), device))
+            kept = torch.arange(max(piece.start, piece.end - size), piece.end)
+            came.append(kept - piece.start + first)
+            goes.append(cache.ring_rows(piece.slot, kept))
+            first += piece.tokens
+        self._ring_from, self._ring_to = (to_device(torch.cat(x), device) for x in (came, goes))
 
     def _plan_shifts(self, where: Tensor) -> None:
         """Which rows of [kept inputs, inputs of the pieces] lie 1 ... TAPS before each; which are kept, and where."""

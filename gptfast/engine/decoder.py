@@ -18,14 +18,19 @@ class Decoder:
     """`model` over `cache`. A step has the same number of tokens for every slot; on CUDA `step` is one CUDA graph."""
 
     def __init__(self, model: GPT, cache: KVCache, compile: bool) -> None:
-        self.model, self.cache = model, cache
+        self.cache, self._compile = cache, compile
+        self.use(model)
+
+    def use(self, model: GPT) -> None:
+        """Go on with another model of the same config; a step is recorded anew."""
+        self.model = model
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
         def logits(tokens: Tensor) -> Tensor:
-            return self.model.logits(tokens, cache=cache)
+            return model.logits(tokens, cache=self.cache)
 
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
-        self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if compile else logits
+        self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (slots, T, V) of tokens (slots, T), T always the same; the next call overwrites them.
@@ -40,10 +45,6 @@ class Decoder:
         self._tokens.copy_(tokens)
         self._graph[0].replay()
         return self._graph[1]
-
-    def forget_graph(self) -> None:
-        """The weights lie elsewhere: the step is recorded anew."""
-        self._graph = None
 
     def read(self, pieces: Sequence[tuple[Piece, Sequence[int]]]) -> Tensor:
         """Pieces of texts go into their slots; the hidden state (n, C) at the end of each."""

@@ -190,8 +190,7 @@ class Engine:
             refresh(self._main.model, model)
             return
         self._source = model
-        self._main.model = converted(model, self.weights)
-        self._main.forget_graph()
+        self._main.use(converted(model, self.weights))
         self._loop.forget_graphs()
 
     @property

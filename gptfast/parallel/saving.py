@@ -56,7 +56,7 @@ class Piece(Tensor):
         return self.as_subclass(Tensor)
 
 
-def save(
+def save_sharded(
     out_dir: str | Path, optimizer: ShardedOptimizer, *, step: int, meta: dict[str, Any],
     **settings: Any,
 ) -> None:  # fmt: skip

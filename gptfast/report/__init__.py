@@ -175,7 +175,7 @@ def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]
     return figure, [list(row) for row in axes]
 
 
-def save(
+def save_figure(
     figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = (), notes: Iterable[str] = ()
 ) -> Path:
     """Writes a PNG with the caption of its rows beneath, then the notes; returns its path."""
@@ -205,7 +205,7 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot(seconds, losses, "o-", color=ORANGE, markersize=4, label=f"validation, {losses[-1]:.4f} at the end")
     axis.set(xlabel="training time, s (evaluation left out)", ylabel="loss, nats per token")
     axis.legend(frameon=False)
-    return save(figure, path, rows)
+    return save_figure(figure, path, rows)
 
 
 def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
@@ -232,7 +232,7 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axes[1].set(ylabel="% of dense peak", ylim=(0, 1.3 * highest))
         axes[1].legend(frameon=False, loc="upper right", ncols=2)
     axes[-1].set_xlabel("step" if names else "step          (MFU n/a: no peak is known for this hardware)")
-    return save(figure, path, rows, names)
+    return save_figure(figure, path, rows, names)
 
 
 def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, unit: str) -> Path | None:
@@ -260,7 +260,7 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, u
     axis.set(ylabel=unit)
     axis.margins(y=0.12)
     axis.legend(frameon=False, ncols=min(4, len(makers)), loc="lower left", bbox_to_anchor=(0, 1))
-    return save(figure, path, rows, [value] if value in MFU_CONVENTION else [])
+    return save_figure(figure, path, rows, [value] if value in MFU_CONVENTION else [])
 
 
 def _size_label(row: Row) -> str:

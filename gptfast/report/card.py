@@ -217,4 +217,4 @@ def reward_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot(places, passed, "o-", color=report.ORANGE, markersize=4, label=f"pass@1, {passed[-1]:.3f} at the end")
     axis.set(xlabel="update", ylabel="share of answers that pass", ylim=(-0.02, 1.02))
     axis.legend(frameon=False)
-    return report.save(figure, path, rows)
+    return report.save_figure(figure, path, rows)

@@ -6,10 +6,10 @@ second one does not.
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
 import contextlib
 import sys

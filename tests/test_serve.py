@@ -97,6 +97,10 @@ def test_choices_of_a_seed(client: OpenAI) -> None:
     assert len(set(texts)) == 3 and [choice.index for choice in several.choices] == [0, 1, 2]
     assert texts == [alone("Hi", Sampling(12, 0.8, 50, seed=(5 + i * SEED_STEP) % 2**63))[0] for i in range(3)]
     assert several.usage.completion_tokens == 36 and several.usage.prompt_tokens == len(chat().prompt(user("Hi")))
+    streamed = ["", "", ""]
+    for chunk in ask(client, "Hi", n=3, seed=5, max_tokens=12, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
     assert ask(client, "Hi", seed=-1, max_tokens=12).choices[0].message.content not in texts
 
 

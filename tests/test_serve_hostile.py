@@ -6,6 +6,7 @@ The long forms, 10,000 requests and 200 clients for a minute, run with --chaos.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from gptfast.chat.answers import Answers, answer_all
 from gptfast.engine import Sampling
 from gptfast.serve import app
 from gptfast.serve import server as server_page
+from gptfast.serve.batcher import Ticket
 from gptfast.serve.server import Server
 
 MOST_AT_ONCE = 32
@@ -161,6 +163,8 @@ def test_nothing_that_is_sent_breaks_it(
         asyncio.run(all_of_them(server))
         until(lambda: served.is_idle(server))
         until(lambda: not server._uvicorn.server_state.connections)
+        gc.collect()
+        remembered = sum(type(one) is Ticket for one in gc.get_objects())
         replies = {key: n for key, n in server.meter._replies.items() if key[1] >= 500}
         good = asyncio.run(exchange(server, asking(PATHS[0], {"messages": user("Hi"), "max_tokens": 5})))
         assert good is not None and good.json["usage"]["completion_tokens"] == 5
@@ -170,6 +174,7 @@ def test_nothing_that_is_sent_breaks_it(
         print(f"\n{count} requests, {dict(statuses)}, {(memory_bytes() - settled) / 2**20:.1f} MiB more")
     assert not replies and not [status for status in statuses if status is not None and status >= 500]
     assert memory_bytes() - settled < GROWTH_BYTES
+    assert remembered <= 4  # those of the last, whose connections have just gone; 25 were answered
     assert statuses[200] and statuses[400] and sum(statuses.values()) == count
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 from gptfast import cli, mfu, runtime
 from gptfast.chat.sandbox import Sandbox
 from gptfast.chat.tools import Tools
-from gptfast.engine import Engine
+from gptfast.engine import Engine, Sampling
 from gptfast.errors import UserError
 from gptfast.sample import load_model
 from gptfast.serve.app import LOCAL, Guarded
@@ -90,6 +90,7 @@ def main(argv: list[str]) -> int:
     print(f"weights: {engine.why}")
     name = config.name or (config.out_dir if config.init_from == "resume" else config.init_from)
     defaults = Defaults(name, config.max_tokens, config.temperature, config.top_k)
+    warm_up(engine, defaults)
     serving = Serving(defaults, guarded, config.queue, config.grace_s)
     server = Server(engine, tools, serving, listener, peak_of(config, device))
     print(f"serving {name} at {server.url}; Ctrl-C ends it within {server.ends_within_s:g} s", flush=True)
@@ -97,6 +98,14 @@ def main(argv: list[str]) -> int:
         server.serve()
     print("ended")
     return 0
+
+
+def warm_up(engine: Engine, defaults: Defaults) -> None:
+    """What is done once, such as compiling kernels and recording graphs: the first to ask need not wait for it."""
+    for temperature in (0.0, defaults.temperature):
+        engine.submit([0], Sampling(max_tokens=3, temperature=temperature, top_k=defaults.top_k))
+    while engine.busy:
+        engine.step()
 
 
 def guarded_by(config: Serve) -> Guarded:

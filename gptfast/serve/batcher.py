@@ -14,6 +14,7 @@ from gptfast.chat.conversation import Chat
 from gptfast.chat.parts import PartStream, Piece
 from gptfast.chat.tools import Tools
 from gptfast.engine import Engine, Logprob, Sampling
+from gptfast.runtime import made_current
 from gptfast.serve.meter import Meter
 
 PYTHONS = 4  # calls of Python at a time; the others wait
@@ -153,6 +154,7 @@ class Batcher:
 
     # ---- the engine's thread -----------------------------------------------------------------------------------------
     def _run(self) -> None:
+        made_current(str(self.engine.cache.lengths.device))  # of each thread by itself
         try:
             while self._turn():
                 pass

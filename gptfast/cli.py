@@ -23,6 +23,7 @@ import dataclasses
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +112,8 @@ def _checked(argv: Sequence[str]) -> list[str]:
 
 
 def _on_one_line(text: str) -> str:
-    """`text`, whatever names are in it that others gave: line ends and control characters are shown as such."""
+    """`text`, whatever names are in it that others gave: line ends and the like are shown as such, long words cut."""
+    text = re.sub(r"\S{1000,}", lambda word: _shown(word[0]), text)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import ast
-import errno
-import io
 import json
 import math
 import os
@@ -276,48 +274,6 @@ def test_kills_at_random_moments(tmp_path: Path, flags: list[str], chaos: Callab
     count = chaos(4, 200)
     stopped, _, _ = serve(tmp_path, [*flags, "--eval_interval=2"], count, "kill")
     assert stopped == count
-
-
-class ClosedPipe(io.StringIO):
-    """Output whose reader, such as `| head`, leaves when training has come so far."""
-
-    is_closed = False
-
-    def write(self, text: str) -> int:
-        self.is_closed |= text.startswith("iter 7:")
-        if self.is_closed:
-            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-        return super().write(text)
-
-
-def test_output_that_nobody_reads_any_more_saves_and_says_so(
-    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The update under way is finished first: resumed, the run ends as one that was read to its end."""
-    flags = [*flags, "--log_interval=1", "--max_iters=40"]
-    assert cli.run(pretrain.main, [*flags, f"--out_dir={tmp_path / 'whole'}"]) == 0
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", ClosedPipe())
-        assert cli.run(pretrain.main, flags) not in (0, 2)
-    said = capfd.readouterr().err
-    assert "the output cannot be written any more: saving, then leaving" in said
-    saved = checkpoint.load(tmp_path / "out")
-    assert 0 < saved.step < 40 and f"SIGPIPE at iteration {saved.step}; go on with --resume=latest" in said
-    assert cli.run(pretrain.main, [*flags, "--resume=latest"]) == 0
-    assert_same_end(tmp_path / "out", tmp_path / "whole")
-
-
-def test_a_closed_terminal_saves_unless_nohup_was_asked_for() -> None:
-    for before, caught in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
-        own = signal.signal(signal.SIGHUP, before)
-        try:
-            with Stopper() as stopper:
-                os.kill(os.getpid(), signal.SIGHUP) if caught else None
-                assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) is not caught
-                assert stopper.signum == (signal.SIGHUP if caught else None)
-            assert signal.getsignal(signal.SIGHUP) == before
-        finally:
-            signal.signal(signal.SIGHUP, own)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path, flags: list[str]) -> None:

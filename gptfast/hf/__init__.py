@@ -56,8 +56,8 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
         config, weights = nanochat.read(own)
     else:
         settings, theirs = read_settings(folder), _read_tensors(folder)
-        layout = layout_of(settings)
         config = read_config(folder, settings)
+        layout = layout_of(settings)
         if config.n_layer > len(theirs):  # before each layer is looked for
             raise UserError(
                 f"the {len(theirs)} tensors in {folder} do not fit its config.json: {config.n_layer} layers"

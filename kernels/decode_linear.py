@@ -424,7 +424,7 @@ def rows_of_a_warp(M: int, N: int, width: int, gated: bool, multiprocessors: int
 def depth(K: int, M: int, width: int, rows: int, gated: bool) -> int:
     """Loads of a lane from one row at a time: so many that the last round has as many as the others."""
     loads, crowded = triton.cdiv(K, 32 * width), rows * M * width * (1 + gated) >= MOST_SUMS
-    most = max(1, UNDER_WAY // rows // (1 + gated) // (1 + crowded))
+    most = 1 if crowded else max(1, UNDER_WAY // rows // (1 + gated))
     return triton.cdiv(loads, triton.cdiv(loads, most))
 
 
@@ -577,6 +577,6 @@ DECODE_LINEAR = Op(
         dict(M=32, N=11008, K=4096, norm="rmsnorm", activation="swiglu", bias=False),
     ),
     cost=cost,
-    summary="activation(norm(x) W^T + bias) + residual of up to 64 rows, W in 16 or 8 bits: all in the product's launch",
+    summary="activation(norm(x) W^T + bias) + residual, of up to 64 rows, W in 16 or 8 bits: one launch",
     differentiable=False,
 )  # fmt: skip

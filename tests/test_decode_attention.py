@@ -21,6 +21,7 @@ from kernels.decode_attention import (
     quantize_kv,
     tile,
 )
+from kernels.decode_attention import reference as definition
 from kernels.proof.interpret import interpreting
 
 # A program for each tile of keys, so that a second kernel combines parts; and one that walks them all.
@@ -84,7 +85,7 @@ def test_the_reference_is_the_definition(T, softcap, window, monkeypatch):
     narrow = [a.float() if a.is_floating_point() else a for a in wide]
     found = decode_attention_reference(*narrow, window=window, softcap=softcap)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(page, "_on_host", lambda lengths: False)
+    monkeypatch.setattr(definition, "on_host", lambda lengths: False)
     torch.testing.assert_close(decode_attention_reference(*wide, window=window, softcap=softcap), expected)
 
 

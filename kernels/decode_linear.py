@@ -453,7 +453,7 @@ def _forward(
         HAS_GATE_BIAS=gate_bias is not None, HAS_SCALE=scale is not None, SOFTCAPPED=softcap > 0,
     )  # fmt: skip
     if M <= FEW_ROWS:
-        width = 16 // weight.dtype.itemsize
+        width = min(16 // weight.dtype.itemsize, 16 if M <= 4 else 8)  # with more of so many rows registers spill
         each = rows_of_a_warp(M, N, width, gated, multiprocessors(x))
         decode_linear_fwd_kernel_rows[(triton.cdiv(N, each * NUM_WARPS),)](
             *arguments, N, K, eps, softcap, **flags, M=M, ROWS=each, DEPTH=depth(K, M, width, each, gated),

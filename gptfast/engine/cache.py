@@ -158,6 +158,11 @@ class KVCache:
         return True
 
     @property
+    def rounded(self) -> bool:
+        """Whether keys and values are kept in 8 bits, with scales."""
+        return self._stored is not None
+
+    @property
     def free_pages(self) -> int:
         """Pages of the pool that no slot holds."""
         return len(self._free)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast.engine.cache import KVCache
+from gptfast.engine.fused import step_of
 from gptfast.model import GPT
 
 
@@ -17,9 +18,7 @@ class Decoder:
     def __init__(self, model: GPT, cache: KVCache, T: int, compile: bool) -> None:
         self.model, self.cache = model, cache
 
-        def step(tokens: Tensor) -> Tensor:
-            return model.logits(tokens, cache=cache)
-
+        step = step_of(model, cache, T)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.step: Callable[[Tensor], Tensor] = torch.compile(step, dynamic=False) if compile else step
         if cache.lengths.device.type == "cuda":

@@ -257,9 +257,9 @@ def decode_attention_fwd_kernel_split(
         for i in tl.range(0, tl.where(split == splits - 1, T, 0)):
             u = tl.full((1, 1), 0, tl.int32) + (length + i)
             new_k = q_ptr + b * q_stride_b + i.to(tl.int64) * q_stride_t + (H + g) * q_stride_h
-            angle = tl.minimum(u, angles - 1).to(tl.int64)
+            at = tl.minimum(u, angles - 1).to(tl.int64)
             x = _head(
-                new_k, d[:, None], u >= 0, k_norm_ptr, cos_ptr, sin_ptr, angle, eps, NORMED, HAS_NORM_WEIGHT, ROTATED, D
+                new_k, d[:, None], u >= 0, k_norm_ptr, cos_ptr, sin_ptr, at, eps, NORMED, HAS_NORM_WEIGHT, ROTATED, D
             )
             y = tl.load(new_k + G * q_stride_h + d[:, None], d[:, None] < D, other=0.0).to(tl.float32)
             kept = u < tl.where(tl.program_id(0) % blocks == 0, S, 0)  # one block of queries writes
@@ -333,7 +333,7 @@ TILES = {
 }
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
 PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
-COMBINED = 32  # parts that a combination takes at once, of all the queries that it takes
+COMBINED = 2048  # numbers of parts that a combination takes at once
 
 
 def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
@@ -375,7 +375,8 @@ def launch(
     places = B * G * triton.cdiv(queries, block_m)
     keys = S if window < 0 else min(S, T + window)
     splits = count_splits(keys, queries, k.dtype.itemsize, places, block, multiprocessors(q))
-    at_once = min(8, triton.next_power_of_2(queries))
+    combined = COMBINED // block_d
+    at_once = min(combined // 2, triton.next_power_of_2(queries))
     parts, lse, counts = None, None, None
     if splits > 1:
         parts = q.new_empty((B, T, H, splits, D), dtype=torch.float32)
@@ -394,7 +395,7 @@ def launch(
         WINDOWED=window >= 0, SOFTCAPPED=softcap > 0, QUANTIZED=k_scale is not None, WHOLE=splits == 1,
         APPEND=append is not None, NORMED=eps is not None, HAS_NORM_WEIGHT=q_norm is not None, ROTATED=cos is not None,
         PAGE_SIZE=page_size, D=D, BLOCK_M=block_m, BLOCK_N=block.block_n, BLOCK_D=block_d,
-        QUERIES=at_once, PARTS=COMBINED // at_once, num_warps=block.num_warps, num_stages=block.num_stages,
+        QUERIES=at_once, PARTS=combined // at_once, num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return out
 

@@ -22,7 +22,7 @@ from ..prims import require_kernel_dtype
 from . import Append, launch
 from . import cost as attention_cost
 from . import inputs as attention_inputs
-from .reference import check, decode_attention_reference, on_host, quantize_kv
+from .reference import check, decode_attention_reference, quantize_kv
 
 
 @torch.no_grad()
@@ -99,9 +99,8 @@ def _check(
     if qkv.dim() != 4 or k.dim() != 4 or qkv.shape[2] <= 2 * k.shape[2]:
         raise ValueError(f"qkv: expected (B, T, H + 2 G, D) for k {tuple(k.shape)}, got {tuple(qkv.shape)}")
     T, D = qkv.shape[1], qkv.shape[3]
-    after = lengths + T if lengths.shape == qkv.shape[:1] and on_host(lengths) else lengths
     q = qkv[:, :, : qkv.shape[2] - 2 * k.shape[2]]
-    check(q, k, v, after, pages, k_scale, v_scale, window, scale, softcap)
+    check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap, T)
     if (cos is None) != (sin is None):
         raise ValueError("sin: cos and sin go together")
     for name, table in (("cos", cos), ("sin", sin)):

@@ -156,11 +156,11 @@ def quantize_kv(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Ten
 
 def check(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, window: int | None, scale: float | None, softcap: float | None,
+    v_scale: Tensor | None, window: int | None, scale: float | None, softcap: float | None, new: int = 0,
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be.
 
-    Messages are made only for what is refused: making them all takes longer than a short sequence.
+    `new` positions more than `lengths` must have room. Messages are made only for what is refused: making them all takes longer than a short sequence.
     """
     if q.dim() != 4 or min(q.shape[2:]) == 0:
         raise ValueError(f"q: expected (B, T, H, D), got {tuple(q.shape)}")
@@ -200,15 +200,15 @@ def check(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if on_host(lengths):
-        _check_values(k, lengths, pages)
+        _check_values(k, lengths, pages, new)
 
 
-def _check_values(k: Tensor, lengths: Tensor, pages: Tensor | None) -> None:
+def _check_values(k: Tensor, lengths: Tensor, pages: Tensor | None, new: int) -> None:
     """Lengths within the cache, and pages within the pool as far as the lengths reach."""
     capacity = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     for b, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= capacity:
-            raise ValueError(f"lengths: {length} of sequence {b} is outside 0 to {capacity}")
-        if pages is not None and length:
-            low, high = (x.item() for x in pages[b, : -(-length // k.shape[1])].aminmax())
+        if not 0 <= length <= capacity - new:
+            raise ValueError(f"lengths: {length} of sequence {b} is outside 0 to {capacity - new}")
+        if pages is not None and length + new:
+            low, high = (x.item() for x in pages[b, : -(-(length + new) // k.shape[1])].aminmax())
             require(0 <= low <= high < k.shape[0], f"pages: sequence {b} has {low} to {high}, the pool {k.shape[0]}")

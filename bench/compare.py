@@ -23,9 +23,9 @@ from gptfast.errors import UserError
 from gptfast.log import Row
 
 from . import results
+from .peers import OURS
 from .results import Change
 
-OURS = ("triton", "gluon", "reference")
 CLOCK_SLACK = 0.03  # lower clocks than this explain nothing
 CAUSES = ("real", "method", "versions", "hardware", "noise")
 

@@ -115,7 +115,7 @@ class Truth:
 def truth(model: GPT, prompts: Tensor, n: int) -> Truth:
     """What the weights of `model` say in fp32, by the reference of every op and without a cache."""
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, {**shared, id(model.ops): kernels.load("reference")})
+    plain = copy.deepcopy(model, {**shared, id(model.ops): peers.ops_in_torch()})
     plain.dtype = torch.float32
     tokens, first = prompts[:COMPARED_ROWS], None
     for _ in range(n):  # one sequence at a time, which takes the least memory
@@ -193,7 +193,7 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
 
 def compiled(model: GPT, size: Size) -> Variant:
     """torch.compile of a step of the model in plain torch over a static cache, with torch's attention under a mask."""
-    chosen = {name: ("reference", "plain torch", op.reference) for name, op in kernels.OPS.items()}
+    chosen = {name: ("reference", "plain torch", peers.in_torch(op)) for name, op in kernels.OPS.items()}
     fused = peers.sdpa_decode(None)
     ops = kernels.Ops({**chosen, "decode_attention": ("sdpa", "torch's attention", fused)})
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}

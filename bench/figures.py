@@ -18,6 +18,7 @@ from gptfast import report
 from gptfast.log import Row
 
 from .peaks import Ceilings
+from .peers import OURS
 from .trace import PARTS
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -245,7 +246,7 @@ def two_a_line(label: str) -> str:
 def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None) -> Path | None:
     """Every op of ours: how many times longer its best peer takes, and its fraction of the ceiling; a dot a size."""
     found: dict[str, list[tuple[float | None, float | None]]] = {}
-    mine = next((impl for impl in ("triton", "reference") if any(row["impl"] == impl for row in rows)), None)
+    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in rows)), None)
     for (name, direction, dtype), group in by(rows, "name", "direction", "dtype").items():
         if direction == "backward" and any(r["name"] == name and r["direction"] == "both" for r in rows):
             continue

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import functools
 import pstats
 import statistics
 import time
@@ -52,9 +53,9 @@ def short(dims: dict[str, Any]) -> dict[str, Any]:
 
 def calls(op: kernels.Op, dims: dict[str, Any], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """What to time, by direction. The backward alone is the difference to a forward that keeps what it needs."""
-    arguments = op.inputs(**dims, dtype=dtype)
+    arguments, keywords = op.inputs(**dims, dtype=dtype)
     assert op.triton is not None
-    kernel = op.triton
+    kernel = functools.partial(op.triton, **keywords) if keywords else op.triton  # a partial would cost time of its own
     plain = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
 
     def leaf(i: int, a: Any) -> Any:

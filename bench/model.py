@@ -42,7 +42,7 @@ from gptfast.runtime import compute_dtype, made_current
 from gptfast.step import Step
 from kernels import Ops
 
-from . import results
+from . import peers, results
 from .cpu import PlainGPT
 from .failures import FAILURES, in_one_line
 from .peaks import MEASURED_SLACK, from_rows
@@ -108,7 +108,7 @@ def is_gpt2(config: GPTConfig) -> bool:
 
 def ours(config: GPTConfig, ops: Ops, label: str, dtype: torch.dtype, compiled: str, rung: int | None = None) -> Maker:
     return Maker(
-        label, dtype, lambda dtype: GPT(config, ops, dtype), lambda: GPT(config, kernels.load("reference")),
+        label, dtype, lambda dtype: GPT(config, ops, dtype), lambda: GPT(config, peers.ops_in_torch()),
         compiled=compiled, rung=rung, ops={name: how for name, (how, _) in ops.chosen.items()},
     )  # fmt: skip
 
@@ -135,7 +135,7 @@ def used_ops(config: GPTConfig) -> list[str]:
 
         return run
 
-    ops = Ops({name: ("reference", "", noting(name, op.reference)) for name, op in kernels.OPS.items()})
+    ops = Ops({name: ("reference", "", noting(name, peers.in_torch(op))) for name, op in kernels.OPS.items()})
     heads: dict[str, Any] = {"n_head": 2, "n_kv_head": 2, "n_embd": 8}
     tiny = dataclasses.replace(config, n_layer=2, vocab_size=8, block_size=4, dropout=0.0, **heads)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
@@ -148,12 +148,12 @@ def ladder(
     config: GPTConfig, dtype: torch.dtype, compiled: str, load: Callable[..., Ops] = kernels.load
 ) -> list[Maker]:
     """The reference, then one kernel more at each rung; the last rung, `triton`, has them all."""
-    rungs = [ours(config, load("reference"), "reference", dtype, compiled, rung=0)]
-    on: dict[str, str] = {}
+    on = dict(peers.IN_TORCH)
+    rungs = [ours(config, load("reference", **on), "reference", dtype, compiled, rung=0)]
     for name in (name for name in used_ops(config) if kernels.OPS[name].triton is not None):
         on[name] = "triton"
         rungs.append(ours(config, load("reference", **on), f"+{name}", dtype, compiled, rung=len(rungs)))
-    rungs[-1] = dataclasses.replace(rungs[-1], label=TRITON) if on else rungs[-1]
+    rungs[-1] = dataclasses.replace(rungs[-1], label=TRITON) if len(rungs) > 1 else rungs[-1]
     return rungs
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import secrets
 import time
@@ -39,10 +40,10 @@ from kernels import Cost, Op
 from . import peers, results
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, chosen_dtypes, measured_ceilings
+from .peers import OURS
 from .timing import Settings, Stopwatch, Tensors, Timing, Truth, Verdict, Work, flatten, stopwatch
 
 DIRECTIONS = ("forward", "backward", "both")
-OURS = ("triton", "reference")
 MOVES_WORK = frozenset({"linear_cross_entropy"})  # their forward finds gradients, which their backward only scales
 CPU_FLOPS, CPU_BYTES = 5e8, 16e6  # of a forward pass on a CPU
 INEXACT = 0.25  # up to this error a peer is inexact (torch sums bf16 layernorm gradients in bf16 on a CPU), else wrong
@@ -71,11 +72,23 @@ class Case:
             return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
         return forward if self.direction == "forward" else backward
 
-    def draw(self, seed: int) -> tuple:
-        """The op's arguments with the random values of this seed."""
+    def inputs(self, seed: int) -> tuple[tuple, dict[str, Any]]:
+        """The op's arguments with the random values of this seed, and its keyword arguments: nothing random."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return self.op.inputs(**self.dims, dtype=DTYPES[self.dtype], device=self.device)
+
+    def draw(self, seed: int) -> tuple:
+        """The op's arguments with the random values of this seed."""
+        return self.inputs(seed)[0]
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        return self.inputs(0)[1]
+
+    def with_options(self, function: Callable) -> Callable:
+        """The function with the op's keyword arguments, itself where there are none: a partial costs time."""
+        return functools.partial(function, **self.keywords) if self.keywords else function
 
     def cotangents(self, outputs: Tensors, seed: int) -> Tensors:
         """Gradients of the outputs; numbers that every dtype holds exactly, so that all variants get the same."""
@@ -93,7 +106,7 @@ class Case:
             arguments = self.draw(0 if self.direction == "backward" else seed)
             if double:
                 arguments = tuple(a.double() if _is_float(a) else a for a in arguments)
-            return flatten(self.bind(self.op.reference, arguments, wanted, cotangent_seed=seed)())
+            return flatten(self.bind(peers.in_torch(self.op), arguments, wanted, cotangent_seed=seed)())
 
         return Truth(lambda seed: answer(seed, True), lambda seed: answer(seed, False))
 
@@ -104,6 +117,7 @@ class Case:
         return self.work(function, arguments, wanted, cotangent_seed).run
 
     def work(self, function: Callable, arguments: tuple, wanted: Sequence[int], cotangent_seed: int = 0) -> Work:
+        function = self.with_options(function)
         tensors = tuple(a for a in arguments if isinstance(a, Tensor))
 
         def redraw(seed: int) -> None:
@@ -153,7 +167,7 @@ class Case:
         arguments = self.draw(0)
         places = [i for i, a in enumerate(arguments) if _is_float(a) and i not in self.op.constants]
         leaves = tuple(a.requires_grad_() if i in places else a for i, a in enumerate(arguments))
-        outputs = flatten(function(*leaves))
+        outputs = flatten(self.with_options(function)(*leaves))
         found = torch.autograd.grad(
             outputs, [leaves[i] for i in places], self.cotangents(outputs, 0), allow_unused=True
         )
@@ -173,9 +187,11 @@ def variants(op: Op, device: torch.device, compiled: bool, asked: Sequence[str] 
     found: dict[str, Callable] = {}
     if device.type == "cuda" and op.triton is not None:
         found.update(triton=op.triton, **{name: op.variants[name] for name in asked})
-    found["reference"] = op.reference
+    found["reference"] = peers.in_torch(op)
+    if device.type == "cpu" and op.cpu not in (None, found["reference"]):
+        found["cpu"] = op.cpu
     if compiled:
-        found["compile"] = torch.compile(op.reference, dynamic=False)
+        found["compile"] = torch.compile(peers.in_torch(op), dynamic=False)
     return {**found, **peers.of(op.name, device, compiled)}
 
 
@@ -259,7 +275,7 @@ def build(
 ) -> tuple[dict[str, list[Work]], list[int]]:
     """Works of every variant over shared sets of inputs, each run once; a peer that cannot do the case is left out."""
     usable: dict[str, Callable] = {}
-    wanted = [] if case.direction == "forward" else case.differentiable(case.op.reference)
+    wanted = [] if case.direction == "forward" else case.differentiable(peers.in_torch(case.op))
     for name, function in functions.items():
         try:
             if case.direction == "forward":

@@ -223,7 +223,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="one model, one size, fewer samples")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     arguments = check_ranges(parser.parse_args(argv))
-    started = time.monotonic()
     device, models = made_current(arguments.device), [name for name in arguments.models.split(",") if name]
     if device.type == "cuda" and not on_gpu:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
@@ -233,12 +232,16 @@ def main(argv: Sequence[str]) -> int:
     if not all(size.isdecimal() and int(size) > 0 for size in arguments.sizes.split(",") if size):
         raise UserError(f"--sizes={arguments.sizes}: whole numbers above 0, with commas")
     sizes = [int(size) for size in arguments.sizes.split(",") if size]
+    return 0 if campaign(arguments, device, models, sizes) else 1
+
+
+def campaign(arguments: argparse.Namespace, device: torch.device, models: list[str], sizes: list[int]) -> bool:
+    """Steps of the optimizers, then products, as long as the budget lasts. Whether all went well and was right."""
+    started, left = time.monotonic(), []
     rounds, samples = arguments.rounds, 40
     if arguments.quick:
         models, sizes, rounds, samples = models[:1], sizes[:1], min(rounds, 5), 5
     common = facts(device)
-    right = True
-    left: list[str] = []
 
     def attempt(what: str, run: Callable[[], bool]) -> bool:
         """Whether `run` went well, or there was no time for it."""
@@ -251,6 +254,7 @@ def main(argv: Sequence[str]) -> int:
             say_failed(what, error, log)
             return False
 
+    right = True
     with Log(arguments.out or results.folder(common["hardware"]), name="optim.jsonl") as log:
         for name in models:
             right &= attempt(f"step of {name}", partial(run_steps, name, device, rounds, log, common))
@@ -267,4 +271,4 @@ def main(argv: Sequence[str]) -> int:
             text = f"{len(left)} not begun within {arguments.budget_s:.0f} s: {'; '.join(left)}"
             log.row("note", text=text)
             log.say(f"optim  {text}")
-    return 0 if right else 1
+    return right

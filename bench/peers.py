@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.op import require
+from kernels import Ops, load
+from kernels.op import Op, require
 
 Function = Callable[..., Any]
 
@@ -44,6 +45,22 @@ class Peer:
 def of(op: str, device: torch.device, compiled: bool = True) -> dict[str, Function]:
     """The peers of an op that can run here, by name. Without `compiled` none that compiles itself."""
     return {name: peer.run for name, peer in PEERS.get(op, {}).items() if peer.can_run(device, compiled)}
+
+
+OURS = ("triton", "gluon", "cpu", "reference")  # names of our own implementations in rows; others are peers'
+# What people write for an op without kernels of their own is its reference, but torch's fused operator for attention,
+# whose reference holds T x S scores for every head: at T = 16k no GPU's memory does.
+IN_TORCH = {"attention": "cpu"}
+
+
+def in_torch(op: Op) -> Function:
+    """An op as people write it in plain torch."""
+    return op.cpu if IN_TORCH.get(op.name) == "cpu" and op.cpu is not None else op.reference
+
+
+def ops_in_torch() -> Ops:
+    """All ops as people write them in plain torch."""
+    return load("reference", **IN_TORCH)
 
 
 def version(op: str, name: str) -> str | None:

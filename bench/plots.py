@@ -26,6 +26,7 @@ from gptfast.rows import file_name
 from . import results
 from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, styles
 from .peaks import Ceilings, from_rows
+from .peers import OURS
 
 Value = Callable[[Row], float]
 
@@ -190,7 +191,7 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
 
 def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: Ceilings | None) -> list[Path]:
     """Every row of our ops as a point, and every part of a profiled step whose work is declared."""
-    mine = next((impl for impl in ("triton", "reference") if any(row["impl"] == impl for row in ops)), "")
+    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in ops)), "")
     points = [{**row, "label": row["name"], "ms": row["ms_p50"]} for row in ops if row["impl"] == mine and row["flops"]]
     roofs = [roof for roof in (sheet(ops), measured) if roof is not None]
     made = []
@@ -221,7 +222,7 @@ def sheet(rows: Sequence[Row]) -> Ceilings | None:
 
 def between(row: Row) -> bool:
     """Whether a row is a rung between the ladder's ends."""
-    return row.get("rung") is not None and row["impl"] not in ("triton", "reference")
+    return row.get("rung") is not None and row["impl"] not in OURS
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -246,9 +247,9 @@ def ops_table(rows: Sequence[Row]) -> str:
         mine = [row for row in group if row["direction"] == "both"]
         largest = max((row["bytes"] for row in mine), default=None)
         mine = [row for row in mine if row["bytes"] == largest]
-        ours = next((row for impl in ("triton", "reference") for row in mine if row["impl"] == impl), None)
+        ours = next((row for impl in OURS for row in mine if row["impl"] == impl), None)
         if ours is not None:
-            peers = [row for row in mine if row["impl"] not in ("triton", "reference") and row.get("inexact") is None]
+            peers = [row for row in mine if row["impl"] not in OURS and row.get("inexact") is None]
             picked.append(
                 {**ours, "peer": min(peers, key=lambda row: row["ms_p50"], default=None), "flop": in_flops(mine)}
             )

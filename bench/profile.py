@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from gptfast import checkpoint
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
@@ -42,9 +43,10 @@ from gptfast.model import GPT
 from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Ops
 
-from . import costs, results, trace
+from . import costs, peers, results, trace
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, measured_ceilings
+from .saved import saved_bytes
 from .timing import Timing, interleave, summarize
 
 MODES = ("train", "prefill", "decode")
@@ -247,13 +249,14 @@ def training(
     from . import model as page
 
     dtype, _ = compute_dtype(str(device))
+    ops: Ops | None = None
     if impl == "torch.compile":
         backend = None if device.type == "cpu" else "cudnn" if _major(device) >= 9 else "flash"
         maker = page.plain(config, impl, dtype, "model" if compiled == "no" else compiled, attention=backend)
     elif impl == "eager":
         maker = page.plain(config, impl, dtype, "no")
     else:
-        ops = kernels.load(impl)
+        ops = kernels.load(impl) if impl != "reference" else peers.ops_in_torch()
         maker = page.ours(config, named(ops) if compiled == "no" else ops, impl, dtype, compiled)
     variant = page.Variant(dataclasses.replace(maker, graph=graph), device)
     variant.compile()
@@ -268,6 +271,9 @@ def training(
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             held["activations and the rest"] = max(0, peak - sum(held.values()))
+        if ops is not None and compiled == "no":  # compiled code keeps what it likes
+            saved = saved_bytes(config, ops, dtype, tokens, targets)
+            held |= {f"kept by {part}": size for part, size in saved.items() if size}
         return held
 
     step = lambda: variant.step(tokens, targets)
@@ -286,7 +292,7 @@ def inference(config: GPTConfig, impl: str, device: torch.device, B: int, contex
     T = min(context, config.block_size - 1)
     torch.manual_seed(1337)
     with device:
-        ops = kernels.load(impl)
+        ops = kernels.load(impl) if impl != "reference" else peers.ops_in_torch()
         model = GPT(config, named(ops), dtype)
     model.eval()
     tokens = torch.randint(config.vocab_size, (B, T), device=device)
@@ -353,7 +359,7 @@ def main(argv: Sequence[str]) -> int:
         "--models",
         "--model",
         default="gpt2" if on_gpu else "char-cpu",
-        help=f"comma-separated, of {', '.join(PRESETS)}",
+        help=f"comma-separated, of {', '.join(PRESETS)}, or folders of checkpoints",
     )
     add("--mode", default="train", choices=MODES)
     add("--impl", help=f"comma-separated, of {', '.join(IMPLS)} (default: what the device has)")
@@ -385,11 +391,22 @@ def main(argv: Sequence[str]) -> int:
         torch._dynamo.config.recompile_limit = 64
     default = (["triton", "torch.compile"] if arguments.mode == "train" else ["triton"]) if on_gpu else ["reference"]
     impls = _known("--impl", arguments.impl, IMPLS) if arguments.impl else default[: 1 if arguments.quick else None]
-    models = _known("--models", arguments.models, PRESETS)
+    models = [name for name in arguments.models.split(",") if name]
+    for name in models:
+        config_of(name)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     out.mkdir(parents=True, exist_ok=True)
     return campaign(arguments, device, models, impls, out, common)
+
+
+def config_of(name: str) -> GPTConfig:
+    """The sizes of a preset, or of the model whose checkpoints are in a folder. UserError where it is neither."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if not checkpoint.exists(name):
+        raise UserError(f"--models={name} is no preset and no folder with a checkpoint{nearest(name, PRESETS)}")
+    return GPTConfig(**checkpoint.load(name).meta["model"])
 
 
 def _known(flag: str, text: str, there: Any) -> list[str]:
@@ -437,7 +454,7 @@ def one(
 ) -> None:  # fmt: skip
     from .model import LAYERS_COMPILED_WHOLE, padded
 
-    config = padded(PRESETS[name])
+    config = padded(config_of(name))
     if arguments.mode == "train" and arguments.block_size:
         config = dataclasses.replace(config, block_size=arguments.block_size)
     whole = "model" if config.n_layer <= LAYERS_COMPILED_WHOLE else "blocks"
@@ -446,7 +463,7 @@ def one(
     B = arguments.batch_size or (BATCH[arguments.mode] if device.type == "cuda" else CPU_BATCH)
     graph = arguments.cuda_graph and arguments.mode == "train" and impl in ("triton", "reference")
     label = f"{impl} + CUDA graph" if graph else impl
-    file = out / f"trace-{name}-{arguments.mode}-{results.slug({'name': label})}.json.gz"
+    file = out / f"trace-{Path(name).name}-{arguments.mode}-{results.slug({'name': label})}.json.gz"
     while True:
         try:
             subject, report = _profiled(arguments, device, config, impl, B, compiled, graph, file, measured)
@@ -458,7 +475,7 @@ def one(
         torch.cuda.empty_cache()
         log.say(f"profile {name} {impl}: {2 * B} sequences do not fit, {B} then")
     row = log.row(
-        "profile", name=name, impl=label, direction=arguments.mode, dims=dict(subject.dims),
+        "profile", name=Path(name).name, impl=label, direction=arguments.mode, dims=dict(subject.dims),
         dtype=str(subject.dtype).removeprefix("torch."), compiled=compiled, **report.row(),
         tokens_per_s=subject.tokens / report.wall.ms_p50 * 1e3, config=dataclasses.asdict(config), **common,
     )  # fmt: skip

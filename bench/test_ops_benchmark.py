@@ -15,7 +15,8 @@ import torch
 
 import kernels
 from bench.failures import FAILURES
-from bench.ops import DIRECTIONS, OURS, Case, cases, compiling, variants
+from bench.ops import DIRECTIONS, Case, cases, compiling, variants
+from bench.peers import OURS
 from bench.timing import Truth, flatten, judge
 
 
@@ -36,7 +37,7 @@ def test_op(benchmark: Any, case: Case, name: str) -> None:
     function = variants(case.op, case.device, compiled=False)[name]
     with compiling(case.device.type == "cuda"):
         try:
-            function(*case.draw(0))
+            case.with_options(function)(*case.draw(0))
         except FAILURES as error:
             if name in OURS:
                 raise

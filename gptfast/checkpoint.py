@@ -12,6 +12,7 @@ JSON, numbers are safetensors, and every tensor comes back with its exact bits a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,12 +25,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import safetensors.torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from gptfast import untrusted
+from gptfast.aside import aside_of, flush, locked
 from gptfast.errors import UserError
 
 FORMAT = 2
@@ -71,8 +74,8 @@ def save(
     `write_parts` puts tensors of a parallel run into the folder, in place of `model` (see gptfast/parallel/saving.py).
     The best is the one of the lowest `score`, such as a validation loss; one without is never the best.
     `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else is a
-    TypeError before a byte is written. Raises UserError where the disk is full or out_dir cannot be written, and the
-    checkpoints that were there still are.
+    TypeError before a byte is written. Raises UserError where the disk is full or out_dir cannot be written, or another
+    process writes it, and the checkpoints that were there still are.
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints; keep 1 or more")
@@ -83,27 +86,27 @@ def save(
     if score is not None and not math.isfinite(score):
         score = None
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out_dir)
-        serial = 1 + max((_serial(path) or 0 for path in _folders(out_dir)), default=0)
-        building.mkdir()
-        if write_parts is None:
-            _write_tensors(building / "model.safetensors", model)
-        else:
-            write_parts(building)
-        for name, (structure, tensors) in trees.items():
-            (building / f"{name}.json").write_text(json.dumps(structure, indent=1, allow_nan=False), "utf-8")
-            if tensors:
-                _write_tensors(building / f"{name}.safetensors", tensors)
-        files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
-        manifest = {"format": FORMAT, "serial": serial, "step": step, "score": score, "files": files}
-        _write_manifest(building / MANIFEST, manifest)
-        _flush(building)
-        _move_into_place(building, target)
+        with locked(out_dir):
+            _remove_leftovers(out_dir)
+            serial = 1 + max((_serial(path) or 0 for path in _folders(out_dir)), default=0)
+            building.mkdir()
+            if write_parts is None:
+                _write_tensors(building / "model.safetensors", model)
+            else:
+                write_parts(building)
+            for name, (structure, tensors) in trees.items():
+                (building / f"{name}.json").write_text(json.dumps(structure, indent=1, allow_nan=False), "utf-8")
+                if tensors:
+                    _write_tensors(building / f"{name}.safetensors", tensors)
+            files = {path.name: _fingerprint(path) for path in sorted(building.iterdir())}
+            manifest = {"format": FORMAT, "serial": serial, "step": step, "score": score, "files": files}
+            _write_manifest(building / MANIFEST, manifest)
+            flush(building)
+            _move_into_place(building, target)
+            _prune(out_dir, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise _save_error(error, target, model, *(tensors for _, tensors in trees.values())) from None
-    _prune(out_dir, keep)
     return target
 
 
@@ -168,9 +171,9 @@ def _copy_to_cpu(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
     return tree
 
 
-def building_of(out_dir: str | Path, step: int) -> Path:
-    """The folder in which the checkpoint of a step is made."""
-    return Path(out_dir) / f".tmp-ckpt-{step:06d}"
+def building_of(out_dir: str | Path, step: int, pid: int | None = None) -> Path:
+    """The folder in which this process, or `pid`, makes the checkpoint of a step."""
+    return aside_of(Path(out_dir) / f"ckpt-{step:06d}", pid)
 
 
 def exists(out_dir: str | Path) -> bool:
@@ -201,8 +204,8 @@ def load(out_dir: str | Path, step: int | None = None, *, best: bool = False) ->
     for folder in folders:
         try:
             checkpoint = _read(folder, tuple(skipped))
-        except (OSError, ValueError, SafetensorError) as error:
-            skipped.append(f"{folder}: {error}")
+        except (OSError, ValueError) as error:
+            skipped.append(f"{folder}: {untrusted.reason(error) if isinstance(error, OSError) else error}")
             continue
         for reason in skipped:
             print(f"warning: skipped damaged checkpoint {reason}; using {folder}", file=sys.stderr)
@@ -264,7 +267,7 @@ def _move_into_place(building: Path, target: Path) -> None:
         if replaced.exists():
             os.rename(replaced, target)
         raise
-    _flush(target.parent)
+    flush(target.parent)
     if replaced.exists():
         _discard(replaced)
 
@@ -290,13 +293,21 @@ def _remove(folder: Path) -> None:
     """Renames before it removes, so that a crash half way leaves no checkpoint with files missing."""
     doomed = folder.with_name(f".tmp-removed-{folder.name}")
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    _erase(doomed)
+
+
+def _erase(path: Path) -> None:
+    """Removes a folder, or a link to one, as when checkpoints were moved to another disk: never what a link names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _remove_leftovers(out_dir: Path) -> None:
-    """Removes what a crash left behind."""
+    """Removes what a crash left behind; nobody else writes here now."""
     for path in out_dir.glob(".tmp-*ckpt-*"):
-        shutil.rmtree(path)
+        _erase(path)
 
 
 def _save_error(error: Exception, target: Path, *groups: dict[str, Tensor]) -> UserError:
@@ -317,32 +328,51 @@ def _save_error(error: Exception, target: Path, *groups: dict[str, Tensor]) -> U
 
 
 def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
-    """Checks every file against the manifest, then reads them. Raises ValueError or OSError that says what is wrong."""
+    """Checks every file against the manifest, then reads it. Raises ValueError or OSError that says what is wrong."""
     manifest = _read_manifest(folder)
-    _check_listed(folder, manifest["files"])
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
-            raise ValueError(f"{name} is altered (sha256 differs)")
-    optimizer = _read_tree(folder, "optimizer")
-    if PARTS in manifest["files"]:
-        from gptfast.parallel.parts import read_parts
+    listed = manifest["files"]
+    _check_listed(folder, listed)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(_opened(folder, name, listed[name])) for name in listed}
+        try:
+            optimizer, meta = _read_tree(files, "optimizer"), _read_tree(files, "meta")
+            if PARTS in listed:
+                from gptfast.parallel.parts import read_parts
 
-        model = read_parts(folder, optimizer, json.loads((folder / PARTS).read_text())["aliases"])
-    else:
-        model = _read_tensors(folder / "model.safetensors")
-    return Checkpoint(
-        step=manifest["step"],
-        model=model,
-        optimizer=optimizer,
-        meta=_read_tree(folder, "meta"),
-        path=folder,
-        skipped=skipped,
-    )
+                parts = [file for name, file in files.items() if _is_part(name)]
+                model = read_parts(parts, optimizer, untrusted.parsed(files[PARTS].read())["aliases"])
+            else:
+                model = _read_tensors(files["model.safetensors"])
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
+            reason = f"{type(error).__name__}: {untrusted.reason(error)}"
+            raise ValueError(f"its values are not those of a checkpoint ({reason})") from None
+    return Checkpoint(manifest["step"], model, optimizer, meta, folder, skipped)
+
+
+def _opened(folder: Path, name: str, expected: dict[str, Any]) -> BinaryIO:
+    """A file of a checkpoint, held to its manifest, open: what is read of it is what was checked, whoever renames."""
+    try:
+        file = untrusted.opened(folder / name)
+    except FileNotFoundError:
+        raise ValueError(f"{name} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {untrusted.reason(error)}") from None
+    size = os.fstat(file.fileno()).st_size
+    problem = ""
+    if size != expected["bytes"]:
+        problem = f"{name} has {size} bytes, not {expected['bytes']}"
+    elif hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+        problem = f"{name} is altered (sha256 differs)"
+    if problem:
+        file.close()
+        raise ValueError(problem)
+    file.seek(0)
+    return file
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of a sharded checkpoint holds tensors of model or optimizer that the ranks shared."""
+    return name.endswith(".safetensors") and name not in ("meta.safetensors", "optimizer.safetensors")
 
 
 def _check_listed(folder: Path, listed: dict[str, Any]) -> None:
@@ -361,17 +391,17 @@ def _check_listed(folder: Path, listed: dict[str, Any]) -> None:
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     path.write_bytes(_canonical(manifest))
-    _flush(path)
+    flush(path)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Raises ValueError unless every byte is as `_write_manifest` put it and every field is there."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{MANIFEST} is missing")
-    content = path.read_bytes()
     try:
-        manifest = json.loads(content)
+        content = untrusted.content(folder / MANIFEST)
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    try:
+        manifest = untrusted.parsed(content)
     except ValueError:
         raise ValueError(f"{MANIFEST} is altered (not JSON)") from None
     known = isinstance(manifest, dict) and {"format", "sha256"} <= set(manifest)
@@ -379,6 +409,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is altered (sha256 differs)")
     if manifest["format"] not in list(FIELDS) or set(manifest) != FIELDS[manifest["format"]]:
         raise ValueError(f"written in format {manifest['format']}; this gptfast reads formats 1 to {FORMAT}")
+    score, files = manifest.get("score"), manifest["files"]
+    fits = all(type(manifest[name]) is int and 0 <= manifest[name] < 2**63 for name in ("serial", "step"))
+    fits &= score is None or (type(score) in (int, float) and math.isfinite(score))
+    fits &= isinstance(files, dict) and all(
+        isinstance(entry, dict) and {"bytes": int, "sha256": str} == {key: type(item) for key, item in entry.items()}
+        for entry in files.values()
+    )
+    if not fits:
+        raise ValueError(f"{MANIFEST} holds what no manifest holds")
     return manifest
 
 
@@ -390,7 +429,7 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file, which is on the disk when this returns."""
-    _flush(path)
+    flush(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -429,10 +468,9 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
-        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+def _read_tensors(file: BinaryIO) -> dict[str, Tensor]:
+    tensors, about = untrusted.tensors(file)
+    aliases = untrusted.parsed(about.get("aliases", "{}"))
     return tensors | {name: tensors[other] for name, other in aliases.items()}
 
 
@@ -485,19 +523,9 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: _unflatten(item, tensors) for key, item in value.items()}
 
 
-def _read_tree(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / f"{name}.safetensors"
-    tensors = _read_tensors(path) if path.exists() else {}
-    return _unflatten(json.loads((folder / f"{name}.json").read_text("utf-8")), tensors)
-
-
-# ---- the disk
-
-
-def _flush(path: Path) -> None:
-    """Returns when a file, or the list of names in a folder, is on the disk and not only in the kernel's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _read_tree(files: dict[str, BinaryIO], name: str) -> dict[str, Any]:
+    stored = files.get(f"{name}.safetensors")
+    tree = _unflatten(untrusted.parsed(files[f"{name}.json"].read()), {} if stored is None else _read_tensors(stored))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name}.json holds no object")
+    return tree

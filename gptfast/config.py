@@ -1,6 +1,10 @@
 """What a GPT is, as data: a frozen dataclass and the named sizes.
 
 `dataclasses.asdict(config)` is JSON; `GPTConfig(**json)` brings it back.
+
+The fields from embedding_norm on are nanochat's (github.com/karpathy/nanochat), which has most of them from
+modded-nanogpt (github.com/KellerJordan/modded-nanogpt). Windows: Beltagy et al., arXiv:2004.05150; value embeddings:
+Zhou et al., arXiv:2410.17897. Each is off by default, and has weights at which it does nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
 from .errors import UserError
+
+VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24  # what the gates read of a token's activations
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,33 @@ class GPTConfig:
     token_shift: bool = False  # each position also sees the one before it (the embedding two), channel by channel
     block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
     tied: bool = True  # the head's weight is the token embedding
-    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap), in fp32
+    embedding_norm: bool = False  # RMS-normalize the embedding, without a weight
+    window_pattern: str = ""  # S and L, repeated over the layers, the last always L: those of S have the window
+    window: int | None = None  # positions before its own that a query of an S layer sees
+    value_embeddings: bool = False  # in every other layer up to the last, values gain 3 sigmoid(gate) · (a table's row)
+    residual_scalars: bool = False  # every layer reads r · x + a · (the embedding) in place of x, r and a its own
+    smear: bool = False  # an embedding gains lambda · sigmoid(gate) · (that of the token before)
+    backout: bool = False  # the last norm reads x - lambda · (x after layer n_layer // 2)
+    rope_sign: int = 1  # -1: rotary positions turn by minus the angle
+    qk_gain: float = 1.0  # with qk_norm, what queries and keys are multiplied by
+    initialization: Literal["gpt2", "nanochat"] = "gpt2"  # of the weights
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many positions before its own a query sees; None: all."""
+        letters = (self.window_pattern or "L") * self.n_layer
+        return (*(self.window if c == "S" else None for c in letters[: self.n_layer - 1]), None)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """The layers with value embeddings."""
+        return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2)) if self.value_embeddings else ()
+
+    @property
+    def smear_place(self) -> int:
+        """The number of the smear's input among those that a cache keeps; the token shifts' come before it."""
+        return self.token_shift * (1 + 2 * self.n_layer * self.block_shift)
 
     @property
     def kv_heads(self) -> int:
@@ -85,7 +117,7 @@ class GPTConfig:
         )
         _require(0.0 <= self.dropout < 1.0, "dropout", f"is {self.dropout}; it must be in [0, 1)")
         choices = get_type_hints(GPTConfig)
-        for name in ("norm", "position", "activation"):
+        for name in ("norm", "position", "activation", "initialization"):
             known = get_args(choices[name])
             _require(
                 getattr(self, name) in known, name, f"is {getattr(self, name)!r}; choose one of {', '.join(known)}"
@@ -102,10 +134,27 @@ class GPTConfig:
         for name in ("norm_eps", "rope_base"):
             value = getattr(self, name)
             _require(value is None or value > 0.0, name, f"is {value}; it must be positive")
+        self._check_nanochats()
         _require(self.hidden_width >= 1, "mlp_width", f"is {self.mlp_width}; it must be at least 1")
         _require(
             self.softcap is None or self.softcap > 0.0, "softcap", f"is {self.softcap}; it must be positive or None"
         )
+
+    def _check_nanochats(self) -> None:
+        pattern = self.window_pattern
+        _require(set(pattern) <= set("SL"), "window_pattern", f"is {pattern!r}; it is made of S and L, as SSSL is")
+        _require(
+            ("S" in pattern) == (self.window is not None),
+            "window",
+            f"is {self.window} and window_pattern {pattern!r}; a pattern with an S needs a window, no other has one",
+        )
+        _require(self.window is None or self.window >= 0, "window", f"is {self.window}; it must not be negative")
+        _require(self.rope_sign in (1, -1), "rope_sign", f"is {self.rope_sign}; it must be 1 or -1")
+        _require(self.qk_gain > 0.0, "qk_gain", f"is {self.qk_gain}; it must be positive")
+        _require(self.qk_norm or self.qk_gain == 1.0, "qk_gain", "is of qk_norm, which is off; set qk_norm too")
+        for name, channels in (("value_embeddings", VALUE_GATE_CHANNELS), ("smear", SMEAR_GATE_CHANNELS)):
+            fits = self.n_embd >= channels or not getattr(self, name)
+            _require(fits, name, f"has a gate that reads {channels} channels; n_embd is {self.n_embd}")
 
 
 def _require(condition: bool, field: str, message: str) -> None:

@@ -6,7 +6,8 @@
     mfu       exact matrix-multiply FLOPs of forward and backward, lm_head included. A (query, key) pair that attention
               sees counts and a masked one does not, so causal attention counts once
     mfu_palm  6N + 12 L H Q T per token, which counts the masked half too (PaLM, arXiv:2204.02311, appendix B; nanoGPT
-              prints this one). GPT-2 124M scores 7% more by it than by `mfu` at T = 1024, 71% more at T = 32768
+              prints this one; nanochat too, with a layer's window in T's place). GPT-2 124M scores 7% more by it than
+              by `mfu` at T = 1024, 71% more at T = 32768
     hfu       `mfu` plus what the backward pass computes a second time
 
 Every peak is dense: figures with 2:4 sparsity were halved. Products of 16-bit numbers are summed in fp32, which GeForce
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from .config import GPTConfig
+from .config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
 _FIGURES = (*DTYPES, "bytes_per_s")
@@ -438,15 +439,18 @@ def flops_per_token(
 ) -> Flops:  # fmt: skip
     """Training FLOPs per token of sequences of T tokens (a multiply-add is 2).
 
-    `window`: a query sees itself and at most `window` tokens before it, in every layer. `causal=False` counts every
-    pair, as torch's FlopCounterMode does. What hfu adds to mfu: with `recompute_attention`, the scores once more, which
-    a flash backward makes again (5 products instead of 4); with `recompute_blocks`, the forward pass of the blocks
-    (activation checkpointing); with `recompute_logits`, the logits (a fused loss that does not keep them).
+    `window`: a query sees itself and at most `window` tokens before it, in every layer; by default each layer has the
+    config's. `causal=False` counts every pair, as torch's FlopCounterMode does. What hfu adds to mfu: with
+    `recompute_attention`, the scores once more, which a flash backward makes again (5 products instead of 4); with
+    `recompute_blocks`, the forward pass of the blocks (activation checkpointing); with `recompute_logits`, the logits
+    (a fused loss that does not keep them).
     """
-    scores = (
-        2 * config.n_layer * config.attention_width * mean_keys(T, causal, window)
-    )  # q.k of all layers; p.v costs the same
-    weights = block_params(config) + lm_head_params(config)
+    if not causal and window is not None:
+        raise ValueError("window: only causal attention has one")
+    windows = config.windows if window is None else (window,) * config.n_layer
+    keys = sum(mean_keys(T, causal, its if causal else None) for its in windows)
+    scores = 2 * config.attention_width * keys  # q.k of all layers; p.v costs the same
+    weights = block_params(config) + lm_head_params(config) + smear_params(config)
     model = 3 * (2 * weights + 2 * scores)
     again = (
         recompute_attention * scores
@@ -455,7 +459,8 @@ def flops_per_token(
     )
     return Flops(
         mfu=model,
-        palm=6 * palm_params(config) + 12 * config.n_layer * config.attention_width * T,
+        palm=6 * palm_params(config)
+        + 12 * config.attention_width * sum(T if w is None else min(w, T) for w in windows),
         hfu=model + again,
     )
 
@@ -471,10 +476,26 @@ def mean_keys(T: int, causal: bool = True, window: int | None = None) -> float:
 
 
 def block_params(config: GPTConfig) -> int:
-    """Weights of the blocks' linear layers: qkv, attention output, and the two of the MLP, or three with swiglu."""
+    """Weights of the blocks' linear layers: qkv, attention output, and the two of the MLP, or three with swiglu; and of
+    the gates of value embeddings."""
     C, Q, kv_width = config.n_embd, config.attention_width, config.kv_heads * config.head_dim
     layers = 3 if config.activation == "swiglu" else 2
-    return config.n_layer * (C * (Q + 2 * kv_width) + Q * C + layers * C * config.hidden_width)
+    gates = len(config.value_layers) * VALUE_GATE_CHANNELS * config.kv_heads
+    return config.n_layer * (C * (Q + 2 * kv_width) + Q * C + layers * C * config.hidden_width) + gates
+
+
+def smear_params(config: GPTConfig) -> int:
+    return config.smear * SMEAR_GATE_CHANNELS
+
+
+def value_params(config: GPTConfig) -> int:
+    """Numbers in the tables of value embeddings, which are looked up and multiply nothing."""
+    return len(config.value_layers) * config.vocab_size * config.kv_heads * config.head_dim
+
+
+def scalar_params(config: GPTConfig) -> int:
+    """The scalars of the stream, the smear and the backout."""
+    return config.residual_scalars * 2 * config.n_layer + config.smear + config.backout
 
 
 def lm_head_params(config: GPTConfig) -> int:
@@ -482,14 +503,15 @@ def lm_head_params(config: GPTConfig) -> int:
 
 
 def palm_params(config: GPTConfig) -> int:
-    """N of nanoGPT's 6N: every parameter but the position embedding, and of token embedding and lm_head one."""
+    """N of nanoGPT's and nanochat's 6N: every parameter but the scalars of the stream and what is only looked up, the
+    embeddings of positions and values; and of token embedding and lm_head one."""
     C, Q, kv_width = config.n_embd, config.attention_width, config.kv_heads * config.head_dim
     layernorm, hidden_layers = config.norm == "layernorm", 2 if config.activation == "swiglu" else 1
     per_norm = (layernorm or config.norm_weight) + (layernorm and config.bias)
     vectors = (2 * config.n_layer + 1) * C * per_norm + 2 * config.n_layer * config.head_dim * config.qk_norm_weight
     if config.bias:
         vectors += config.n_layer * ((Q + 2 * kv_width) + C + hidden_layers * config.hidden_width + C)
-    return block_params(config) + lm_head_params(config) + vectors
+    return block_params(config) + lm_head_params(config) + smear_params(config) + vectors
 
 
 # --- the figures ----------------------------------------------------------------------------------
@@ -518,7 +540,8 @@ def decode_bytes(
 
     `context`: tokens in the cache of each of `batch` sequences. `weight_bytes`, `kv_bytes`: per number (2 for bf16).
     """
-    kv_numbers = batch * context * config.n_layer * 2 * config.kv_heads * config.head_dim
+    keys = sum(context if w is None else min(context, w + 1) for w in config.windows)
+    kv_numbers = batch * keys * 2 * config.kv_heads * config.head_dim
     return palm_params(config) * weight_bytes + kv_numbers * kv_bytes
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import Ops
 
-from .config import GPTConfig
+from .config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 from .errors import UserError
 
 IGNORED = -1  # a target that counts for nothing
@@ -36,7 +36,7 @@ class Cache(Protocol):
         """Keeps k and v (1, B * T, G, D); the causal attention of q (1, B * T, H, D) to all that is kept, like q."""
 
     def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
-        """Keeps x (1, B * T, C), the input of the token shift numbered `place`; it 1 ... `taps` steps earlier."""
+        """Keeps x (1, B * T, C), the input numbered `place` of a token shift or the smear; it 1 ... `taps` earlier."""
 
 
 class Documents(NamedTuple):
@@ -62,6 +62,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         bias = self.bias if with_bias else None
         return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class Gate(nn.Linear):
+    """sigmoid(x[..., :channels] @ weight^T) in x's dtype. So small that decoding leaves its weight as it is."""
+
+    def __init__(self, channels: int, gates: int) -> None:
+        super().__init__(channels, gates, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(x[..., : self.in_features], self.weight.to(x.dtype)))
 
 
 class Norm(nn.Module):
@@ -123,13 +133,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
-        self.config, self.ops, self.layer = config, ops, layer
+        self.config, self.ops, self.layer, self.window = config, ops, layer, config.windows[layer]
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.c_attn = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(config.attention_width, config.n_embd, bias=config.bias)
         for name in ("q_norm", "k_norm"):
             weight = nn.Parameter(torch.ones(config.head_dim)) if config.qk_norm_weight else None
             self.register_parameter(name, weight)
+        self.ve_gate = Gate(VALUE_GATE_CHANNELS, config.kv_heads) if layer in config.value_layers else None
 
     def forward(
         self,
@@ -137,7 +148,9 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         cache: Cache | None = None,
         documents: Documents | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
+        """`values` (B, T, G · D): the value embeddings of the tokens, in a layer that has them."""
         config, ops = self.config, self.ops
         B, T = x.shape[:2]
         H, G = config.n_head, config.kv_heads
@@ -147,17 +160,31 @@ class Attention(nn.Module):
         if config.qk_norm and not in_rotary:
             q, k = ops.rmsnorm(q, self.q_norm, config.qk_epsilon), ops.rmsnorm(k, self.k_norm, config.qk_epsilon)
         if rotation is not None:
-            q, k = ops.rotary(q, k, *rotation, qk_norm=config.qk_norm and in_rotary, eps=config.qk_epsilon)
+            normalized = config.qk_norm and in_rotary
+            q, k = ops.rotary(q, k, *rotation, qk_norm=normalized, eps=config.qk_epsilon, scale=config.qk_gain)
+        elif config.qk_gain != 1.0:
+            q, k = q * config.qk_gain, k * config.qk_gain
+        if values is not None:
+            assert self.ve_gate is not None
+            v = torch.addcmul(v, (3.0 * self.ve_gate(x))[..., None], values.view(B, T, G, config.head_dim))
         dropout = config.dropout if self.training else 0.0
         if cache is not None:
             out = cache.attend(self.layer, q, k, v)
         elif documents is not None:  # the window hides nothing; with it the reference computes and keeps far less
-            window, cu_seqlens = documents.longest - 1, documents.cu_seqlens
+            longest = documents.longest - 1
+            window = longest if self.window is None else min(longest, self.window)
+            cu_seqlens = documents.cu_seqlens
             out = ops.attention(q, k, v, causal=True, window=window, cu_seqlens=cu_seqlens, dropout=dropout)
         else:
-            out = ops.attention(q, k, v, causal=True, dropout=dropout)
+            window = narrowed(self.window, T)
+            out = ops.attention(q, k, v, causal=True, window=window, dropout=dropout)
         out = self.c_proj(out.flatten(2))
         return F.dropout(out, dropout) if dropout else out
+
+
+def narrowed(window: int | None, T: int) -> int | None:
+    """The window, or None where it hides nothing from T positions: attention without one may be faster."""
+    return None if window is None or window >= T - 1 else window
 
 
 class MLP(nn.Module):
@@ -182,7 +209,7 @@ class MLP(nn.Module):
 
     def _widen(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer's product with x, and the bias that is left to add."""
-        if self.fuses_bias and type(layer) is Linear:
+        if self.fuses_bias and isinstance(layer, Linear):
             return layer(x, with_bias=False), layer.bias
         return layer(x), None
 
@@ -208,9 +235,10 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         cache: Cache | None = None,
         documents: Documents | None = None,
+        values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         y, x = self.ln_1(x, update)
-        y, x = self.ln_2(x, self.attn(self.shift_1(y, cache, documents), rotation, cache, documents))
+        y, x = self.ln_2(x, self.attn(self.shift_1(y, cache, documents), rotation, cache, documents, values))
         return x, self.mlp(self.shift_2(y, cache, documents))
 
 
@@ -232,15 +260,30 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.transformer["wte"].weight = self.lm_head.weight
+        width = config.kv_heads * config.head_dim
+        tables = {str(layer): nn.Embedding(config.vocab_size, width) for layer in config.value_layers}
+        self.value_embeds = nn.ModuleDict(tables)
+        self.smear_gate = Gate(SMEAR_GATE_CHANNELS, 1) if config.smear else None
+        self._scalars("resid_lambdas", config.n_layer, 1.0, there=config.residual_scalars)
+        self._scalars("x0_lambdas", config.n_layer, 0.0, there=config.residual_scalars)
+        self._scalars("smear_lambda", 1, 0.0, there=config.smear)
+        self._scalars("backout_lambda", 1, 0.0, there=config.backout)
         self._set_rotation()
         self.init_weights()
+
+    def _scalars(self, name: str, count: int, neutral: float, *, there: bool) -> None:
+        """A parameter (count,), at the value at which it does nothing, or None."""
+        self.register_parameter(name, nn.Parameter(torch.full((count,), neutral)) if there else None)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream smaller by sqrt(2L).
 
-        Drawn in nanoGPT's order, a tied head a second time, so that equal seeds give equal weights.
+        Drawn in nanoGPT's order, a tied head a second time, so that equal seeds give equal weights. Or nanochat's.
         """
+        if self.config.initialization == "nanochat":
+            self._init_as_nanochat()
+            return
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0.0, 0.02)
@@ -250,11 +293,39 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
 
+    def _init_as_nanochat(self) -> None:
+        """nanochat's: embedding N(0, 0.8), head N(0, 0.001), into the residual stream 0, other matrices uniform with
+        deviation 1 / sqrt(C), the MLP's first 0.4 of that; gates uniform up to 0.02; biases 0.
+
+        The stream is scaled by 1.15 in the first layer down to 1.05 in the last, the embedding added 0.2 down to 0.05.
+        """
+        L, bound = self.config.n_layer, (3.0 / self.config.n_embd) ** 0.5
+        for name, p in self.named_parameters():
+            if name.endswith("_gate.weight") and not name.endswith("c_gate.weight"):
+                p.uniform_(0.0, 0.02)
+            elif name.endswith(("c_proj.weight", "bias")):
+                p.zero_()
+            elif name.endswith(("wte.weight", "wpe.weight")):
+                p.normal_(0.0, 0.8)
+            elif name.endswith("lm_head.weight"):
+                p.normal_(0.0, 0.001)
+            elif name.endswith(("c_fc.weight", "c_gate.weight")):
+                p.uniform_(-0.4 * bound, 0.4 * bound)
+            elif name.endswith("c_attn.weight") or name.startswith("value_embeds"):
+                p.uniform_(-bound, bound)
+            elif name == "resid_lambdas":
+                p.copy_(torch.linspace(1.15, 1.05 if L > 1 else 1.15, L))
+            elif name == "x0_lambdas":
+                p.copy_(torch.linspace(0.20, 0.05 if L > 1 else 0.20, L))
+            elif name == "backout_lambda":
+                p.fill_(0.2)
+
     def _set_rotation(self) -> None:
         """cos and sin (T, D/2) of RoPE's angles, position * base^(-2i / D), fp32; empty with learned positions."""
         rope, D = self.config.position == "rope", self.config.head_dim
         frequency = self.config.rope_base ** (torch.arange(0, D, 2, dtype=torch.float64) / -D)
         angle = torch.arange(self.config.block_size if rope else 0, dtype=torch.float64)[:, None] * frequency
+        angle = angle * self.config.rope_sign
         device = self.lm_head.weight.device
         self.register_buffer("cos", angle.cos().to(device, torch.float32), persistent=False)
         self.register_buffer("sin", angle.sin().to(device, torch.float32), persistent=False)
@@ -279,11 +350,19 @@ class GPT(nn.Module):
         )  # fmt: skip
 
     def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`."""
+        """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`.
+
+        In the dtype of the activations; with a softcap in at least fp32.
+        """
         x = self.hidden(tokens, cache)
-        z = self.lm_head(x[:, -1:] if last_only else x)
-        softcap = self.config.softcap
-        return z if softcap is None else softcap * torch.tanh(z / softcap)
+        return self.logits_of(x[:, -1:] if last_only else x)
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of the residual stream x (..., C) that `hidden` gives."""
+        z, softcap = self.lm_head(x), self.config.softcap
+        if softcap is None:
+            return z
+        return softcap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / softcap)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The normalized residual stream (B, T, C) that the head reads, for tokens (B, T) int64.
@@ -308,13 +387,51 @@ class GPT(nn.Module):
             x = x + (wpe.weight[positions] if documents is None else wpe(positions))
         else:
             rotation = self.cos[positions], self.sin[positions]
-        x = self.transformer["shift"](x.to(self.dtype), cache, documents)
+        x = x.to(self.dtype)
+        if self.config.embedding_norm:
+            x = self.ops.rmsnorm(x, None, self.config.qk_epsilon)
+        x = self._smeared(self.transformer["shift"](x, cache, documents), cache, documents)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
-        update = None
-        for block in self.transformer["h"]:
-            x, update = block(x, update, rotation, cache, documents)
+        x, update = self._through_blocks(x, tokens, rotation, cache, documents)
         return self.transformer["ln_f"](x, update)[0].view(B, T, self.config.n_embd)
+
+    def _smeared(self, x: Tensor, cache: Cache | None, documents: Documents | None) -> Tensor:
+        """x with some of the embedding of the token before, if the config has the smear."""
+        if self.smear_gate is None:
+            return x
+        place = self.config.smear_place
+        (before,) = shifted(x, 1) if cache is None else cache.earlier(place, x, 1)
+        if documents is not None:
+            before = before.masked_fill((documents.position < 1)[:, None], 0.0)
+        return torch.addcmul(x, self.smear_lambda.to(x.dtype) * self.smear_gate(x), before)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        documents: Documents | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after all blocks, and its last update, not yet summed."""
+        embedding, middle, update = x, None, None
+        blocks: Any = self.transformer["h"]
+        for layer, block in enumerate(blocks):
+            if self.resid_lambdas is not None:
+                x, update = x if update is None else x + update, None
+                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * embedding
+            values = None
+            if str(layer) in self.value_embeds:
+                values = self.value_embeds[str(layer)](tokens).to(self.dtype)
+            x, update = block(x, update, rotation, cache, documents, values)
+            if self.backout_lambda is not None and layer == self.config.n_layer // 2:
+                x, update = x + update, None
+                middle = x
+        if middle is not None:
+            x, update = x if update is None else x + update, None
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return x, update
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, a tied head counted once; `non_embedding` leaves out the position embedding, as nanoGPT does."""

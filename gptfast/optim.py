@@ -6,8 +6,9 @@ No step waits for the device, and each can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import unwrap
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +128,8 @@ class Muon(_Plain):
 
         M = lerp(M, G, 1 - momentum)                                       M: running mean of gradients
         O = newton_schulz(lerp(G, M, momentum) if nesterov else M)
+        with equalize, nanochat's: the rows of what is orthogonalized first scaled to their root mean square norm, and O
+            then to the norm of an orthogonal matrix, sqrt(min(m, n))
         with normalize, NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491), for each row, or column if more
             V = lerp(V, mean of O² over it, 1 - beta2)               V: running mean of squares, m or n numbers
             O = O / sqrt(V), then scaled back to the norm that it had
@@ -205,7 +208,7 @@ class Muon(_Plain):
             for matrix, its_update, square in zip(p.split(rows), update.split(rows), squares, strict=True):
                 stacks.setdefault(tuple(matrix.shape), []).append((matrix, its_update, square))
         fresh = {shape: [update for _, update, _ in triples] for shape, triples in stacks.items()}
-        directions = self._orthogonalized(fresh, group["steps"])
+        directions = self._orthogonalized(fresh, group["steps"], group.get("equalize", False))
         for (m, n), triples in stacks.items():
             matrices, _, squares = zip(*triples, strict=True)
             scale = max(1.0, m / n) ** 0.5
@@ -220,7 +223,9 @@ class Muon(_Plain):
                 torch._foreach_mul_(matrices, 1 - its_decay)
             _subtract_(matrices, direction, rate * scale)
 
-    def _orthogonalized(self, updates: dict[Shape, list[Tensor]], steps: int) -> dict[Shape, Tensor]:
+    def _orthogonalized(
+        self, updates: dict[Shape, list[Tensor]], steps: int, equalize: bool = False
+    ) -> dict[Shape, Tensor]:
         """For each shape (m, n) the directions (B, m, n) of its updates; (n, m) goes the same way, turned."""
         directions: dict[Shape, Tensor] = {}
         for (m, n), upright in updates.items():
@@ -228,7 +233,13 @@ class Muon(_Plain):
                 continue
             turned = updates.get((n, m), []) if m != n else []
             stack = torch.stack([*upright, *(u.mT for u in turned)])
+            if equalize:
+                stack = torch.cat((_equal_lines(stack[: len(upright)], -1), _equal_lines(stack[len(upright) :], -2)))
             found = self.newton_schulz(stack.to(self.dtype or compute_dtype(stack.device.type)[0]), steps)
+            if equalize:
+                found = found.to(torch.promote_types(found.dtype, torch.float32))
+                norm = torch.linalg.vector_norm(found, dim=(-2, -1), keepdim=True)
+                found = found * (min(m, n) ** 0.5 / norm.clamp(min=1e-10))
             directions[m, n] = found[: len(upright)]
             if turned:
                 directions[n, m] = found[len(upright) :].mT.contiguous()
@@ -292,6 +303,13 @@ def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tens
         torch._foreach_sub_(matrices, stack.unbind(), alpha=factor)
 
 
+def _equal_lines(stack: Tensor, axis: int) -> Tensor:
+    """stack (B, m, n) with every line along `axis` at the root mean square of the norms of its matrix's lines."""
+    norms = torch.linalg.vector_norm(stack, dim=axis, keepdim=True)
+    other = -3 - axis  # of -1 and -2
+    return stack * (norms.square().mean(other, keepdim=True).sqrt() / norms.clamp(min=1e-6))
+
+
 def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float, allowed: Tensor | None) -> Tensor:
     """direction (B, m, n) with the lines divided by their running size, at its old norm; updates `squares` in place.
 
@@ -313,6 +331,7 @@ _MUON_DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
         "cautious": False,  # decay a weight only where the update shrinks it too
         "decay_by_shape": False,  # the decay of a tall matrix grows as its update does
+        "equalize": False,  # rows of one norm before, the norm of an orthogonal matrix after
         "normalize": False,  # NorMuon
         "beta2": 0.95,  # of NorMuon
         "steps": 5,
@@ -320,6 +339,52 @@ _MUON_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "adamw": {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True},
 }
+
+
+@dataclass(frozen=True)
+class AdamWRule:
+    """How AdamW steps the parameters of one role, beside Muon."""
+
+    rate: Literal["embedding_lr", "head_lr", "scalar_lr", "fixed"]  # which of muon()'s rates; fixed: 1
+    factor: float = 1.0  # of that rate
+    betas: tuple[float, float] | None = None  # None: those of muon()
+    weight_decay: float = 0.0
+
+
+_PLAIN = {
+    "embeddings": AdamWRule("embedding_lr"),
+    "head": AdamWRule("head_lr"),
+    "scalars": AdamWRule("scalar_lr"),
+    "value embeddings": AdamWRule("embedding_lr"),
+    "resid_lambdas": AdamWRule("scalar_lr"),
+    "x0_lambdas": AdamWRule("scalar_lr"),
+    "smear, backout": AdamWRule("scalar_lr"),
+}
+# nanochat, gpt.py, setup_optimizer (github.com/karpathy/nanochat at 92d63d4): its scalar_lr is 0.5 by default.
+_NANOCHAT = _PLAIN | {
+    "head": AdamWRule("head_lr", 1.0, (0.8, 0.96), 0.01),
+    "embeddings": AdamWRule("embedding_lr", 1.0, (0.8, 0.995), 0.001),
+    "value embeddings": AdamWRule("embedding_lr", 0.5, (0.8, 0.995), 0.01),
+    "resid_lambdas": AdamWRule("scalar_lr", 0.01, (0.8, 0.95), 0.05),
+    "x0_lambdas": AdamWRule("scalar_lr", 1.0, (0.96, 0.95), 0.0),
+    "smear, backout": AdamWRule("fixed", 0.2, (0.8, 0.95), 0.0),
+}
+RULES: dict[str, dict[str, AdamWRule]] = {"plain": _PLAIN, "nanochat": _NANOCHAT}
+
+
+def role_of(name: str, p: Tensor) -> str:
+    """What a parameter is to the optimizer: "matrices", or one of the roles in RULES."""
+    if name in ("resid_lambdas", "x0_lambdas"):
+        return name
+    if name.startswith("smear_") or name == "backout_lambda":
+        return "smear, backout"
+    if name.startswith("value_embeds."):
+        return "value embeddings"
+    if p.ndim < 2 or "shift" in name:
+        return "scalars"
+    if name.endswith(("wte.weight", "wpe.weight")):
+        return "embeddings"
+    return "head" if name.endswith("lm_head.weight") else "matrices"
 
 
 def muon(
@@ -335,29 +400,29 @@ def muon(
     weight_decay: float = 0.0,
     cautious: bool = False,
     decay_by_shape: bool = False,
+    equalize: bool = False,
     normalize: bool = False,
+    normalize_beta2: float = 0.95,
     steps: int = 5,
     matrix_kind: str = "muon",
+    rules: str = "plain",
     newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
 ) -> Muon:
-    """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases and token shifts.
+    """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases, token shifts and scalars.
 
-    With matrix_kind="adamw" it is AdamW for the matrices too, at `matrix_lr`, to see what Muon buys.
+    With matrix_kind="adamw" it is AdamW for the matrices too, at `matrix_lr`, to see what Muon buys. `rules` names
+    those of RULES for the rest.
 
     A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows what went where.
     Every group's own rate is its `lr_scale`, so that a schedule multiplies them all by one factor.
     """
     qkv_rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
-    matrices, rows, embeddings, head, scalars = [], [], [], [], []
+    roles: dict[str, list[nn.Parameter]] = {"matrices": [], **{role: [] for role in RULES[rules]}}
+    rows = []
     for name, p in model.named_parameters():  # a tied weight comes once, as the embedding
-        if p.ndim < 2 or "shift" in name:
-            scalars.append(p)
-        elif name.endswith(("wte.weight", "wpe.weight")):
-            embeddings.append(p)
-        elif name.endswith("lm_head.weight"):
-            head.append(p)
-        else:
-            matrices.append(p)
+        role = role_of(name, p)
+        roles[role].append(p)
+        if role == "matrices":
             rows.append(qkv_rows if name.endswith("c_attn.weight") else [p.shape[0]])
     adamw_settings = {"kind": "adamw", "betas": betas, "eps": 1e-10}
     rule = adamw_settings | {"kind": matrix_kind, "weight_decay": weight_decay}
@@ -369,15 +434,17 @@ def muon(
             "weight_decay": weight_decay,
             "cautious": cautious,
             "decay_by_shape": decay_by_shape,
+            "equalize": equalize,
             "normalize": normalize,
+            "beta2": normalize_beta2,
             "steps": steps,
         }
-    groups = [
-        {"name": "matrices", "params": matrices, "lr": matrix_lr} | rule,
-        {"name": "embeddings", "params": embeddings, "lr": embedding_lr, **adamw_settings},
-        {"name": "head", "params": head, "lr": head_lr, **adamw_settings},
-        {"name": "scalars", "params": scalars, "lr": scalar_lr, **adamw_settings},
-    ]  # fmt: skip
+    groups = [{"name": "matrices", "params": roles.pop("matrices"), "lr": matrix_lr} | rule]
+    rates = {"embedding_lr": embedding_lr, "head_lr": head_lr, "scalar_lr": scalar_lr, "fixed": 1.0}
+    for role, params in roles.items():
+        its = RULES[rules][role]
+        own = {"betas": its.betas or betas, "weight_decay": its.weight_decay, "lr": rates[its.rate] * its.factor}
+        groups.append({"name": role, "params": params} | adamw_settings | own)
     for group in groups:
         group["lr_scale"] = group["lr"]
     return Muon([group for group in groups if group["params"]], newton_schulz)
@@ -385,12 +452,12 @@ def muon(
 
 def groups_table(optimizer: torch.optim.Optimizer) -> str:
     """Which parameters are stepped how: one line per group."""
-    lines = [f"{'group':<12}{'rule':<8}{'tensors':>8}{'numbers':>13}{'lr':>10}{'decay':>8}"]
+    lines = [f"{'group':<18}{'rule':<8}{'tensors':>8}{'numbers':>13}{'lr':>10}{'decay':>8}"]
     for i, group in enumerate(optimizer.param_groups):
         numbers = sum(p.numel() for p in group["params"])
         rule = group.get("kind", type(optimizer).__name__.lower())
         lines.append(
-            f"{group.get('name', i):<12}{rule:<8}{len(group['params']):>8}{numbers:>13,}"
+            f"{group.get('name', i):<18}{rule:<8}{len(group['params']):>8}{numbers:>13,}"
             f"{group['lr']:>10g}{group['weight_decay']:>8g}"
         )
     return "\n".join(lines)

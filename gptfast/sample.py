@@ -48,7 +48,7 @@ class Sample:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits
     compile: bool = False  # compile the decoding step with torch.compile
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens"):

@@ -56,6 +56,13 @@ class Launcher:
     gluon: bool = True  # whether it takes kernels in Gluon
 
 
+def profiler() -> Any:
+    """Proton, Triton's profiler, which is imported no earlier: it hooks itself into every launch."""
+    import triton.profiler
+
+    return triton.profiler
+
+
 _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
 # For shape functions. Without bound on the multiprocessors a symbolic size is never compared with their number.
 skip = Launcher(lambda kernel, grid, *args, **kwargs: None, multiprocessors=1 << 30)
@@ -141,14 +148,29 @@ class triton:  # under the name that kernels know: Triton's own functions take 5
 
 @functools.cache
 def _properties(index: int | None) -> tuple[int, int]:
-    found = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
-    return found.major * 10 + found.minor, found.multi_processor_count
+    device = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    # ROCm numbers its own: an MI250 (gfx90a) calls itself 9.0, and has nothing of Hopper.
+    capability = 0 if torch.version.hip else device.major * 10 + device.minor
+    return capability, device.multi_processor_count
 
 
 def arch(x: Tensor) -> int:
-    """Compute capability times ten of the GPU that kernels on x run on: 80 for A100, 90 for H100, 0 if interpreted."""
+    """Compute capability times ten of the GPU that kernels on x run on: 80 for A100, 90 for H100.
+
+    0 if they are interpreted, and for a GPU that is not NVIDIA's: both take the most conservative tiles.
+    """
     by = _launcher.get()
     return by.arch if by else _properties(x.device.index)[0]
+
+
+# Whose tiles an architecture takes. Those of sm_80 need at most 98,400 bytes of shared memory; GeForce and the smaller
+# cards, sm_86, 89, 120 and 121, have 101,376, and the same matrix instructions. sm_103 is sm_100 but for its rates.
+_TILES_OF = {80: 80, 86: 80, 87: 80, 89: 80, 120: 80, 121: 80, 90: 90, 100: 100, 103: 100}
+
+
+def tile_arch(arch: int) -> int:
+    """Which of 80, 90 and 100 an architecture takes its tiles from; 0, for the most conservative ones, if unknown."""
+    return _TILES_OF.get(arch, 0)
 
 
 def multiprocessors(x: Tensor) -> int:

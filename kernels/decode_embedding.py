@@ -9,6 +9,8 @@ Rows of fp32 parameters are read as they are and rounded once. There is no deriv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -110,14 +112,16 @@ def decode_embedding_triton(
     return _decode_embedding(table, tokens, positions, lengths, dtype)
 
 
-def inputs(B: int, T: int, V: int, C: int, *, P: int = 0, dtype: torch.dtype, device: str = "cpu") -> tuple:
+def inputs(
+    B: int, T: int, V: int, C: int, *, P: int = 0, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict[str, Any]]:
     """table (V, C) normal, random tokens (B, T); with P positions their table (P, C), and lengths up to P."""
     table = torch.randn(V, C, dtype=dtype, device=device)
     tokens = torch.randint(V, (B, T), device=device)
     if not P:
-        return table, tokens
+        return (table, tokens), {}
     lengths = torch.linspace(0, P - 1, B, device=device).to(torch.int32)
-    return table, tokens, torch.randn(P, C, dtype=dtype, device=device), lengths
+    return (table, tokens, torch.randn(P, C, dtype=dtype, device=device), lengths), {}
 
 
 def cost(B: int, T: int, V: int, C: int, *, P: int = 0, itemsize: int) -> tuple[Cost, Cost]:

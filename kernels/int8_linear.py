@@ -22,13 +22,13 @@ One scale per row, symmetric: LLM.int8(), Dettmers et al., arXiv:2208.07339, sec
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import arch, jit, launcher, multiprocessors, skip, tl, triton
+from ._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
 from .op import Cost, Op, require, without_gradient
 from .prims import as_rows, require_kernel_dtype
 
@@ -227,7 +227,7 @@ def by_rows(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> bool:
 
 def tiles(dtype: torch.dtype, arch: int) -> Tiles:
     """What the programs of products in x's dtype take at once on that architecture."""
-    return CONSERVATIVE if dtype == torch.float32 else TILES.get(arch, CONSERVATIVE)
+    return CONSERVATIVE if dtype == torch.float32 else TILES.get(tile_arch(arch), CONSERVATIVE)
 
 
 def rows_at_once(block: Rows, M: int, N: int, K: int, multiprocessors: int) -> tuple[int, int]:
@@ -289,12 +289,14 @@ def int8_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
     return _int8_linear(x, weight, scale, bias)
 
 
-def inputs(M: int, N: int, K: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
+def inputs(
+    M: int, N: int, K: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict[str, Any]]:
     """x (M, K) normal, weight (N, K) even over all steps, scales such that y is of unit size; bias (N,) normal."""
     x = torch.randn(M, K, dtype=dtype, device=device)
     weight = torch.randint(-STEPS, STEPS + 1, (N, K), dtype=torch.int8, device=device)
     scale = (0.5 + torch.rand(N, device=device)) / (74 * K**0.5)  # 74 is the root mean square of such integers
-    return (x, weight, scale, torch.randn(N, dtype=dtype, device=device)) if bias else (x, weight, scale)
+    return (x, weight, scale, torch.randn(N, dtype=dtype, device=device) if bias else None), {}
 
 
 def cost(M: int, N: int, K: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
@@ -308,14 +310,14 @@ INT8_LINEAR = Op(
     triton=int8_linear_triton,
     inputs=inputs,
     parity=(
-        dict(M=1, N=1, K=1), dict(M=3, N=70, K=530), dict(M=1, N=5, K=16, bias=False), dict(M=4, N=33, K=2065),
-        dict(M=0, N=3, K=4), dict(M=8, N=65, K=129), dict(M=9, N=16, K=32, bias=False), dict(M=40, N=530, K=16),
+        dict(M=1, N=1, K=1), dict(M=3, N=70, K=530), dict(M=1, N=5, K=16), dict(M=4, N=33, K=2065),
+        dict(M=0, N=3, K=4), dict(M=8, N=65, K=129), dict(M=9, N=16, K=32), dict(M=40, N=530, K=16),
         dict(M=67, N=131, K=200),
     ),
     domain=dict(
         M=(*range(1, 20), 33, 65), N=(1, 2, 15, 16, 17, 63, 65), K=(1, 7, 8, 15, 16, 17, 32, 100, 513, 2072),
-        bias=(True, False),
     ),
+    options=dict(bias=(True, False)),
     bench=(
         dict(M=1, N=2304, K=768), dict(M=1, N=768, K=3072), dict(M=8, N=3072, K=768), dict(M=1, N=3072, K=768),
         dict(M=1, N=50304, K=768, bias=False), dict(M=8, N=50304, K=768, bias=False), dict(M=1, N=768, K=768),

@@ -361,11 +361,13 @@ def add_layernorm_triton(
     return _add_layernorm(x, residual, weight, bias, eps)
 
 
-def inputs(M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, N) off-centre, weight (N,) about one, bias (N,)."""
+def inputs(
+    M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict[str, Any]]:
+    """x (M, N) off-centre, weight (N,) about one, bias (N,) or None."""
     x = torch.randn(M, N, dtype=dtype, device=device) + 0.5
     weight = torch.randn(N, dtype=dtype, device=device) * 0.5 + 1
-    return x, weight, torch.randn(N, dtype=dtype, device=device) if bias else None
+    return (x, weight, torch.randn(N, dtype=dtype, device=device) if bias else None), {}
 
 
 def cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
@@ -377,10 +379,12 @@ def cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cos
     )
 
 
-def add_inputs(M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x and residual (M, N), weight (N,), bias (N,)."""
-    x, weight, bias_ = inputs(M, N, bias=bias, dtype=dtype, device=device)
-    return x, torch.randn(M, N, dtype=dtype, device=device), weight, bias_
+def add_inputs(
+    M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict[str, Any]]:
+    """x and residual (M, N), weight (N,), bias (N,) or None."""
+    (x, *parameters), keywords = inputs(M, N, bias=bias, dtype=dtype, device=device)
+    return (x, torch.randn(M, N, dtype=dtype, device=device), *parameters), keywords
 
 
 def add_cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
@@ -399,10 +403,11 @@ LAYERNORM = Op(
     triton=layernorm_triton,
     inputs=inputs,
     parity=(
-        dict(M=1, N=1), dict(M=5, N=1), dict(M=1, N=768), dict(M=7, N=129, bias=False), dict(M=3, N=1023),
-        dict(M=0, N=16), dict(M=19, N=64, bias=False), dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
+        dict(M=1, N=1), dict(M=5, N=1), dict(M=1, N=768), dict(M=7, N=129), dict(M=3, N=1023),
+        dict(M=0, N=16), dict(M=19, N=64), dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
     ),
-    domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025), bias=(True, False)),
+    domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025)),
+    options=dict(bias=(True, False)),
     bench=(
         dict(M=65536, N=768), dict(M=32768, N=1024), dict(M=16384, N=1600), dict(M=16384, N=4096), dict(M=8192, N=8192),
         dict(M=1024, N=65536),
@@ -419,7 +424,7 @@ ADD_LAYERNORM = dataclasses.replace(
     triton=add_layernorm_triton,
     inputs=add_inputs,
     parity=(
-        dict(M=1, N=1), dict(M=7, N=129, bias=False), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769),
+        dict(M=1, N=1), dict(M=7, N=129), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769),
         dict(M=3, N=8193), dict(M=150, N=65),
     ),
     cost=add_cost,

@@ -32,13 +32,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._triton import arch, jit, tl, triton
-from .op import Cost, Op, require, without_gradient
+from ._triton import arch, jit, tile_arch, tl, triton
+from .op import Cost, Op, changed, require, without_gradient
 from .prims import require_kernel_dtype
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -55,6 +55,8 @@ POLAR_EXPRESS: Coefficients = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+
+COEFFICIENTS = {"polar express": POLAR_EXPRESS, "quintic": QUINTIC}
 
 LONG = 1.5  # longer side over shorter from which steps share a Gram matrix; below, it saves less than a sixth
 
@@ -252,7 +254,7 @@ CONSERVATIVE = Tile(64, 32, 4, 2)
 
 def tile(x: Tensor) -> Tile:
     """The tile for products of x's dtype on the GPU that it is on."""
-    return CONSERVATIVE if x.dtype == torch.float32 else TILES.get(arch(x), CONSERVATIVE)
+    return CONSERVATIVE if x.dtype == torch.float32 else TILES.get(tile_arch(arch(x)), CONSERVATIVE)
 
 
 def _symmetric(x: Tensor, y: Tensor, *terms: float) -> Tensor:
@@ -302,12 +304,18 @@ def newton_schulz_triton(x: Tensor, steps: int = 5, coefficients: Coefficients =
     return _newton_schulz(x, steps, [number for triple in coefficients for number in triple])
 
 
-def inputs(B: int, M: int, N: int, *, steps: int = 5, dtype: torch.dtype, device: str = "cpu") -> tuple:
+def inputs(
+    B: int, M: int, N: int, *, steps: int = 5, coefficients: str = "polar express", dtype: torch.dtype,
+    device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """x (B, M, N), of independent normal numbers, and steps."""
-    return torch.randn(B, M, N, dtype=dtype, device=device), steps
+    x = torch.randn(B, M, N, dtype=dtype, device=device)
+    return (x, steps), changed(newton_schulz_reference, coefficients=COEFFICIENTS[coefficients])
 
 
-def cost(B: int, M: int, N: int, *, steps: int = 5, itemsize: int) -> tuple[Cost, Cost]:
+def cost(
+    B: int, M: int, N: int, *, steps: int = 5, coefficients: str = "polar express", itemsize: int
+) -> tuple[Cost, Cost]:
     """Symmetric products at half their FLOPs; x read once and written once."""
     K, L = min(M, N), max(M, N)
     # a step's square of A; one more on the same Gram matrix, besides, Q and two products for A
@@ -321,11 +329,12 @@ NEWTON_SCHULZ = Op(
     triton=newton_schulz_triton,
     inputs=inputs,
     parity=(
-        dict(B=1, M=1, N=1), dict(B=2, M=1, N=7), dict(B=1, M=70, N=65, steps=1), dict(B=1, M=200, N=66, steps=4),
-        dict(B=0, M=3, N=4), dict(B=2, M=33, N=1, steps=2), dict(B=1, M=5, N=130, steps=3),
-        dict(B=1, M=129, N=131, steps=1), dict(B=2, M=33, N=66, steps=2),
+        dict(B=1, M=1, N=1), dict(B=2, M=1, N=7), dict(B=1, M=70, N=65), dict(B=1, M=200, N=66),
+        dict(B=0, M=3, N=4), dict(B=2, M=33, N=1), dict(B=1, M=5, N=130), dict(B=1, M=129, N=131),
+        dict(B=2, M=33, N=66),
     ),
-    domain=dict(M=(*range(1, 20), 31, 33, 63, 64, 65), N=(*range(1, 20), 32, 63, 65, 67), B=range(3), steps=(1,)),
+    domain=dict(M=(*range(1, 20), 31, 33, 63, 64, 65), N=(*range(1, 20), 32, 63, 65, 67), B=range(3)),
+    options=dict(steps=(5, 4, 3, 2, 1), coefficients=tuple(COEFFICIENTS)),
     bench=(
         dict(B=12, M=768, N=3072), dict(B=48, M=768, N=768), dict(B=12, M=3072, N=768), dict(B=48, M=1600, N=6400),
         dict(B=192, M=1600, N=1600), dict(B=48, M=6400, N=1600), dict(B=24, M=1024, N=4096), dict(B=36, M=5120, N=1280),

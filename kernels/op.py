@@ -28,11 +28,16 @@ class Op:
     name: str  # 'layernorm': the file, the function, the test id, the plot label
     reference: Callable[..., Any]  # the definition, in plain torch
     triton: Callable[..., Any] | None  # same signature, same meaning; None while an op has no kernel
-    inputs: Callable[..., tuple]  # (**dims, dtype, device) -> arguments in order; floating tensors are differentiated
+    # (**dims, **options, dtype, device) -> arguments in order, and keyword arguments that differ from their defaults;
+    # floating tensors among the former are differentiated
+    inputs: Callable[..., tuple[tuple, dict[str, Any]]]
     parity: tuple[Mapping[str, Any], ...]  # small awkward dims, the last of them middling
     domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
-    cost: Callable[..., tuple[Cost, Cost]]  # (**dims, itemsize) -> forward, backward
+    cost: Callable[..., tuple[Cost, Cost]]  # (**dims, **options, itemsize) -> forward, backward
+    # What `inputs` and `cost` take besides sizes, and the values that are tried together (proof/options.py), the
+    # default first. Every combination has a meaning.
+    options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     cpu: Callable[..., Any] | None = None  # a faster path for CPUs, same signature; tested against the reference
     variants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # other kernels of ours, asked for by name
     summary: str = ""  # the formula in one line, for the table of ops
@@ -228,6 +233,14 @@ def allow_interpretation() -> None:
     """Register CPU implementations, interpreted, for the custom ops of every page loaded so far."""
     while _interpretable:
         _interpretable.pop()()
+
+
+def changed(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """Those of the keywords whose values are not the defaults of the function's parameters."""
+    defaults = signature(function).parameters
+    return {
+        name: value for name, value in keywords.items() if isinstance(value, Tensor) or value != defaults[name].default
+    }
 
 
 def require(condition: bool, message: str) -> None:

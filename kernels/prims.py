@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl, triton
+from ._triton import jit, tile_arch, tl, triton
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _loop_tile(tile: LoopTile, N: int, itemsize: int, arch: int) -> LoopTile:
     block_n = triton.next_power_of_2(N)
     block_m = min(32, tile.block_m * tile.block_n // block_n)  # of short rows as many more
     num_warps = max(1, min(tile.num_warps, block_m * block_n // 256))
-    crowded = itemsize > 2 and arch < 90  # three operands in three stages take 192 KiB in 32 bits, an A100 has 163
+    crowded = itemsize > 2 and tile_arch(arch) < 90  # three operands in three stages take 192 KiB in 32 bits
     return LoopTile(block_m, block_n, num_warps, tile.num_stages - crowded, tile.per_multiprocessor)
 
 

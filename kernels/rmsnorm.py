@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import arch, jit, multiprocessors, tl
+from ._triton import arch, jit, multiprocessors, tile_arch, tl
 from .op import Cost, Op, differentiable
 from .prims import (
     NORM_BACKWARD,
@@ -253,7 +253,7 @@ def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: f
     if M:
         rows, stride = rows_of(x, N)
         other, other_stride = (rows, stride) if residual is None else rows_of(residual, N)
-        tile = TILES["forward"][90 if arch(x) >= 90 else 80].choose(N)
+        tile = TILES["forward"][90 if tile_arch(arch(x)) >= 90 else 80].choose(N)
         pointers = rows, other, rows if weight is None else weight.contiguous(), y, h, rstd
         flags = dict(ADD=add, HAS_WEIGHT=weight is not None, BLOCK_N=tile.block_n, num_warps=tile.num_warps)
         if tile.long:
@@ -339,10 +339,12 @@ def add_rmsnorm_triton(
     return _add_rmsnorm(x, residual, weight, eps)
 
 
-def inputs(M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, N), weight (N,) about one."""
+def inputs(
+    M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict[str, Any]]:
+    """x (M, N), weight (N,) about one or None."""
     x = torch.randn(M, N, dtype=dtype, device=device)
-    return x, torch.randn(N, dtype=dtype, device=device) * 0.5 + 1 if weight else None
+    return (x, torch.randn(N, dtype=dtype, device=device) * 0.5 + 1 if weight else None), {}
 
 
 def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
@@ -354,10 +356,12 @@ def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, C
     )
 
 
-def add_inputs(M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x and residual (M, N), weight (N,)."""
-    x, scale = inputs(M, N, weight=weight, dtype=dtype, device=device)
-    return x, torch.randn(M, N, dtype=dtype, device=device), scale
+def add_inputs(
+    M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict[str, Any]]:
+    """x and residual (M, N), weight (N,) or None."""
+    (x, parameter), keywords = inputs(M, N, weight=weight, dtype=dtype, device=device)
+    return (x, torch.randn(M, N, dtype=dtype, device=device), parameter), keywords
 
 
 def add_cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
@@ -376,10 +380,11 @@ RMSNORM = Op(
     triton=rmsnorm_triton,
     inputs=inputs,
     parity=(
-        dict(M=1, N=1), dict(M=1, N=768), dict(M=7, N=129, weight=False), dict(M=3, N=1023), dict(M=0, N=16),
-        dict(M=2, N=32769), dict(M=3, N=8193), dict(M=2, N=8193, weight=False), dict(M=150, N=65),
+        dict(M=1, N=1), dict(M=1, N=768), dict(M=7, N=129), dict(M=3, N=1023), dict(M=0, N=16),
+        dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
     ),
-    domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025), weight=(True, False)),
+    domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025)),
+    options=dict(weight=(True, False)),
     bench=(
         dict(M=65536, N=768), dict(M=32768, N=1024), dict(M=16384, N=1600), dict(M=16384, N=4096),
         dict(M=8192, N=8192, weight=False), dict(M=1024, N=65536),
@@ -396,7 +401,7 @@ ADD_RMSNORM = dataclasses.replace(
     triton=add_rmsnorm_triton,
     inputs=add_inputs,
     parity=(
-        dict(M=1, N=1), dict(M=7, N=129, weight=False), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769),
+        dict(M=1, N=1), dict(M=7, N=129), dict(M=0, N=16), dict(M=3, N=1023), dict(M=2, N=32769),
         dict(M=3, N=8193), dict(M=150, N=65),
     ),
     cost=add_cost,

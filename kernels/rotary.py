@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
-from .op import Cost, Op, differentiable
+from .op import Cost, Op, changed, differentiable
 from .prims import require_kernel_dtype
 
 
@@ -375,18 +375,27 @@ def rotary_triton(
     return _rotary(q, k, cos, sin, qk_norm, eps, scale, interleaved, learned)
 
 
-def inputs(B: int, T: int, H: int, G: int, D: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
+def inputs(
+    B: int, T: int, H: int, G: int, D: int, *, qk_norm: bool = False, interleaved: bool = False, scale: float = 1.0,
+    dtype: torch.dtype, device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """q (B, T, H, D), k (B, T, G, D), and cos and sin (T, D/2) of the angles position * 10000^(-2i / D)."""
     q, k = (torch.randn(B, T, heads, D, dtype=dtype, device=device) for heads in (H, G))
     angle = torch.outer(torch.arange(T, device=device), 10000.0 ** (torch.arange(0, D, 2, device=device) / -D))
-    return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
+    keywords = changed(rotary_reference, qk_norm=qk_norm, interleaved=interleaved, scale=scale)
+    return (q, k, angle.cos().to(dtype), angle.sin().to(dtype)), keywords
 
 
-def cost(B: int, T: int, H: int, G: int, D: int, *, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic without the norm: q and k in and out, the gradients in and out, cos and sin once."""
+def cost(
+    B: int, T: int, H: int, G: int, D: int, *, qk_norm: bool = False, interleaved: bool = False, scale: float = 1.0,
+    itemsize: int,
+) -> tuple[Cost, Cost]:  # fmt: skip
+    """Compulsory traffic: q and k in and out; backward their gradients, q and k again if normalized; cos, sin once."""
     elements = B * T * (H + G) * D
-    direction = Cost(3 * elements, (2 * elements + T * D) * itemsize)
-    return direction, direction
+    return (
+        Cost((6 if qk_norm else 3) * elements, (2 * elements + T * D) * itemsize),
+        Cost((9 if qk_norm else 3) * elements, ((3 if qk_norm else 2) * elements + T * D) * itemsize),
+    )
 
 
 ROTARY = Op(
@@ -400,6 +409,7 @@ ROTARY = Op(
         dict(B=2, T=7, H=6, G=3, D=80),
     ),
     domain=dict(B=range(1, 3), T=range(1, 20), H=(2, 4), G=(1, 2), D=range(2, 130, 2)),
+    options=dict(qk_norm=(False, True), interleaved=(False, True), scale=(1.0, 1.7)),
     bench=(
         dict(B=16, T=1024, H=12, G=12, D=64), dict(B=16, T=1024, H=6, G=6, D=128), dict(B=8, T=2048, H=16, G=16, D=96),
         dict(B=4, T=4096, H=32, G=8, D=128), dict(B=4, T=4096, H=8, G=4, D=256),

@@ -1,6 +1,8 @@
 """What a kernel is judged by: the error rule, and the ways in which a tensor can lie awkwardly in memory."""
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ def leaves(arguments: Sequence[Any]) -> list[Tensor]:
     return [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
 
 
+def is_number(argument: Any) -> bool:
+    """Whether an argument is a tensor of numbers that arithmetic is done in; of 8 bits they are a cache's."""
+    return isinstance(argument, Tensor) and argument.dtype in (*DTYPES, torch.float64)
+
+
 def differentiated(arguments: Sequence[Any]) -> tuple:
     """The same arguments, floating tensors requiring gradients; layouts are kept."""
-    return tuple(
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
-    )
+    return tuple(a.detach().requires_grad_() if is_number(a) else a for a in arguments)
 
 
 def run(
@@ -50,11 +55,19 @@ def run(
 
 def doubled(arguments: Sequence[Any]) -> tuple:
     """The same arguments in fp64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+    return tuple(a.double() if is_number(a) else a for a in arguments)
 
 
-def check_parity(op: Op, function: Callable[..., Any], arguments: Sequence[Any], what: str = "") -> None:
-    """err(kernel) <= 2 * err(reference at the same dtype) + eps(dtype), for every output and every gradient."""
+def check_parity(
+    op: Op, function: Callable[..., Any], arguments: Sequence[Any], what: str = "", **keywords: Any
+) -> None:
+    """err(kernel) <= 2 * err(reference at the same dtype) + eps(dtype), for every output and every gradient.
+
+    Both are called with the arguments and the keywords; gradients are those of floating arguments.
+    """
+    if keywords:
+        op = replace(op, reference=functools.partial(op.reference, **keywords))
+        function = functools.partial(function, **keywords)
     found = run(function, arguments)
     same = run(op.reference, arguments)
     truth = run(op.reference, doubled(arguments))
@@ -86,8 +99,7 @@ def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 32) -> list[tupl
         generator = torch.Generator().manual_seed(seed)
 
         def jitter(a: Any, g: torch.Generator = generator) -> Any:
-            is_float = isinstance(a, Tensor) and a.is_floating_point()
-            return a * (1 + 0.01 * torch.randn(a.shape, generator=g)).to(a) if is_float else a
+            return a * (1 + 0.01 * torch.randn(a.shape, generator=g)).to(a) if is_number(a) else a
 
         near = [jitter(a) for a in arguments]
         shapes = op.reference(*near)

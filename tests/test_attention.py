@@ -1,4 +1,4 @@
-"""Attention: its features, alone and in pairs, beside the generic tests of test_parity.py."""
+"""Attention: sizes, edges, dropout and layouts, beside the generic tests of test_parity.py."""
 
 import itertools
 import re
@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels._triton import Launcher, launcher, launching, skip
-from kernels.attention import attention_triton, backward, forward, reference
+from kernels.attention import attention_triton, backward, cpu, forward, reference
+from kernels.attention.cpu import attention_cpu
 from kernels.attention.reference import attention_reference
 from kernels.proof import aot
 from kernels.proof.interpret import interpreting
@@ -76,94 +77,33 @@ def by_definition(q, k, v, *, causal, window, scale, softcap, cu_seqlens) -> Ten
 @pytest.mark.parametrize("softcap, scale", [(None, None), (1.5, 0.7)])
 @pytest.mark.parametrize("window", [None, 0, 2, 50])
 @pytest.mark.parametrize("causal", [True, False])
-def test_reference_is_the_definition(T, S, documents, softcap, scale, window, causal, monkeypatch):
-    monkeypatch.setattr(reference, "FEWEST_AT_ONCE", 3)  # so that a window is walked in several chunks
+def test_reference_and_cpu_path_are_the_definition(T, S, documents, softcap, scale, window, causal, monkeypatch):
+    monkeypatch.setattr(cpu, "FEWEST_AT_ONCE", 3)  # so that a window is walked in several chunks
     q, k, v = qkv(T, S, B=2, H=4, dtype=torch.float64)
     features = dict(causal=causal, window=window, scale=scale, softcap=softcap)
     features["cu_seqlens"] = None if documents is None else torch.tensor(documents)
-    torch.testing.assert_close(attention_reference(q, k, v, **features), by_definition(q, k, v, **features))
+    expected = by_definition(q, k, v, **features)
+    torch.testing.assert_close(attention_reference(q, k, v, **features), expected)
+    torch.testing.assert_close(attention_cpu(q, k, v, **features), expected)
 
 
 @pytest.mark.parametrize(
     "features", [dict(), dict(window=2, softcap=2.0), dict(causal=False, dropout=0.4, seed=3)], ids=str
 )
-def test_gradients_of_the_reference(features):
+@pytest.mark.parametrize("function", [attention_reference, attention_cpu])
+def test_gradients_are_those_of_finite_differences(function, features):
     arguments = tuple(x.requires_grad_() for x in qkv(4, 6, H=2, G=1, D=3, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, return_lse=True, **features), arguments)
+    assert torch.autograd.gradcheck(lambda *x: function(*x, return_lse=True, **features), arguments)
 
 
-def test_reference_long_enough_for_the_fused_operator_is_the_same(monkeypatch):
-    q, k, v = qkv(9, 9, H=4)
-    written_out = results(attention_reference, q, k, v)
-    monkeypatch.setattr(reference, "LONGEST_WRITTEN_OUT", 8)
-    torch.testing.assert_close(results(attention_reference, q, k, v), written_out)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("longest", [8, 9], ids=["fused", "written out"])
+def test_cpu_path_obeys_the_error_rule(longest, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "LONGEST_WRITTEN_OUT", longest)
+    check(*qkv(9, 9, H=4, dtype=dtype), attention_cpu)
 
 
-# ---- the kernels against the reference: every feature alone and with every other
-
-FEATURES: dict[str, tuple] = {
-    "dtype": DTYPES,
-    "causal": (True, False),
-    "window": (None, 5, 1000),
-    "softcap": (None, 1.5),
-    "scale": (None, 0.4),
-    "dropout": (0.0, 0.3),
-    "group": (1, 2),
-    "shape": ((37, 37), (7, 41), (41, 34), "documents"),
-    "D": (16, 24),
-    "return_lse": (False, True),
-    "fused": (False, True),
-}
-
-
-def pairwise(factors: dict[str, tuple]) -> list[dict]:
-    """Cases in which any two values of any two factors meet at least once; greedy, and always the same."""
-    names = list(factors)
-    wanted = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(names, 2)
-        for i, j in itertools.product(range(len(factors[a])), range(len(factors[b])))
-    }
-
-    def news(case: dict[str, int], name: str, i: int) -> int:
-        """How many pairs not yet met a value would add to the case."""
-        found = [((name, i), other) for other in case.items()]
-        return sum(pair in wanted or pair[::-1] in wanted for pair in found)
-
-    cases = []
-    while wanted:
-        case = dict(min(wanted))
-        for name in names:
-            if name not in case:
-                case[name] = max(range(len(factors[name])), key=lambda i: news(case, name, i))
-        wanted -= {((a, case[a]), (b, case[b])) for a, b in itertools.combinations(names, 2)}
-        cases.append({name: factors[name][case[name]] for name in names})
-    return cases
-
-
-PAIRS = pairwise(FEATURES)
-
-
-def test_the_table_of_pairs_is_complete():
-    for a, b in itertools.combinations(FEATURES, 2):
-        assert {(c[a], c[b]) for c in PAIRS} == set(itertools.product(FEATURES[a], FEATURES[b]))
-    assert len(PAIRS) < 25
-
-
-@pytest.mark.parametrize("case", PAIRS, ids=lambda c: " ".join(str(v).removeprefix("torch.") for v in c.values()))
-def test_every_pair_of_features(case):
-    case = dict(case)
-    dtype, group, shape, D, fused = (case.pop(name) for name in ("dtype", "group", "shape", "D", "fused"))
-    documents = None
-    if shape == "documents":
-        shape, documents = (37, 37), torch.tensor([0, 0, 3, 4, 33, 37], dtype=torch.int32)
-    (T, S), H = shape, 2
-    q, k, v = qkv(T, S, H=H, G=H // group, D=D, dtype=dtype)
-    if fused:
-        G, length = H // group, max(T, S)
-        whole = torch.randn(1, length, H + 2 * G, D, dtype=dtype)
-        q, k, v = whole[:, :T, :H], whole[:, :S, H : H + G], whole[:, :S, H + G :]
-    check(q, k, v, cu_seqlens=documents, seed=11 if case["dropout"] else None, **case)
+# ---- the kernels against the reference
 
 
 @pytest.mark.parametrize("T, S", [(1, 2), (1, 300), (2, 3), (13, 131), (31, 33), (127, 97), (173, 173), (299, 7)])
@@ -339,7 +279,7 @@ def test_dropout_keeps_its_share_and_its_mean():
     """Within three standard deviations, over positions and over seeds; no two heads, rows or seeds alike."""
     H, T, S, rate = 4, 64, 64, 0.3
     kept = torch.stack(
-        [reference._kept(s, rate, H, range(T), range(S), torch.device("cpu")) for s in range(20)]
+        [reference.undropped(s, rate, H, range(T), range(S), torch.device("cpu")) for s in range(20)]
     ).double()
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(kept.mean() - (1 - rate)) < 3 * sigma / kept.numel() ** 0.5
@@ -359,7 +299,7 @@ def test_philox_gives_its_published_numbers(monkeypatch):
     """The known answers of Random123 for philox4x32 in 7 rounds: counter and key 0 give 5f6fb709."""
     for bits, expected in ((0x5F6FB709, True), (0x5F6FB709 + 2, False)):
         monkeypatch.setattr(reference, "dropout_threshold", lambda _, bits=bits: bits >> 1)
-        assert reference._kept(0, 0.5, 1, range(1), range(1), torch.device("cpu")).item() is expected
+        assert reference.undropped(0, 0.5, 1, range(1), range(1), torch.device("cpu")).item() is expected
 
 
 def test_dropout_without_a_seed_follows_torch():
@@ -398,12 +338,12 @@ def test_the_kernel_path_has_no_tensor_of_queries_by_keys(features):
     assert T * H * D <= allocations.largest <= 2 * T * H * D < T * T
 
 
-def test_a_windowed_reference_has_no_tensor_of_queries_by_keys():
+def test_a_window_on_a_cpu_has_no_tensor_of_queries_by_keys():
     T, window = 2048, 16
     q, k, v = qkv(T, T, H=1, G=1)
     with Allocations() as allocations:
-        results(attention_reference, q, k, v, window=window)
-    assert allocations.largest <= T * 2 * (window + reference.FEWEST_AT_ONCE) < T * T
+        results(attention_cpu, q, k, v, window=window)
+    assert allocations.largest <= T * 2 * (window + cpu.FEWEST_AT_ONCE) < T * T
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -12,6 +12,7 @@ from torch import nn
 
 import kernels
 from bench import model as bench_model
+from bench import peers
 from bench.model import Maker, Plan, Variant, fit, is_gpt2, ladder, main, makers, padded, peak_for, run_group, used_ops
 from bench.results import read
 from gptfast import mfu
@@ -159,7 +160,8 @@ def test_the_ladder_adds_the_kernels_that_the_model_calls_one_by_one():
     with_kernel = [name for name in names if kernels.OPS[name].triton is not None]
     assert [maker.rung for maker in rungs] == list(range(len(with_kernel) + 1))
     assert [maker.label for maker in rungs] == ["reference", *(f"+{name}" for name in with_kernel[:-1]), "triton"]
-    assert asked == [("reference", dict.fromkeys(with_kernel[:i], "triton")) for i in range(len(with_kernel) + 1)]
+    chosen = [peers.IN_TORCH | dict.fromkeys(with_kernel[:i], "triton") for i in range(len(with_kernel) + 1)]
+    assert asked == [("reference", on) for on in chosen]
 
 
 def test_what_a_gpu_is_asked_to_train(monkeypatch):

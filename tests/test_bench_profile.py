@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 import torch
 
 import bench
+import kernels
 from bench import costs, profile, trace
 from bench.peaks import Ceilings
 from bench.results import read
+from bench.saved import saved_bytes
+from gptfast import checkpoint
 from gptfast.config import PRESETS
+from gptfast.errors import UserError
 from gptfast.mfu import flops_per_token
 
 # kernels of a measured step of GPT-2 124M, ours and torch.compile's, and the parts they are of
@@ -181,3 +186,27 @@ def test_the_command_profiles_a_model_and_sets_two_beside_each_other(tmp_path, c
     assert profile.main(["--diff", f"{tmp_path}:reference", f"{tmp_path}:eager"]) == 0
     said = capsys.readouterr().out
     assert "GEMMs" in said and "wall clock" in said
+
+
+@pytest.mark.parametrize("how", ["interpret", "cpu"])
+def test_what_is_kept_for_the_backward_pass_has_its_part(how):
+    """Two layers of a GPT-2, counted by hand where the kernels keep it."""
+    config = dataclasses.replace(PRESETS["gpt2"], n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    tokens = torch.randint(64, (3, 16))
+    kept = saved_bytes(config, kernels.load(how), torch.float32, tokens, tokens)
+    rows = 3 * 16 * 4  # of one number each, in bytes
+    if how == "interpret":
+        statistics = 2 * 2 * (2 * 2 + 1) * rows // 2
+        assert kept["attention"] == 2 * (3 * 32 + 32 + 2) * rows  # the fused projection, the output, a number a head
+        assert kept["MLP activation"] == 2 * 4 * 32 * rows
+        assert statistics <= kept["norms"] <= statistics + (2 * 2 + 1) * 32 * rows
+    assert kept["attention"] > 0 and kept["norms"] > 0 and kept["GEMMs"] >= 2 * 2 * 32 * rows
+    assert kept["rotary"] == 0
+
+
+def test_a_checkpoint_is_profiled_like_a_preset(tmp_path):
+    config = dataclasses.replace(PRESETS["char-cpu"], n_layer=1)
+    checkpoint.save(tmp_path / "run", step=0, model={}, optimizer={}, meta={"model": dataclasses.asdict(config)})
+    assert profile.config_of(str(tmp_path / "run")) == config
+    with pytest.raises(UserError, match="no preset and no folder with a checkpoint"):
+        profile.config_of("gpt3")

@@ -49,6 +49,18 @@ def test_every_figure_stands_in_its_column(folders: list[Path], tmp_path: Path) 
     assert lines[-1] == "| ChatCORE | - | - | 0.2500 ± 0.0100 | - |"
 
 
+def test_core_is_one_line_and_its_tasks_are_none(folders: list[Path]) -> None:
+    known = facts("cpu")
+    with Log(folders[0], name="tasks.jsonl", console=False) as log:
+        log.row("summary", name="m", task="core:boolq", accuracy=0.7, accuracy_error=0.01, **known)
+        log.row("summary", name="m", core=0.2565, core_error=0.0042, tasks=22, **known)
+    with Log(folders[0], name="evaluation.jsonl", console=False) as log:
+        log.row("summary", name="m", loss=4.2, bits_per_byte=1.25, **known)
+    page = card.summary(card.read(folders))
+    assert "| CORE | 0.2565 ± 0.0042 | - | - | - |" in page and "boolq" not in page
+    assert "| validation loss | 4.2500 |" in page and "| bits per byte | 1.2500 |" in page
+
+
 def test_the_page_has_every_section(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*map(str, folders), "--card", f"--out_dir={tmp_path / 'card'}", "--dollars_per_hour=3600"]
     assert cli.run(report_command.main, arguments) == 0

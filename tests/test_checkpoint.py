@@ -464,7 +464,7 @@ def test_everything_is_on_the_disk_before_the_rename_and_the_rename_after(
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "rename", recorded_rename)
     names = sorted(path.name for path in save_step(tmp_path, 1).iterdir() if path.name != "manifest.json")
-    assert events == [*names, "manifest.json", ".tmp-ckpt-000001", "renamed", tmp_path.name]
+    assert events == [*names, "manifest.json", f".tmp-{os.getpid()}-ckpt-000001", "renamed", tmp_path.name]
 
 
 def test_a_failed_save_leaves_no_debris_and_names_path_bytes_and_fix(

@@ -1,69 +1,24 @@
 """What the generic parity tests cannot say of cross_entropy: its options, torch's semantics, overwriting, targets."""
 
-import functools
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mutants import mutated
-from oracle import DTYPES, check_parity, relative_error
+from oracle import DTYPES, relative_error
 
 import kernels
 from kernels import cross_entropy as page
 from kernels.cross_entropy import rows
 from kernels.cross_entropy.rows import Criterion, cross_entropy_rows
 from kernels.proof.interpret import OutOfBounds, Race, interpreting
+from kernels.proof.options import option_sets
 
 OP = kernels.OPS["cross_entropy"]
 kernel = kernels.load("reference", cross_entropy="interpret").cross_entropy
 reference = OP.reference
 each = pytest.mark.parametrize("function", [reference, kernel], ids=["reference", "kernel"])
 
-OPTIONS = {
-    "smoothing": dict(label_smoothing=0.1),
-    "z_loss": dict(z_loss=1e-2),
-    "softcap": dict(softcap=15.0),
-    "sum": dict(reduction="sum"),
-    "none": dict(reduction="none", softcap=5.0),
-    "all": dict(label_smoothing=0.2, z_loss=1e-3, softcap=30.0, reduction="none"),
-    "ignored 0": dict(ignore_index=0, reduction="sum"),
-}
 NAN = float("nan")
-
-
-def check_options(options, arguments, what=""):
-    """The parity rule for the op with some of its options fixed."""
-    op = replace(OP, reference=functools.partial(reference, **options))
-    check_parity(op, functools.partial(kernel, **options), arguments, f"{options} {what}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(options, dtype):
-    """On rows that share a program, and on rows longer than a block."""
-    for dims in (dict(M=9, V=65), dict(M=2, V=8193 + 16)):
-        logits, targets = OP.inputs(**dims, dtype=dtype)
-        check_options(options, (logits, targets.clamp_min(-100 if "ignore_index" not in options else 0)))
-
-
-def test_options_fuzz(fuzz_examples):
-    @settings(max_examples=fuzz_examples // 5)
-    @given(
-        st.integers(1, 8), st.integers(1, 90), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([0.0, 1e-4, 0.1]),
-        st.sampled_from([None, 0.5, 15.0]), st.sampled_from(["none", "mean", "sum"]), st.integers(0, 3),
-        st.sampled_from(DTYPES), st.sampled_from([torch.int32, torch.int64]), st.integers(0, 2**31),
-    )  # fmt: skip
-    def fuzz(M, V, label_smoothing, z_loss, softcap, reduction, padding, dtype, index, seed):
-        torch.manual_seed(seed)
-        logits, targets = OP.inputs(M=M, V=V + padding, dtype=dtype)
-        targets = torch.where(targets < 0, targets, targets % V).to(index)
-        options = dict(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction)
-        check_options(options | dict(vocab_size=V), (logits, targets), f"M {M} {dtype} {index} seed {seed}")
-
-    fuzz()
 
 
 @each
@@ -71,7 +26,7 @@ def test_options_fuzz(fuzz_examples):
 @pytest.mark.parametrize("ignored", ["some", "all"])
 def test_agrees_with_torch(function, reduction, ignored):
     """Value and gradient, NaN included where torch says NaN: a mean over no rows."""
-    logits, targets = OP.inputs(M=9, V=33, dtype=torch.float32)
+    logits, targets = OP.inputs(M=9, V=33, dtype=torch.float32)[0]
     if ignored == "all":
         targets.fill_(-100)
     options = dict(label_smoothing=0.1, reduction=reduction)
@@ -90,7 +45,7 @@ def test_agrees_with_torch(function, reduction, ignored):
 @pytest.mark.parametrize("whole", [False, True], ids=["a part of a row", "a whole row"])
 def test_infinities_and_nan_spread_as_in_torch(V, value, whole):
     """A row may begin with -inf over more than a block: masked words."""
-    logits, _ = OP.inputs(M=3, V=V, dtype=torch.float32)
+    logits, _ = OP.inputs(M=3, V=V, dtype=torch.float32)[0]
     logits[1, : V if whole else V - 20] = value
     targets = torch.full((3,), V - 3)
     found, wanted = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -104,7 +59,7 @@ def test_infinities_and_nan_spread_as_in_torch(V, value, whole):
 @each
 @pytest.mark.parametrize("V, N", [(50, 64), (8190, 8208)])
 def test_padded_columns_count_for_nothing(function, V, N):
-    logits, targets = OP.inputs(M=4, V=N, dtype=torch.float32)
+    logits, targets = OP.inputs(M=4, V=N, dtype=torch.float32)[0]
     targets %= V
     logits[:, V:] = NAN
     options = dict(label_smoothing=0.1, z_loss=1e-3)
@@ -132,21 +87,20 @@ def overwritten(logits, targets, cotangent=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M, V", [(9, 65), (2, 8209)])
 def test_inplace_gives_the_same_in_the_memory_of_the_logits(M, V, dtype):
-    logits, targets = OP.inputs(M=M, V=V, dtype=dtype)
-    for options in OPTIONS.values():
+    for options in option_sets(OP):
+        (logits, targets), keywords = OP.inputs(M=M, V=V, **options, dtype=dtype)
         leaf = logits.clone().requires_grad_()
-        targets = targets.clamp_min(0) if "ignore_index" in options else targets
-        loss = kernel(leaf, targets, **options)
+        loss = kernel(leaf, targets, **keywords)
         cotangent = torch.randn_like(loss)
         (gradient,) = torch.autograd.grad(loss, leaf, cotangent)
-        found_loss, found, same_memory = overwritten(logits, targets, cotangent, **options)
+        found_loss, found, same_memory = overwritten(logits, targets, cotangent, **keywords)
         assert same_memory
         assert torch.equal(loss, found_loss)
         torch.testing.assert_close(found, gradient, rtol=3 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_a_plain_call_leaves_the_logits_alone():
-    logits, targets = OP.inputs(M=9, V=65, dtype=torch.float32)
+    logits, targets = OP.inputs(M=9, V=65, dtype=torch.float32)[0]
     before = logits.clone()
     kernel(logits.requires_grad_(), targets).backward()
     kernel(logits.detach(), targets, inplace=True)  # no gradient is wanted, so none is written
@@ -154,7 +108,7 @@ def test_a_plain_call_leaves_the_logits_alone():
 
 
 def test_inplace_refuses_what_it_would_ruin():
-    logits, targets = OP.inputs(M=4, V=16, dtype=torch.float32)
+    logits, targets = OP.inputs(M=4, V=16, dtype=torch.float32)[0]
     with pytest.raises(ValueError, match="leaf"):
         kernel(logits.requires_grad_(), targets, inplace=True)
     with pytest.raises(ValueError, match="strides"):
@@ -183,7 +137,7 @@ def test_inplace_refuses_what_it_would_ruin():
 @each
 @pytest.mark.parametrize("target", [7, -1, -101, 2**31 - 1])
 def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu(function, target):
-    logits, targets = OP.inputs(M=5, V=9, dtype=torch.float32)
+    logits, targets = OP.inputs(M=5, V=9, dtype=torch.float32)[0]
     targets %= 7
     targets[3] = target
     with pytest.raises(ValueError, match=rf"targets: {target} is outside 0 to 6"):
@@ -194,7 +148,7 @@ def test_a_target_outside_the_vocabulary_is_refused_on_the_cpu(function, target)
 @pytest.mark.parametrize("target", [-1, -101, 2**31 - 1, 2**40, "V"])
 def test_on_a_gpu_it_makes_the_loss_nan(V, target):
     """The kernel itself, which cannot raise: the row is poisoned, its neighbours are not, nothing outside is read."""
-    logits, targets = OP.inputs(M=3, V=V, dtype=torch.float32)
+    logits, targets = OP.inputs(M=3, V=V, dtype=torch.float32)[0]
     targets[1] = V if target == "V" else target
     with interpreting():
         loss, *_ = cross_entropy_rows(logits, targets, Criterion(-100, 0.0, 0.0, None, V), torch.ones(3))
@@ -235,7 +189,7 @@ def test_offsets_beyond_2_to_the_31(tmp_path):
     size = 2 * pitch + V
     flat = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
     far = flat.as_strided((3, V), (pitch, 1))
-    near, targets = OP.inputs(M=3, V=V, dtype=torch.bfloat16)
+    near, targets = OP.inputs(M=3, V=V, dtype=torch.bfloat16)[0]
     far.copy_(near)
     criterion = Criterion(-100, 0.0, 0.0, None, V)
     with interpreting():

@@ -36,7 +36,7 @@ def interpreted(*arguments: Any, multiprocessors: int = WHOLE, arch: int = 0, **
 
 def cached(lengths: list[int], S: int, T: int = 1, *, dtype: torch.dtype = torch.float32, **dims: Any) -> tuple:
     """Arguments with these lengths; what lies beyond them is NaN."""
-    q, k, v, _ = inputs(B=len(lengths), T=T, S=S, **{**SMALL, **dims}, dtype=dtype)
+    q, k, v, _ = inputs(B=len(lengths), T=T, S=S, **{**SMALL, **dims}, dtype=dtype)[0]
     for b, length in enumerate(lengths):
         k[b, length:], v[b, length:] = torch.nan, torch.nan
     return q, k, v, torch.tensor(lengths, dtype=torch.int32)
@@ -163,7 +163,7 @@ def test_views_of_a_longer_cache_are_read_in_place():
 
 
 def test_a_cache_of_more_elements_than_32_bits_count():
-    q, k, v, lengths = inputs(B=3, T=1, S=20, H=1, G=1, D=16, cache="int8", dtype=torch.float32)[:4]
+    q, k, v, lengths = inputs(B=3, T=1, S=20, H=1, G=1, D=16, cache="int8", dtype=torch.float32)[0][:4]
     scales = torch.ones(2, 3, 20, 1)
     far = torch.empty(2**31 + 4096, dtype=torch.int8).as_strided(k.shape, (2**30, 16, 16, 1))
     far.copy_(k)
@@ -192,7 +192,7 @@ def test_launches_depend_on_shapes_alone():
 def test_splits_fill_the_gpu_and_no_more(B, G, S, T, splits):
     """On 132 multiprocessors: as many as there are tiles of keys, up to four programs each; one where heads suffice."""
     seen: list[tuple] = []
-    q, k, v, lengths = inputs(B=B, T=T, S=S, H=G, G=G, D=64, dtype=torch.bfloat16, device="meta")
+    q, k, v, lengths = inputs(B=B, T=T, S=S, H=G, G=G, D=64, dtype=torch.bfloat16, device="meta")[0]
     with launching(Launcher(lambda kernel, grid, *args, **kwargs: seen.append((kernel.__name__, grid)), 90, 132)):
         decode_attention_triton(q, k, v, lengths)
     combine = [("decode_attention_fwd_kernel_combine", (B * T * G,))] if splits > 1 else []
@@ -242,7 +242,7 @@ def test_paged_equals_contiguous_bit_for_bit(page_size, multiprocessors):
 @pytest.mark.parametrize("cache, allowed", [("int8", 0.01), ("fp8", 0.04)])
 def test_error_of_a_quantized_cache(cache, allowed):
     """Against the unquantized cache in fp64: 0.6 % in int8, 2.6 % in fp8, for normal keys and values."""
-    q, k, v, lengths = inputs(B=1, T=1, S=256, H=4, G=1, D=64, dtype=torch.float64)
+    q, k, v, lengths = inputs(B=1, T=1, S=256, H=4, G=1, D=64, dtype=torch.float64)[0]
     truth = decode_attention_reference(q, k, v, lengths)
     (k8, k_scale), (v8, v_scale) = (quantize_kv(x, page.QUANTIZED[cache]) for x in (k, v))
     quantized = k8, v8, lengths, None, k_scale, v_scale
@@ -253,7 +253,7 @@ def test_error_of_a_quantized_cache(cache, allowed):
 
 def test_a_scale_per_position_survives_an_outlier():
     """Keys a thousand times larger cost the others nothing; with one scale per head no digit would be left to them."""
-    _, k, *_ = inputs(B=1, T=1, S=64, H=1, G=1, D=64, dtype=torch.float64)
+    _, k, *_ = inputs(B=1, T=1, S=64, H=1, G=1, D=64, dtype=torch.float64)[0]
     k[:, ::2] *= 1000
     numbers, scale = quantize_kv(k)
     small = relative_error((numbers.double() * scale[..., None])[:, 1::2], k[:, 1::2])
@@ -267,7 +267,7 @@ def test_a_scale_per_position_survives_an_outlier():
 def test_quantized_kernels(cache, arch, page_size):
     dims = dict(B=2, T=2, S=70, H=2, G=1, D=32, shortest=33, cache=cache, page_size=page_size)
     for dtype in (torch.float32, torch.float16):
-        check(inputs(**dims, dtype=dtype), SPLIT, arch)
+        check(inputs(**dims, dtype=dtype)[0], SPLIT, arch)
 
 
 def test_every_byte_of_fp8_is_converted_right_by_hand():
@@ -282,7 +282,7 @@ def test_every_byte_of_fp8_is_converted_right_by_hand():
 
 
 def test_garbage_beyond_a_quantized_length_does_not_spread():
-    q, k, v, _, _, k_scale, v_scale = inputs(B=2, T=1, S=70, H=2, G=1, D=16, cache="fp8", dtype=torch.float32)
+    q, k, v, _, _, k_scale, v_scale = inputs(B=2, T=1, S=70, H=2, G=1, D=16, cache="fp8", dtype=torch.float32)[0]
     lengths = torch.tensor([33, 0])
     expected = interpreted(q, k, v, lengths, None, k_scale, v_scale)
     for x in (k.view(torch.uint8), v.view(torch.uint8)):
@@ -344,7 +344,7 @@ BYTES = torch.zeros(2, 8, 2, 16, dtype=torch.int8)
     (dict(softcap=-1.0), "softcap: expected a positive"),
 ], ids=lambda x: x[:30] if isinstance(x, str) else "")  # fmt: skip
 def test_bad_arguments(change, complaint, function):
-    q, k, v, lengths = inputs(B=2, T=1, S=8, H=4, G=2, D=16, dtype=torch.float32)
+    q, k, v, lengths = inputs(B=2, T=1, S=8, H=4, G=2, D=16, dtype=torch.float32)[0]
     arguments = {**dict(q=q, k=k, v=v, lengths=lengths), **change}
     positional = [arguments.pop(name) for name in ("q", "k", "v", "lengths")]
     with pytest.raises(ValueError, match=complaint):
@@ -353,6 +353,6 @@ def test_bad_arguments(change, complaint, function):
 
 def test_the_kernels_refuse_what_they_do_not_have():
     for changed, complaint in ((dict(dtype=torch.float64), "fp32, fp16 or bf16"), (dict(D=512), "head dims up to 256")):
-        arguments = inputs(**{**dict(B=1, T=1, S=4, H=1, G=1, D=16, dtype=torch.float32), **changed})
+        arguments = inputs(**{**dict(B=1, T=1, S=4, H=1, G=1, D=16, dtype=torch.float32), **changed})[0]
         with pytest.raises(ValueError, match=f"q: .*{complaint}"):
             interpreted(*arguments)

@@ -47,7 +47,7 @@ def small() -> GPT:
         {"temperature": 1e-320}, {"temperature": float("nan")}, {"temperature": "1"}, {"repetition_penalty": 1e-320},
         {"repetition_penalty": float("inf")}, {"top_k": 1.5}, {"top_p": float("nan")}, {"max_tokens": 1.5},
         {"max_tokens": True}, {"stop_tokens": 5}, {"stop_tokens": ("a",)}, {"stop": (5,)}, {"stop": "ab"},
-        {"seed": 1.5}, {"seed": "x"},
+        {"seed": 1.5}, {"seed": "x"}, {"logprobs": 21}, {"logprobs": -1}, {"logprobs": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -129,3 +129,28 @@ def test_whatever_a_request_raises_takes_nothing_from_the_others(draft: bool, mo
     while engine.busy:
         engine.step()
     assert [request.tokens for request in requests] == alone(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"page_size": 4}, {"draft": True}], ids=str)
+def test_log_probabilities_are_those_of_the_whole_text(options: dict) -> None:
+    """Whatever the temperature, before and past the window, and only for who asked."""
+    model = small()
+    options = options | ({"draft": model, "guesses": 2} if options.get("draft") else {})
+    engine = Engine(model, slots=3, **options)
+    asked = [engine.submit([1, 2], Sampling(30, t, top_k=k, seed=1, logprobs=3)) for t, k in ((0.0, 0), (0.7, 5))]
+    silent = engine.submit([3], Sampling(5, seed=2))
+    told: dict = {request: [] for request in (*asked, silent)}
+    while engine.busy:
+        for update in engine.step():
+            told[update.request] += update.logprobs
+    assert told[silent] == silent.logprobs == [] and len(silent.tokens) == 5
+    for request in asked:
+        assert told[request] == request.logprobs and len(request.logprobs) == len(request.tokens) == 30
+        text = request.prompt + request.tokens
+        for i, (token, (logprob, top)) in enumerate(zip(request.tokens, request.logprobs, strict=True)):
+            seen = torch.tensor([text[: 2 + i][-16:]])
+            with torch.no_grad():
+                expected = model.logits(seen)[0, -1].log_softmax(-1)
+            assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
+            assert [one for one, _ in top] == expected.topk(3).indices.tolist()
+            assert [p for _, p in top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 import kernels
 from gptfast import checkpoint, cli, hf
+from gptfast.chat.conversation import SPECIAL_TOKENS
 from gptfast.errors import UserError
 from gptfast.hf import __main__ as command
 from gptfast.model import GPT
+from gptfast.tokenizer import BPETokenizer
 from train import evaluate
 
 transformers = pytest.importorskip("transformers")
@@ -66,7 +68,7 @@ def test_a_bloom_is_evaluated_on_all_of_the_text(tmp_path: Path, capsys: pytest.
     assert "runs through transformers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["model", "tokenizer"])
+@pytest.mark.parametrize("part", ["model", "tokenizer", "player"])
 def test_no_code_of_an_author_runs_whatever_is_answered(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +85,11 @@ def test_no_code_of_an_author_runs_whatever_is_answered(
     theirs = {"auto_map": {"AutoTokenizer": ["theirs.C", "theirs.C"]}, "tokenizer_class": "C"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(theirs))
     with pytest.raises(UserError, match="gptfast runs no code that comes with a model") as error:
-        if part == "model":
+        if part == "player":
+            specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+            BPETokenizer.from_ranks({bytes([i]): i for i in range(256)}, specials).save(tmp_path)
+            evaluate.open_player(str(tmp_path), OPS, torch.float32, "cpu")
+        elif part == "model":
             evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu")
         else:
             evaluate.TheirTokenizer("theirs", tmp_path)

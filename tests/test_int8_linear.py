@@ -124,7 +124,7 @@ def launches(
         found.append((kernel.__name__.removeprefix("int8_linear_fwd_kernel_"), grid[0], constants))
 
     with launching(Launcher(record, arch, H100)):
-        int8_linear_triton(*inputs(M, N, K, dtype=dtype, device="meta"))
+        int8_linear_triton(*inputs(M, N, K, dtype=dtype, device="meta")[0])
     return found
 
 
@@ -170,28 +170,28 @@ def test_tiles_are_wide_where_these_fill_the_gpu():
 @pytest.mark.parametrize("M", range(1, MOST_ROWS + 1))
 def test_every_number_of_few_rows(M, multiprocessors):
     """By four, two and one row of the matrix at once."""
-    check(*inputs(M, 35, 600, dtype=torch.float32), multiprocessors=multiprocessors)
-    check(*inputs(M, 35, 33, dtype=torch.bfloat16), arch=90, multiprocessors=multiprocessors)
+    check(*inputs(M, 35, 600, dtype=torch.float32)[0], multiprocessors=multiprocessors)
+    check(*inputs(M, 35, 33, dtype=torch.bfloat16)[0], arch=90, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("arch", [0, 80, 90, 100])
 @pytest.mark.parametrize("M", [9, 17, 70])
 def test_tiles_of_every_architecture(M, arch):
     for N, K, dtype, multiprocessors in ((67, 200, torch.bfloat16, 1), (130, 33, torch.float16, 100)):
-        check(*inputs(M, N, K, dtype=dtype), arch=arch, multiprocessors=multiprocessors)
+        check(*inputs(M, N, K, dtype=dtype)[0], arch=arch, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("M, N", [(20, 1100), (300, 600), (130, 1030)])
 def test_more_tiles_than_a_group(M, N):
-    check(*inputs(M, N, 16, dtype=torch.float32))
-    check(*inputs(M, N, 16, dtype=torch.bfloat16), arch=90)
+    check(*inputs(M, N, 16, dtype=torch.float32)[0])
+    check(*inputs(M, N, 16, dtype=torch.bfloat16)[0], arch=90)
 
 
 @each_kernel
 @pytest.mark.parametrize("K", [1, 8, 15, 16, 17, 511, 512, 513, 2048, 2049])
 def test_any_length_of_a_row(M, K):
     """One past a lane's 16 numbers, a half of them, a warp's, a program's; memory past the end holds NaN."""
-    x, weight, scale, bias = inputs(M, 5, K, dtype=torch.float32)
+    x, weight, scale, bias = inputs(M, 5, K, dtype=torch.float32)[0]
     fenced = torch.full((M, K + 16), torch.nan)
     fenced[:, :K] = x
     check(fenced[:, :K], weight, scale, bias)
@@ -199,7 +199,7 @@ def test_any_length_of_a_row(M, K):
 
 @each_kernel
 def test_bias_may_be_absent_or_of_another_dtype(M):
-    x, weight, scale, bias = inputs(M, 33, 70, dtype=torch.bfloat16)
+    x, weight, scale, bias = inputs(M, 33, 70, dtype=torch.bfloat16)[0]
     assert torch.equal(interpreted(x, weight, scale), interpreted(x, weight, scale, torch.zeros(33)))
     for dtype in DTYPES:
         check(x, weight, scale, bias.to(dtype))
@@ -226,7 +226,7 @@ def test_every_byte_is_a_number(M):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @each_kernel
 def test_nan_stays_in_its_row(M, value):
-    x, weight, scale, bias = inputs(M, 70, 100, dtype=torch.float16)
+    x, weight, scale, bias = inputs(M, 70, 100, dtype=torch.float16)[0]
     clean = interpreted(x, weight, scale, bias)
     x[1, 37] = value
     y = interpreted(x, weight, scale, bias)
@@ -237,7 +237,7 @@ def test_nan_stays_in_its_row(M, value):
 
 @each_kernel
 def test_nan_in_scale_or_bias_stays_in_its_column(M):
-    x, weight, scale, bias = inputs(M, 70, 100, dtype=torch.float32)
+    x, weight, scale, bias = inputs(M, 70, 100, dtype=torch.float32)[0]
     scale[3], bias[66] = torch.nan, torch.inf
     finite = interpreted(x, weight, scale, bias).isfinite()
     assert not finite[:, [3, 66]].any() and finite.sum() == M * 68
@@ -245,17 +245,17 @@ def test_nan_in_scale_or_bias_stays_in_its_column(M):
 
 def test_no_rows_and_no_columns():
     for function in (int8_linear_reference, interpreted):
-        x, weight, scale, bias = inputs(0, 5, 7, dtype=torch.bfloat16)
+        x, weight, scale, bias = inputs(0, 5, 7, dtype=torch.bfloat16)[0]
         assert function(x, weight, scale, bias).shape == (0, 5)
         assert function(x.view(2, 0, 7), weight, scale, bias).shape == (2, 0, 5)
-        x, weight, scale, bias = inputs(3, 0, 7, dtype=torch.bfloat16)
+        x, weight, scale, bias = inputs(3, 0, 7, dtype=torch.bfloat16)[0]
         assert function(x, weight, scale, bias).shape == (3, 0)
     assert launches(0, 5, 7) == launches(3, 0, 7) == []  # a GPU refuses a launch of no programs
 
 
 @pytest.mark.parametrize("function", [int8_linear_reference, interpreted])
 def test_axes_before_the_last_are_kept(function):
-    x, weight, scale, bias = inputs(24, 11, 33, dtype=torch.float32)
+    x, weight, scale, bias = inputs(24, 11, 33, dtype=torch.float32)[0]
     y = function(x, weight, scale, bias)
     assert torch.equal(function(x.view(2, 3, 4, 33), weight, scale, bias), y.view(2, 3, 4, 11))
     assert function(x[5], weight, scale, bias).shape == (11,)
@@ -265,7 +265,7 @@ def test_axes_before_the_last_are_kept(function):
 @each_kernel
 def test_rows_far_apart_are_read_in_place(M):
     """Of x and of the matrix: parts of longer rows give the same bits, and reach the kernel uncopied."""
-    x, weight, scale, bias = inputs(M, 40, 50, dtype=torch.bfloat16)
+    x, weight, scale, bias = inputs(M, 40, 50, dtype=torch.bfloat16)[0]
     expected = interpreted(x, weight, scale, bias)
     long_x, long_weight = torch.cat([x, x], 1)[:, :50], torch.cat([weight, weight], 1)[:, :50]
     assert torch.equal(interpreted(long_x, long_weight, scale, bias), expected)
@@ -277,7 +277,7 @@ def test_rows_far_apart_are_read_in_place(M):
 
 @each_kernel
 def test_a_matrix_of_more_elements_than_32_bits_count(M):
-    x, weight, scale, bias = inputs(M, 3, 20, dtype=torch.float32)
+    x, weight, scale, bias = inputs(M, 3, 20, dtype=torch.float32)[0]
     far = torch.empty(2**31 + 4096, dtype=torch.int8).as_strided((3, 20), (2**30, 1))
     far.copy_(weight)
     assert torch.equal(interpreted(x, far, scale, bias), interpreted(x, weight, scale, bias))
@@ -285,7 +285,7 @@ def test_a_matrix_of_more_elements_than_32_bits_count(M):
 
 def test_a_token_of_a_batch_is_what_it_is_alone():
     """Bit for bit, as long as both go through the kernel of few rows: the order of a sum does not know M."""
-    x, weight, scale, bias = inputs(FEW_ROWS, 33, 600, dtype=torch.bfloat16)
+    x, weight, scale, bias = inputs(FEW_ROWS, 33, 600, dtype=torch.bfloat16)[0]
     batch = interpreted(x, weight, scale, bias)
     for m in range(FEW_ROWS):
         assert torch.equal(interpreted(x[m : m + 1], weight, scale, bias), batch[m : m + 1])
@@ -293,7 +293,7 @@ def test_a_token_of_a_batch_is_what_it_is_alone():
 
 @pytest.mark.parametrize("function", [int8_linear_reference, interpreted])
 def test_no_gradient(function):
-    x, weight, scale, bias = inputs(2, 5, 7, dtype=torch.float32)
+    x, weight, scale, bias = inputs(2, 5, 7, dtype=torch.float32)[0]
     assert not function(x.requires_grad_(), weight, scale.requires_grad_(), bias.requires_grad_()).requires_grad
 
 
@@ -311,13 +311,13 @@ def test_no_gradient(function):
     (dict(scale=torch.ones(5, device="meta")), "scale: on meta"), (dict(bias=torch.ones(5, device="meta")), "bias: on"),
 ], ids=str)  # fmt: skip
 def test_wrong_arguments_are_named(function, change, message):
-    right = dict(zip(("x", "weight", "scale", "bias"), inputs(3, 5, 7, dtype=torch.float32), strict=True))
+    right = dict(zip(("x", "weight", "scale", "bias"), inputs(3, 5, 7, dtype=torch.float32)[0], strict=True))
     with pytest.raises(ValueError, match=f"^{message}"):
         function(**{**right, **change})
 
 
 def test_fp64_is_for_the_reference():
-    arguments = doubled(inputs(3, 5, 7, dtype=torch.float64))
+    arguments = doubled(inputs(3, 5, 7, dtype=torch.float64)[0])
     assert int8_linear_reference(*arguments).dtype == torch.float64
     with pytest.raises(ValueError, match="x: expected fp32, fp16 or bf16"):
         int8_linear_triton(*arguments)
@@ -328,7 +328,7 @@ def test_fp64_is_for_the_reference():
 
 @pytest.mark.parametrize("name", PEERS["int8_linear"])
 def test_peers_do_the_same_work(name):
-    arguments, peer = inputs(4, 64, 96, dtype=torch.bfloat16), PEERS["int8_linear"][name].run
+    arguments, peer = inputs(4, 64, 96, dtype=torch.bfloat16)[0], PEERS["int8_linear"][name].run
     truth = int8_linear_reference(*doubled(arguments))
     assert relative_error(peer(*arguments), truth) < 0.01
     assert relative_error(peer(*arguments[:3]), int8_linear_reference(*doubled(arguments[:3]))) < 0.01
@@ -336,7 +336,7 @@ def test_peers_do_the_same_work(name):
 
 @pytest.mark.parametrize("dims", INT8_LINEAR.bench, ids=str)
 def test_cost_counts_every_tensor_once(dims):
-    arguments = inputs(**dims, dtype=torch.bfloat16, device="meta")
+    arguments = inputs(**dims, dtype=torch.bfloat16, device="meta")[0]
     found = cost(**dims, itemsize=2)[0]
     assert found.bytes == sum(a.nbytes for a in arguments) + dims["M"] * dims["N"] * 2
     assert found.flops == 2 * dims["M"] * arguments[1].numel()

@@ -14,7 +14,7 @@ interpreted = kernels.load("reference", layernorm="interpret").layernorm
 
 
 def test_the_reference_is_the_formula():
-    x, weight, bias = LAYERNORM.inputs(M=9, N=33, dtype=torch.float64)
+    x, weight, bias = LAYERNORM.inputs(M=9, N=33, dtype=torch.float64)[0]
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).square().mean(-1, keepdim=True)
     formula = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
@@ -23,7 +23,7 @@ def test_the_reference_is_the_formula():
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 1.0])
 def test_eps(eps):
-    x, weight, bias = LAYERNORM.inputs(M=5, N=48, dtype=torch.float32)
+    x, weight, bias = LAYERNORM.inputs(M=5, N=48, dtype=torch.float32)[0]
     x = x * 1e-3  # small enough for every eps here to matter
     truth = layernorm_reference(x.double(), weight.double(), bias.double(), eps)
     assert relative_error(interpreted(x, weight, bias, eps), truth) < 1e-6
@@ -48,7 +48,7 @@ def test_the_reference_keeps_a_variance_that_rounding_the_mean_would_swamp():
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
 def test_fp32_parameters_beside_16_bit_activations(x_dtype):
     """As the model has them: master weights in fp32, activations in 16 bits; gradients come in each one's dtype."""
-    x, weight, bias = LAYERNORM.inputs(M=37, N=65, dtype=torch.float32)
+    x, weight, bias = LAYERNORM.inputs(M=37, N=65, dtype=torch.float32)[0]
     check_parity(LAYERNORM, interpreted, (x.to(x_dtype), weight, bias))
     y, dx, dweight, dbias = run(interpreted, (x.to(x_dtype), weight, bias))
     assert (y.dtype, dx.dtype, dweight.dtype, dbias.dtype) == (x_dtype, x_dtype, torch.float32, torch.float32)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -250,8 +251,17 @@ def random_config(rng: random.Random) -> GPTConfig:
         bias=rng.random() < 0.5, norm=rng.choice(["layernorm", "rmsnorm"]), position=rng.choice(["learned", "rope"]),
         activation=rng.choice(["gelu", "gelu_tanh", "relu2", "swiglu"]), qk_norm=rng.random() < 0.5,
         tied=rng.random() < 0.5, softcap=rng.choice([None, 15.0]), norm_weight=rng.random() < 0.5,
-        mlp_width=rng.choice([None, 24]),
+        mlp_width=rng.choice([None, 24]), **random_parts(rng, head_dim * n_head),
     )  # fmt: skip
+
+
+def random_parts(rng: random.Random, width: int) -> dict[str, Any]:
+    """Some of nanochat's parts."""
+    windows = rng.choice(
+        [{}, dict(window_pattern="SL", window=3), dict(window_pattern="SSSL", window=rng.randint(0, 50))]
+    )
+    wide = {name: rng.random() < 0.5 for name, least in (("value_embeddings", 12), ("smear", 24)) if width >= least}
+    return windows | wide | {name: rng.random() < 0.5 for name in ("residual_scalars", "backout", "embedding_norm")}
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -271,6 +281,7 @@ def test_flops_and_parameters_agree_with_the_model(seed: int) -> None:
     assert flops.mfu * B * T == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
     lookup_only = 0 if config.tied else config.vocab_size * config.n_embd
+    lookup_only += mfu.value_params(config) + mfu.scalar_params(config)
     assert mfu.palm_params(config) == model.num_params(non_embedding=True) - lookup_only
 
 
@@ -289,6 +300,17 @@ def test_a_seen_pair_counts_once_and_a_masked_one_not_at_all(T: int, window: int
     attention = mfu.flops_per_token(config, T, window=window).mfu - weight_flops
     two_products, forward_and_backward, multiply_add = 2, 3, 2
     assert attention * T == pytest.approx(3 * pairs * 8 * two_products * forward_and_backward * multiply_add)
+
+
+def test_a_layer_counts_its_own_window() -> None:
+    plain = GPTConfig(block_size=64, vocab_size=11, n_layer=3, n_head=2, n_embd=8)
+    config = dataclasses.replace(plain, window_pattern="SL", window=5)
+    weights = mfu.flops_per_token(plain, 64).mfu - 12 * 8 * 3 * mfu.mean_keys(64)
+    keys = mfu.mean_keys(64, True, 5) + 2 * mfu.mean_keys(64)
+    assert mfu.flops_per_token(config, 64).mfu == pytest.approx(weights + 12 * 8 * keys)
+    assert mfu.flops_per_token(plain, 64).palm - mfu.flops_per_token(config, 64).palm == 12 * 8 * (64 - 5)
+    read = mfu.decode_bytes(plain, 40) - mfu.decode_bytes(config, 40)
+    assert read == 2 * 2 * 8 * (40 - 6) and mfu.decode_bytes(plain, 4) == mfu.decode_bytes(config, 4)
 
 
 @pytest.mark.parametrize(

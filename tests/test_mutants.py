@@ -12,6 +12,7 @@ from oracle import check_parity
 
 import kernels
 from kernels.proof.interpret import OutOfBounds, Overflow, Race, interpreting
+from kernels.proof.options import combined
 
 MUTANTS = {
     "layernorm": {
@@ -120,9 +121,9 @@ def test_mutant_is_caught(name, mistake, tmp_path, monkeypatch):
     module = mutated(sys.modules[f"kernels.{name}"], *MUTANTS[name][mistake], tmp_path, monkeypatch)
     mutant = getattr(module, f"{name}_triton")
 
-    def run(*args):
+    def run(*args, **keywords):
         with interpreting():
-            return mutant(*args)
+            return mutant(*args, **keywords)
 
     with pytest.raises((AssertionError, OutOfBounds, Overflow, Race)):
         check(kernels.OPS[name], run)
@@ -130,17 +131,16 @@ def test_mutant_is_caught(name, mistake, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_page_as_it_is_passes_what_catches_mutants(name):
-    def run(*args):
+    def run(*args, **keywords):
         with interpreting():
-            return kernels.OPS[name].triton(*args)
+            return kernels.OPS[name].triton(*args, **keywords)
 
     check(kernels.OPS[name], run)
 
 
 def check(op, run):
     """Parity at the op's small dims, with rows apart in memory and far enough from zero for statistics to matter."""
-    for dims in (op.parity[-1], *op.parity[:4]):
-        for dtype in (torch.float32, torch.float16):
-            first, *rest = op.inputs(**dims, dtype=dtype)
-            strided = torch.cat([first + 6, first], -1)[..., : first.shape[-1]]
-            check_parity(op, run, (strided, *rest))
+    for case in combined(op, (op.parity[-1], *op.parity[:4]), dtype=(torch.float32, torch.float16)):
+        (first, *rest), keywords = op.inputs(**case)
+        strided = torch.cat([first + 6, first], -1)[..., : first.shape[-1]]
+        check_parity(op, run, (strided, *rest), str(case), **keywords)

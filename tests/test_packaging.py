@@ -15,7 +15,9 @@ import pytest
 from test_floorplan import MAY_IMPORT, ROOT, imports, pages
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULE_OF = {"nvidia-ml-py": "pynvml", "pytest-xdist": "xdist", "pytest-benchmark": "pytest_benchmark"}
+MODULE_OF = {
+    "nvidia-ml-py": "pynvml", "pytest-xdist": "xdist", "pytest-benchmark": "pytest_benchmark", "pyyaml": "yaml",
+}  # fmt: skip
 # used when a run asks for it, by those who have it; and what ops are timed beside where it is installed
 OPTIONAL = {"wandb", "flash_attn", "flash_attn_interface", "liger_kernel", "quack"}
 BARE_MACHINE = {
@@ -173,4 +175,4 @@ def test_setup_keeps_a_good_environment(checkout: Path) -> None:
     calls = (checkout / "calls").read_text()
     assert done.returncode == 0, done.stderr
     assert "using .venv" in done.stdout and "ready" in done.stdout
-    assert "-m venv" not in calls and "-c constraints.txt -e .[data,hf,dev]" in calls
+    assert "-m venv" not in calls and "-c constraints.txt -e .[data,hf,serve,dev]" in calls

@@ -29,7 +29,7 @@ from gptfast.data import Batches
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import adamw, muon
-from gptfast.parallel import Launch, split
+from gptfast.parallel import Launch, leave, split
 from gptfast.parallel.parts import check_cover
 from gptfast.parallel.team import Team
 from gptfast.step import Step, evaluate, language_model
@@ -285,3 +285,4 @@ def test_ddp_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

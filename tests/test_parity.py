@@ -1,5 +1,9 @@
-"""Every op that has kernels, interpreted on the CPU against its reference in fp64. The list of ops is kernels.OPS."""
+"""Every op that has kernels, interpreted on the CPU against its reference in fp64, with the options that it declares.
 
+The list of ops is kernels.OPS; which options meet is drawn from their declarations by kernels.proof.options.
+"""
+
+import functools
 import warnings
 
 import pytest
@@ -11,6 +15,7 @@ from oracle import DTYPES, check_parity, differentiated, doubled, layouts, leave
 from torch import Tensor
 
 import kernels
+from kernels.proof.options import combined, option_sets, sized
 
 OPS = [op for op in kernels.OPS.values() if op.triton is not None]
 WITH_CPU = [op for op in kernels.OPS.values() if op.cpu is not None]
@@ -18,35 +23,59 @@ interpreted = kernels.load("interpret", **{o.name: "reference" for o in kernels.
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 each_differentiable_op = pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=lambda op: op.name)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-def kernel_of(op):
-    return getattr(interpreted, op.name)
+def named(case):
+    """A case as the id of a test: 'attention B=2 T=1 window=5'."""
+    op, values = case
+    return " ".join([op.name, *(f"{k}={str(v).removeprefix('torch.')}" for k, v in values.items())])
 
 
-def a_case(op, dtype=torch.float32):
-    """Small arguments of more than one row and an odd length."""
-    return op.inputs(**op.parity[-1], dtype=dtype)
+def each(cases):
+    return pytest.mark.parametrize("case", cases, ids=named)
 
 
-@each_dtype
-@pytest.mark.parametrize("op, dims", [pytest.param(op, d, id=f"{op.name}-{d}") for op in OPS for d in op.parity])
-def test_parity(op, dims, dtype):
+def sizes(dims):
+    return {letter: size for letter, size in dims.items() if letter.isupper()}
+
+
+each_option_set = each([(op, options) for op in OPS for options in option_sets(op)])
+
+
+def kernel_of(op, **keywords):
+    return functools.partial(getattr(interpreted, op.name), **keywords)
+
+
+def a_case(op, dtype=torch.float32, options=None, device="cpu"):
+    """Small arguments of more than one row and an odd length, and the keyword arguments of these options."""
+    options = most_options(op) if options is None else options
+    return op.inputs(**op.parity[-1], **options, dtype=dtype, device=device)
+
+
+def most_options(op):
+    """Of the option sets the one farthest from the defaults, so that most of a kernel's code runs."""
+    return max(option_sets(op), key=lambda options: sum(v is not op.options[k][0] for k, v in options.items()))
+
+
+@each([(op, case) for op in OPS for case in combined(op, op.parity, dtype=DTYPES)])
+def test_parity(case):
+    """Any two of: the sizes, the dtypes, the values of any two options."""
+    op, values = case
     torch.manual_seed(0)
-    check_parity(op, kernel_of(op), op.inputs(**dims, dtype=dtype), str(dims))
+    arguments, keywords = op.inputs(**values)
+    check_parity(op, kernel_of(op), arguments, named(case), **keywords)
 
 
-@each_dtype
-@pytest.mark.parametrize("op, dims", [pytest.param(op, d, id=f"{op.name}-{d}") for op in WITH_CPU for d in op.parity])
-def test_parity_of_the_path_for_cpus(op, dims, dtype):
+@each([(op, case) for op in WITH_CPU for case in combined(op, op.parity, dtype=DTYPES)])
+def test_parity_of_the_path_for_cpus(case):
     """Also with the parameters in fp32, as training in 16 bits has them."""
+    op, values = case
     torch.manual_seed(0)
-    arguments = op.inputs(**dims, dtype=dtype)
-    check_parity(op, op.cpu, arguments, str(dims))
-    if dtype != torch.float32:
+    arguments, keywords = op.inputs(**values)
+    check_parity(op, op.cpu, arguments, named(case), **keywords)
+    if values["dtype"] != torch.float32:
         widened = [a.float() if isinstance(a, Tensor) and a.dim() == 1 else a for a in arguments]
-        check_parity(op, op.cpu, widened, f"{dims}, parameters in fp32")
+        check_parity(op, op.cpu, widened, f"{named(case)}, parameters in fp32", **keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -58,7 +87,7 @@ def test_gradients_of_parameters_are_summed_in_fp32(op, path, dtype):
     torch.manual_seed(0)
     dims = {name: 8192 if name == "M" else 40 for name in op.domain if name.isupper()}
     arguments = [a.float() if isinstance(a, Tensor) and a.dim() == 1 and a.is_floating_point() else a
-                 for a in op.inputs(**dims, dtype=dtype)]  # fmt: skip
+                 for a in op.inputs(**dims, dtype=dtype)[0]]  # fmt: skip
     outputs = function(*differentiated(arguments))
     ones = [torch.full_like(o, 1 if o.dim() else 8192) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
     for f, t in zip(run(function, arguments, ones), run(op.reference, doubled(arguments), ones), strict=True):
@@ -67,22 +96,25 @@ def test_gradients_of_parameters_are_summed_in_fp32(op, path, dtype):
 
 @each_op
 def test_fuzz(op, fuzz_examples):
-    """Random dims of the op's domain, dtypes, layouts and magnitudes."""
+    """Random dims of the op's domain, options, dtypes, layouts and magnitudes."""
+    drawn = {name: st.sampled_from(list(values)) for name, values in {**op.domain, **op.options}.items()}
 
     @settings(max_examples=fuzz_examples, suppress_health_check=list(HealthCheck))
     @given(
-        st.fixed_dictionaries({name: st.sampled_from(list(values)) for name, values in op.domain.items()}),
-        st.sampled_from(DTYPES), st.integers(0, 2**31), st.integers(0, 4), st.floats(1e-2, 1e2),
+        st.fixed_dictionaries(drawn), st.sampled_from(DTYPES), st.integers(0, 2**31), st.integers(0, 4),
+        st.floats(1e-2, 1e2),
     )  # fmt: skip
-    def fuzz(dims, dtype, seed, layout, magnitude):
+    def fuzz(values, dtype, seed, layout, magnitude):
         torch.manual_seed(seed)
-        arguments = list(op.inputs(**dims, dtype=dtype))
+        arguments, keywords = op.inputs(**values, dtype=dtype)
+        arguments = list(arguments)
         for i, a in enumerate(arguments):
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
                 a = a * magnitude if i == 0 else a
                 choices = [a, *layouts(a).values()]
                 arguments[i] = choices[(layout + i) % len(choices)]
-        check_parity(op, kernel_of(op), arguments, f"{dims} {dtype} seed {seed} layout {layout} x {magnitude}")
+        what = f"{values} {dtype} seed {seed} layout {layout} x {magnitude}"
+        check_parity(op, kernel_of(op), arguments, what, **keywords)
 
     fuzz()
 
@@ -90,14 +122,15 @@ def test_fuzz(op, fuzz_examples):
 @each_op
 def test_output_memory_may_hold_anything(op):
     """Every output element is written: torch fills new memory with NaN, and the results do not change."""
-    arguments = a_case(op)
-    clean = run(kernel_of(op), arguments)
+    arguments, keywords = a_case(op)
+    kernel = kernel_of(op, **keywords)
+    clean = run(kernel, arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.use_deterministic_algorithms(True, warn_only=True)
             assert torch.empty(3).isnan().all()
-            poisoned = run(kernel_of(op), arguments)
+            poisoned = run(kernel, arguments)
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(clean, poisoned, strict=True):
@@ -106,28 +139,30 @@ def test_output_memory_may_hold_anything(op):
 
 @each_op
 def test_two_runs_are_bitwise_equal(op):
-    arguments = a_case(op, torch.bfloat16)
-    for a, b in zip(run(kernel_of(op), arguments), run(kernel_of(op), arguments), strict=True):
+    arguments, keywords = a_case(op, torch.bfloat16)
+    kernel = kernel_of(op, **keywords)
+    for a, b in zip(run(kernel, arguments), run(kernel, arguments), strict=True):
         assert torch.equal(a, b)
 
 
 @each_op
 def test_layouts(op):
     """Each argument in turn lies awkwardly in memory; so do the gradients of the outputs."""
-    arguments = a_case(op)
-    plain = run(kernel_of(op), arguments)
+    arguments, keywords = a_case(op)
+    kernel = kernel_of(op, **keywords)
+    plain = run(kernel, arguments)
     for i, a in enumerate(arguments):
         for name, laid in layouts(a).items() if isinstance(a, Tensor) and a.is_floating_point() else ():
-            found = run(kernel_of(op), (*arguments[:i], laid, *arguments[i + 1 :]))
+            found = run(kernel, (*arguments[:i], laid, *arguments[i + 1 :]))
             for f, p in zip(found, plain, strict=True):
                 torch.testing.assert_close(
                     f, p, rtol=2e-6, atol=2e-6, msg=lambda m, n=name, i=i: f"argument {i} {n}: {m}"
                 )
-    outputs = kernel_of(op)(*arguments)
+    outputs = kernel(*arguments)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     ones = [torch.ones_like(o) for o in outputs]
-    plain = run(kernel_of(op), arguments, ones)
-    expanded = run(kernel_of(op), arguments, [o.new_ones(()).expand(o.shape) for o in outputs])
+    plain = run(kernel, arguments, ones)
+    expanded = run(kernel, arguments, [o.new_ones(()).expand(o.shape) for o in outputs])
     for f, p in zip(expanded, plain, strict=True):
         torch.testing.assert_close(f, p, rtol=2e-6, atol=2e-6)
 
@@ -135,17 +170,21 @@ def test_layouts(op):
 @each_op
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_nan_and_inf_spread_as_in_the_reference(op, value):
-    arguments = [a.clone() if isinstance(a, Tensor) else a for a in a_case(op)]
+    arguments, keywords = a_case(op)
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
     arguments[0].view(-1)[arguments[0].numel() // 2] = value
+    reference = functools.partial(op.reference, **keywords)
     for i, (found, expected) in enumerate(
-        zip(run(kernel_of(op), arguments), run(op.reference, arguments), strict=True)
+        zip(run(kernel_of(op, **keywords), arguments), run(reference, arguments), strict=True)
     ):
         assert torch.equal(found.isfinite(), expected.isfinite()), f"result {i}"
 
 
-@each_op
-def test_compiled_without_graph_break_equals_eager(op):
-    function, arguments = kernel_of(op), a_case(op)
+@each_option_set
+def test_compiled_without_graph_break_equals_eager(case):
+    op, options = case
+    arguments, keywords = a_case(op, options=options)
+    function = kernel_of(op, **keywords)
     torch._dynamo.reset()
 
     def both(*args):
@@ -164,14 +203,15 @@ def test_one_compilation_serves_many_sizes(op):
     torch._dynamo.reset()
     compiled = torch.compile(kernel_of(op), fullgraph=True, backend=counter, dynamic=True)
     axis = next(iter(op.domain))
-    dims = {name: list(values)[-1] for name, values in op.domain.items()}
+    dims = {name: list(values)[-1] for name, values in {**op.domain, **op.options}.items()}
     for size in list(op.domain[axis])[:1:-3]:  # sizes 0 and 1 are special to the compiler
-        compiled(*op.inputs(**{**dims, axis: size}, dtype=torch.float32))
+        arguments, keywords = op.inputs(**{**dims, axis: size}, dtype=torch.float32)
+        compiled(*arguments, **keywords)
     assert counter.frame_count <= 2
 
 
-@each_op
-def test_opcheck(op, monkeypatch):
+@each_option_set
+def test_opcheck(case, monkeypatch):
     """torch's own checks of the custom op: schema, shape function, autograd registration, ahead-of-time dispatch."""
     calls = []
 
@@ -181,10 +221,12 @@ def test_opcheck(op, monkeypatch):
                 calls.append((function, args))
             return function(*args, **(kwargs or {}))
 
-    arguments = differentiated(a_case(op))
+    op, options = case
+    arguments, keywords = a_case(op, options=options)
+    arguments = differentiated(arguments)
     with Recorder(), monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)  # the path of the compiler, taken eagerly
-        kernel_of(op)(*arguments)
+        kernel_of(op)(*arguments, **keywords)
     assert calls, "the op does not go through a custom op when compiled"
     for function, args in calls:
         torch.library.opcheck(
@@ -194,24 +236,26 @@ def test_opcheck(op, monkeypatch):
 
 @each_op
 def test_activation_checkpointing(op):
-    arguments = differentiated(a_case(op))
+    arguments, keywords = a_case(op)
+    arguments, kernel = differentiated(arguments), kernel_of(op, **keywords)
 
     def checkpointed(*args):
-        return torch.utils.checkpoint.checkpoint(kernel_of(op), *args, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(kernel, *args, use_reentrant=False)
 
-    for a, b in zip(run(checkpointed, arguments), run(kernel_of(op), arguments), strict=True):
+    for a, b in zip(run(checkpointed, arguments), run(kernel, arguments), strict=True):
         assert torch.equal(a, b)
 
 
 @each_differentiable_op
 def test_gradients_only_where_asked(op):
     """With one argument frozen the others' gradients stay what they were."""
-    arguments = differentiated(a_case(op))
-    full = run(kernel_of(op), arguments)
+    arguments, keywords = a_case(op)
+    arguments, kernel = differentiated(arguments), kernel_of(op, **keywords)
+    full = run(kernel, arguments)
     n = len(full) - len(leaves(arguments))
     for i, leaf in enumerate(leaves(arguments)):
         frozen = [a.detach() if a is not leaf and isinstance(a, Tensor) else a for a in arguments]
-        outputs = kernel_of(op)(*frozen)
+        outputs = kernel(*frozen)
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         generator = torch.Generator().manual_seed(1)
         seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
@@ -220,36 +264,43 @@ def test_gradients_only_where_asked(op):
         torch.testing.assert_close(gradient, full[n + i], rtol=2e-6, atol=2e-6)
 
 
-@each_differentiable_op
-def test_reference_gradients(op):
-    """The oracle itself: the reference's gradients against finite differences in fp64."""
-    smallest = min(
-        (d for d in op.parity if all(d.values())), key=lambda d: sum(v for v in d.values() if type(v) is int)
-    )
-    arguments = differentiated(doubled(op.inputs(**smallest, dtype=torch.float64)))
-    assert torch.autograd.gradcheck(op.reference, arguments, fast_mode=True)
+@each([(op, options) for op in OPS if op.differentiable for options in option_sets(op)])
+def test_reference_gradients(case):
+    """The oracle itself: the reference's gradients against finite differences in fp64, at a size that has rows."""
+    op, options = case
+    arguments, keywords = op.inputs(**gradient_dims(op), **options, dtype=torch.float64)
+    reference = functools.partial(op.reference, **keywords)
+    assert torch.autograd.gradcheck(reference, differentiated(doubled(arguments)), fast_mode=True)
+
+
+def gradient_dims(op):
+    """The smallest of the parity sizes with at least three elements along two axes."""
+    rows = [
+        dims
+        for dims in op.parity
+        if sized(dims) and sum(size >= 3 for letter, size in dims.items() if letter.isupper()) >= 2
+    ]
+    return min(rows, key=lambda dims: sum(size for letter, size in dims.items() if letter.isupper()))
 
 
 @each_op
 def test_on_meta_tensors_the_interpreter_has_shapes_alone(op):
-    arguments = op.inputs(**op.parity[-1], dtype=torch.float16, device="meta")
-    plain = run(op.reference, a_case(op, torch.float16))
-    for f, p in zip(run(kernel_of(op), arguments), plain, strict=True):
+    (arguments, keywords), (real, real_keywords) = (a_case(op, torch.float16, device=d) for d in ("meta", "cpu"))
+    plain = run(functools.partial(op.reference, **real_keywords), real)
+    for f, p in zip(run(kernel_of(op, **keywords), arguments), plain, strict=True):
         assert (f.device.type, f.shape, f.dtype) == ("meta", p.shape, p.dtype)
 
 
 @each_op
 def test_cpu_tensors_are_refused_outside_the_interpreter(op):
     with pytest.raises(ValueError, match="needs CUDA tensors"):
-        op.triton(*a_case(op))
+        op.triton(*a_case(op)[0])
 
 
 @pytest.mark.gpu
-@each_dtype
-@pytest.mark.parametrize(
-    "op, dims", [pytest.param(op, d, id=f"{op.name}-{d}") for op in OPS for d in (*op.parity, op.bench[0])]
-)
-def test_parity_on_the_gpu(op, dims, dtype):
+@each([(op, case) for op in OPS for case in combined(op, (*op.parity, sizes(op.bench[0])), dtype=DTYPES)])
+def test_parity_on_the_gpu(case):
+    op, values = case
     torch.manual_seed(0)
-    arguments = op.inputs(**dims, dtype=dtype, device="cuda")
-    check_parity(op, op.triton, arguments, str(dims))
+    arguments, keywords = op.inputs(**values, device="cuda")
+    check_parity(op, op.triton, arguments, named(case), **keywords)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_parallel import torchrun
 
 import kernels
 from gptfast import checkpoint, cli
@@ -154,23 +155,25 @@ def test_a_run_that_is_ended_goes_on_bitwise(base: Path, tmp_path: Path, command
     assert ours.step == theirs.step and all(torch.equal(ours.model[name], theirs.model[name]) for name in theirs.model)
 
 
-def test_two_ranks_learn_as_one(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_two_ranks_learn_as_one(base: Path, tmp_path: Path, command: str) -> None:
     """The same micro-batches, shared out: the weights differ by rounding alone."""
-    arguments = (*SFT, f"--init_from={base}", "--max_iters=4", "--gradient_accumulation_steps=2", "--eval_interval=0")
-    arguments = (*arguments, "--device=cpu", "--dtype=float32")
-    assert cli.run(sft.main, [*arguments, f"--out_dir={tmp_path / 'one'}"]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train.sft"]
-    done = subprocess.run(
-        [*torchrun, *arguments, f"--out_dir={tmp_path / 'two'}", "--backend=gloo"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    page, arguments = (sft, (*SFT, "--gradient_accumulation_steps=2")) if command == "sft" else (rl, RL)
+    arguments = (*arguments, f"--init_from={base}", "--max_iters=4", "--eval_interval=0")
+    arguments = (*arguments, "--device=cpu", "--dtype=float32", "--log_interval=1")
+    assert cli.run(page.main, [*arguments, f"--out_dir={tmp_path / 'one'}"]) == 0
+    flags = ("-m", f"train.{command}", *arguments, f"--out_dir={tmp_path / 'two'}", "--backend=gloo")
+    done = torchrun(2, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
+    one, two = (rows(tmp_path / name, "step") for name in ("one", "two"))
     # Adam divides by the size of a gradient, so weights whose gradient is all rounding go apart; the losses do not.
     assert len(one) == len(two) > 1
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0.0)
-
-
-def losses_of(out_dir: Path) -> list[float]:
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["what"] == "step"]
+    losses = (torch.tensor([row["loss"] for row in part]) for part in (two, one))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-7)
+    if command == "rl":
+        assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
+        assert [row["reward"] for row in two] == [row["reward"] for row in one]
+        graded = [
+            [row[f"pass@{k}"] for k in (1, 2)] for name in ("one", "two") for row in rows(tmp_path / name, "eval")
+        ]
+        assert graded[: len(graded) // 2] == graded[len(graded) // 2 :]

@@ -17,7 +17,7 @@ import kernels
 from gptfast.config import GPTConfig
 from gptfast.model import GPT, IGNORED
 from gptfast.optim import adamw, muon, set_learning_rate
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from gptfast.parallel.optimizer import ShardedOptimizer
 from gptfast.parallel.split import parallelize, whole_shapes
 from gptfast.parallel.team import join
@@ -258,3 +258,4 @@ if __name__ == "__main__":
     found = distances()
     if launch().rank == 0:  # two that print at once share a line
         print(json.dumps(found), flush=True)
+    leave(0)

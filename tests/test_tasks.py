@@ -15,16 +15,14 @@ from torch import Tensor
 
 import kernels
 from gptfast import checkpoint, cli, hf
-from gptfast.chat.answers import Answers, answer_all
 from gptfast.chat.conversation import Chat, check, text_of
 from gptfast.chat.sandbox import why_not
 from gptfast.config import GPTConfig
-from gptfast.engine import Engine, Sampling
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer
 from train import evaluate, score
-from train.score import Score, Settings, chatcore, measure
+from train.score import Score, Settings, mean_centred, measure
 from train.tasks import TASKS, Example, Identity, Task, Where, find, gsm8k, humaneval, judged
 from train.tasks.arc import make as make_arc
 from train.tasks.identity import answers as identity_answers
@@ -245,8 +243,8 @@ def test_a_model_that_knows_scores_100_and_one_that_guesses_25(chat: Chat) -> No
 def test_chatcore_by_hand() -> None:
     passed = {"arc_easy": 50, "arc_challenge": 25, "mmlu": 40, "gsm8k": 10, "humaneval": 5}
     scores = [Score(name, count, 100, TASKS[name].chance) for name, count in passed.items()]
-    assert chatcore(scores[:4]) is None
-    core = chatcore(scores)
+    assert mean_centred(scores[:4]) is None
+    core = mean_centred(scores)
     assert core is not None and core[0] == pytest.approx((1 / 3 + 0 + 0.2 + 0.1 + 0.05) / 5)
     errors = [score.error / (1 - score.chance) for score in scores]
     assert core[1] == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 5)
@@ -296,46 +294,6 @@ def test_the_command_scores_models(tokenizer: BPETokenizer, tmp_path: Path, caps
     rows = [json.loads(line) for line in (tmp_path / "report" / "tasks.jsonl").read_text().splitlines()]
     assert [(row["task"], row["examples"]) for row in rows] == [("addition", 6), ("arithmetic", 6)]
     assert cli.run(evaluate.main, [f"--models={out}", "--tasks=smoltalk", "--device=cpu"]) == 2
-
-
-# ---- answers with tools
-
-
-class Scripted(Engine):
-    """An engine whose model says what it is told to, one id after the other, whatever it was asked."""
-
-    def script(self, ids: Sequence[int], prompt_length: int) -> None:
-        self._script, self._asked = list(ids), prompt_length
-
-    def _draw(self, logits: Tensor, requests: list[Any], guesses: Tensor | None = None) -> Tensor:
-        said = [len(request.prompt) - self._asked + len(request.tokens) for request in requests]
-        return torch.tensor([self._script[place] for place in said])
-
-
-def test_calls_are_run_and_their_output_forced_in(tokenizer: BPETokenizer, chat: Chat) -> None:
-    encode, ids = tokenizer.encode, chat.ids
-    call = [ids["<|python_start|>"], *encode("12*7"), ids["<|python_end|>"]]
-    forced = chat.output("84")
-    after = encode(" is it.")
-    engine = Scripted(tiny(tokenizer), slots=2, tokenizer=tokenizer)
-    prompt = chat.prompt(asked("12*7?", ""))
-    junk = [0] * len(forced)  # never drawn: the tool's output stands there
-    engine.script([*call, *junk, *after, *call, *junk, *after, chat.end_of_turn], len(prompt))
-    (answer,) = answer_all(Answers(engine, chat), [(prompt, Sampling(max_tokens=100, seed=3))])
-    assert answer.ids == [*call, *forced, *after] * 2
-    assert answer.drawn == [*[1] * len(call), *[0] * len(forced), *[1] * len(after)] * 2
-    assert answer.finish_reason == "stop" and answer.calls == 2
-    content = chat.parse_answer(answer.ids)
-    assert isinstance(content, list) and content[1] == {"type": "python_output", "text": "84"}
-    assert text_of(content) == " is it. is it."
-    # a call with no output is left alone, as is an end without a beginning; tokens of tools count
-    bad = [ids["<|python_start|>"], *encode("nonsense"), ids["<|python_end|>"]]
-    engine.script([*bad, ids["<|python_end|>"], *after, chat.end_of_turn], len(prompt))
-    (answer,) = answer_all(Answers(engine, chat), [(prompt, Sampling(max_tokens=100))])
-    assert answer.ids == [*bad, ids["<|python_end|>"], *after] and answer.calls == 0 and 0 not in answer.drawn
-    engine.script([*call, *junk, *after], len(prompt))
-    (answer,) = answer_all(Answers(engine, chat), [(prompt, Sampling(max_tokens=len(call) + 1))])
-    assert answer.ids == [*call, forced[0]] and answer.finish_reason == "length"
 
 
 def test_tasks_without_a_judge_pass_nothing() -> None:

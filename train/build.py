@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptfast import checkpoint, hf, runtime
+from gptfast import checkpoint, fp8, hf, mfu, runtime
 from gptfast.config import GPTConfig
 from gptfast.errors import UserError
 from gptfast.model import GPT
@@ -93,7 +93,30 @@ def build_model(
         model.crop_block_size(config.block_size)
     elif config.block_size > model.config.block_size:
         print(f"block_size: {model.config.block_size}, the model's own, not {config.block_size}")
-    return model.to(device)
+    model = model.to(device)
+    if config.fp8:
+        use_fp8(config, model, device)
+    return model
+
+
+def use_fp8(config: Pretrain, model: GPT, device: str) -> None:
+    """Makes the large linear maps of `model` multiply in 8 bits; says which, how, and by which peak MFU is reckoned."""
+    way = fp8.way(device)
+    converted, left = fp8.convert(model, way)
+    if not converted:
+        raise UserError(
+            f"--fp8: no linear map of the blocks is at least {fp8.SMALLEST} by {fp8.SMALLEST} and of sizes that "
+            f"{fp8.MULTIPLE} divides; leave it out"
+        )
+    how = "torch._scaled_mm" if way == "scaled_mm" else "emulation, which a CPU is no faster by"
+    kinds = dict.fromkeys(name.split(".")[-1] for name in left)
+    print(
+        f"fp8: {len(converted)} linear maps, e4m3 forward and e5m2 gradients, by {how}; as before: {', '.join(kinds)}"
+    )
+    peak = mfu.peak_of(torch.device(device), config.peak_tflops)
+    rate = None if peak is None else peak.flops("fp8")
+    if peak is not None and rate is not None:
+        print(f"mfu: against the dense fp8 peak of {peak.device}, {rate / 1e12:,.0f} TFLOP/s")
 
 
 @torch.no_grad()
@@ -137,8 +160,8 @@ def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
         head_lr=rate if config.head_lr is None else config.head_lr,
         scalar_lr=rate if config.scalar_lr is None else config.scalar_lr,
         momentum=config.momentum, weight_decay=decay, cautious=config.cautious, decay_by_shape=config.decay_by_shape,
-        normalize=config.normalize,
-        steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
+        equalize=config.equalize, normalize=config.normalize, normalize_beta2=config.normalize_beta2,
+        rules=config.rules, steps=config.newton_schulz_steps, newton_schulz=model.ops.newton_schulz,
         matrix_kind="muon" if config.optimizer == "muon" else "adamw",
     )  # fmt: skip
     for group in optimizer.param_groups:

@@ -58,6 +58,10 @@ class Pretrain:
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
+    fp8: bool = (
+        False  # multiply in 8-bit floats in the blocks' large linear maps while training: sm_89 and newer; a CPU
+    )
+    # emulates it
     cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
@@ -72,7 +76,7 @@ class Pretrain:
     vocab_multiple: int = 64  # from scratch, round the vocabulary of a BPE tokenizer up to a multiple; 1: as it is
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
     vocab_size: int = 0  # from scratch, rows of embedding and head; 0: as vocab_multiple says
     optimizer: Literal["adamw", "muon", "adamw_by_role"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all
     # else; adamw_by_role: AdamW for the matrices too, with the groups and rates that go with Muon
@@ -87,10 +91,17 @@ class Pretrain:
     newton_schulz_steps: int = 5  # Muon's; small models can do with fewer
     cautious: bool = False  # Muon decays a weight only where the update shrinks it too
     decay_by_shape: bool = False  # Muon decays tall matrices by sqrt(rows / columns) more, as nanochat; --depth sets it
+    equalize: bool = False  # Muon evens out the rows of what it orthogonalizes, as nanochat; --depth sets it
     normalize: bool = False  # Muon evens out the rows of its updates (NorMuon)
+    normalize_beta2: float = 0.95  # and over how many updates: decay of the squares
+    rules: Literal["plain", "nanochat"] = "plain"  # AdamW's betas, decay and shares of the rates, beside Muon
     schedule: Literal["cosine", "trapezoid", "linear"] = "cosine"  # trapezoid: up, level, down to min_lr, with Muon's
     # momentum and decay; linear: the same to zero, weight decay too, and momentum from momentum_start
     warmdown_ratio: float = 0.65  # the part of lr_decay_iters in which trapezoid and linear go down
+    architecture: Literal["nanochat", "gptfast"] = (
+        "nanochat"  # whose model a depth means: nanochat's own, or ours of its
+    )
+    # width, without value embeddings, windows and scalars
     depth: int = 0  # the one dial for size: shape, batch, horizon and rates follow from it (train/dial.py)
     head_dim: int = 128  # size of a head, with depth
     target_param_data_ratio: float = 12.0  # horizon with depth, unless max_iters is given: tokens per scaling weight
@@ -117,6 +128,17 @@ class Pretrain:
     block_shift: bool = True  # with token_shift, in the blocks as well as in the embedding
     zero_start: bool = False  # from scratch, blocks start as the identity and an untied head at zero
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    norm_eps: float | None = None  # added to the mean squares of norms; default 1e-5 in layernorm, 1e-6 in rmsnorm
+    embedding_norm: bool = False  # RMS-normalize the embedding
+    window_pattern: str = ""  # S and L, repeated over the layers, the last always L: those of S see only `window` back
+    window: int | None = None  # positions before its own that a query of an S layer sees
+    value_embeddings: bool = False  # every other layer adds embeddings of the tokens to its values
+    residual_scalars: bool = False  # every layer scales the stream and adds the embedding, by scalars of its own
+    smear: bool = False  # embeddings gain some of that of the token before
+    backout: bool = False  # what the middle layer gave is taken from the end, by a scalar
+    rope_sign: int = 1  # -1: rotary positions turn by minus the angle
+    qk_gain: float = 1.0  # of normalized queries and keys
+    initialization: Literal["gpt2", "nanochat"] = "gpt2"  # of the weights
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -139,10 +161,12 @@ class Pretrain:
             raise UserError(f"--target_param_data_ratio={self.target_param_data_ratio}: must be above 0")
         if not 0 < self.assumed_mfu <= 1:
             raise UserError(f"--assumed_mfu={self.assumed_mfu}: must be above 0 and at most 1")
+        if self.fp8 and self.tensor_parallel > 1:
+            raise UserError("--fp8 goes with whole matrices, of which there is one scale; leave --tensor_parallel out")
         if not 0 <= self.warmdown_ratio <= 1:
             raise UserError(f"--warmdown_ratio={self.warmdown_ratio}: must be at least 0 and at most 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}: must be at least 0 and below 1")
-        for name in ("beta1", "beta2", "momentum", "momentum_start"):
+        for name in ("beta1", "beta2", "momentum", "momentum_start", "normalize_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")

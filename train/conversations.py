@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptfast.aside import file_aside, locked
 from gptfast.chat import conversation
 from gptfast.chat.conversation import Chat
 from gptfast.errors import UserError
@@ -68,13 +68,10 @@ def prepare(
     else:
         name = source.removeprefix("hf:")
         path = folder / f"{name.replace('/', '--')}{f'-{subset}' if subset else ''}-{split}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".tmp-{path.name}")
-        with part.open("w", encoding="utf-8") as file:
+        with locked(folder), file_aside(path) as part, part.open("w", encoding="utf-8") as file:
             for messages in itertools.islice(from_hub(name, subset, split), most or None):
                 counts.add(messages, chat)
                 file.write(json.dumps(messages, ensure_ascii=False) + "\n")
-        os.replace(part, path)
         print(f"wrote {path}: {counts}")
     if not counts.conversations:
         raise UserError(f"--source={source} holds no conversation; give another")

@@ -7,7 +7,7 @@
 
 The derivations are nanochat's (github.com/karpathy/nanochat), and so are the schedules. B: the critical batch grows as
 a power of the data (Bergsma et al., "Power Lines", arXiv:2505.13738); rates: Malladi et al., arXiv:2205.10287. The
-model is ours: without nanochat's value embeddings and windows, whose sizes `nanochat_sizes` counts to compare.
+model is nanochat's to the last weight, or ours of its width, without value embeddings, windows and scalars.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -26,11 +26,15 @@ from gptfast.errors import UserError
 from gptfast.optim import set_learning_rate, set_scheduled
 from train.config import Pretrain
 
+Architecture = Literal["nanochat", "gptfast"]
+# All from nanochat at 92d63d4: gpt.py, scripts/base_train.py, optim.py
 ASPECT, HEAD_DIM, REFERENCE_DEPTH = 64, 128, 12
+WINDOW_PATTERN, WINDOW_MULTIPLE = "SSSL", 128  # the window is a quarter of the context, rounded up
 VOCAB, CONTEXT, BATCH_SIZE = 32768, 2048, 32
 REFERENCE_BATCH, BATCH_EXPONENT, RATIO = 2**19, 0.383, 12.0
 WARMUP, WARMDOWN, FLOOR = 40, 0.65, 0.05
-EMBEDDING_LR, HEAD_LR, MATRIX_LR, WEIGHT_DECAY = 0.3, 0.008, 0.02, 0.28
+EMBEDDING_LR, HEAD_LR, MATRIX_LR, SCALAR_LR, WEIGHT_DECAY = 0.3, 0.008, 0.02, 0.5, 0.28
+NORMUON_BETA2 = 0.9
 MOMENTUM = (0.85, 0.97, 0.90)  # at first, after MOMENTUM_WARMUP iterations, at the end
 MOMENTUM_WARMUP = 400
 
@@ -42,44 +46,42 @@ MOMENTUM_WARMUP = 400
 class Sizes:
     parameters: int
     scaling: int  # weights of the blocks and of the head, by which data is measured
-    flops_per_token: float  # forward and backward
+    flops_per_token: float  # forward and backward; of nanochat's model as nanochat counts, which is mfu's `palm`
 
 
-def model_of(depth: int, vocab_size: int = VOCAB, context: int = CONTEXT, head_dim: int = HEAD_DIM) -> GPTConfig:
-    """Our model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head."""
+def model_of(
+    depth: int, vocab_size: int = VOCAB, context: int = CONTEXT, head_dim: int = HEAD_DIM,
+    architecture: Architecture = "nanochat",
+) -> GPTConfig:  # fmt: skip
+    """The model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head; and in
+    nanochat's architecture all its other parts."""
     if depth < 1:
         raise UserError(f"--depth={depth}: must be at least 1")
     width = _width(depth, head_dim)
-    return GPTConfig(
+    ours = GPTConfig(
         block_size=context, vocab_size=vocab_size, n_layer=depth, n_head=width // head_dim, n_embd=width, bias=False,
         norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, softcap=15.0,
     )  # fmt: skip
+    if architecture == "gptfast":
+        return ours
+    short = -(-context // (4 * WINDOW_MULTIPLE)) * WINDOW_MULTIPLE
+    return dataclasses.replace(
+        ours, norm_eps=torch.finfo(torch.float32).eps, embedding_norm=True, window_pattern=WINDOW_PATTERN, window=short,
+        value_embeddings=True, residual_scalars=True, smear=True, backout=True, rope_base=100_000.0, rope_sign=-1,
+        qk_gain=1.2, initialization="nanochat",
+    )  # fmt: skip
 
 
-def sizes(config: GPTConfig) -> Sizes:
+def sizes(config: GPTConfig, architecture: Architecture = "gptfast") -> Sizes:
     """What any of our models counts."""
     lookups = (config.position == "learned") * config.block_size + (not config.tied) * config.vocab_size
+    flops = mfu.flops_per_token(config, config.block_size)
     return Sizes(
-        parameters=mfu.palm_params(config) + lookups * config.n_embd,
+        parameters=mfu.palm_params(config) + lookups * config.n_embd + mfu.value_params(config)
+        + mfu.scalar_params(config),
         scaling=mfu.block_params(config) + mfu.lm_head_params(config),
-        flops_per_token=mfu.flops_per_token(config, config.block_size).mfu,
-    )
-
-
-def nanochat_sizes(depth: int, vocab_size: int = VOCAB, context: int = CONTEXT) -> Sizes:
-    """What nanochat's own model of that depth counts: value embeddings in every other layer, three of four layers with
-    a window, gates and scalars."""
-    width = _width(depth, HEAD_DIM)
-    heads, value_layers, table = width // HEAD_DIM, (depth + 1) // 2, vocab_size * width
-    matrices = 12 * width**2 * depth + 12 * heads * value_layers
-    smear_gate, scalars = 24, 2 * depth + 2
-    short = -(-context // (4 * 128)) * 128
-    keys = sum(context if i == depth - 1 or i % 4 == 3 else min(short, context) for i in range(depth))
-    return Sizes(
-        parameters=(2 + value_layers) * table + matrices + smear_gate + scalars,
-        scaling=matrices + table,
-        flops_per_token=6 * (matrices + table + smear_gate) + 12 * width * keys,
-    )
+        flops_per_token=flops.palm if architecture == "nanochat" else flops.mfu,
+    )  # fmt: skip
 
 
 def _width(depth: int, head_dim: int) -> int:
@@ -105,6 +107,10 @@ class Recipe:
     @property
     def head_lr(self) -> float:
         return HEAD_LR * self.batch_scale * self.width_scale
+
+    @property
+    def scalar_lr(self) -> float:
+        return SCALAR_LR * self.batch_scale
 
     @property
     def matrix_lr(self) -> float:
@@ -151,10 +157,13 @@ def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
             raise UserError(f"--{name} follows from --depth={config.depth}; leave one of them out")
     context = config.block_size if "block_size" in chosen else CONTEXT
     micro_batch = config.batch_size if "batch_size" in chosen else BATCH_SIZE
-    model = model_of(config.depth, vocab_size, context, config.head_dim)
+    kind = config.architecture
+    model, reference = (
+        model_of(d, vocab_size, context, config.head_dim, kind) for d in (config.depth, REFERENCE_DEPTH)
+    )
     found = recipe(
-        sizes(model),
-        sizes(model_of(REFERENCE_DEPTH, vocab_size, context, config.head_dim)),
+        sizes(model, kind),
+        sizes(reference, kind),
         model.n_embd,
         ratio=config.target_param_data_ratio,
         iterations=config.max_iters if "max_iters" in chosen else 0,
@@ -167,6 +176,8 @@ def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
             "divide; change --batch_size, --block_size or --total_batch_size"
         )
     shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if hasattr(config, f.name)}
+    if "window_pattern" in chosen and "S" not in config.window_pattern:
+        shape["window"] = None
     derived = shape | dict(
         batch_size=micro_batch,
         gradient_accumulation_steps=found.batch_tokens // (micro_batch * context),
@@ -187,6 +198,10 @@ def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
         schedule="trapezoid",
         warmup_iters=WARMUP,
     )
+    if kind == "nanochat":
+        derived |= dict(
+            rules="nanochat", scalar_lr=found.scalar_lr, equalize=True, normalize_beta2=NORMUON_BETA2
+        )  # fmt: skip
     return dataclasses.replace(config, **{name: value for name, value in derived.items() if name not in chosen})
 
 

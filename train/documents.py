@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from gptfast.aside import locked
+from gptfast.aside import file_aside, flush, locked
 from gptfast.data import HEADER, header, itemsize
 from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, from_json, read_meta
@@ -321,7 +321,7 @@ class Job:
         """Has the parts on the disk, and then the file that vouches for them."""
         for part in self.parts.values():
             if part.path("part").exists():
-                _flush(part.path("part"))
+                flush(part.path("part"))
         progress = {
             "settings": self.settings, "state": self.state, "documents": self.documents, "text_bytes": self.text_bytes,
             "empty": self.empty, "mended": self.mended, "files": self.files,
@@ -335,7 +335,7 @@ class Job:
         path = part.path("bin")
         with part.path("part").open("r+b") as file:
             file.write(header(part.tokens, self.tokenizer.vocab_size, self.tokenizer.fingerprint))
-        _flush(part.path("part"))
+        flush(part.path("part"))
         os.replace(part.path("part"), path)
         self.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path), "tokens": part.tokens}
         part.number, part.tokens, part.finished = part.number + 1, 0, part.finished + part.tokens
@@ -412,16 +412,8 @@ def _make_shards(
 
 def replace(path: Path, content: bytes) -> None:
     """Writes a file so that it is, at every instant, wholly the old one or wholly the new one."""
-    building = path.with_name(f".tmp-{path.name}")
-    try:
-        with building.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
-    except OSError:
-        building.unlink(missing_ok=True)
-        raise
+    with file_aside(path, flushed=True) as building:
+        building.write_bytes(content)
 
 
 def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shard_tokens: int) -> Job:
@@ -505,8 +497,3 @@ def _check_files(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{path} is missing or damaged (its sha256 differs); remove {folder} and prepare it again")
     print(f"{folder} is whole: {sum(entry['tokens'] for entry in meta['files'].values()):,} tokens")
     return meta
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -12,6 +12,7 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
+from gptfast.aside import locked
 from gptfast.errors import UserError
 
 
@@ -21,9 +22,13 @@ def download(
     """Fetches `url` to `path`, which appears only when whole and, where one is given, of this sha256.
 
     What has come so far stays in <path>.part, and the next attempt, or the next run, continues there. Raises UserError
-    that ends with `otherwise`, what the user can do.
+    that ends with `otherwise`, what the user can do, and Busy where another process writes the folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        _download(url, path, sha256, otherwise, attempts, wait_s)
+
+
+def _download(url: str, path: Path, sha256: str | None, otherwise: str, attempts: int, wait_s: float) -> None:
     part = path.with_name(path.name + ".part")
     for attempt in range(attempts):
         try:

@@ -5,6 +5,8 @@
     python -m train.evaluate eval_gpt2_all                     GPT-2 124M … 1558M on openwebtext's validation split
     python -m train.evaluate --models=out-sft,out-rl --tasks=gsm8k,humaneval --task_dir=tasks     (train/score.py)
     python -m train.evaluate --models=out-sft --tasks=all      every task that can be judged, from the hub
+    python -m train.evaluate --models=out,gpt2 --tasks=core --out_dir=core     CORE, by which base models are compared;
+                                                               the same command goes on where it stopped (train/core.py)
 
 Each model reads the text through its own tokenizer, so losses and perplexities compare only where that is the same one;
 bits per byte compare always. Every token of the text is predicted once, in windows of the model's own context.
@@ -22,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +33,19 @@ from torch import Tensor
 from gptfast import cli, hf, runtime
 from gptfast.chat.conversation import Chat
 from gptfast.data import load_tokens, parts_of
-from gptfast.errors import UserError
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, facts
 from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
 from kernels import Ops
-from train import score
+from train import core, score
 from train.files import decoded
+from train.score import Encoder
 from train.tasks import Where, judged
+from train.tasks.core import CoreTask
+from train.tasks.core import read as read_core
 
 NatsPerRow = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) -> (B,), summed over targets that count
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer, ours or another's."""
-
-    @property
-    def bos(self) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,9 @@ class Evaluate:
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
     batch_size: int = 8  # windows at once
-    tasks: str = ""  # tasks of train/tasks to be judged by instead of a text: all, or names with commas between
-    task_dir: str = ""  # folder with a folder of files for each task; empty: the Hugging Face hub
+    tasks: str = ""  # tasks of train/tasks to be judged by instead of a text: all, or names with commas between; core:
+    # all 22 of CORE, core:NAME one of them
+    task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
     samples: int = 1  # answers to each problem, of which one must pass
     temperature: float = 0.0  # of answers; 0 takes the likeliest token
@@ -72,7 +69,7 @@ class Evaluate:
     out_dir: str = ""  # where evaluation.md and evaluation.jsonl go; nowhere if empty
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
-    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
 
     def __post_init__(self) -> None:
         for name in ("context", "stride", "max_examples", "temperature", "top_k"):
@@ -163,21 +160,52 @@ def main(argv: list[str]) -> None:
 
 def score_tasks(config: Evaluate, ops: Ops, dtype: torch.dtype, device: str) -> None:
     """Prints, and writes to out_dir, how well each model does at each task."""
-    where = Where(config.task_dir)
-    settings = score.Settings(config.samples, config.temperature, config.top_k, config.max_tokens, config.batch_size)
+    named = [name.strip() for name in config.tasks.split(",") if name.strip()]
+    converse = [name for name in named if name != "core" and not name.startswith(core.PREFIX)]
+    asked = core_tasks(config, [name for name in named if name not in converse])
     examples = []
-    for task in judged(config.tasks):
-        found = task.examples("test", where)
+    for task in judged(",".join(converse)):
+        found = task.examples("test", Where(config.task_dir))
         examples.append((task, found[: config.max_examples] if config.max_examples else found))
+    settings = score.Settings(config.samples, config.temperature, config.top_k, config.max_tokens, config.batch_size)
+    journal = core.Journal(_made(config.out_dir) / "core-progress.jsonl" if config.out_dir and asked else None)
     scores: dict[str, list[score.Score]] = {}
     for name in filter(None, map(str.strip, config.models.split(","))):
-        player = open_player(name, ops, dtype, device)
-        scores[name] = [score.measure(player, task, found, settings) for task, found in examples]
+        scores[name] = []
+        if examples:
+            player = open_player(name, ops, dtype, device)
+            scores[name] += [score.measure(player, task, found, settings) for task, found in examples]
+        if asked:
+            reader = open_reader(name, ops, dtype, device, config)
+            scores[name] += [core.measure(reader, task, config.batch_size, journal) for task in asked]
     if not scores:
         raise UserError("--models is empty; name a folder with a model")
-    print(score.table(scores))
+    whole = [core.PREFIX + task.name for task in asked] if "core" in named else []
+    print(score.table(scores, whole))
     if config.out_dir:
-        write_scores(scores, config.out_dir, device)
+        write_scores(scores, whole, config.out_dir, device)
+
+
+def core_tasks(config: Evaluate, named: Sequence[str]) -> list[CoreTask]:
+    """Those of CORE that are asked for: all, for `core`."""
+    if not named:
+        return []
+    bundle = read_core(config.task_dir, config.data_dir, config.max_examples)
+    if "core" in named:
+        return list(bundle.values())
+    found = [name.removeprefix(core.PREFIX) for name in named]
+    for name in found:
+        if name not in bundle:
+            raise UserError(f"unknown task {core.PREFIX}{name}{nearest(name, bundle)}; core means all")
+    return [bundle[name] for name in found]
+
+
+def _made(folder: str) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir={folder}: cannot write there ({error.strerror}); choose another") from None
+    return Path(folder)
 
 
 def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score.Player:
@@ -187,16 +215,17 @@ def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score
     reason = hf.why_not(folder)
     if reason:
         print(f"{source} runs through transformers: {reason}")
-        theirs = _import_transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        auto = _import_transformers().AutoModelForCausalLM
+        theirs = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True)
         return score.Theirs(theirs.to(device).eval(), chat)
     return score.Ours(hf.load(source, ops, dtype=dtype).to(device).eval(), chat)
 
 
-def write_scores(scores: dict[str, list[score.Score]], out_dir: str, device: str) -> None:
-    """tasks.md, and a row for each model and task in tasks.jsonl."""
+def write_scores(scores: dict[str, list[score.Score]], whole: Sequence[str], out_dir: str, device: str) -> None:
+    """tasks.md, and a row for each model and task in tasks.jsonl; one of CORE where `whole` lists its tasks."""
     try:
         log = Log(out_dir, name="tasks.jsonl")
-        (Path(out_dir) / "tasks.md").write_text(score.table(scores) + "\n", "utf-8")
+        (Path(out_dir) / "tasks.md").write_text(score.table(scores, whole) + "\n", "utf-8")
     except OSError as error:
         raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
     with log:
@@ -204,13 +233,19 @@ def write_scores(scores: dict[str, list[score.Score]], out_dir: str, device: str
             for s in found:
                 log.row(
                     "summary", name=name, task=s.task, accuracy=s.accuracy, accuracy_error=s.error, chance=s.chance,
-                    examples=s.count, passed=s.passed, **facts(device),
+                    examples=s.count, passed=s.passed, centred=s.centred, **facts(device),
                 )  # fmt: skip
-            core = score.chatcore(found)
-            if core is not None:
+            mean = score.mean_centred(found)
+            if mean is not None:
                 log.row(
-                    "summary", name=name, task="ChatCORE", accuracy=core[0], accuracy_error=core[1], **facts(device)
+                    "summary", name=name, task="ChatCORE", accuracy=mean[0], accuracy_error=mean[1], **facts(device)
                 )
+            mean = score.mean_centred(found, whole)
+            if mean is not None:
+                log.row(
+                    "summary", name=name, core=mean[0], core_error=mean[1], tasks=len(whole),
+                    examples=sum(s.count for s in found if s.task in whole), **facts(device),
+                )  # fmt: skip
     print(f"wrote {Path(out_dir) / 'tasks.md'} and {log.path}")
 
 
@@ -340,16 +375,56 @@ def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str, *, cont
     `context` is taken for that of a model that states none. Weights are safetensors and no code of an author's runs:
     raises UserError for a model that has nothing else.
     """
+    model, longest, tokenizer = _open(source, ops, dtype, device, context)
+    if isinstance(model, GPT):
+        ours = model
+        parameters = ours.num_params(non_embedding=False)
+        return Subject(source, parameters, longest, tokenizer, lambda x, y: nats_per_row(ours, x, y))
+
+    def nats(tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = model(tokens).logits
+        per_token = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
+        return per_token.sum(1)
+
+    return Subject(source, model.num_parameters(), longest, tokenizer, nats)
+
+
+def open_reader(source: str, ops: Ops, dtype: torch.dtype, device: str, config: Evaluate) -> core.Reader:
+    """The model and tokenizer of `source`, as `open_subject` finds them, to be asked for logits."""
+    model, longest, tokenizer = _open(source, ops, dtype, device, config.context)
+    if config.context > longest:
+        raise UserError(f"--context={config.context}: {source} takes {longest} tokens at most")
+
+    def logits(tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        tokens, rows, columns = (t.to(device) for t in (tokens, rows, columns))
+        if not isinstance(model, GPT):
+            return model(tokens).logits[rows, columns]
+        return model.logits_of(model.hidden(tokens)[rows, columns].float())
+
+    identity = f"{dtype} {device} {ops} {_weights(hf.find(source))}"
+    return core.Reader(source, config.context or longest, tokenizer, logits, identity)
+
+
+def _weights(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells one state of the weights, settings and tokenizer in a folder from another, without reading them."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) -> tuple[Any, int, Encoder]:
+    """The model on `device`, a GPT or one of transformers; its longest sequence; its tokenizer."""
     folder = hf.find(source)
     reason = hf.why_not(folder)
-    if reason:
-        print(f"{source} runs through transformers: {reason}")
-        return _through_transformers(source, folder, dtype, device, context)
-    model = hf.load(source, ops, dtype=dtype).to(device).eval()
-    return Subject(
-        source, model.num_params(non_embedding=False), model.config.block_size, _tokenizer(source, folder),
-        lambda x, y: nats_per_row(model, x, y),
-    )  # fmt: skip
+    if not reason:
+        model = hf.load(source, ops, dtype=dtype).to(device).eval()
+        return model, model.config.block_size, _tokenizer(source, folder)
+    print(f"{source} runs through transformers: {reason}")
+    auto = _import_transformers().AutoModelForCausalLM
+    theirs = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    longest = getattr(theirs.config, "max_position_embeddings", None) or context
+    if not longest:
+        raise UserError(f"{source} does not say how long its sequences may be; give --context")
+    return theirs, longest, _tokenizer(source, folder)
 
 
 def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -359,21 +434,6 @@ def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     settings: dict[str, Any] = {"ignore_index": IGNORED, "softcap": model.config.softcap, "reduction": "sum"}
     rows = zip(h, targets, strict=True)
     return torch.stack([model.ops.linear_cross_entropy(row, weight, wanted, **settings) for row, wanted in rows])
-
-
-def _through_transformers(source: str, folder: Path, dtype: torch.dtype, device: str, context: int) -> Subject:
-    auto = _import_transformers().AutoModelForCausalLM
-    model = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
-
-    def nats(tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = model(tokens).logits
-        per_token = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction="none")
-        return per_token.sum(1)
-
-    stated = getattr(model.config, "max_position_embeddings", None) or context
-    if not stated:
-        raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return Subject(source, model.num_parameters(), stated, _tokenizer(source, folder), nats)
 
 
 def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:

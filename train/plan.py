@@ -12,9 +12,10 @@ Memory of one GPU, in bytes, with P weights of which Pm are Muon's, activations 
     loss: a VC for the head's gradient, and min(a BTV, 1 GiB) of logits at a time
 
 of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 3 with swiglu, else 2;
-s = 2 statistics of a row in LayerNorm, 1 in RMSNorm. Dropout's masks and activation checkpointing are left out. It is
-what the Triton kernels keep from forward to backward, to the byte (tests/test_plan.py); 10% of the GPU's memory stay
-free for CUDA itself and fragmentation. Several GPUs each hold everything.
+s = 2 statistics of a row in LayerNorm, 1 in RMSNorm; nanochat's parts: `_nanochats_bytes`. Dropout's masks
+and activation checkpointing are left out. It is what the Triton kernels keep from forward to backward, to the byte
+(tests/test_plan.py); 10% of the GPU's memory stay free for CUDA itself and fragmentation. Several GPUs each hold
+everything.
 
 Time = FLOPs / (GPUs · peak · MFU), exact FLOPs and dense bf16 peaks (gptfast/mfu.py) at an MFU that you assume.
 """
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -52,7 +52,7 @@ class Plan:
     ratio: float = dial.RATIO  # tokens to train on for each weight of the blocks and the head
     assumed_mfu: float = 0.4  # the part of the peak that training reaches
     prices: str = "H100 SXM=3"  # dollars for an hour of a GPU, NAME=DOLLARS with commas between; n/a for all others
-    architecture: Literal["gptfast", "nanochat"] = "gptfast"  # whose model of a depth to count; nanochat's: no memory
+    architecture: dial.Architecture = "nanochat"  # whose model of a depth to count
 
     def __post_init__(self) -> None:
         for name in ("n_gpu", "context", "vocab_size", "ratio"):
@@ -92,7 +92,7 @@ def memory(config: GPTConfig, batch: int, *, optimizer: str, itemsize: int = 2) 
         weights=4 * parameters,
         gradients=4 * parameters,
         optimizer=8 * (parameters - momenta) + 4 * momenta,
-        copies=itemsize * blocks if itemsize < 4 else 0,
+        copies=itemsize * (blocks + mfu.smear_params(config) + config.smear + config.backout) if itemsize < 4 else 0,
         activations=activation_bytes(config, tokens, itemsize),
         loss=itemsize * mfu.lm_head_params(config) + min(itemsize * tokens * config.vocab_size, LOGITS_BYTES),
     )
@@ -105,7 +105,18 @@ def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
     rotated = (Q + K) * ((config.position == "rope") + config.qk_norm_weight)
     wide = (3 if config.activation == "swiglu" else 2) * config.hidden_width
     statistics = (2 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
-    return tokens * (itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics)
+    plain = itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics
+    return tokens * (plain + _nanochats_bytes(config, itemsize))
+
+
+def _nanochats_bytes(config: GPTConfig, itemsize: int) -> int:
+    """The same of a token in nanochat's parts: what each scales, adds and gates."""
+    L, C, K, G = config.n_layer, config.n_embd, config.kv_heads * config.head_dim, config.kv_heads
+    numbers = config.residual_scalars * L * C + config.smear * (2 * C + 2)
+    numbers += len(config.value_layers) * 2 * (K + G)
+    numbers += config.backout * C * (L // 2 == L - 1)  # elsewhere the next layer keeps it anyway
+    numbers += config.embedding_norm * C
+    return itemsize * numbers + 4 * config.embedding_norm
 
 
 def largest_batch(config: GPTConfig, memory_bytes: float, *, optimizer: str) -> int:
@@ -165,9 +176,10 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     ]
     for name, model, counted, found in _models(config):
         tokens = found.batch_tokens * found.iterations
-        batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu) if model else None
-        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if model and batch else None
-        spent = None if batch == 0 else _gpu_hours(counted.flops_per_token * tokens, gpu, config.assumed_mfu)
+        batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu)
+        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
+        flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
+        spent = None if batch == 0 else _gpu_hours(flops, gpu, config.assumed_mfu)
         hours = spent and spent / config.n_gpu
         lines.append(
             f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{found.batch_tokens:>11,}"
@@ -179,24 +191,23 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     return "\n".join(lines) + note
 
 
-def _models(config: Plan) -> list[tuple[str, GPTConfig | None, Sizes, Recipe]]:
-    """Name, model, what it counts and how to train it. nanochat's own models are counted only."""
-    rows: list[tuple[str, GPTConfig | None, Sizes, Recipe]] = []
+def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
+    """Name, model, what it counts and how to train it."""
+    rows: list[tuple[str, GPTConfig, Sizes, Recipe]] = []
     for depth in (config.depth,) if config.depth else DEPTHS:
-        models = [dial.model_of(d, config.vocab_size, config.context) for d in (depth, dial.REFERENCE_DEPTH)]
-        if config.architecture == "nanochat":
-            counted, reference = (
-                dial.nanochat_sizes(d, config.vocab_size, config.context) for d in (depth, dial.REFERENCE_DEPTH)
-            )
-        else:
-            counted, reference = map(dial.sizes, models)
-        found = dial.recipe(counted, reference, models[0].n_embd, ratio=config.ratio)
-        rows.append((f"d{depth}", models[0] if config.architecture == "gptfast" else None, counted, found))
-    for name in PUBLISHED if config.architecture == "gptfast" and not config.depth else ():
-        counted, reference = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
-        rows.append(
-            (name, PRESETS[name], counted, dial.recipe(counted, reference, PRESETS[name].n_embd, ratio=config.ratio))
+        model, reference = (
+            dial.model_of(d, config.vocab_size, config.context, architecture=config.architecture)
+            for d in (depth, dial.REFERENCE_DEPTH)
         )
+        counted = dial.sizes(model, config.architecture)
+        found = dial.recipe(
+            counted, dial.sizes(reference, config.architecture), model.n_embd, ratio=config.ratio
+        )  # fmt: skip
+        rows.append((f"d{depth}", model, counted, found))
+    for name in PUBLISHED if not config.depth else ():
+        counted, reference_counted = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
+        found = dial.recipe(counted, reference_counted, PRESETS[name].n_embd, ratio=config.ratio)
+        rows.append((name, PRESETS[name], counted, found))
     return rows
 
 
@@ -221,7 +232,8 @@ def _gpu_hours(flops: float, gpu: mfu.Peak, assumed_mfu: float) -> float:
 
 def describe(config: Pretrain, model: GPTConfig) -> str:
     """The plan of `python -m train.pretrain ... --dry_run`."""
-    counted, flops = dial.sizes(model), mfu.flops_per_token(model, model.block_size)
+    counted = dial.sizes(model, config.architecture) if config.depth else dial.sizes(model)
+    flops = mfu.flops_per_token(model, model.block_size)
     held = memory(model, config.batch_size, optimizer=config.optimizer)
     per_update = config.gradient_accumulation_steps * config.batch_size * model.block_size
     tokens = per_update * config.max_iters
@@ -229,14 +241,16 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
     head_lr = config.learning_rate if config.head_lr is None else config.head_lr
     muon = f"matrices {config.matrix_lr:.4g}, head {head_lr:.4g}, others " if config.optimizer == "muon" else ""
     warmdown = f" over the last {config.warmdown_ratio:.0%}" if config.schedule == "trapezoid" else ""
+    values = f", value embeddings {mfu.value_params(model):,}" if model.value_embeddings else ""
     rows = {
         "model": f"{model.n_layer} layers, {model.n_head} heads of {model.head_dim}, width {model.n_embd}, "
         f"context {model.block_size}, vocabulary {model.vocab_size:,}",
         "parameters": f"{counted.parameters:,}; {counted.parameters - positions:,} without positions; blocks "
-        f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}",
+        f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}{values}",
+        **(_dialled(config, model, counted, per_update) if config.depth else {}),
         "checkpoint": f"{(held.weights + held.optimizer) / 1e6:,.0f} MB",
-        "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; {flops.palm / flops.mfu:.4f} times as "
-        "many by PaLM's count",
+        "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; by PaLM's count {flops.palm:.4e}, "
+        f"{flops.palm / flops.mfu:.4f} times as many",
         "horizon": f"{config.max_iters:,} updates of {per_update:,} tokens = {tokens:,} tokens, "
         f"{tokens / counted.scaling:.2f} for each weight of blocks and head",
         "update": f"{config.gradient_accumulation_steps} micro-batches of {config.batch_size} sequences, over all GPUs",
@@ -249,6 +263,21 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
     return "\n".join(
         [*(f"{name:<12}{text}" for name, text in rows.items()), "", *_on_gpus(config, model, flops.mfu * tokens)]
     )
+
+
+def _dialled(config: Pretrain, model: GPTConfig, counted: Sizes, batch_tokens: int) -> dict[str, str]:
+    """What the dial turned: data, batch, and by what the rates of depth 12 are multiplied."""
+    kind = config.architecture
+    reference = dial.model_of(dial.REFERENCE_DEPTH, model.vocab_size, model.block_size, config.head_dim, kind)
+    found = dial.recipe(
+        counted, dial.sizes(reference, kind), model.n_embd, ratio=config.target_param_data_ratio,
+        iterations=config.max_iters, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    return {
+        "dial": f"{kind}'s depth {config.depth}: {config.target_param_data_ratio:g} tokens for each of "
+        f"{counted.scaling:,} weights of blocks and head, {found.tokens:,}",
+        "scales": f"rates {found.batch_scale:.4f} for the batch, AdamW's {found.width_scale:.4f} besides for the width",
+    }
 
 
 def _on_gpus(config: Pretrain, model: GPTConfig, flops: float) -> list[str]:

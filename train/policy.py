@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.chat.answers import Answer, Answers, answer_all
 from gptfast.chat.conversation import text_of
 from gptfast.engine import Sampling
-from gptfast.model import GPT, IGNORED
+from gptfast.model import IGNORED
 from train.tasks import Example, Task
 
 SMALLEST_SIGMA = 1e-6  # below it all rewards are alike
@@ -99,10 +98,9 @@ def batch_of(rollouts: Sequence[Rollout], padding: int, *, sigma: bool = False) 
     return tokens[:, :-1].contiguous(), targets[:, 1:].contiguous(), advantages_of(rewards, sigma=sigma)
 
 
-def nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """-log p (B, T) fp32 of each target, 0 where it is IGNORED."""
-    logits = model.logits(tokens).float()
-    return F.cross_entropy(logits.mT, targets, ignore_index=IGNORED, reduction="none")
+def nll(model: Callable[..., Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
+    """-log p (B, T) fp32 of each target, 0 where it is IGNORED, by a GPT or what wraps one."""
+    return model(tokens, targets, reduction="none").view(targets.shape)
 
 
 def objective(

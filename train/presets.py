@@ -86,6 +86,7 @@ D6_CPU = Pretrain(
     block_size=512,
     batch_size=32,
     total_batch_size=32 * 512,
+    window_pattern="L",
     max_iters=5000,
     eval_interval=100,
 )

@@ -11,10 +11,8 @@ save and leave; a second Ctrl-C leaves at once.
 
 from __future__ import annotations
 
-import sys
-
 from gptfast import cli
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from train import dial, plan
 from train.build import architecture_of, vocab_size_of
 from train.config import Pretrain
@@ -37,4 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    leave(cli.run(main))

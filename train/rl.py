@@ -6,13 +6,13 @@
 Every update draws `samples` answers to each of `examples_per_step` questions by the engine, with tools, and learns from
 their rewards. `--sigma`, `--clip` with `--passes`, and `--kl` are the usual additions. Checkpoints, `--resume=latest`,
 signals and the log are those of train.pretrain; answers depend on seed, update, question and number alone, so that a
-resumed run draws the same. One process.
+resumed run draws the same, and so do several ranks of torchrun (ddp), each of which draws the answers to some of an
+update's questions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import GPT
 from gptfast.optim import set_learning_rate
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from gptfast.step import Batch, Objective
 from train import policy
 from train.mixture import rl_multiplier
@@ -81,8 +81,11 @@ class Rl(Finetune):
 def main(argv: list[str]) -> None:
     typed = cli.typed(argv, Rl)
     config = cli.parse(Rl, argv)
-    if launch().size > 1:
-        raise UserError("train.rl runs in one process; leave torchrun out")
+    ranks = launch().size
+    if ranks > 1 and (config.parallel != "ddp" or config.passes > 1):
+        raise UserError("under torchrun train.rl takes --parallel=ddp and --passes=1; set them, or leave torchrun out")
+    if config.examples_per_step % ranks:
+        raise UserError(f"--examples_per_step={config.examples_per_step}: must be a multiple of the {ranks} ranks")
     data = Questions(inherit(config, typed, config.lr_frac))
     with started(data.config, data.recipe(), typed) as (run, log):
         train(run, log)
@@ -115,11 +118,15 @@ class Questions:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), line=line, after_last=False, data=self,
             follow=follow, evaluate=self.evaluate, stage=self.config.stage,
-            fields=lambda run: {"reward": self.reward, "tokens": self.tokens, **UNKNOWN},
+            fields=self.fields,
         )  # fmt: skip
 
+    def fields(self, run: Run) -> dict[str, Any]:
+        rewards, tokens = zip(*run.team.gather((self.reward, self.tokens)), strict=True)
+        return {"reward": sum(rewards) / len(rewards), "tokens": sum(tokens), **UNKNOWN}
+
     def batches(self, config: Any, model: GPT, **settings: Any) -> Drawing:
-        return Drawing(self, model, torch.device(settings["device"]))
+        return Drawing(self, model, torch.device(settings["device"]), settings["rank"], settings["ranks"])
 
     def sampling(self) -> Sampling:
         config = self.config
@@ -130,32 +137,33 @@ class Questions:
         engine = Engine(model, slots=min(slots, MOST_SLOTS), tokenizer=self._tokenizer, weights="model")
         return Answers(engine, self.chat)
 
-    def draw(self, model: GPT, drawing: int) -> list[list[Rollout]]:
-        """The answers of one drawing, a list for each question."""
+    def draw(self, model: GPT, drawing: int, rank: int = 0, ranks: int = 1) -> list[list[Rollout]]:
+        """The answers of one drawing to this rank's questions, a list for each."""
         config, n = self.config, len(self.examples)
         answers = self.answers(model, config.samples)
-        found = []
-        for i in range(config.examples_per_step):
-            turn, place = divmod(drawing * config.examples_per_step + i, n)
-            index = int(np.random.default_rng((config.seed, turn)).permutation(n)[place])
+        groups = []
+        for i in range(rank, config.examples_per_step, ranks):
+            epoch, position = divmod(drawing * config.examples_per_step + i, n)
+            index = int(np.random.default_rng((config.seed, epoch)).permutation(n)[position])
             settings: dict[str, Any] = dict(samples=config.samples, sampling=self.sampling())
             seed = policy.seed_of(config.seed, drawing, index)
-            found.append(policy.roll_out(answers, self.task, self.examples[index], seed=seed, **settings))
-        rewards = [rollout.reward for group in found for rollout in group]
+            groups.append(policy.roll_out(answers, self.task, self.examples[index], seed=seed, **settings))
+        rewards = [rollout.reward for group in groups for rollout in group]
         self.reward = sum(rewards) / len(rewards)
-        self.tokens += sum(sum(rollout.drawn) for group in found for rollout in group)
-        return found
+        self.tokens += sum(sum(rollout.drawn) for group in groups for rollout in group)
+        return groups
 
     def evaluate(self, run: Run, log: Log) -> dict[str, float]:
         """pass@k of `eval_samples` answers to each question of the test split, drawn as in training."""
         config = self.config
         answers = self.answers(run.model, config.eval_samples)
         passed = []
-        for i, example in enumerate(self.questions):
+        for i, example in list(enumerate(self.questions))[run.team.data_rank :: run.team.data_size]:
             settings: dict[str, Any] = dict(samples=config.eval_samples, sampling=self.sampling())
             seed = policy.seed_of(config.seed, -1, i)
             drawn = policy.roll_out(answers, self.task, example, seed=seed, **settings)
             passed.append([rollout.reward > 0 for rollout in drawn])
+        passed = [answers for part in run.team.gather(passed) for answers in part]
         found = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
         log.say(f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in found.items()))
         log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **found)
@@ -169,8 +177,8 @@ class Drawing:
     and with `kl` what it costs the reference. `state_dict` holds what was drawn and is not used up.
     """
 
-    def __init__(self, questions: Questions, model: GPT, device: torch.device) -> None:
-        self.questions, self.model, self.device = questions, model, device
+    def __init__(self, questions: Questions, model: GPT, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
+        self.questions, self.model, self.device, self.rank, self.ranks = questions, model, device, rank, ranks
         self.drawing = 0  # the next one
         self._drawn: list[list[Tensor]] = []  # micro-batches of the last drawing, on the CPU
         self._left: deque[int] = deque()  # which of them are to come
@@ -193,7 +201,7 @@ class Drawing:
         config = self.questions.config
         was_training = self.model.training
         self.model.eval()
-        for group in self.questions.draw(self.model, self.drawing):
+        for group in self.questions.draw(self.model, self.drawing, self.rank, self.ranks):
             whole = policy.batch_of(group, self.questions.chat.bos, sigma=config.sigma)
             for tensors in zip(*(tensor.split(config.batch_size) for tensor in whole), strict=True):
                 tokens, targets = (tensor.to(self.device) for tensor in tensors[:2])
@@ -228,8 +236,6 @@ def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
     """The policy gradient over the micro-batches of Drawing."""
 
     def make(model: torch.nn.Module) -> Objective:
-        assert isinstance(model, GPT)
-
         def objective(tokens: Tensor, targets: Tensor, advantages: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
             rest = list(more)
             old = rest.pop(0) if config.clip or config.passes > 1 else None
@@ -256,4 +262,4 @@ def line(row: dict[str, Any], config: Any, mfu_palm: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    leave(cli.run(main))

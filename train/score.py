@@ -6,14 +6,14 @@
 
 Multiple choice: the letter whose token is the likeliest after the prompt. Else the model answers, with its tools, and a
 problem counts as solved if any of `samples` answers passes. ChatCORE is the mean over its five tasks of the accuracy
-above chance, (accuracy - chance) / (1 - chance), where all five were run.
+above chance, (accuracy - chance) / (1 - chance), where all five were run. Models that do not converse: train/core.py.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,15 @@ class Settings:
     max_tokens: int = 512  # of an answer
     batch_size: int = 8
     seed: int = 42
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer, ours or another's."""
+
+    @property
+    def bos(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class Player(Protocol):
@@ -195,18 +204,24 @@ def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]
 # ---- the figures
 
 
-def chatcore(scores: Sequence[Score]) -> tuple[float, float] | None:
-    """ChatCORE and its standard error; None unless all its tasks were run."""
+def mean_centred(scores: Sequence[Score], names: Collection[str] = CHATCORE) -> tuple[float, float] | None:
+    """The mean over the tasks `names` of the accuracy above chance, and its standard error; None unless all were run.
+
+    ChatCORE by default; CORE, of the names of its tasks.
+    """
     by_name = {score.task: score for score in scores}
-    if not set(CHATCORE) <= by_name.keys():
+    if not names or not set(names) <= by_name.keys():
         return None
-    wanted = [by_name[name] for name in CHATCORE]
+    wanted = [by_name[name] for name in names]
     errors = [score.error / (1 - score.chance) for score in wanted]
     return statistics.fmean(score.centred for score in wanted), math.sqrt(sum(e * e for e in errors)) / len(errors)
 
 
-def table(scores: Mapping[str, Sequence[Score]]) -> str:
-    """Accuracy in percent, a row for each task and a column for each model, in Markdown; - where it was not run."""
+def table(scores: Mapping[str, Sequence[Score]], core: Collection[str] = ()) -> str:
+    """Accuracy in percent, a row for each task and a column for each model, in Markdown; - where it was not run.
+
+    Below them ChatCORE, and CORE over the tasks `core`, where all that they are the mean of were run.
+    """
     tasks = list(dict.fromkeys(score.task for found in scores.values() for score in found))
     lines = [f"| task | examples | chance | {' | '.join(scores)} |", "|---|---:|---:|" + "---:|" * len(scores)]
     for name in tasks:
@@ -214,10 +229,11 @@ def table(scores: Mapping[str, Sequence[Score]]) -> str:
         one = next(score for score in found if score is not None)
         cells = ["-" if s is None else percent(s.accuracy, s.error) for s in found]
         lines.append(f"| {name} | {one.count:,} | {100 * one.chance:.0f} % | {' | '.join(cells)} |")
-    cores = [chatcore(mine) for mine in scores.values()]
-    if any(cores):
-        cells = ["-" if core is None else f"{core[0]:.4f} ± {core[1]:.4f}" for core in cores]
-        lines.append(f"| ChatCORE | | | {' | '.join(cells)} |")
+    for title, names in (("ChatCORE", CHATCORE), (f"CORE ({len(core)} tasks)", core)):
+        means = [mean_centred(mine, names) for mine in scores.values()]
+        if any(means):
+            cells = ["-" if mean is None else f"{mean[0]:.4f} ± {mean[1]:.4f}" for mean in means]
+            lines.append(f"| {title} | | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

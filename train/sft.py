@@ -27,7 +27,7 @@ from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import IGNORED
 from gptfast.optim import set_learning_rate, set_scheduled
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from gptfast.step import Batch, Objective, language_model
 from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import BPETokenizer
@@ -281,4 +281,4 @@ def tell(run: Run, log: Log) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    leave(cli.run(main))

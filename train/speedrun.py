@@ -17,18 +17,19 @@ flag that leaves it out; `python -m bench speedrun` tells what each is worth.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import torch
 
 from gptfast import cli, mfu, report, runtime
+from gptfast.aside import Busy, locked
 from gptfast.engine import generate
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
-from gptfast.parallel import launch
+from gptfast.parallel import launch, leave
 from gptfast.tokenizer import load_tokenizer
 from train.config import Pretrain
 from train.prepare import prepare
@@ -41,8 +42,8 @@ CONSOLE_LINES = 20  # progress lines of a run
 def main(argv: list[str]) -> None:
     name, config = configure(argv)
     typed = cli.typed(argv, Pretrain) | {"device": config.device}
-    if not (Path(config.data_dir) / config.dataset / "train.bin").is_file() and not launch().rank:
-        prepare(config.dataset, config.data_dir)
+    if not launch().rank:
+        make_data(config)
     recipe = Recipe(f"speedrun {name} on {config.dataset}", line=progress, after_last=False)
     with started(config, recipe, typed) as (run, log):
         try:
@@ -71,6 +72,21 @@ def configure(argv: list[str]) -> tuple[str, Pretrain]:
     if config.depth:
         raise UserError(f"--depth={config.depth}: the speedrun's presets have sizes of their own; use train.pretrain")
     return name, dataclasses.replace(config, device=device)
+
+
+def make_data(config: Pretrain) -> None:
+    """Prepares the data set where it is missing; where another process is just doing so, waits for it."""
+    folder = Path(config.data_dir) / config.dataset
+    is_there = False
+    while not is_there:
+        if folder.is_dir():
+            with contextlib.suppress(OSError), locked(folder, wait=True):  # one that nobody can write is nobody's
+                pass
+            is_there = (folder / "train.bin").is_file()
+        if not is_there:
+            with contextlib.suppress(Busy):  # another was quicker
+                prepare(config.dataset, config.data_dir)
+                is_there = True
 
 
 def progress(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
@@ -121,4 +137,4 @@ def sample(run: Run, log: Log) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    leave(cli.run(main))

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from gptfast import checkpoint, mfu, runtime
+from gptfast.aside import locked
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
@@ -111,6 +112,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
     with (
         silence() if launch().rank else contextlib.nullcontext(),  # the first rank speaks for all
         join(mode, backend=config.backend, device=device, **degrees) as team,
+        held(config.out_dir, team),
         open_log(config.out_dir, team) as log,
     ):
         run = start(config, recipe, team)
@@ -134,12 +136,28 @@ def silence() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held(out_dir: str, team: Team) -> Iterator[None]:
+    """out_dir is this run's alone; the first rank holds it for all. Raises UserError that names another run there."""
+    with contextlib.ExitStack() as stack:
+        if team.is_main:
+            with unwritable(out_dir):
+                stack.enter_context(locked(Path(out_dir)))
+        yield
+
+
 def open_log(out_dir: str, team: Team) -> Log:
     """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
     if not team.is_main:
         return Log(None, console=False)
-    try:
+    with unwritable(out_dir):
         return Log(out_dir, name="metrics.jsonl")
+
+
+@contextlib.contextmanager
+def unwritable(out_dir: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
 
@@ -481,7 +499,8 @@ class Meter:
         block_size = run.model.config.block_size
         tokens_per_s = config.gradient_accumulation_steps * config.batch_size * block_size / seconds
         per_rank = tokens_per_s / run.team.size
-        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=run.model.dtype)
+        dtype = "fp8" if config.fp8 else run.model.dtype
+        used = mfu.utilization(per_rank, run.model.config, block_size, peak=self.peak, dtype=dtype)
         if self.total_iterations > WARM_UP and used["mfu_palm"] is not None:
             fresh, average = used["mfu_palm"], self.mfu_palm
             self.mfu_palm = fresh if average is None else 0.9 * average + 0.1 * fresh

@@ -45,10 +45,20 @@ class Tools:
 
     def run(self, call: str) -> str | None:
         """The output of `call`, or None if there is none to be had."""
-        found = calculate(call) if self.calculator else None
-        if found is not None or self.python is None:
-            return found
-        return self.python.run(call).text
+        output = self.calculated(call)
+        return self.executed(call) if output is None and self.python is not None else output
+
+    def calculated(self, call: str) -> str | None:
+        """The output of `call` if the calculator knows it, in microseconds."""
+        return calculate(call) if self.calculator else None
+
+    def executed(self, call: str) -> str:
+        """What `call` prints as Python, within the sandbox's limits of time."""
+        assert self.python is not None
+        try:
+            return self.python.run(call).text
+        except OSError as error:  # no process to be had: the model is told, and all else goes on
+            return f"Python could not run: {error.strerror}"
 
 
 def calculate(expression: str) -> str | None:

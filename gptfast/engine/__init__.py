@@ -23,10 +23,8 @@ the model itself draws with the request's random number, so the text is that wit
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,53 +32,20 @@ from torch import Tensor
 
 from gptfast.engine.cache import MAX_STEP, KVCache
 from gptfast.engine.decoder import Decoder
-from gptfast.engine.sampling import Sampling, draw, penalize
+from gptfast.engine.requests import Logprob, Reason, Request, Update
+from gptfast.engine.sampling import Sampling, draw, logprobs_of, penalize
 from gptfast.engine.text import TextStream
 from gptfast.engine.weights import Weights, choose_weights, converted, matrix_bytes
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 from kernels.op import require
 
-__all__ = ["Engine", "KVCache", "Request", "Sampling", "Update", "Weights", "generate"]
+__all__ = ["Engine", "KVCache", "Logprob", "Request", "Sampling", "Update", "Weights", "generate"]
 
 MOST_SLOTS = 32  # of generate(): rows beyond wait until one is done
 
 
-Reason = Literal["stop", "length", "cancelled", "error"]
 NOT_NUMBERS = "the logits are not numbers: the model has diverged, or overflows its dtype"
-
-
-class Request:
-    """One prompt and what became of it. `tokens` are the new ones; `text` is theirs, if the engine has a tokenizer.
-
-    `finish_reason` is None while it waits and runs, then "stop" (a stop token or string), "length", "cancelled", or
-    "error", with what went wrong in `error`: such a request ends alone, and the others go on as without it.
-    """
-
-    def __init__(self, prompt: list[int], sampling: Sampling, stream: TextStream | None) -> None:
-        self.prompt, self.sampling = prompt, sampling
-        self.tokens: list[int] = []
-        self.text = ""
-        self.finish_reason: Reason | None = None
-        self.error = ""
-        self._stream = stream
-        self._random = random.Random(random.SystemRandom().getrandbits(64) if sampling.seed is None else sampling.seed)
-        self._uniforms: list[float] = []
-
-    def uniform(self, i: int) -> float:
-        """The random number in [0, 1) that draws token i: the same whenever it is asked for."""
-        while len(self._uniforms) <= i:
-            self._uniforms.append(self._random.random())
-        return self._uniforms[i]
-
-
-@dataclass
-class Update:
-    """What a step added to a request: its new tokens, and the text that they made certain."""
-
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
 
 
 class Engine:
@@ -192,10 +157,11 @@ class Engine:
                 try:
                     logits = self._main.reread(request.prompt + request.tokens)
                     drawn = self._draw(logits[None], [request]).tolist()
+                    logprobs = self._logprobs(logits[None], request, drawn)
                 except Exception as error:
                     self._fail(request, error)
                     continue
-                self._take(request, drawn)
+                self._take(request, drawn, logprobs)
         return list(self._updates.values())
 
     @property
@@ -246,10 +212,11 @@ class Engine:
         for request, logits in admitted:  # after the cloning, since the first token may be the last
             try:
                 drawn = self._draw(logits[None], [request]).tolist()
+                logprobs = self._logprobs(logits[None], request, drawn)
             except Exception as error:
                 self._fail(request, error)
                 continue
-            self._take(request, drawn)
+            self._take(request, drawn, logprobs)
         return bool(admitted)
 
     def _slides(self, request: Request) -> bool:
@@ -304,8 +271,8 @@ class Engine:
         self.cache.advance(torch.tensor(counts, dtype=torch.int32, device=self._device))
         for cache in self._caches[1:]:
             cache.lengths.copy_(self.cache.lengths)
-        for request, new in zip(requests, taken, strict=True):
-            self._take(request, new)
+        for row, (request, new) in enumerate(zip(requests, taken, strict=True)):
+            self._take(request, new, self._logprobs(logits[row], request, new))
 
     def _guess(self, newest: Tensor, rows: list[int], requests: list[Request]) -> Tensor:
         """The newest token of every slot (slots, 1) and the draft's guesses at the next: (slots, 1 + guesses)."""
@@ -351,21 +318,34 @@ class Engine:
             drawn[rows] = draw(candidates, uniform, *settings)
         return drawn.to(self._device)
 
-    def _take(self, request: Request, tokens: list[int]) -> None:
+    def _logprobs(self, logits: Tensor, request: Request, tokens: list[int]) -> list[Logprob]:
+        """Of each of the tokens, drawn from the first of the rows of logits (n, V); none unless asked for."""
+        top = request.sampling.logprobs
+        if top is None or min(tokens) < 0:
+            return []
+        seen = logits[: len(tokens), : self._vocabulary].float()
+        if len(self._holes):
+            seen = seen.index_fill(1, self._holes.to(seen.device), float("-inf"))
+        return [Logprob(*found) for found in logprobs_of(seen, tokens, top)]
+
+    def _take(self, request: Request, tokens: list[int], logprobs: list[Logprob]) -> None:
         """Add the new tokens to `request`, up to the one that ends it; what goes wrong with them ends it alone."""
         try:
-            self._add(request, tokens)
+            self._add(request, tokens, logprobs)
         except Exception as error:
             self._fail(request, error)
 
-    def _add(self, request: Request, tokens: list[int]) -> None:
+    def _add(self, request: Request, tokens: list[int], logprobs: list[Logprob]) -> None:
         update, stream = self._updates.setdefault(request, Update(request)), request._stream
-        for token in tokens:
+        for i, token in enumerate(tokens):
             require(token >= 0, NOT_NUMBERS)
             if token in request.sampling.stop_tokens:
                 return self._finish(request, "stop")
             request.tokens.append(token)
             update.tokens.append(token)
+            if logprobs:
+                request.logprobs.append(logprobs[i])
+                update.logprobs.append(logprobs[i])
             if stream is not None:
                 self._add_text(request, stream.push(token))
                 if stream.stopped:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gptfast.config import GPTConfig
-from gptfast.model import shifted
+from gptfast.model import narrowed, shifted
 from kernels import Ops
 from kernels.decode_attention import QUANTIZED, quantize_kv
 from kernels.op import require
@@ -73,7 +73,7 @@ class KVCache:
         self.k, self.v = per_layer(shape, self._stored or dtype), per_layer(shape, self._stored or dtype)
         scales = shape[:3] if self._stored else (0,)
         self.k_scale, self.v_scale = per_layer(scales, torch.float32), per_layer(scales, torch.float32)
-        places = config.token_shift * (1 + 2 * config.n_layer * config.block_shift)
+        places = config.smear_place + config.smear
         self._recent = torch.zeros(places, slots, RECENT, config.n_embd, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         own = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
@@ -105,6 +105,7 @@ class KVCache:
             self._seen,
             self.table if self.paged else None,
             *scales,
+            window=self.config.windows[layer],
         )
         return out.reshape(q.shape)
 
@@ -220,7 +221,8 @@ class Prompt:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, T, G, D) of `layer`; causal attention of q (1, T, H, D)."""
         self.cache.keep(layer, self._where, k, v)
-        return self.cache.ops.attention(q, k, v, causal=True)
+        window = narrowed(self.cache.config.windows[layer], q.shape[1])
+        return self.cache.ops.attention(q, k, v, causal=True, window=window)
 
     def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps the end of x (1, T, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.op import require
 
 LEAST, MOST = 1e-6, 1e6  # of temperatures and penalties
+MOST_LOGPROBS = 20  # likeliest tokens that are told
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class Sampling:
     top_p: float = 1.0  # draw from the fewest likeliest tokens whose probabilities sum to top_p; 1: from all
     repetition_penalty: float = 1.0  # logits of tokens that occurred are divided by it, or multiplied if negative
     seed: int | None = None  # of the draws; None takes one from the system
+    logprobs: int | None = None  # tell how probable each token was, and as many of the likeliest; None: nothing
     stop_tokens: tuple[int, ...] = ()  # any of them ends the text and is left out
     stop: tuple[str, ...] = ()  # the first occurrence of any of them ends the text and is left out
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed"):
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)
-            require(is_whole or (name == "seed" and value is None), f"{name}: expected a whole number, got {value!r}")
+            may_lack = name in ("seed", "logprobs") and value is None
+            require(is_whole or may_lack, f"{name}: expected a whole number, got {value!r}")
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -51,6 +54,8 @@ class Sampling:
         )
         require(self.top_k >= 0, f"top_k: must not be negative, got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p: must be above 0 and at most 1, got {self.top_p}")
+        top = self.logprobs
+        require(top is None or 0 <= top <= MOST_LOGPROBS, f"logprobs: must be 0 to {MOST_LOGPROBS} or None, got {top}")
         require(LEAST <= penalty <= MOST, f"repetition_penalty: must be {LEAST:g} to {MOST:g}, got {penalty}")
         tokens, strings = self.stop_tokens, self.stop
         require(not isinstance(strings, str), "stop: expected a tuple of strings, got one string")
@@ -85,6 +90,18 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int =
     if order is not None:
         token = order.gather(-1, token[:, None])[:, 0]
     return torch.where(sound, token, -1)
+
+
+def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """For each token, drawn from its row of logits (n, V) fp32: its log-probability, and the `top` likeliest with
+    theirs."""
+    log_p = logits.log_softmax(-1)
+    own = log_p.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
+    return [
+        (one, tuple(zip(row_ids, row, strict=True)))
+        for one, row_ids, row in zip(own, ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def penalize(logits: Tensor, occurred: Sequence[int], penalty: float) -> Tensor:

@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, tuple[type, ...]]] = {
     "product": {"name": TEXT, "impl": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},  # of Newton-Schulz
     "profile": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
     "host": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
+    "counters": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dtype": TEXT, "kernels": (list,), **FACTS},
     "tune": {"name": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
 }
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from gptfast import untrusted
 
 MODEL, STATE = "model", "state"  # first words of the tensors' names: model/<parameter>/<matrix>, state/<index>/<key>/..
+
+PLACES, OFFSET = "DCP_SHARDING_INFO", "saved_offsets"  # where torch.distributed.checkpoint says a piece's place
+
+Extent = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size of a piece
 
 
 def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
@@ -35,24 +37,22 @@ def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence
             raise ValueError(f"two pieces of {name} hold the same elements")
 
 
-def read_parts(folder: Path, optimizer: dict[str, Any], aliases: dict[str, str]) -> dict[str, Tensor]:
+def read_parts(files: Iterable[BinaryIO], optimizer: dict[str, Any], aliases: dict[str, str]) -> dict[str, Tensor]:
     """Returns the whole model's tensors by name, on the CPU, in one process; puts the optimizer's into its tree.
 
-    `aliases` maps the names of tied parameters to the name that holds their tensor.
+    `files` are open; `aliases` maps the names of tied parameters to the name that holds their tensor. Raises ValueError
+    for pieces that make up no tensor.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    known = {
-        name: about
-        for name, about in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith((f"{MODEL}/", f"{STATE}/")) and isinstance(about, TensorStorageMetadata)
-    }
-    for name, about in known.items():  # equal pieces are those of replicas
-        check_cover(name, about.size, list({(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks}))
-    found = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in known.items()}
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    pieces: dict[str, dict[Extent, Tensor]] = {}
+    for file in files:
+        tensors, about = untrusted.tensors(file)
+        offsets = untrusted.parsed(about[PLACES])
+        for name, tensor in tensors.items():
+            if name.startswith((f"{MODEL}/", f"{STATE}/")):  # equal pieces are those of replicas
+                pieces.setdefault(name, {})[tuple(offsets[name][OFFSET]), tuple(tensor.shape)] = tensor
     stacks: dict[str, list[Tensor]] = {}
-    for name in sorted(found):  # the matrices of one parameter, in order
-        stacks.setdefault(name.rpartition("/")[0], []).append(found[name])
+    for name in sorted(pieces):  # the matrices of one parameter, in order
+        stacks.setdefault(name.rpartition("/")[0], []).append(joined(name, pieces.pop(name)))
     model: dict[str, Tensor] = {}
     for name, matrices in stacks.items():
         kind, *path = name.split("/")
@@ -62,3 +62,22 @@ def read_parts(folder: Path, optimizer: dict[str, Any], aliases: dict[str, str])
         else:
             optimizer["state"].setdefault(int(path[0]), {})[path[1]] = tensor
     return model | {name: model[other] for name, other in aliases.items()}
+
+
+def joined(name: str, pieces: dict[Extent, Tensor]) -> Tensor:
+    """The tensor that the pieces make up."""
+    dims = {len(offset) for offset, _ in pieces}
+    if len(dims) > 1 or any(type(o) is not int for offset, _ in pieces for o in offset):
+        raise ValueError(f"the pieces of {name} have no common shape")
+    ends = [[o + s for o, s in zip(offset, size, strict=True)] for offset, size in pieces]
+    shape = [max(column) for column in zip(*ends, strict=True)]
+    check_cover(name, shape, list(pieces))
+    first = next(iter(pieces.values()))
+    if len(pieces) == 1:
+        return first
+    if len({piece.dtype for piece in pieces.values()}) > 1:
+        raise ValueError(f"the pieces of {name} are of several dtypes")
+    whole = torch.empty(shape, dtype=first.dtype)
+    for (offset, size), piece in pieces.items():
+        whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))] = piece
+    return whole

@@ -7,6 +7,7 @@ one number of ranks, in whichever mode, is read by any other.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,14 @@ def save(
     def write(folder: Path) -> None:
         write_parts(folder, optimizer)
 
+    main = optimizer.max(team.gather(os.getpid()) if optimizer.team.is_main else 0)
     if optimizer.team.is_main:
         checkpoint.save(
             out_dir, step=step, model={}, optimizer=optimizer.settings(), meta=meta, write_parts=write, **settings
         )
     else:
         try:
-            write(checkpoint.building_of(out_dir, step))
+            write(checkpoint.building_of(out_dir, step, main))
         except OSError as error:
             raise UserError(f"cannot save step {step} in {out_dir} (rank {optimizer.team.rank}): {error}") from None
     optimizer.team.barrier()

@@ -144,6 +144,8 @@ def split_matrices(model: GPT, team: Team) -> None:
             raise UserError(f"--tensor_parallel={ways} does not divide the {what}, {number}")
     if config.qk_norm_weight:  # each rank would have the gradient of its own heads only
         raise UserError(f"--tensor_parallel={ways} cannot split a model with qk_norm_weight; leave the flag out")
+    if config.value_embeddings:  # their tables and gates are of all heads
+        raise UserError(f"--tensor_parallel={ways} cannot split a model with value_embeddings; leave the flag out")
     plan = {
         "attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(),
         "mlp.c_fc": ColwiseParallel(), "mlp.c_proj": RowwiseParallel(),

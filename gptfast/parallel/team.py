@@ -102,6 +102,14 @@ class Team:
         self._asked = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group=self._control, async_op=True)
         return answer
 
+    def gather(self, item: Any) -> list[Any]:
+        """What every rank gives, by rank; anything that can be pickled. Waits for all of them."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self._control)
+        return items
+
     def barrier(self) -> None:
         """Returns when every rank is here."""
         if self.size > 1:

@@ -3,8 +3,8 @@
     python -m gptfast.report out-base out-sft out-rl --card      # folders, in the order of training
 
 Each folder holds metrics.jsonl of its stage, whose `run` row may name it (`stage`: base, mid, sft or rl), and where the
-model was judged tasks.jsonl (train.evaluate --tasks) and evaluation.jsonl (train.evaluate --text), written with
---out_dir of the same folder. What a stage has not measured is shown as -.
+model was judged tasks.jsonl (train.evaluate --tasks; of a base model --tasks=core) and evaluation.jsonl (train.evaluate
+--text), written with --out_dir of the same folder. What a stage has not measured is shown as -.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def write(folders: Sequence[Path | str], out_dir: Path | str, dollars_per_hour: 
 
 
 def summary(stages: Sequence[Stage]) -> str:
-    """Metric x stage, in Markdown: losses, rewards, and the accuracy of every task that any stage was judged by."""
+    """Metric x stage, in Markdown: losses, rewards, CORE, and the accuracy of every other task of any stage."""
     by_name = {stage.name: stage for stage in stages}
     names = [*STAGES, *(name for name in by_name if name not in STAGES)]
     lines = [f"| Metric | {' | '.join(name.upper() for name in names)} |", "|---|" + "---:|" * len(names)]
@@ -114,11 +114,12 @@ def summary(stages: Sequence[Stage]) -> str:
             lines.append(f"| {metric} | {' | '.join(cells.get(name, MISSING) for name in names)} |")
 
     for metric, key in (
-        ("validation loss", "val_loss"), ("bits per byte", "bits_per_byte"), ("CORE", "core"), ("reward", "reward"),
-        ("pass@1", "pass@1"),
+        ("validation loss", "val_loss"), ("bits per byte", "bits_per_byte"), ("reward", "reward"), ("pass@1", "pass@1"),
     ):  # fmt: skip
         line(metric, {name: _figure(stage.last(key)) for name, stage in by_name.items()})
+    line("CORE", {name: _core(stage) for name, stage in by_name.items()})
     tasks = dict.fromkeys(row["task"] for stage in stages for row in stage.judged if "task" in row)
+    tasks = {task: None for task in tasks if not task.startswith("core:")}  # what CORE is the mean of
     for task in sorted(tasks, key=lambda task: task == "ChatCORE"):
         line(task, {name: _accuracy(stage, task) for name, stage in by_name.items()})
     return "\n".join(lines)
@@ -132,8 +133,16 @@ def _accuracy(stage: Stage, task: str) -> str:
     rows = [row for row in stage.judged if row.get("task") == task]
     if not rows:
         return MISSING
-    value, error = rows[-1]["accuracy"], rows[-1].get("accuracy_error")
     scale, digits, unit = (1, 4, "") if task == "ChatCORE" else (100, 1, " %")
+    return _with_error(rows[-1]["accuracy"], rows[-1].get("accuracy_error"), scale, digits, unit)
+
+
+def _core(stage: Stage) -> str:
+    rows = [row for row in stage.judged if isinstance(row.get("core"), int | float)]
+    return _with_error(rows[-1]["core"], rows[-1].get("core_error")) if rows else MISSING
+
+
+def _with_error(value: float, error: Any, scale: int = 1, digits: int = 4, unit: str = "") -> str:
     text = f"{scale * value:.{digits}f}{unit}"
     known = isinstance(error, int | float) and math.isfinite(error)
     return f"{text} ± {scale * float(error or 0):.{digits}f}" if known else text

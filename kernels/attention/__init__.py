@@ -18,12 +18,16 @@ Vaswani et al., arXiv:1706.03762; grouped heads: Ainslie et al., arXiv:2305.1324
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..op import Cost, Op, differentiable, require
+from ..op import Cost, Op, changed, differentiable, require
 from .backward import launch_backward
+from .cpu import attention_cpu
 from .forward import launch_forward
 from .reference import attention_reference, check
 
@@ -113,29 +117,61 @@ def attention_triton(
 attention_gluon = functools.partial(attention_triton, gluon=True)
 
 
+def document_starts(T: int, device: str | torch.device = "cpu") -> Tensor:
+    """Starts of six documents packed along T positions and the end, int32: one empty, one short, the others unlike."""
+    return torch.tensor([0, 0, T // 12, T // 9, T // 2, T - T // 9, T], dtype=torch.int32, device=device)
+
+
 def inputs(
-    B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, dtype: torch.dtype, device: str = "cpu"
-) -> tuple:
-    """q (B, T, H, D), k and v (B, S, G, D), normal; scores have the standard deviation `spread`."""
+    B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, causal: bool = True,
+    window: int | None = None, softcap: float | None = None, scale: float | None = None, dropout: float = 0.0,
+    documents: bool = False, return_lse: bool = False, dtype: torch.dtype, device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
+    """q (B, T, H, D), k and v (B, S, G, D), normal; scores have the standard deviation `spread`.
+
+    With `documents` six are packed along T and S, both the longer of the two.
+    """
+    T, S = (max(T, S),) * 2 if documents else (T, S)
     q = torch.randn(B, T, H, D, dtype=dtype, device=device) * spread
     k, v = (torch.randn(B, S, G, D, dtype=dtype, device=device) for _ in "kv")
-    return q, k, v
+    return (q, k, v), changed(
+        attention_reference, causal=causal, window=window, softcap=softcap, scale=scale, dropout=dropout,
+        seed=11 if dropout else None, cu_seqlens=document_starts(T, device) if documents else None,
+        return_lse=return_lse,
+    )  # fmt: skip
 
 
-def cost(B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, itemsize: int) -> tuple[Cost, Cost]:
-    """Two causal products forward and five backward, hidden pairs left out; every operand and gradient moved once."""
-    seen = sum(min(S, max(0, t + 1 + S - T)) for t in range(T))
+def cost(
+    B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, causal: bool = True,
+    window: int | None = None, softcap: float | None = None, scale: float | None = None, dropout: float = 0.0,
+    documents: bool = False, return_lse: bool = False, itemsize: int,
+) -> tuple[Cost, Cost]:  # fmt: skip
+    """Two products of pairs that are seen forward and five backward; every operand and gradient moved once."""
+    T, S = (max(T, S),) * 2 if documents else (T, S)
+    seen = pairs_seen(T, S, causal, window, document_starts(T).tolist() if documents else [0, S])
     product, queries, keys = 2 * B * H * D * seen, B * T * H * D * itemsize, B * S * G * D * itemsize
-    statistics = B * H * T * 4
+    statistics = B * H * T * 4 * (2 if return_lse else 1)
     return (
         Cost(2 * product, 2 * queries + 2 * keys + statistics),
         Cost(5 * product, 4 * queries + 4 * keys + statistics),
     )
 
 
+def pairs_seen(T: int, S: int, causal: bool, window: int | None, starts: Sequence[int]) -> int:
+    """How many (query, key) pairs are seen, of one head; `starts` of documents, and the end."""
+    total = 0
+    for start, end in itertools.pairwise(starts):
+        for p in range(max(start, S - T), end):
+            first = start if window is None else max(start, p - window)
+            last = p + 1 if causal else end if window is None else p + window + 1
+            total += max(0, min(end, last) - first)
+    return total
+
+
 ATTENTION = Op(
     name="attention",
     reference=attention_reference,
+    cpu=attention_cpu,
     triton=attention_triton,
     inputs=inputs,
     parity=(
@@ -144,7 +180,13 @@ ATTENTION = Op(
         dict(B=1, T=2, S=67, H=6, G=2, D=80),
     ),
     # With few rows, or one key that takes all the weight, gradients are what rounding leaves of a difference.
-    domain=dict(B=(1,), T=range(16, 36), S=range(16, 36), H=(1, 2), G=(1,), D=(16, 24), spread=(0.02,)),
+    domain=dict(
+        B=(1,), T=(*range(16, 36), 70), S=(*range(16, 36), 97), H=(2, 4), G=(1, 2), D=(16, 24), spread=(0.02,)
+    ),
+    options=dict(
+        causal=(True, False), window=(None, 5, 1000), softcap=(None, 1.5), scale=(None, 0.4), dropout=(0.0, 0.3),
+        documents=(False, True), return_lse=(False, True),
+    ),
     bench=(
         *(dict(B=B, T=1024, S=1024, H=H, G=H, D=64) for B, H in ((16, 12), (16, 16), (16, 20), (16, 25))),  # GPT-2
         *(dict(B=16384 // T, T=T, S=T, H=32, G=32, D=64) for T in (512, 1024, 2048, 4096, 8192, 16384)),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import arch, jit, tl, triton
+from .._triton import arch, jit, tile_arch, tl, triton
 from .hopper import launch_backward_hopper, takes_backward
 from .shared import (
     Shape,
@@ -255,6 +255,7 @@ DROPOUT_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128):
 
 def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False) -> Tile:
     """The tile of 'dq' or 'dk_dv' for head dim D and T queries; see forward.tile."""
+    arch = tile_arch(arch)
     if arch not in TILES[kernel] or dtype == torch.float32:
         return CONSERVATIVE
     width = max(64, padded(D))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import arch, jit, tl, triton
+from .._triton import arch, jit, tile_arch, tl, triton
 from .hopper import launch_forward_hopper, takes_forward
 from .shared import (
     Shape,
@@ -153,6 +153,7 @@ def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = Fals
 
     So they are where D leaves rows of which no descriptor can be made.
     """
+    arch = tile_arch(arch)
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
     width = max(64, padded(D))

@@ -1,4 +1,4 @@
-"""Attention in plain torch: the definition, the CPU path, and the oracle that the kernels are held to."""
+"""Attention in plain torch: the definition, which is the oracle that kernels and CPU path are held to."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,6 @@ from torch import Tensor
 
 from ..op import require
 
-# Below, the products written out are faster than torch's fused operator on a CPU in bf16: forward and backward at
-# B * H = 48 and T = 64 take 1.2 ms against 2.9, at T = 512 16.9 against 28.5; at 1024 it is 103 against 35
-# (2 cores, AVX512-BF16; with AMX 1.4 against 5.0 at T = 64, 7.1 against 13.9 at 256). In fp32 the fused operator is
-# never slower (with AVX-512, 1.0 ms against 1.9 at T = 64).
-LONGEST_WRITTEN_OUT = 512
-FEWEST_AT_ONCE = 128  # queries: the least that a window's pass over chunks of them takes
 ROUNDS = 7  # of Philox: the fewest that pass BigCrush (Salmon et al., SC 2011)
 
 
@@ -35,75 +29,40 @@ def attention_reference(
     sees only its own position. `cu_seqlens` (N + 1,) int marks the starts of N documents packed along T = S, and the
     end. `seed` makes dropout repeatable, the same entries here and in the kernels; None draws from torch's default
     generator. With `return_lse` also the logarithm of each softmax's denominator, (B, H, T) fp32, -inf where no key is
-    seen. Raises ValueError naming the argument. Memory is O(T * S), with a window O(T * window).
+    seen. Raises ValueError naming the argument. Memory is O(T * S).
     """
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
-    (B, T, H, D), S = q.shape, k.shape[1]
-    scale = D**-0.5 if scale is None else scale
-    plain = causal and T == S and window is None and softcap is None and cu_seqlens is None
-    fused = T > LONGEST_WRITTEN_OUT or (q.dtype == torch.float32 and dropout == 0.0)
-    if plain and fused and seed is None and not return_lse:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=k.shape[1] != H
-        )
-        return out.transpose(1, 2)
-    document = None if cu_seqlens is None else _documents(cu_seqlens, S)
-    # One contiguous batch of B * H matrices each: without it every product below would copy its operands for itself.
-    q, k, v = (_repeat(x, H).transpose(1, 2).reshape(B * H, x.shape[1], D) for x in (q, k, v))
-
-    def attend(queries: range, keys: range) -> tuple[Tensor, Tensor]:
-        """out (B * H, queries, D) and log-sum-exp (B * H, queries) of queries at those positions over those keys."""
-        q_part = q[:, queries.start - (S - T) : queries.stop - (S - T)]
-        k_part, v_part = k[:, keys.start : keys.stop], v[:, keys.start : keys.stop]
-        hidden = None if plain else _hidden(queries, keys, causal, window, document, q.device)
-        if hidden is None:
-            s = torch.baddbmm(_causal_bias(len(queries), len(keys), q), q_part, k_part.mT, alpha=scale)
-        else:
-            if softcap is None:
-                s = torch.baddbmm(q.new_zeros(1, 1, 1), q_part, k_part.mT, alpha=scale)
-            else:
-                s = softcap * torch.tanh(q_part @ k_part.mT * (scale / softcap))
-            # The least number, for a row of -inf has a NaN gradient; in place of the score, for their sum may be -inf.
-            s = s.masked_fill(hidden, torch.finfo(s.dtype).min)
-        p = torch.softmax(s, dim=-1)
-        if hidden is not None:
-            p = p.masked_fill(hidden, 0.0)  # a query that sees no key; elsewhere it changes nothing
-        if dropout > 0.0:
-            p = _drop(p, dropout, seed, queries, keys)
-        return p @ v_part, _log_sum_exp(s, hidden) if return_lse else q.new_empty(0)
-
-    positions = range(S - T, S)
-    if window is None:
-        parts = [attend(positions, range(S))]
-    else:  # a chunk of as many queries as the window has keys sees two or three windows of keys
-        step, right = max(window, FEWEST_AT_ONCE), 0 if causal else window
-        chunks = [positions[i : i + step] for i in range(0, T, step)] or [positions]
-        parts = [attend(c, range(S)[max(0, c.start - window) : max(0, c.stop + right)]) for c in chunks]
-    out, lse = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-    out = out.view(B, H, T, D).transpose(1, 2)
-    return (out, lse.view(B, H, T)) if return_lse else out
+    (_, T, H, D), S = q.shape, k.shape[1]
+    q, k, v = (repeat_heads(x, H).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, D)
+    s = q @ k.mT * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    queries, keys = range(S - T, S), range(S)
+    hidden = hidden_pairs(queries, keys, causal, window, document_of(cu_seqlens, S), q.device)
+    s = s.masked_fill(hidden, torch.finfo(s.dtype).min)  # not -inf, of which a whole row has a NaN gradient
+    p = torch.softmax(s, dim=-1).masked_fill(hidden, 0.0)  # 0 for a query that sees no key
+    if dropout > 0.0:
+        p = drop(p, dropout, seed, queries, keys)
+    out = (p @ v).transpose(1, 2)
+    return (out, log_sum_exp(s, hidden)) if return_lse else out
 
 
-def _documents(cu_seqlens: Tensor, S: int) -> Tensor:
-    """(S,): which document each position belongs to."""
+def document_of(cu_seqlens: Tensor | None, S: int) -> Tensor | None:
+    """Returns the number of the document that each position belongs to, (S,); None where nothing is packed."""
+    if cu_seqlens is None:
+        return None
     return torch.bucketize(torch.arange(S, device=cu_seqlens.device), cu_seqlens[1:], right=True)
 
 
-def _repeat(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, G, D) -> (B, S, heads, D): each key head once for every query head that reads it."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def _causal_bias(T: int, S: int, like: Tensor) -> Tensor:
-    """(T, S) to add to the scores: 0 where seen, else the least number. Every row sees a key."""
-    return torch.full((T, S), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu_(1)
-
-
-def _hidden(
+def hidden_pairs(
     queries: range, keys: range, causal: bool, window: int | None, document: Tensor | None, device: torch.device
 ) -> Tensor:
-    """True (queries, keys) where the query must not see the key; `document` (S,) numbers the documents by position."""
+    """Returns True (queries, keys) where the query must not see the key; `document` is that of `document_of`."""
     key = torch.arange(keys.start, keys.stop, device=device)
     query = torch.arange(queries.start, queries.stop, device=device)[:, None]
     hidden = key > query if causal else torch.zeros(len(queries), len(keys), dtype=torch.bool, device=device)
@@ -114,19 +73,23 @@ def _hidden(
     return hidden
 
 
-def _log_sum_exp(s: Tensor, hidden: Tensor | None) -> Tensor:
+def log_sum_exp(s: Tensor, hidden: Tensor | None) -> Tensor:
+    """Returns log(sum(exp(s))) over keys in at least fp32, without the last axis; -inf where every key is hidden."""
     lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1)
     return lse if hidden is None else lse.masked_fill(hidden.all(dim=-1), -torch.inf)
 
 
-def _drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: range) -> Tensor:
+def drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: range) -> Tensor:
+    """Returns p (..., queries, keys) with entries zeroed at this rate and the others scaled up."""
     if seed is None:
         return F.dropout(p, dropout)
-    return p * _kept(seed, dropout, p.shape[0], queries, keys, p.device) / (1.0 - dropout)
+    heads = p.shape[:-2].numel()
+    drawn = undropped(seed, dropout, heads, queries, keys, p.device).view(p.shape)
+    return torch.where(drawn, p, 0.0) / (1.0 - dropout)  # a NaN that is dropped is 0, as in the kernels
 
 
-def _kept(seed: int, dropout: float, heads: int, queries: range, keys: range, device: torch.device) -> Tensor:
-    """True (heads, queries, keys) where dropout keeps the weight: Philox4x32 of the seed at (key, query, head).
+def undropped(seed: int, dropout: float, heads: int, queries: range, keys: range, device: torch.device) -> Tensor:
+    """True (heads, queries, keys) where dropout leaves the weight: Philox4x32 of the seed at (key, query, head).
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The kernels draw the same bits, tile by tile.
     """

@@ -77,7 +77,7 @@ def descriptor(x: Tensor, block: int) -> Any:
 
 @jit
 def place(program, blocks, heads, length, D: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(head, block) of a program. Heads go in waves whose keys and values stay in the L2 cache, the heavy blocks first.
+    """Returns (head, block) of a program. Heads go in waves whose keys and values stay in L2, heavy blocks first.
 
     A wave holds 4 M elements of keys, with the values 16 MB in 16 bits: a third of an A100's or H100's L2. Not tuned.
     """
@@ -93,7 +93,7 @@ def place(program, blocks, heads, length, D: tl.constexpr, LAST_FIRST: tl.conste
 def keys_seen(
     p, S, window, document_ptr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
-    """The first key that the query at position p sees, and one past the last."""
+    """Returns [first, end), the keys that the query at position p sees."""
     first, end = p * 0, p * 0 + S
     if CAUSAL:
         end = tl.minimum(end, tl.maximum(p + 1, 0))
@@ -111,7 +111,7 @@ def keys_seen(
 def queries_seeing(
     u, T, S, window, document_ptr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
-    """The position of the first query that sees key u, and one past the last; queries stand at S - T to S - 1."""
+    """Returns [first, end), the positions of the queries that see key u; queries stand at S - T to S - 1."""
     first, end = u * 0 + (S - T), u * 0 + S
     if CAUSAL:
         first = tl.maximum(first, u)
@@ -127,9 +127,9 @@ def queries_seeing(
 
 @jit
 def segments(first_of_first, end_of_first, first_of_last, end_of_last, BLOCK: tl.constexpr):
-    """Where tiles begin, where they are full, where they are full no more, and the end.
+    """Returns key offsets (start, full, ragged, stop): tiles in [full, ragged) need no mask.
 
-    Given the intervals that a tile's first and last row see. All but the end are multiples of BLOCK.
+    From the intervals that a tile's first and last row see. All but `stop` are multiples of BLOCK.
     """
     start = first_of_first // BLOCK * BLOCK
     full = tl.minimum(tl.maximum(tl.cdiv(first_of_last, BLOCK) * BLOCK, start), tl.cdiv(end_of_last, BLOCK) * BLOCK)
@@ -139,7 +139,7 @@ def segments(first_of_first, end_of_first, first_of_last, end_of_last, BLOCK: tl
 
 @jit
 def head_of(x, b, head, stride_b, stride_h, DESCRIPTORS: tl.constexpr):
-    """What load_rows reads a head's rows from: a pointer to its first row, or the descriptor of the whole tensor."""
+    """Returns what load_rows reads from: a pointer to the head's first row, or the descriptor of the whole tensor."""
     if DESCRIPTORS:
         return x
     else:
@@ -151,7 +151,7 @@ def load_rows(
     x, b, head, row, stride, length, CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, BLOCK_D): rows `row` onwards of a head. Columns past D are 0, and rows past length if CHECKED."""
+    """Returns (BLOCK, BLOCK_D), rows `row` onwards of a head. Columns past D are 0, and rows past length if CHECKED."""
     if DESCRIPTORS:
         return tl.reshape(x.load([b, head, row, 0]), (BLOCK, BLOCK_D))
     else:
@@ -167,7 +167,7 @@ def load_rows(
 
 @jit
 def scores(products, scale, softcap, SOFTCAPPED: tl.constexpr):
-    """Scores in units of log 2, and the factor that is still to be multiplied in, where an FMA does it for nothing."""
+    """Returns scores in units of log 2, and the scale that they still lack: an FMA multiplies it in at no cost."""
     if SOFTCAPPED:
         return tanh(products * (scale / softcap)) * (softcap * 1.4426950408889634), 1.0
     else:
@@ -176,7 +176,7 @@ def scores(products, scale, softcap, SOFTCAPPED: tl.constexpr):
 
 @jit
 def tanh(x):
-    """To fp32: a series where 1 - 2 / (exp(2x) + 1) would cancel. (libdevice's is not interpretable.)"""
+    """Computes tanh(x) in fp32; near 0, where 1 - 2 / (exp(2x) + 1) cancels, by its series."""
     square = x * x
     series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(square < 0.09, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
@@ -184,7 +184,7 @@ def tanh(x):
 
 @jit
 def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
-    """The gradient of the scores before the softcap: times 1 - tanh^2. `capped` is in units of log 2."""
+    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` is in units of log 2."""
     if SOFTCAPPED:
         ratio = capped * (0.6931471805599453 / softcap)
         return ds * (1.0 - ratio * ratio)
@@ -194,6 +194,6 @@ def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
 
 @jit
 def kept(seed_ptr, key, query, head, threshold):
-    """True where dropout keeps the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
+    """Returns True where dropout leaves the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
     bits, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, head * 0, 7)
     return (bits >> 1).to(tl.int32) >= threshold

@@ -17,12 +17,14 @@ for, it makes the loss NaN.
 z-loss: Chowdhery et al., "PaLM", arXiv:2204.02311, section 5. Softcap: Gemma 2, arXiv:2408.00118, section 2.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, launcher, launching, tl, triton
-from ..op import Cost, Op, differentiable, require
+from ..op import Cost, Op, changed, differentiable, require
 from ..prims import as_rows, require_kernel_dtype
 from .rows import TILES as ROW_TILES
 from .rows import Criterion, check_criterion, cross_entropy_rows, load_logits, logits_gradient
@@ -215,17 +217,42 @@ def cross_entropy_triton(
     return _InPlace.apply(logits, targets, criterion, reduction)
 
 
-def inputs(M: int, V: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """logits (M, V), targets (M,) of which one in eight is -100, ignored."""
+# What the losses of this package are tried with. `padding` columns of logits count for nothing.
+OPTIONS: dict[str, tuple] = dict(
+    label_smoothing=(0.0, 0.1), z_loss=(0.0, 1e-2), softcap=(None, 5.0), reduction=("mean", "sum", "none"),
+    ignore_index=(-100, 0), padding=(0, 3), index=("int64", "int32"),
+)  # fmt: skip
+
+
+def draw_targets(M: int, V: int, ignore_index: int, index: str, device: str) -> Tensor:
+    """Targets (M,) below V, of which one in eight is ignored; if it is in the vocabulary, others may be too."""
     targets = torch.randint(V, (M,), device=device)
-    targets[7::8] = -100
-    return torch.randn(M, V, dtype=dtype, device=device) * 3, targets
+    targets[7::8] = ignore_index
+    return targets.to(getattr(torch, index))
 
 
-def cost(M: int, V: int, *, itemsize: int) -> tuple[Cost, Cost]:
+def inputs(
+    M: int, V: int, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
+    dtype: torch.dtype, device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
+    """logits (M, V + padding), targets (M,)."""
+    targets = draw_targets(M, V, ignore_index, index, device)
+    logits = torch.randn(M, V + padding, dtype=dtype, device=device) * 3
+    return (logits, targets), changed(
+        cross_entropy_reference, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        softcap=softcap, reduction=reduction, vocab_size=V if padding else None,
+    )  # fmt: skip
+
+
+def cost(
+    M: int, V: int, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
+    itemsize: int,
+) -> tuple[Cost, Cost]:  # fmt: skip
     """Compulsory traffic: the logits in, their gradient out; targets and fp32 statistics once in each direction."""
-    row = M * (8 + 4)
-    return Cost(4 * M * V, M * V * itemsize + row), Cost(3 * M * V, 2 * M * V * itemsize + row)
+    row, N = M * (getattr(torch, index).itemsize + 4), V + padding
+    return Cost(4 * M * V, M * N * itemsize + row), Cost(3 * M * V, 2 * M * N * itemsize + row)
 
 
 CROSS_ENTROPY = Op(
@@ -238,6 +265,7 @@ CROSS_ENTROPY = Op(
         dict(M=11, V=129),
     ),
     domain=dict(M=range(1, 9), V=(*range(1, 70), 127, 128, 129, 500, 1023, 1024, 1025, 8192, 8193, 16400)),
+    options=OPTIONS,
     bench=(dict(M=16384, V=50304), dict(M=8192, V=131072), dict(M=4096, V=262144)),
     cost=cost,
     summary="log sum_v exp(z[v]) - z[target], with smoothing, z-loss and softcap",

@@ -16,15 +16,16 @@ Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:241
 
 from collections.abc import Callable
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import launcher, skip
-from ..op import Cost, Op, differentiable, require
+from ..op import Cost, Op, changed, differentiable, require
 from ..prims import require_kernel_dtype
+from . import OPTIONS, draw_targets
 from .rows import Criterion, check_criterion, cross_entropy_rows
 
 # (logits (m, N), targets (m,), criterion, scale (m,) or None, loss (m,)): fills loss; scale * gradient goes over logits
@@ -350,18 +351,33 @@ def linear_cross_entropy_triton(
     return _linear_cross_entropy(x, weight, targets, *criterion, reduction, rows, needs_dx, needs_dweight)
 
 
-def inputs(M: int, V: int, C: int, *, dtype: torch.dtype, device: str = "cpu") -> tuple:
-    """x (M, C) and weight (V, C) with logits of unit variance, targets (M,) of which one in eight is -100, ignored."""
-    targets = torch.randint(V, (M,), device=device)
-    targets[7::8] = -100
+def inputs(
+    M: int, V: int, C: int, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
+    chunks: int = 1, dtype: torch.dtype, device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
+    """x (M, C) and weight (V + padding, C) with logits of unit variance, targets (M,).
+
+    With `chunks` above 1 logits of fp32 are held in about so many parts.
+    """
+    targets, N = draw_targets(M, V, ignore_index, index, device), V + padding
     x = torch.randn(M, C, dtype=dtype, device=device)
-    return x, torch.randn(V, C, dtype=dtype, device=device) * C**-0.5, targets
+    return (x, torch.randn(N, C, dtype=dtype, device=device) * C**-0.5, targets), changed(
+        linear_cross_entropy_reference, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        softcap=softcap, reduction=reduction, vocab_size=V if padding else None,
+        chunk_bytes=max(1, M // chunks) * N * 4 if chunks > 1 else None,
+    )  # fmt: skip
 
 
-def cost(M: int, V: int, C: int, *, itemsize: int) -> tuple[Cost, Cost]:
+def cost(
+    M: int, V: int, C: int, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
+    chunks: int = 1, itemsize: int,
+) -> tuple[Cost, Cost]:  # fmt: skip
     """Three products. Compulsory traffic: x, weight and targets in; backward, both again and their gradients out."""
-    operands = (M * C + V * C) * itemsize + M * 8
-    return Cost(2 * M * V * C, operands), Cost(4 * M * V * C, 2 * operands)
+    N = V + padding
+    operands = (M * C + N * C) * itemsize + M * getattr(torch, index).itemsize
+    return Cost(2 * M * N * C, operands), Cost(4 * M * N * C, 2 * operands)
 
 
 LINEAR_CROSS_ENTROPY = Op(
@@ -371,6 +387,7 @@ LINEAR_CROSS_ENTROPY = Op(
     inputs=inputs,
     parity=(dict(M=1, V=1, C=1), dict(M=5, V=65, C=16), dict(M=0, V=9, C=4), dict(M=17, V=1023, C=40)),
     domain=dict(M=range(1, 20), C=range(1, 70), V=(*range(1, 70), 127, 128, 129, 400, 1023, 1025, 8193)),
+    options=dict(OPTIONS, chunks=(1, 3)),
     bench=(
         dict(M=8192, V=50304, C=768), dict(M=65536, V=50304, C=768), dict(M=4096, V=128256, C=4096),
         dict(M=8192, V=128256, C=4096), dict(M=8192, V=262144, C=2304),

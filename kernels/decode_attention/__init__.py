@@ -29,13 +29,13 @@ https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._triton import arch, jit, multiprocessors, tl, triton
-from ..op import Cost, Op, require, without_gradient
+from .._triton import arch, jit, multiprocessors, tile_arch, tl, triton
+from ..op import Cost, Op, changed, require, without_gradient
 from ..prims import require_kernel_dtype, softcapped
 from .reference import QUANTIZED, check, decode_attention_reference, quantize_kv
 
@@ -157,7 +157,7 @@ def _keep(x, number_ptrs, scale_ptr, kept, stored, dtype: tl.constexpr, QUANTIZE
         scale = tl.where(scale > 0.0, scale, 1.0)
         y = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
         if INT8:
-            y = tl.minimum(tl.maximum(_rounded(y), -127.0), 127.0)
+            y = tl.where(y == y, tl.minimum(tl.maximum(_rounded(y), -127.0), 127.0), 0.0)  # bytes hold no NaN
             tl.store(number_ptrs, y.to(tl.int8), kept & stored)
             x = y
         else:
@@ -338,9 +338,10 @@ COMBINED = 2048  # numbers of parts that a combination takes at once
 
 def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
     """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
-    if arch not in TILES or dtype == torch.float32:
+    table = TILES.get(tile_arch(arch))
+    if table is None or dtype == torch.float32:
         return CONSERVATIVE
-    return TILES[arch][128 if D <= 128 else 256]
+    return table[128 if D <= 128 else 256]
 
 
 def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Tile, multiprocessors: int) -> int:
@@ -438,8 +439,9 @@ def decode_attention_triton(
 
 def inputs(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
-    dtype: torch.dtype, device: str = "cpu",
-) -> tuple:  # fmt: skip
+    window: int | None = None, softcap: float | None = None, scale: float | None = None, dtype: torch.dtype,
+    device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """q (B, T, H, D), k and v (B, S, G, D), normal; lengths evenly from `shortest` to S, all S by default.
 
     With a page_size the caches are pools of shuffled pages, and the table follows; with a `cache` of "int8" or "fp8"
@@ -454,20 +456,24 @@ def inputs(
         pages = torch.randperm(B * P, device=device).to(torch.int32).view(B, P)
         shape = (B * P, page_size, G, D)
     k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in "kv")
+    keywords = changed(decode_attention_reference, window=window, softcap=softcap, scale=scale)
     if not cache:
-        return (q, k, v, lengths) if pages is None else (q, k, v, lengths, pages)
+        return (q, k, v, lengths) if pages is None else (q, k, v, lengths, pages), keywords
     (k, k_scale), (v, v_scale) = (quantize_kv(x, QUANTIZED[cache]) for x in (k, v))
-    return q, k, v, lengths, pages, k_scale, v_scale
+    return (q, k, v, lengths, pages, k_scale, v_scale), keywords
 
 
 def cost(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
-    itemsize: int,
+    window: int | None = None, softcap: float | None = None, scale: float | None = None, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """Two products over the keys seen; every valid key and value, with its scale, read once, q read and out written."""
-    keys = B * (S + (S if shortest is None else shortest)) // 2
+    """Two products over the keys seen; every key and value that is seen, with its scale, read once, q and out once."""
+    if window is None:
+        keys = B * (S + (S if shortest is None else shortest)) // 2
+        seen = T * keys - B * T * (T - 1) // 2
+    else:  # of lengths not far below S
+        keys, seen = B * min(S, window + T), B * T * min(S, window + 1)
     row = D + 4 if cache else D * itemsize
-    seen = T * keys - B * T * (T - 1) // 2
     return Cost(4 * H * D * max(0, seen), 2 * keys * G * row + 2 * B * T * H * D * itemsize), Cost(0, 0)
 
 
@@ -479,12 +485,15 @@ DECODE_ATTENTION = Op(
     parity=(
         dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=1, T=1, S=150, H=1, G=1, D=16),
         dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0),
-        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65, page_size=16, cache="int8"),
+        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65),
         dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5),
-        dict(B=0, T=1, S=5, H=2, G=1, D=16), dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, page_size=48),
+        dict(B=0, T=1, S=5, H=2, G=1, D=16), dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33),
         dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
     ),
     domain=dict(S=range(1, 50), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
+    options=dict(
+        window=(None, 9), softcap=(None, 2.0), scale=(None, 0.4), page_size=(0, 16), cache=("", "int8", "fp8")
+    ),
     bench=(
         dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=32, T=1, S=8192, H=32, G=8, D=128),
         dict(B=1, T=1, S=32768, H=32, G=8, D=128), dict(B=8, T=1, S=1024, H=25, G=25, D=64),

@@ -14,10 +14,12 @@ split takes the new keys and values from qkv, so nobody waits for what is writte
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..op import Cost, Op, without_gradient
+from ..op import Cost, Op, changed, without_gradient
 from ..prims import require_kernel_dtype
 from . import Append, launch
 from . import cost as attention_cost
@@ -67,8 +69,8 @@ def append_attention_reference(
         if scales is None:
             cache[where] = new
         else:
-            cache[where], of_each = quantize_kv(new, cache.dtype)
-            scales[where] = of_each.to(scales.dtype)
+            numbers, of_each = quantize_kv(new, torch.int8 if cache.dtype == torch.int8 else torch.float8_e4m3fn)
+            cache[where], scales[where] = numbers.to(cache.dtype), of_each.to(scales.dtype)
     return decode_attention_reference(
         q, k, v, lengths + T, pages, k_scale, v_scale, window=window, scale=scale, softcap=softcap
     )
@@ -166,16 +168,18 @@ def append_attention_triton(
 
 def inputs(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
-    rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, dtype: torch.dtype, device: str = "cpu",
-) -> tuple:  # fmt: skip
+    rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, window: int | None = None,
+    softcap: float | None = None, scale: float | None = None, dtype: torch.dtype, device: str = "cpu",
+) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """qkv (B, T, H + 2 G, D) normal, caches as decode_attention has them; lengths up to S - T, tables of S angles."""
-    shortest = None if shortest is None else min(shortest, S - T)
-    _, k, v, _, *rest = attention_inputs(
+    shortest = S - T if shortest is None else min(shortest, S - T)
+    (_, k, v, _, *rest), _ = attention_inputs(
         B, T, S, H, G, D, page_size=page_size, cache=cache, dtype=dtype, device=device
-    )  # fmt: skip
+    )
     pages, k_scale, v_scale = (*rest, None, None, None)[:3]
-    steps = torch.linspace(S - T if shortest is None else shortest, S - T, B, dtype=torch.float64, device=device)
+    lengths = torch.linspace(shortest, S - T, B, dtype=torch.float64, device=device).round().to(torch.int32)
     qkv = torch.randn(B, T, H + 2 * G, D, dtype=dtype, device=device)
+    counts = torch.zeros(B * G * T * H, dtype=torch.int32, device=device)
     cos = sin = q_norm = k_norm = None
     if rotary:
         frequency = 10000.0 ** (torch.arange(0, D, 2, dtype=torch.float64, device=device) / -D)
@@ -183,17 +187,18 @@ def inputs(
         cos, sin = angle.cos().float(), angle.sin().float()
     if qk_norm and norm_weight:
         q_norm, k_norm = (1 + 0.1 * torch.randn(D, dtype=dtype, device=device) for _ in "qk")
-    lengths, counts = steps.round().to(torch.int32), torch.zeros(B * G * T * H, dtype=torch.int32, device=device)
-    return qkv, k, v, lengths, pages, k_scale, v_scale, cos, sin, q_norm, k_norm, counts, qk_norm
+    keywords = changed(append_attention_reference, qk_norm=qk_norm, window=window, softcap=softcap, scale=scale)
+    return (qkv, k, v, lengths, pages, k_scale, v_scale, cos, sin, q_norm, k_norm, counts), keywords
 
 
 def cost(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
-    rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, itemsize: int,
+    rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, window: int | None = None,
+    softcap: float | None = None, scale: float | None = None, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """decode_attention's; but new keys and values come from qkv, and are written once."""
-    (flops, moved), backward = attention_cost(B, T, S, H, G, D, shortest=shortest, cache=cache, itemsize=itemsize)
-    return Cost(flops, moved + 2 * B * T * G * D * itemsize), backward
+    """decode_attention's; but the new keys and values come from qkv, and are written into the cache once."""
+    whole, backward = attention_cost(B, T, S, H, G, D, shortest=shortest, cache=cache, window=window, itemsize=itemsize)
+    return Cost(whole.flops, whole.bytes + 2 * B * T * G * D * itemsize), backward
 
 
 APPEND_ATTENTION = Op(
@@ -202,16 +207,16 @@ APPEND_ATTENTION = Op(
     triton=append_attention_triton,
     inputs=inputs,
     parity=(
-        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=1, T=1, S=150, H=1, G=1, D=16, rotary=True),
-        dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0, rotary=True, qk_norm=True),
-        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65, page_size=16, cache="int8", rotary=True),
-        dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5, qk_norm=True, norm_weight=True, rotary=True),
-        dict(B=0, T=1, S=5, H=2, G=1, D=16), dict(B=2, T=1, S=90, H=4, G=4, D=64, shortest=33, page_size=48),
-        dict(B=2, T=3, S=50, H=4, G=2, D=32, shortest=7, rotary=True, qk_norm=True),
-        dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64, rotary=True, qk_norm=True),
+        dict(B=1, T=1, S=1, H=1, G=1, D=16), dict(B=1, T=1, S=150, H=1, G=1, D=16),
+        dict(B=3, T=1, S=70, H=4, G=2, D=32, shortest=0), dict(B=2, T=8, S=67, H=3, G=1, D=80, shortest=5),
+        dict(B=2, T=2, S=100, H=4, G=2, D=64, shortest=65), dict(B=0, T=1, S=5, H=2, G=1, D=16),
+        dict(B=2, T=3, S=131, H=6, G=2, D=24, shortest=64),
     ),
-    domain=dict(S=range(3, 50), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None),
-                rotary=(True, False), qk_norm=(True, False)),
+    domain=dict(S=range(3, 50), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
+    options=dict(
+        rotary=(False, True), qk_norm=(False, True), norm_weight=(False, True), window=(None, 9), softcap=(None, 2.0),
+        scale=(None, 0.4), page_size=(0, 16), cache=("", "int8", "fp8"),
+    ),
     bench=(
         dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=1, T=1, S=1024, H=25, G=25, D=64),
         dict(B=1, T=1, S=8192, H=32, G=8, D=128, rotary=True, qk_norm=True, norm_weight=True),

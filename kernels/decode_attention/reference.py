@@ -160,7 +160,8 @@ def check(
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be.
 
-    `new` positions more than `lengths` must have room. Messages are made only for what is refused: making them all takes longer than a short sequence.
+    There must be room for `new` positions more than `lengths`. Messages are made only for what is refused: making them
+    all takes longer than a short sequence.
     """
     if q.dim() != 4 or min(q.shape[2:]) == 0:
         raise ValueError(f"q: expected (B, T, H, D), got {tuple(q.shape)}")

@@ -104,12 +104,12 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
     record = Launcher(
         lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, CHIPS[arch].multiprocessors
     )
-    arguments = op.inputs(**dims, dtype=dtype, device="meta")
+    arguments, keywords = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
         for function in (op.triton, *op.variants.values()):
             try:
-                out = function(*arguments)
+                out = function(*arguments, **keywords)
             except ValueError:  # a variant need not do every case, nor run everywhere
                 if function is op.triton:
                     raise

@@ -258,7 +258,7 @@ class _Descriptor:
     """A tensor descriptor as the kernel sees it."""
 
     def __init__(self, given: Any) -> None:
-        self.tensor, self.layout = given.base, given.layout
+        self.tensor, self.layout = given.base.as_strided(given.shape, given.strides), given.layout
         nbytes = given.base.element_size() * torch.Size(given.block_shape).numel()
         self.block_type = types.SimpleNamespace(shape=list(given.block_shape), nbytes=nbytes)
 

@@ -117,7 +117,7 @@ def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
 def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, float]:
     """Bytes that each direction of an op moves in bf16 at these dims, on so much of the GPU."""
     torch.manual_seed(0)
-    arguments = op.inputs(**small, dtype=torch.bfloat16)
+    arguments, keywords = op.inputs(**small, dtype=torch.bfloat16)
     leaves = [
         a.requires_grad_(op.differentiable)
         for i, a in enumerate(arguments)
@@ -127,7 +127,7 @@ def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, floa
     assert op.triton is not None
     with interpreting(counter.guard, ARCH, multiprocessors):
         with _TorchTraffic(counter):
-            out = op.triton(*arguments)
+            out = op.triton(*arguments, **keywords)
         found = {"forward": counter.bytes}
         if op.differentiable:
             outputs = out if isinstance(out, tuple) else (out,)

@@ -54,21 +54,37 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | 
 
 def tiles_of(x: Tensor, block: int) -> Any:
     """A descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head, swizzled as matrix products read."""
-    view, shape = x.transpose(1, 2), [1, 1, block, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
-    return GluonDescriptor(view, list(view.shape), list(view.stride()), shape, layout)
+    (B, T, H, D), (b, t, h, d) = x.shape, x.stride()
+    return _descriptor(x, (B, H, T, D), (b, h, t, d), (1, 1, block, D))
 
 
 def statistics_of(x: Tensor, block: int) -> Any:
     """A descriptor of x (2, heads, rows) fp32 that moves `block` numbers of one head."""
-    return GluonDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block], gl.NVMMASharedLayout(0, 32, rank=3))
+    return _descriptor(x, x.shape, x.stride(), (1, 1, block))
 
 
 def sums_of(x: Tensor, rows: int, columns: int) -> Any:
     """A descriptor of x (heads, rows, D) fp32 that adds tiles (rows, columns) to one head's."""
-    shape = [1, rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float32)
-    return GluonDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+    return _descriptor(x, x.shape, x.stride(), (1, rows, columns))
+
+
+def _descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """What Triton checks of a descriptor, and the layout, follow from all but the address: both are done once."""
+    assert x.data_ptr() % 16 == 0, "descriptors begin at multiples of 16 bytes"
+    made = object.__new__(GluonDescriptor)
+    made.__dict__.update(_fields(x.dtype, shape, strides, block), base=x)
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _fields(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> dict:
+    bits = dtype.itemsize * 8
+    if block[:-1] == (1,) * (len(block) - 1):  # a line of numbers is not swizzled
+        layout = gl.NVMMASharedLayout(0, bits, rank=len(block))
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if bits == 16 else gl.float32)
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    return dict(vars(GluonDescriptor(like, list(shape), list(strides), list(block), layout)))
 
 
 class Tile(NamedTuple):

@@ -1,0 +1,127 @@
+"""A model behind HTTP: `python -m gptfast.serve --out_dir=out-chat/rl`, then http://127.0.0.1:8000 in a browser.
+
+OpenAI's API is at /v1, nanochat's at /chat/completions. Ctrl-C lets running answers finish within --grace_s seconds; a
+second one does not.
+"""
+
+from __future__ import annotations
+
+from gptfast.runtime import settle
+
+if __name__ == "__main__":
+    settle()
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gptfast import cli, mfu, runtime
+from gptfast.chat.sandbox import Sandbox
+from gptfast.chat.tools import Tools
+from gptfast.engine import Engine
+from gptfast.errors import UserError
+from gptfast.sample import load_model
+from gptfast.serve.app import LOCAL, Guarded
+from gptfast.serve.asking import MOST_TEMPERATURE, MOST_TOKENS, MOST_TOP_K, Defaults
+from gptfast.serve.server import Server, Serving, import_uvicorn, listen
+
+SHORTEST_TOKEN = 16  # characters
+
+
+@dataclass(frozen=True)
+class Serve:
+    init_from: str = "resume"  # resume (a checkpoint in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
+    out_dir: str = "out"  # folder with the checkpoint
+    host: str = "127.0.0.1"  # address to listen at; 0.0.0.0 for every one of this machine, with a --token_file
+    port: int = 8000  # 0 takes a free one
+    name: str = ""  # of the model, as clients ask for it; empty: out_dir, or init_from
+    slots: int = 8  # answers at once
+    queue: int = 64  # answers that may wait for a slot; those beyond are told to come back (429)
+    tools: Literal["none", "calculator", "python"] = "calculator"  # python: and a sandbox, for what that cannot do
+    max_tokens: int = 512  # of an answer, unless a request says otherwise
+    temperature: float = 0.8  # of an answer, unless a request says otherwise
+    top_k: int = 50  # of an answer, unless a request says otherwise
+    token_file: str = ""  # file with the token that clients must give as `Authorization: Bearer`; empty: none
+    hosts: str = ""  # more names, comma-separated, by which a server on 127.0.0.1 may be asked for
+    grace_s: float = 10.0  # seconds that running answers have to finish after Ctrl-C
+    memory_gbs: float = 0.0  # what this machine reads from memory, for mbu; 0: by its datasheet, if it is known
+    device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
+    quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits
+    compile: bool = False  # compile the decoding step with torch.compile
+    kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {
+            "port": (0, 65535), "slots": (1, 1024), "queue": (0, 100_000), "max_tokens": (1, MOST_TOKENS),
+            "temperature": (0, MOST_TEMPERATURE), "top_k": (0, MOST_TOP_K), "grace_s": (0, 3600),
+            "memory_gbs": (0, 1e6),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"--{name}={getattr(self, name):g}: must be {least:g} to {most:g}")
+
+
+def main(argv: list[str]) -> int:
+    config = cli.parse(Serve, argv)
+    import_uvicorn()
+    guarded = guarded_by(config)
+    tools = Tools(config.tools != "none", Sandbox() if config.tools == "python" else None)
+    listener = listen(config.host, config.port)
+    device = runtime.choose_device(config.device, typed="device" in cli.typed(argv, Serve))
+    dtype, why = runtime.choose_dtype(config.dtype, device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
+    model, tokenizer = load_model(config.init_from, config.out_dir, runtime.choose_ops(config.kernels, device), dtype)
+    model = model.to(device).eval()
+    engine = Engine(
+        model,
+        slots=config.slots,
+        tokenizer=tokenizer,
+        weights="int8" if config.quantize == "int8" else "auto" if config.dtype == "auto" else "model",
+        compile=config.compile,
+    )
+    print(f"weights: {engine.why}")
+    name = config.name or (config.out_dir if config.init_from == "resume" else config.init_from)
+    defaults = Defaults(name, config.max_tokens, config.temperature, config.top_k)
+    serving = Serving(defaults, guarded, config.queue, config.grace_s)
+    server = Server(engine, tools, serving, listener, peak_of(config, device))
+    print(f"serving {name} at {server.url}; Ctrl-C ends it within {config.grace_s:g} s", flush=True)
+    try:
+        server.serve()
+    except KeyboardInterrupt:  # uvicorn's way to say that it ended because of one
+        print("ended")
+    return 0
+
+
+def guarded_by(config: Serve) -> Guarded:
+    """Who may ask. A server on this machine alone knows itself by its own names, so that no web page of another name
+    that resolves to it can reach it."""
+    names = tuple(name.strip().lower() for name in config.hosts.split(",") if name.strip())
+    hosts = (*LOCAL, *names) if config.host in LOCAL else ()
+    if not config.token_file:
+        if config.host not in LOCAL:
+            print(f"--host={config.host} without --token_file: whoever reaches this machine may use the model")
+        return Guarded(None, hosts)
+    try:
+        token = Path(config.token_file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not ASCII"
+        raise UserError(f"--token_file={config.token_file}: cannot read it ({reason})") from None
+    if len(token) < SHORTEST_TOKEN or not token.isprintable() or " " in token:
+        raise UserError(
+            f"--token_file={config.token_file}: expected one line of at least {SHORTEST_TOKEN} letters and digits"
+        )
+    return Guarded(token, hosts)
+
+
+def peak_of(config: Serve, device: str) -> mfu.Peak | None:
+    import torch
+
+    if config.memory_gbs:
+        return mfu.Peak.measured("this machine", {}, config.memory_gbs * 1e9, "--memory_gbs")
+    return mfu.peak_of(torch.device(device))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

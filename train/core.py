@@ -1,0 +1,192 @@
+"""How well base models do at CORE: which continuation of a text they find the likeliest (train/tasks/core.py asks).
+
+    reader = Reader("gpt2", 1024, tokenizer, logits, identity)
+    score = measure(reader, task, batch_size=8, journal=Journal(path))
+
+A choice is as likely as the mean over its own tokens: of choices those after what all begin with, of beginnings those
+of the ending that all have. The likeliest counts as said, the first of equals. A text longer than the model's context
+loses its beginning. CORE is the mean over all tasks of the accuracy above chance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.errors import UserError
+from train.score import Encoder, Score
+from train.tasks.core import CoreTask, prompts
+
+PREFIX = "core:"  # of a task's name beside those of conversations, two of which have the same
+FORM = 1  # of what is judged how; another makes notes of before worthless
+CHUNK = 8  # batches: so many are sorted by length together, and judged between two notes of how far it came
+
+# tokens (B, T) int64, rows and columns (N,) int64 -> logits (N, V) of what follows tokens[rows, columns]
+LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads: `identity` says all that its figures depend on, its weights included."""
+
+    name: str
+    context: int  # the longest sequence
+    tokenizer: Encoder
+    logits: LogitsAt
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Sequel:
+    """A sequence of tokens, of which those from `start` on are judged."""
+
+    ids: list[int]
+    start: int
+
+
+@torch.no_grad()
+def measure(reader: Reader, task: CoreTask, batch_size: int, journal: Journal) -> Score:
+    """The score over all items; goes on where `journal` says that an earlier run came to. Shows progress."""
+    from tqdm import tqdm
+
+    key = _key(reader, task, batch_size)
+    step, total, passed = CHUNK * batch_size, len(task.items), 0
+    with tqdm(total=total, desc=f"{reader.name}: {task.name}", disable=None) as progress:
+        for first in range(0, total, step):
+            right = journal.read(key, first)
+            if right is None:
+                right = judge(reader, task, range(first, min(first + step, total)), batch_size)
+                journal.write(key, first, right, reader.name, task.name)
+            passed += sum(right)
+            progress.update(len(right))
+    return Score(PREFIX + task.name, passed, total, task.chance)
+
+
+def _key(reader: Reader, task: CoreTask, batch_size: int) -> str:
+    """Of everything that the outcome of a chunk depends on."""
+    facts = [
+        FORM, reader.name, reader.context, reader.identity, task.name, task.kind, task.shown,
+        task.delimiter, len(task.items), task.sha256, batch_size,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def judge(reader: Reader, task: CoreTask, indices: Sequence[int], batch_size: int) -> list[bool]:
+    """Whether the model gets each of these items right."""
+    sequels = [sequels_of(task, index, reader.tokenizer, reader.context) for index in indices]
+    flat = [sequel for of_item in sequels for sequel in of_item]
+    order = sorted(range(len(flat)), key=lambda i: -len(flat[i].ids))  # the longest first: memory fails at once
+    likely: dict[int, tuple[float, bool]] = {}
+    for first in range(0, len(flat), batch_size):
+        batch = order[first : first + batch_size]
+        likely |= zip(batch, read(reader, [flat[i] for i in batch]), strict=True)
+    right, place = [], 0
+    for index, of_item in zip(indices, sequels, strict=True):
+        found = [likely[place + i] for i in range(len(of_item))]
+        place += len(of_item)
+        if task.kind == "language_modeling":
+            right.append(found[0][1])
+        else:
+            nats = [mean for mean, _ in found]
+            right.append(nats.index(min(nats)) == task.items[index]["gold"])
+    return right
+
+
+def read(reader: Reader, batch: Sequence[Sequel]) -> list[tuple[float, bool]]:
+    """Of each sequel the mean nats of the tokens that are judged, and whether every one was the likeliest."""
+    longest = max(len(sequel.ids) for sequel in batch)
+    padding = batch[0].ids[0]  # after the end, where no token that is judged sees it
+    tokens = torch.tensor([[*sequel.ids, *[padding] * (longest - len(sequel.ids))] for sequel in batch])
+    counts = torch.tensor([len(sequel.ids) - sequel.start for sequel in batch])
+    rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
+    columns = torch.cat([torch.arange(sequel.start - 1, len(sequel.ids) - 1) for sequel in batch])
+    wanted = tokens[rows, columns + 1]
+    logits = reader.logits(tokens, rows, columns).float()
+    nats = F.cross_entropy(logits, wanted.to(logits.device), reduction="none").double().cpu()
+    missed = logits.argmax(-1).cpu() != wanted
+    # In fp64 sums of fp32 are exact: of a model that finds all alike the means are equal, whatever their lengths.
+    zero = torch.zeros(len(batch), dtype=torch.float64)
+    means = zero.index_add(0, rows, nats) / counts
+    misses = zero.index_add(0, rows, missed.double())
+    return list(zip(means.tolist(), (misses == 0).tolist(), strict=True))
+
+
+# ---- tokens
+
+
+def sequels_of(task: CoreTask, index: int, tokenizer: Encoder, context: int) -> list[Sequel]:
+    """What the model reads of item `index`, one for each choice or beginning, at most `context` tokens each."""
+    texts = prompts(task, index)
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids = [begin + tokenizer.encode(text) for text in texts]
+    if task.kind == "schema":
+        same = _common([found[::-1] for found in ids])
+        starts = [len(found) - same for found in ids]
+    else:
+        starts = [_common(ids)] * len(ids)
+    if task.kind == "language_modeling":
+        ids, starts = ids[1:], starts[1:]
+    return [_cut(task, found, start, context) for found, start in zip(ids, starts, strict=True)]
+
+
+def _cut(task: CoreTask, ids: list[int], start: int, context: int) -> Sequel:
+    """The last `context` tokens; at least the last one is judged, and never the first, which nothing comes before.
+
+    A choice that another one begins with has no token of its own; there nanochat's mean is of nothing.
+    """
+    cut = max(0, len(ids) - context)
+    if len(ids) - cut < 2:
+        raise UserError(f"{task.name}: a text of {len(ids)} token in a context of {context} leaves nothing to foresee")
+    return Sequel(ids[cut:], min(max(start - cut, 1), len(ids) - cut - 1))
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with."""
+    for i, tokens in enumerate(zip(*sequences, strict=False)):
+        if any(token != tokens[0] for token in tokens):
+            return i
+    return min(map(len, sequences))
+
+
+# ---- going on
+
+
+class Journal:
+    """What was judged already, a line for each chunk: a run that was cut off goes on. Without a path, nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: dict[tuple[str, int], list[bool]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last may have been cut off
+                row = json.loads(line)
+                self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
+
+    def read(self, key: str, first: int) -> list[bool] | None:
+        return self._known.get((key, first))
+
+    def write(self, key: str, first: int, right: Sequence[bool], model: str, task: str) -> None:
+        if self.path is None:
+            return
+        marks = "".join("1" if r else "0" for r in right)
+        row = {"model": model, "task": task, "key": key, "first": first, "right": marks}
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a line that was cut off must not spoil this one
+                        file.write(b"\n")
+                file.write(json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}); choose another --out_dir") from None

@@ -1,0 +1,200 @@
+"""CORE (Li et al., "DataComp-LM", arXiv:2406.11794): what a base model is asked, 22 tasks of DCLM's evaluation bundle.
+
+    bundle = read(task_dir, data_dir)                 # a folder with core.yaml in it, else downloaded
+    prompts(bundle["arc_easy"], 0)                    # one text for each choice, examples first
+
+Three kinds, none of which needs a model that converses:
+
+    multiple choice       a question before each of its choices: which choice is the likeliest
+    schema                several beginnings of one ending: after which is the ending the likeliest
+    language modelling    a beginning and its ending: is every token of the ending the likeliest one
+
+What a score depends on is nanochat's (core_eval.py), to the byte: the order of the items, the examples that are shown
+before each, the texts made of them, and that a limit cuts the items from which examples are drawn too.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+from gptfast.errors import UserError
+from train.download import download, sha256_of
+
+URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # as nanochat fetches it
+SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # the one that published scores are of
+SETTINGS, CHANCES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
+SHUFFLE_SEED, EXAMPLES_SEED = 1337, 1234
+
+Kind = Literal["multiple_choice", "schema", "language_modeling"]
+FIELDS: dict[str, dict[str, type]] = {
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
+}
+
+Folder = Path | zipfile.Path
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """Items of one kind; `shown` of them come with their answers before each question, `delimiter` between the two."""
+
+    name: str
+    kind: Kind
+    shown: int
+    delimiter: str
+    chance: float  # the share of items that guessing gets right
+    items: Sequence[dict[str, Any]]
+    sha256: str  # of the file that they are from
+
+
+# ---- prompts
+
+
+def prompts(task: CoreTask, index: int) -> list[str]:
+    """The texts of item `index`: for each choice or beginning; of language modelling, without and with the ending."""
+    item, mark = task.items[index], task.delimiter
+    before = "".join(f"{_told(task, example)}\n\n" for example in shown(task, index))
+    if task.kind == "multiple_choice":
+        return [f"{before}{item['query']}{mark}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        return [f"{before}{beginning}{mark}{item['continuation']}" for beginning in item["context_options"]]
+    beginning = f"{before}{item['context'].strip()}{mark}"
+    # The space that `mark` ends with is in one token with the word after it: the beginning alone must not have it.
+    return [beginning.strip(), f"{beginning}{item['continuation']}"]
+
+
+def shown(task: CoreTask, index: int) -> list[dict[str, Any]]:
+    """The examples before item `index`: others, drawn by a generator that it seeds."""
+    if not task.shown:
+        return []
+    others = [i for i in range(len(task.items)) if i != index]
+    return [task.items[i] for i in random.Random(EXAMPLES_SEED + index).sample(others, task.shown)]
+
+
+def _told(task: CoreTask, item: dict[str, Any]) -> str:
+    """An example with its answer."""
+    if task.kind == "multiple_choice":
+        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
+    if task.kind == "schema":
+        return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
+    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
+
+
+# ---- the bundle
+
+
+def read(task_dir: str, data_dir: str, max_examples: int = 0) -> dict[str, CoreTask]:
+    """The tasks of the bundle by name, in its order, of each the first `max_examples` items (0: all).
+
+    `task_dir`: the bundle unpacked, or a folder with it in `core` or `eval_bundle`. Empty: the archive in
+    <data_dir>/core, downloaded where it is not there. Raises UserError, which names the file, for what is missing,
+    damaged, or not of the form of its kind.
+    """
+    root = _in_folder(Path(task_dir)) if task_dir else _in_archive(Path(data_dir) / "core" / "eval_bundle.zip")
+    chances = _chances(root / CHANCES)
+    tasks = [_task(root, settings, chances, max_examples) for settings in _settings(root / SETTINGS)]
+    return {task.name: task for task in tasks}
+
+
+def _in_folder(folder: Path) -> Path:
+    for root in (folder, folder / "core", folder / "eval_bundle"):
+        if (root / SETTINGS).is_file():
+            return root
+    raise UserError(f"--task_dir={folder}: no {SETTINGS} in it; give the folder of an unpacked eval_bundle.zip")
+
+
+def _in_archive(path: Path) -> zipfile.Path:
+    otherwise = "unpack the bundle yourself and give --task_dir=FOLDER"
+    if not path.is_file():
+        download(URL, path, SHA256, otherwise=otherwise)
+    elif sha256_of(path) != SHA256:
+        raise UserError(f"{path} is not the bundle of sha256 {SHA256[:12]}; delete it and run again, or {otherwise}")
+    return zipfile.Path(path, "eval_bundle/")
+
+
+def _text(path: Folder) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path} ({reason}); bring the bundle again") from None
+
+
+def _settings(path: Folder) -> list[dict[str, Any]]:
+    """What core.yaml says of each task."""
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"reading {path} needs PyYAML: pip install pyyaml") from None
+    try:
+        found = yaml.safe_load(_text(path))["icl_tasks"]
+        for task in found:
+            if not (isinstance(task["label"], str) and isinstance(task["dataset_uri"], str)):
+                raise TypeError("a label and a dataset_uri are texts")
+            if task["icl_task_type"] not in get_args(Kind):
+                raise ValueError(f"icl_task_type {task['icl_task_type']}: known are {', '.join(get_args(Kind))}")
+            if int(task["num_fewshot"][0]) < 0:
+                raise ValueError(f"num_fewshot {task['num_fewshot']}: must not be negative")
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: {reason}; bring the bundle again") from None
+    return found
+
+
+def _chances(path: Folder) -> dict[str, float]:
+    """The share that guessing gets right, by task; the file has percent."""
+    try:
+        rows = list(csv.DictReader(_text(path).splitlines()))
+        found = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+        if not all(0 <= chance < 1 for chance in found.values()):
+            raise ValueError("a random baseline is at least 0 and below 100")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: no table of Eval Task and Random baseline ({error!r}); bring it again") from None
+    return found
+
+
+def _task(root: Folder, settings: dict[str, Any], chances: dict[str, float], max_examples: int) -> CoreTask:
+    name, shown = settings["label"], int(settings["num_fewshot"][0])
+    if name not in chances:
+        raise UserError(f"{root / CHANCES} has no random baseline of {name}; add a line")
+    place = PurePosixPath(settings["dataset_uri"])
+    if place.is_absolute() or ".." in place.parts:
+        raise UserError(f"{root / SETTINGS}: dataset_uri {place} leads out of the bundle")
+    path = root / DATA / str(place)
+    text = _text(path)
+    items = _items(path, text, settings["icl_task_type"])
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    items = items[:max_examples] if max_examples else items
+    if len(items) <= shown:
+        raise UserError(f"{name} shows {shown} examples before each item and has {len(items)} items; it needs more")
+    return CoreTask(
+        name, settings["icl_task_type"], shown, settings.get("continuation_delimiter", " "), chances[name], items,
+        hashlib.sha256(text.encode()).hexdigest(),
+    )  # fmt: skip
+
+
+def _items(path: Folder, text: str, kind: str) -> list[dict[str, Any]]:
+    items = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            wrong = [name for name, type_ in FIELDS[kind].items() if not isinstance(item[name], type_)]
+            options = item.get("choices") or item.get("context_options") or ()
+            if wrong or ("gold" in FIELDS[kind] and not 0 <= item["gold"] < len(options)):
+                raise ValueError(f"{' and '.join(wrong) or 'gold'} cannot be used")
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path}, line {number}: no item of {kind} ({reason}); bring the bundle again") from None
+        items.append(item)
+    return items

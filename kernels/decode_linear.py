@@ -525,9 +525,9 @@ def inputs(
     arguments = (
         x, weight, draw(N) if bias else None, draw(M, N) if residual else None,
         1 + 0.1 * draw(K) if norm != "none" else None, 0.1 * draw(K) if norm == "layernorm" else None,
-        gate, draw(N) if bias and gate is not None else None, scale, gate_scale,
+        gate, draw(N) if bias and gate is not None else None, scale, gate_scale, norm, activation,
     )  # fmt: skip
-    return arguments, changed(decode_linear_reference, norm=norm, activation=activation, softcap=softcap)
+    return arguments, changed(decode_linear_reference, softcap=softcap)
 
 
 def cost(

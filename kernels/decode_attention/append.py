@@ -187,8 +187,8 @@ def inputs(
         cos, sin = angle.cos().float(), angle.sin().float()
     if qk_norm and norm_weight:
         q_norm, k_norm = (1 + 0.1 * torch.randn(D, dtype=dtype, device=device) for _ in "qk")
-    keywords = changed(append_attention_reference, qk_norm=qk_norm, window=window, softcap=softcap, scale=scale)
-    return (qkv, k, v, lengths, pages, k_scale, v_scale, cos, sin, q_norm, k_norm, counts), keywords
+    keywords = changed(append_attention_reference, window=window, softcap=softcap, scale=scale)
+    return (qkv, k, v, lengths, pages, k_scale, v_scale, cos, sin, q_norm, k_norm, counts, qk_norm), keywords
 
 
 def cost(
@@ -215,7 +215,7 @@ APPEND_ATTENTION = Op(
     domain=dict(S=range(3, 50), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
     options=dict(
         rotary=(False, True), qk_norm=(False, True), norm_weight=(False, True), window=(None, 9), softcap=(None, 2.0),
-        scale=(None, 0.4), page_size=(0, 16), cache=("", "int8", "fp8"),
+        scale=(None, 0.4), page_size=(0, 16), cache=("", "int8"),
     ),
     bench=(
         dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=1, T=1, S=1024, H=25, G=25, D=64),

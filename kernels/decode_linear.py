@@ -56,8 +56,9 @@ def decode_linear_reference(
     activation: str = "none",
     eps: float = 1e-5,
     softcap: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The map above of x (..., K) by weight (N, K) -> (..., N) in x's dtype; in at least fp32, rounded once.
+    """The map above of x (..., K) by weight (N, K) -> (..., N) in `dtype`, by default x's; in fp32, rounded once.
 
     `norm`: none, layernorm or rmsnorm; a layernorm needs norm_weight. `activation`: none, gelu, gelu_tanh, relu2, or
     swiglu, silu(g) * h, which needs gate. int8 matrices need their scales. Raises ValueError naming the argument.
@@ -90,7 +91,7 @@ def decode_linear_reference(
     elif activation != "none":
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     y = y if residual is None else y + residual.to(wide)
-    return (softcap * torch.tanh(y / softcap) if softcap else y).to(x.dtype)
+    return (softcap * torch.tanh(y / softcap) if softcap else y).to(x.dtype if dtype is None else dtype)
 
 
 def _check(
@@ -431,10 +432,10 @@ def depth(K: int, M: int, width: int, rows: int, gated: bool) -> int:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, scale: Tensor | None,
-    gate_scale: Tensor | None, norm: str, activation: str, eps: float, softcap: float,
+    gate_scale: Tensor | None, norm: str, activation: str, eps: float, softcap: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     N, K = weight.shape
-    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
     if launcher() is skip or not y.numel():  # of the shape alone: which kernel runs must not bind a graph to its M
         return y
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
@@ -486,6 +487,7 @@ def decode_linear_triton(
     activation: str = "none",
     eps: float = 1e-5,
     softcap: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """decode_linear_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16, up to 64 rows of x.
 
@@ -494,11 +496,13 @@ def decode_linear_triton(
     """
     _check(x, weight, bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
     require_kernel_dtype("x", x)
+    if dtype not in (None, torch.float32, x.dtype):
+        raise ValueError(f"dtype: expected x's or float32, got {dtype}")
     if x.numel() > MOST_ROWS * x.shape[-1]:
         raise ValueError(f"x: up to {MOST_ROWS} rows have kernels, got {tuple(x.shape)}; use a product and a norm")
     return _decode_linear(
         x, weight, bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation,
-        float(eps), float(softcap or 0.0),
+        float(eps), float(softcap or 0.0), x.dtype if dtype is None else dtype,
     )  # fmt: skip
 
 

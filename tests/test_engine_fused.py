@@ -19,7 +19,10 @@ from gptfast.model import GPT
 
 # The engine takes these for kernels; they are the definitions, so that hundreds of tokens take seconds.
 DEFINED = kernels.Ops({name: ("triton", "its definition", op.reference) for name, op in kernels.OPS.items()})
-SWIGLU = dataclasses.replace(SHORT["gpt2"], activation="swiglu", norm="rmsnorm", norm_weight=True, position="rope")
+SWIGLU = dataclasses.replace(
+    SHORT["gpt2"], activation="swiglu", norm="rmsnorm", norm_weight=True, position="rope", embedding_norm=True,
+    window_pattern="SL", window=5,
+)  # fmt: skip
 NAMES = [name for name, config in ARCHITECTURES.items() if not (config.token_shift and config.block_shift)]
 
 
@@ -40,7 +43,7 @@ def test_two_hundred_tokens_past_the_window(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_of_mixed_lengths_in_any_number_of_slots(name: str, options: dict) -> None:
     engine = Engine(by_few_launches(make(SHORT[name])), **options)
-    assert fits(engine.config, engine.model, engine.cache.slots)
+    assert fits(engine.model)
     assert run(engine, *((p, GREEDY) for p in PROMPTS)) == expected_of(name)
 
 
@@ -52,7 +55,7 @@ def test_guesses_of_a_draft_leave_the_tokens_alone(page_size: int | None) -> Non
     assert run(engine, *((p, GREEDY) for p in PROMPTS)) == expected_of("qwen3")
 
 
-def test_a_gated_block() -> None:
+def test_a_gated_block_and_a_window() -> None:
     model = make(SWIGLU)
     wanted = [naive(model, p, 30) for p in PROMPTS[:3]]
     assert run(Engine(by_few_launches(model), slots=3), *((p, GREEDY) for p in PROMPTS[:3])) == wanted
@@ -111,8 +114,16 @@ def test_five_launches_a_layer(config: GPTConfig, B: int, weights: str) -> None:
 
 def test_what_does_not_fit_goes_the_models_own_way() -> None:
     model = by_few_launches(make(SHORT["gpt2"]))
-    assert fits(model.config, model, 64) and not fits(model.config, model, 65)
-    assert not fits(model.config, make(SHORT["gpt2"]), 1)  # no kernels
+    assert fits(model) and not fits(make(SHORT["gpt2"]))  # no kernels
+    cache, tokens = KVCache(model.config, DEFINED, 65), torch.randint(61, (65, 1))
+    with torch.inference_mode():
+        assert torch.equal(FusedStep(model, cache)(tokens), model.logits(tokens, cache=cache))
+    for field in ("value_embeddings", "residual_scalars", "smear", "backout"):
+        config = dataclasses.replace(SHORT["gpt2"], n_embd=24, **{field: True})
+        assert not fits(GPT(config, DEFINED))
+    assert not fits(converted(model, "float16"))
+    model.dtype = torch.bfloat16
+    assert not fits(model) and fits(converted(model, "model")) and fits(converted(model, "int8"))
     shifted = by_few_launches(make(SHORT["modern"]))
-    assert not fits(shifted.config, shifted, 1)
+    assert not fits(shifted)
     assert run(Engine(shifted), *((p, GREEDY) for p in PROMPTS[:2])) == expected_of("modern")[:2]

@@ -18,7 +18,7 @@ class Decoder:
     def __init__(self, model: GPT, cache: KVCache, T: int, compile: bool) -> None:
         self.model, self.cache = model, cache
 
-        step = step_of(model, cache, T)
+        step = step_of(model, cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.step: Callable[[Tensor], Tensor] = torch.compile(step, dynamic=False) if compile else step
         if cache.lengths.device.type == "cuda":

@@ -16,23 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptfast.config import GPTConfig
 from gptfast.engine.cache import KVCache
 from gptfast.engine.weights import Int8Linear
-from gptfast.model import GPT, Norm
+from gptfast.model import GPT, Linear, Norm
 from kernels.decode_linear import MOST_ROWS
-from kernels.op import require
 
 LAUNCHED = ("triton", "interpret")
+OPS_OF_A_STEP = ("decode_embedding", "decode_linear", "append_attention")
+MATRICES = ("c_attn", "c_proj", "c_fc", "c_gate", "lm_head")
 LARGEST_HEAD = 256  # numbers of a head for which attention has kernels
 
 
-def fits(config: GPTConfig, model: GPT, rows: int) -> bool:
-    """Whether a step of so many tokens goes by few launches: where kernels are launched at all, of a block as above."""
-    ops = model.ops.chosen
-    launched = all(ops.get(name, ("", ""))[0] in LAUNCHED for name in ("decode_linear", "append_attention"))
+def fits(model: GPT) -> bool:
+    """Whether a step of `model` can go by few launches: where kernels are launched, for a block as above.
+
+    Its matrices must be as `converted` leaves them for kernels: in the dtype of the activations, or in int8.
+    """
+    ops, config = model.ops.chosen, model.config
+    launched = all(ops.get(name, ("", ""))[0] in LAUNCHED for name in OPS_OF_A_STEP)
+    between = config.value_embeddings or config.residual_scalars or config.smear or config.backout
     shifts = config.token_shift and config.block_shift
-    return launched and rows <= MOST_ROWS and not shifts and config.head_dim <= LARGEST_HEAD
+    if not launched or between or shifts or config.qk_gain != 1.0 or config.head_dim > LARGEST_HEAD:
+        return False
+    matrices = [m for name, m in model.named_modules() if name.split(".")[-1] in MATRICES]
+    return all(isinstance(m, Int8Linear) or (type(m) is Linear and m.weight.dtype == model.dtype) for m in matrices)
 
 
 class FusedStep:
@@ -40,17 +47,18 @@ class FusedStep:
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        config = model.config
-        most = cache.slots * config.kv_heads * MOST_ROWS  # blocks of queries that share a key head
+        most = cache.slots * model.config.kv_heads * MOST_ROWS  # blocks of queries that share a key head
         self.counts = torch.zeros(most, dtype=torch.int32, device=cache.lengths.device)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         model, cache, config = self.model, self.cache, self.model.config
         (B, T), linear = tokens.shape, model.ops.decode_linear
-        require(B == cache.slots, f"tokens: expected ({cache.slots}, T), got {tuple(tokens.shape)}")
+        if B * T > MOST_ROWS:
+            return model.logits(tokens, cache=cache)
         x = self._embedded(tokens)
         heads = B, T, config.n_head + 2 * config.kv_heads, config.head_dim
-        for layer, block in enumerate(model.transformer["h"]):
+        blocks: Any = model.transformer["h"]
+        for layer, block in enumerate(blocks):
             mlp, attention = block.mlp, block.attn
             qkv = linear(x, **_matrix(attention.c_attn), **_norm(block.ln_1))
             out = self._attended(layer, attention, qkv.view(heads))
@@ -58,19 +66,22 @@ class FusedStep:
             gate = _matrix(mlp.c_gate, "gate") if config.activation == "swiglu" else {}
             h = linear(x, **_matrix(mlp.c_fc), **_norm(block.ln_2), **gate, activation=config.activation)
             x = linear(h, **_matrix(mlp.c_proj), residual=x)
-        norm = _norm(model.transformer["ln_f"])
-        return linear(x, **_matrix(model.lm_head), **norm, softcap=config.softcap).view(B, T, -1)
+        norm: Any = model.transformer["ln_f"]
+        dtype = None if config.softcap is None else torch.float32
+        logits = linear(x, **_matrix(model.lm_head), **_norm(norm), softcap=config.softcap, dtype=dtype)
+        return logits.view(B, T, -1)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """The stream (B * T, C) that the first block reads."""
         model, cache = self.model, self.cache
-        learned = (
-            (model.transformer["wpe"].weight, cache.lengths) if model.config.position == "learned" else (None, None)
-        )
-        x = model.ops.decode_embedding(model.transformer["wte"].weight, tokens, *learned, model.dtype)
+        parts: Any = model.transformer
+        positions = (parts["wpe"].weight, cache.lengths) if model.config.position == "learned" else (None, None)
+        x = model.ops.decode_embedding(parts["wte"].weight, tokens, *positions, model.dtype)
+        if model.config.embedding_norm:
+            x = model.ops.rmsnorm(x, None, model.config.qk_epsilon)
         if model.config.token_shift:
             cache.place(tokens.shape[1])
-            x = model.transformer["shift"](x.view(1, -1, x.shape[-1]), cache)
+            x = parts["shift"](x.view(1, -1, x.shape[-1]), cache)
         return x.view(-1, x.shape[-1])
 
     def _attended(self, layer: int, attention: nn.Module, qkv: Tensor) -> Tensor:
@@ -81,14 +92,13 @@ class FusedStep:
         return model.ops.append_attention(
             qkv, cache.k[layer], cache.v[layer], cache.lengths, cache.table if cache.paged else None, *scales,
             *rotation, attention.q_norm, attention.k_norm, self.counts, config.qk_norm, config.qk_epsilon,
+            config.windows[layer],
         )  # fmt: skip
 
 
-def step_of(model: GPT, cache: KVCache, T: int) -> Callable[[Tensor], Tensor]:
+def step_of(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """The quickest way from tokens (slots, T) to logits (slots, T, V) of `model` over `cache`."""
-    if fits(model.config, model, cache.slots * T):
-        return FusedStep(model, cache)
-    return lambda tokens: model.logits(tokens, cache=cache)
+    return FusedStep(model, cache) if fits(model) else lambda tokens: model.logits(tokens, cache=cache)
 
 
 def _matrix(linear: Any, name: str = "weight") -> dict[str, Tensor | None]:

@@ -24,7 +24,7 @@ from kernels.decode_attention import (
 from kernels.decode_attention import reference as definition
 from kernels.proof.interpret import interpreting
 
-# A program for each tile of keys, so that a second kernel combines parts; and one that walks them all.
+# A program for each tile of keys, whose last combines the parts; and one that walks them all.
 SPLIT, WHOLE = 1000, 1
 SMALL = dict(H=2, G=1, D=16)
 
@@ -195,8 +195,7 @@ def test_splits_fill_the_gpu_and_no_more(B, G, S, T, splits):
     q, k, v, lengths = inputs(B=B, T=T, S=S, H=G, G=G, D=64, dtype=torch.bfloat16, device="meta")[0]
     with launching(Launcher(lambda kernel, grid, *args, **kwargs: seen.append((kernel.__name__, grid)), 90, 132)):
         decode_attention_triton(q, k, v, lengths)
-    combine = [("decode_attention_fwd_kernel_combine", (B * T * G,))] if splits > 1 else []
-    assert seen == [("decode_attention_fwd_kernel_split", (B * G, splits)), *combine]
+    assert seen == [("decode_attention_fwd_kernel_split", (B * G, splits))]
 
 
 @pytest.mark.parametrize("keys, queries, itemsize, places, splits", [

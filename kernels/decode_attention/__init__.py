@@ -379,7 +379,7 @@ def launch(
     keys = S if window < 0 else min(S, T + window)
     splits = count_splits(keys, queries, k.dtype.itemsize, places, block, multiprocessors(q))
     combined = COMBINED // block_d
-    at_once = min(combined // 2, triton.next_power_of_2(queries))
+    at_once = min(block_m, combined // 2, triton.next_power_of_2(queries))
     parts, lse, counts = None, None, None
     if splits > 1:
         parts = q.new_empty((B, T, H, splits, D), dtype=torch.float32)

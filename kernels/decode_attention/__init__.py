@@ -316,12 +316,16 @@ class Append(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Keys of a tile, warps and stages of a program; `programs`: how many of a multiprocessor's the splits aim at."""
+    """Keys of a tile, warps and stages of a program; `programs`: how many of a multiprocessor's the splits aim at.
+
+    `registers` of a thread, at most: ptxas for sm_100 spills rather than take more than 128, unless it is told to.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     programs: int
+    registers: int | None = None
 
 
 # By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
@@ -329,7 +333,7 @@ CONSERVATIVE = Tile(32, 4, 2, 4)
 TILES = {
     80: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
     90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
-    100: {128: Tile(64, 4, 2, 4), 256: Tile(32, 8, 2, 2)},
+    100: {128: Tile(64, 4, 3, 4, 168), 256: Tile(64, 8, 2, 2, 168)},
 }
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
 PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
@@ -399,6 +403,7 @@ def launch(
         APPEND=append is not None, NORMED=eps is not None, HAS_NORM_WEIGHT=q_norm is not None, ROTATED=cos is not None,
         PAGE_SIZE=page_size, D=D, BLOCK_M=block_m, BLOCK_N=block.block_n, BLOCK_D=block_d,
         QUERIES=at_once, PARTS=combined // at_once, num_warps=block.num_warps, num_stages=block.num_stages,
+        **({} if block.registers is None else {"maxnreg": block.registers}),
     )  # fmt: skip
     return out
 

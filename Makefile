@@ -2,6 +2,7 @@
 PYTHON  ?=
 WORKERS ?= 2
 ARGS    ?=
+CHAOS   := $(addprefix tests/test_,bad_days.py hostile.py mutations.py neighbours.py serve_hostile.py chat_run.py)
 READY   := .venv/.ready
 PY      := .venv/bin/python
 
@@ -31,7 +32,7 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-aot: $(READY)  ## compile every kernel for A100, H100 and B200 without a GPU, and hold it to the gates
+aot: $(READY)  ## compile every kernel for seven architectures without a GPU, and hold it to the gates
 	$(PY) -m kernels.proof.aot $(ARGS)
 	$(PY) -m kernels.proof.aot --parity
 
@@ -44,5 +45,5 @@ plots: $(READY)  ## redraw the figures and README tables from the rows in result
 fuzz: $(READY)  ## the random cases of the parity tests, 10,000 of them for every op, new ones at every run
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_parity.py -k fuzz --fuzz-examples=10000 $(ARGS)
 
-chaos: $(READY)  ## kills, signals and damage, as often as it takes to trust the checkpoints
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_bad_days.py --chaos $(ARGS)
+chaos: $(READY)  ## kills, signals, damage, hostile files, flags, clients and neighbours: as often as it takes to trust
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rP --chaos $(CHAOS) $(ARGS)

@@ -5,9 +5,9 @@
 
 from typing import Any
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
-settle()  # before any page here imports torch
+set_up_process()  # before any page here imports torch
 
 
 def __getattr__(name: str) -> Any:

@@ -66,6 +66,7 @@ CPU = (
     Stage("peaks", 40), Stage("ops", 130, flags=("--out={out}", "--direction=both", "--budget_s=105"), quick_s=130),
     Stage("model", 50, quick_s=50), Stage("profile", 40, flags=("--out={out}", "--budget_s=20"), quick_s=40),
     Stage("decode", 100, flags=("--out={out}", "--new=64", "--budget_s=40"), quick_s=100),
+    Stage("serve", 75, flags=("--out={out}", "--loads=1,4", "--requests=8", "--budget_s=40"), quick_s=60),
     Stage("optim", 35, flags=("--out={out}", "--quick"), quick=(), quick_s=35),
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",), quick_s=45),
     Stage("aot", 30, module="kernels.proof.aot", flags=(), quick=(), quick_s=30), Stage("plots", 25),
@@ -73,7 +74,7 @@ CPU = (
 NEEDS_GPU = (
     "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",
     "ms/iter, tokens/s, mfu, mfu_palm, hfu and peak memory of GPT-2 124M to 1558M, and the ladder of kernels",
-    "decode tokens/s and mbu",
+    "decode tokens/s and mbu; the server under load",
     "where a training step's time goes, kernel by kernel, and when the GPU waits for the host",
     "tile tables: python -m bench tune",
     "tests that say 'CUDA' in the reason for which they were skipped",
@@ -82,14 +83,14 @@ NEEDS_GPU = (
 
 def pages() -> dict[str, str]:
     """The pages that can be run, `main` in bench/<name>.py, with the first line of each; none of them is imported."""
-    found = {}
+    summaries = {}
     for path in sorted(HERE.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if not path.stem.startswith("_") and any(
             isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body
         ):
-            found[path.stem] = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
-    return found
+            summaries[path.stem] = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+    return summaries
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptfast.aside import write_whole
 from gptfast.errors import UserError
 from gptfast.log import Row
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{arguments.old} and {arguments.new} have no measurement in common")
     causes = {c.label: ("real", "") if arguments.across else cause(c, changes, arguments.threshold) for c in changes}
     if arguments.json:
-        arguments.json.write_text(json.dumps(summary(changes, causes), indent=1), encoding="utf-8")
+        write_whole(arguments.json, json.dumps(summary(changes, causes), indent=1))
     return report(changes, causes, arguments.threshold)
 
 
@@ -154,7 +155,7 @@ def report(changes: Sequence[Change], causes: Causes, threshold: float) -> int:
             times = f"{change.old_ms:.4f} -> {change.new_ms:.4f} ms"
             told = f"  [{name}{': ' + why if why else ''}]" if name else ""
             print(f"{change.verdict:8s} {change.ratio - 1:+7.1%}  {times:>24s}  {change.label}{told}")
-    found = counts(changes)
-    shown = ", ".join(f"{found[verdict]} {verdict}" for verdict in ("slower", "faster", "same", "invalid"))
+    totals = counts(changes)
+    shown = ", ".join(f"{totals[verdict]} {verdict}" for verdict in ("slower", "faster", "same", "invalid"))
     print(f"{len(changes)} compared at a threshold of {threshold:.0%}: {shown}")
     return exit_code(changes, causes)

@@ -18,12 +18,12 @@ def of_step(config: GPTConfig, B: int, T: int, itemsize: int, mode: str = "train
     M, C, L, V = B * T, config.n_embd, config.n_layer, config.vocab_size
     H, G, D, W = config.n_head, config.kv_heads, config.head_dim, config.hidden_width
     train = mode == "train"
-    found: dict[str, Cost] = {}
+    parts: dict[str, Cost] = {}
 
     def add(part: str, forward: Cost, backward: Cost = NOTHING, times: int = 1) -> None:
-        old = found.get(part, NOTHING)
+        old = parts.get(part, NOTHING)
         cost = Cost(forward.flops + train * backward.flops, forward.bytes + train * backward.bytes)
-        found[part] = Cost(old.flops + times * cost.flops, old.bytes + times * cost.bytes)
+        parts[part] = Cost(old.flops + times * cost.flops, old.bytes + times * cost.bytes)
 
     def product(M: int, N: int, K: int, times: int) -> None:
         moved = (M * K + N * K + M * N) * itemsize
@@ -50,7 +50,7 @@ def of_step(config: GPTConfig, B: int, T: int, itemsize: int, mode: str = "train
         add("loss", Cost(4 * M * V, M * V * itemsize), Cost(3 * M * V, M * V * itemsize))
         add("embedding", Cost(0, M * C * 2 * itemsize), Cost(M * C, M * C * (itemsize + 4)))
         add("optimizer", Cost(12 * parameters(config), ADAMW_BYTES * parameters(config)))
-    return found
+    return parts
 
 
 def parameters(config: GPTConfig) -> int:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import kernels
 from bench import stats, timing
 from gptfast import cli
+from gptfast.aside import check_writable
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.data import Batches
 from gptfast.errors import UserError
@@ -170,14 +171,14 @@ def _report(samples: dict[str, list[float]], log: Log) -> None:
     print(f"{'':20} {'p20':>8} {'median':>8} {'p80':>8} {'faster than plain':>20}")
     for variant, values in samples.items():
         (impl, dtype), ratio = variant.split(), stats.compare(values, base)
-        found = timing.summarize(values, method="perf_counter", threads=torch.get_num_threads(), cold=False)
+        times = timing.summarize(values, method="perf_counter", threads=torch.get_num_threads(), cold=False)
         print(
-            f"{impl:9} {dtype:10} {found.ms_p20:8.2f} {found.ms_p50:8.2f} {found.ms_p80:8.2f}"
+            f"{impl:9} {dtype:10} {times.ms_p20:8.2f} {times.ms_p50:8.2f} {times.ms_p80:8.2f}"
             f"   x{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         )
         log.row(
-            "model", name="char-cpu step", impl=impl, dtype=dtype, tokens_per_s=tokens_per_step / found.ms_p50 * 1e3,
-            speedup=ratio.ratio, speedup_low=ratio.low, speedup_high=ratio.high, **found.fields(), **facts("cpu"),
+            "model", name="char-cpu step", impl=impl, dtype=dtype, tokens_per_s=tokens_per_step / times.ms_p50 * 1e3,
+            speedup=ratio.ratio, speedup_low=ratio.low, speedup_high=ratio.high, **times.fields(), **facts("cpu"),
         )  # fmt: skip
 
 
@@ -190,6 +191,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = cli.check_ranges(parser.parse_args(argv))
     if arguments.rounds < 1:
         raise UserError(f"rounds is {arguments.rounds}; give 1 or more")
+    if arguments.out is not None:
+        check_writable(arguments.out.parent)
+        if arguments.out.is_dir():
+            raise UserError(f"--out={arguments.out}: it is a folder; name a file")
     compare(arguments.rounds, arguments.compile, arguments.out)
 
 

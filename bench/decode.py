@@ -14,6 +14,9 @@ bandwidth, by the datasheet or by the copy of `python -m bench peaks`. `error` i
 against the same weights in fp32 and plain torch, and `same_tokens` counts the first tokens that are theirs as well; of
 more than four sequences the first four are compared. `kernels`, `torch_ops` and `host_us` are what a step of the engine
 launches of ours and of torch's, and its host's work around that: bench/step_work.py, counted on any machine's CPU.
+`shares` of the time of a step of the engine: `weights` and `cache`, what reading them takes at that bandwidth;
+`launches`, all that is left, `launch_us` for each; and beside these `host`, its work, which the device need not wait
+for while the host is a step ahead.
 """
 
 from __future__ import annotations
@@ -163,8 +166,8 @@ def naive(model: GPT) -> Variant:
     return Variant("naive", _name(model.dtype), itemsize, itemsize, generate, _last(model), NAIVE_LENGTHS)
 
 
-def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
-    """transformers' generate, with its cache and torch's attention, over the same weights."""
+def transformers_model(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Any:
+    """GPT-2 of transformers, with torch's attention, over the weights of `model`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from gptfast import hf
@@ -176,7 +179,12 @@ def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Varian
         theirs: Any = GPT2LMHeadModel(chosen)
     theirs.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.eval()
+    return theirs.eval()
+
+
+def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
+    """transformers' generate, with its cache and torch's attention, over the same weights."""
+    theirs = transformers_model(config, model, dtype)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         mask = torch.ones_like(tokens)
@@ -200,12 +208,12 @@ def compiled(model: GPT, size: Size) -> Variant:
     plain = copy.deepcopy(model, {**shared, id(model.ops): ops})
     plain = converted(plain, "model")
     cache = KVCache(model.config, ops, size.B, dtype=model.dtype, device=model.lm_head.weight.device)
-    decoder = Decoder(plain, cache, 1, compile=True)
+    decoder = Decoder(plain, cache, compile=True)
 
     def generate(tokens: Tensor, n: int) -> Tensor:
         for slot in range(size.B):
             cache.release(slot)
-        logits = torch.stack([decoder.read(slot, row) for slot, row in enumerate(tokens.tolist())])
+        logits = torch.stack([decoder.read_whole(slot, row) for slot, row in enumerate(tokens.tolist())])
         found = [logits.argmax(-1, keepdim=True)]
         while len(found) < n:
             found.append(decoder.step(found[-1])[:, -1].argmax(-1, keepdim=True))
@@ -361,7 +369,24 @@ def figures(
         "error": error, "same_tokens": agrees, "config": dataclasses.asdict(config),
         "kernels": work and work.kernels, "torch_ops": work and work.torch_ops, "host_us": work and work.host_us,
         "valid": not beyond, "invalid_reason": f"mbu {share:.2f}: not all was read" if beyond else None,
+        **(shares(config, size, way, step_s, peak, work) if work else {}),
     }  # fmt: skip
+
+
+def shares(config: GPTConfig, size: Size, way: Variant, step_s: float, peak: mfu.Peak, work: StepWork) -> Row:
+    """Of a step of `step_s` seconds: what its bytes take, what is left for launches, and the host's work beside it."""
+    if peak.bytes_per_s is None:
+        return {}
+    read = [
+        mfu.decode_bytes(config, context, size.B, weight_bytes=way.weight_bytes, kv_bytes=way.kv_bytes)
+        for context in (0, size.prompt + size.new // 2)
+    ]
+    weights, both = (count / peak.bytes_per_s / step_s for count in read)
+    left = max(0.0, 1 - both)
+    return {
+        "shares": {"weights": weights, "cache": both - weights, "launches": left, "host": work.host_us / step_s / 1e6},
+        "launch_us": left * step_s * 1e6 / (work.kernels + work.torch_ops),
+    }
 
 
 def line(row: Row) -> str:
@@ -374,7 +399,9 @@ def line(row: Row) -> str:
     error = "    n/a" if row["error"] is None else f"{row['error']:.1e}"
     launches = "" if row["kernels"] is None else f"  launches {row['kernels']}+{row['torch_ops']}"
     host = "" if row["host_us"] is None else f"  host {row['host_us']:.0f} us"
-    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}  {sizes}{verdict}"
+    parts = " ".join(f"{part} {100 * value:.0f}%" for part, value in row.get("shares", {}).items())
+    goes = f"  ({parts})" if parts else ""
+    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}{goes}  {sizes}{verdict}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -497,11 +524,10 @@ def main(argv: Sequence[str]) -> int:
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     arguments.compile = device.type == "cuda" if arguments.compile is None else arguments.compile
-    with Log(out, name="decode.jsonl") as log:
+    with results.campaign(out, "decode.jsonl") as log:
         peak = peak_bandwidth(device, out)
         chosen_models = models[:1] if arguments.quick else models
         failed = campaign([(name, size) for name in chosen_models for size in chosen], arguments, peak, log, common)
-    results.compact(out / "decode.jsonl")
     return 1 if failed else 0
 
 

@@ -41,10 +41,10 @@ NARROWEST = 0.045  # of the longest bar, for a number to be written into a piece
 # ---- ops -------------------------------------------------------------------------------------------------------------
 def by(rows: Iterable[Row], *fields: str) -> dict[tuple, list[Row]]:
     """Rows grouped by these fields, in order of appearance."""
-    found: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(field) for field in fields), []).append(row)
-    return found
+        groups.setdefault(tuple(row.get(field) for field in fields), []).append(row)
+    return groups
 
 
 def in_flops(rows: Sequence[Row]) -> bool:
@@ -56,6 +56,27 @@ def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Color and marker by implementation: ours the same in every figure."""
     rest = [name for name in dict.fromkeys(names) if name not in STYLES]
     return {**STYLES, **{name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}}
+
+
+def serve_figure(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Tokens/s and the times of a request against the load, one line for each way of serving."""
+    figure, (rate, first, each) = report.new_figure(title, panels=3)
+    looks = styles(row["impl"] for row in rows)
+    for (impl,), mine in by(sorted(rows, key=lambda row: row["dims"]["load"]), "impl").items():
+        color, marker = looks[impl]
+        load = [row["dims"]["load"] for row in mine]
+        rate.plot(load, [row["tokens_per_s"] for row in mine], color=color, marker=marker, label=impl)
+        for axis, what in ((first, "ttft"), (each, "tpot")):
+            axis.plot(load, [row[f"{what}_ms_p50"] for row in mine], color=color, marker=marker)
+            axis.plot(load, [row[f"{what}_ms_p95"] for row in mine], color=color, linestyle="dotted")
+    rate.set(ylabel="tokens/s")
+    rate.set_ylim(bottom=0)
+    first.set(ylabel="ms to the first token\np50; dotted p95", yscale="log")
+    first.yaxis.set_major_formatter("{x:,g}")
+    each.set(ylabel="ms for each further one\np50; dotted p95", xlabel="load: arrivals over what one at a time can do")
+    each.set_ylim(bottom=0)
+    rate.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    return report.save_figure(figure, path, rows)
 
 
 def same_code_once(rows: Sequence[Row]) -> list[Row]:
@@ -143,7 +164,7 @@ def op_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None)
     notes = [f"dashed: {source}"] if source else []
     notes += [f"dotted: {measured.source}"] if measured else []
     notes.append("at our mark: how many times longer the best peer takes; both: forward and backward in one")
-    return report.save(figure, path, rows, notes=[*notes, "GB/s of compulsory bytes"])
+    return report.save_figure(figure, path, rows, notes=[*notes, "GB/s of compulsory bytes"])
 
 
 def _ours(impl: str) -> bool:
@@ -245,7 +266,7 @@ def two_a_line(label: str) -> str:
 # ---- all ops of a machine --------------------------------------------------------------------------------------------
 def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None) -> Path | None:
     """Every op of ours: how many times longer its best peer takes, and its fraction of the ceiling; a dot a size."""
-    found: dict[str, list[tuple[float | None, float | None]]] = {}
+    marks: dict[str, list[tuple[float | None, float | None]]] = {}
     mine = next((impl for impl in OURS if any(row["impl"] == impl for row in rows)), None)
     for (name, direction, dtype), group in by(rows, "name", "direction", "dtype").items():
         if direction == "backward" and any(r["name"] == name and r["direction"] == "both" for r in rows):
@@ -256,12 +277,12 @@ def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None =
                     and not _ours(r["impl"]) and not r.get("inexact")]  # fmt: skip
                 ratio = min(peers) / row["ms_p50"] if peers else None
                 share = _of_measured(row, measured) or row.get("roofline")
-                found.setdefault(f"{name}, {direction}, {dtype}", []).append((ratio, share))
-    if not found:
+                marks.setdefault(f"{name}, {direction}, {dtype}", []).append((ratio, share))
+    if not marks:
         return None
     figure, ((left, right),) = report.new_grid(f"Every op ({mine}): best peer, and ceiling", 1, 2)
-    figure.set_size_inches(11, 2.4 + 0.27 * len(found))
-    for place, values in enumerate(found.values()):
+    figure.set_size_inches(11, 2.4 + 0.27 * len(marks))
+    for place, values in enumerate(marks.values()):
         ratios = [ratio for ratio, _ in values if ratio is not None]
         shares = [100 * share for _, share in values if share is not None]
         for panel, some, form in ((left, ratios, "{:.2f}x"), (right, shares, "{:.0f} %")):
@@ -277,19 +298,19 @@ def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None =
             panel.annotate("  " + form.format(middle), (max(*some, base), place), va="center", fontsize=8)
     left.axvline(1.0, color="black", linewidth=1.0)
     left.set_xscale("log", base=2)
-    most = [r for values in found.values() for r, _ in values if r is not None] or [1.0]
+    most = [r for values in marks.values() for r, _ in values if r is not None] or [1.0]
     ticks = [2.0**i for i in range(math.floor(math.log2(min(*most, 1))), math.ceil(math.log2(max(*most, 1))) + 2)]
     left.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     left.minorticks_off()
-    left.set_yticks(range(len(found)), list(found), fontsize=8)
+    left.set_yticks(range(len(marks)), list(marks), fontsize=8)
     right.set_yticks([])
     for panel in (left, right):
-        panel.set_ylim(len(found) - 0.4, -0.6)
+        panel.set_ylim(len(marks) - 0.4, -0.6)
     left.set_xlabel("time of the best peer / ours (right of the line: ours is faster)")
     right.set(xlabel="% of what a copy or a GEMM reaches" if measured else "% of the roofline", xlim=(0, 118))
     notes = ["a dot is a size, a bar their median; the plain torch reference counts as a peer"]
     notes += [f"ceiling: {measured.source}"] if measured else []
-    return report.save(figure, path, rows, notes=notes)
+    return report.save_figure(figure, path, rows, notes=notes)
 
 
 def roofline_figure(
@@ -319,7 +340,7 @@ def roofline_figure(
                 linestyle=":" if roof.slack else "--", label=roof.source)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="FLOPs per compulsory byte", ylabel="TFLOP/s")
     axis.legend(frameon=False, fontsize=7, ncols=2)
-    return report.save(figure, path, rows)
+    return report.save_figure(figure, path, rows)
 
 
 # ---- profiles --------------------------------------------------------------------------------------------------------
@@ -364,7 +385,7 @@ def profile_figure(rows: Sequence[Row], path: Path) -> Path:
     notes = [
         "kernels under torch.profiler; the number at the end is the wall clock without it; idle: what is left of it"
     ]
-    return report.save(figure, path, rows, notes=notes)
+    return report.save_figure(figure, path, rows, notes=notes)
 
 
 def _whole(row: Row) -> float:

@@ -67,7 +67,7 @@ def through_git(folder: Path) -> list[Row]:
     top = _git(folder, "rev-parse", "--show-toplevel")
     if top is None:
         raise UserError(f"{folder}: not in a git repository; --plain reads it as it is")
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     place = folder.relative_to(Path(top.strip()).resolve())
     for commit in (_git(folder, "log", "--format=%H", "--reverse", "--", ".") or "").split():
         names = (
@@ -75,20 +75,20 @@ def through_git(folder: Path) -> list[Row]:
         ).splitlines()
         for name in names:
             if name.endswith(".jsonl"):
-                _keep(found, (_git(folder, "show", f"{commit}:{name}") or "").splitlines())
+                _keep(rows, (_git(folder, "show", f"{commit}:{name}") or "").splitlines())
     for path in sorted(folder.rglob("*.jsonl")):
-        _keep(found, path.read_text(encoding="utf-8").splitlines())
-    return list(found.values())
+        _keep(rows, path.read_text(encoding="utf-8").splitlines())
+    return list(rows.values())
 
 
-def _keep(found: dict[str, Row], lines: Iterable[str]) -> None:
+def _keep(rows: dict[str, Row], lines: Iterable[str]) -> None:
     for line in lines:
         try:
             row = check_row(json.loads(line))
         except (ValueError, TypeError):  # of a schema of its time
             continue
         if "ms_p50" in row and row.get("valid", True):
-            found.setdefault(f"{row['date']} {results.key(row)}", row)
+            rows.setdefault(f"{row['date']} {results.key(row)}", row)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -140,4 +140,4 @@ def figure(cases: Sequence[Sequence[Row]], folder: Path, name: str) -> Path | No
     axis.set_xticks(range(len(commits)), commits, fontsize=7)
     axis.set(ylabel="ms / first ms", ylim=(0, None))
     axis.legend(frameon=False, fontsize=6, loc="lower left")
-    return report.save(drawn, folder / f"history-{name}.png", [row for case in cases for row in case])
+    return report.save_figure(drawn, folder / f"history-{name}.png", [row for case in cases for row in case])

@@ -69,7 +69,7 @@ def calls(op: kernels.Op, dims: dict[str, Any], dtype: torch.dtype) -> dict[str,
         with torch.no_grad():
             kernel(*plain)
 
-    found: dict[str, Callable[[], Any]] = {"forward": forward}
+    functions: dict[str, Callable[[], Any]] = {"forward": forward}
     if op.differentiable:
         outputs = kernel(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -79,21 +79,21 @@ def calls(op: kernels.Op, dims: dict[str, Any], dtype: torch.dtype) -> dict[str,
             outputs = kernel(*arguments)
             torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), leaves, gradients)
 
-        found["kept forward"], found["both"] = lambda: kernel(*arguments), both
-    return found
+        functions["kept forward"], functions["both"] = lambda: kernel(*arguments), both
+    return functions
 
 
 def samples(call: Callable[[], Any]) -> list[float]:
     """Microseconds per call, of SAMPLES runs of CALLS calls, after warming up."""
     for _ in range(CALLS):
         call()
-    found = []
+    times = []
     for _ in range(SAMPLES):
         started = time.perf_counter_ns()
         for _ in range(CALLS):
             call()
-        found.append((time.perf_counter_ns() - started) / CALLS / 1e3)
-    return sorted(found)
+        times.append((time.perf_counter_ns() - started) / CALLS / 1e3)
+    return sorted(times)
 
 
 @contextmanager
@@ -140,10 +140,10 @@ def profile(op: kernels.Op, dtype: torch.dtype) -> None:
         todo = calls(op, short(dict(op.bench[0])), dtype)
         call = todo.get("both", todo["forward"])
         samples(call)
-        with cProfile.Profile() as found:
+        with cProfile.Profile() as profiler:
             for _ in range(20 * CALLS):
                 call()
-    pstats.Stats(found).sort_stats("tottime").print_stats(20)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(20)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -164,8 +164,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     common = facts("cpu")
     out = arguments.out or results.folder(common["hardware"])
-    with Log(out, name="host.jsonl") as log:
+    with results.campaign(out, "host.jsonl") as log:
         for name in names:
             measure(kernels.OPS[name], torch.bfloat16, log, common)
-    results.compact(out / "host.jsonl")
     return 0

@@ -116,10 +116,10 @@ def _peak(arguments: argparse.Namespace) -> mfu.Peak | None:
     if arguments.peak_tflops is not None:
         return mfu.Peak.given(arguments.peak_tflops)
     if arguments.device is not None:
-        found = mfu.peak(arguments.device, memory_gb=arguments.memory_gb, power_w=arguments.power_w)
+        peak = mfu.peak(arguments.device, memory_gb=arguments.memory_gb, power_w=arguments.power_w)
     else:
-        found = mfu.peak_of(torch.device("cuda")) if torch.cuda.is_available() else None
-    return found if found is not None and found.flops(arguments.dtype) is not None else None
+        peak = mfu.peak_of(torch.device("cuda")) if torch.cuda.is_available() else None
+    return peak if peak is not None and peak.flops(arguments.dtype) is not None else None
 
 
 def _why_no_peak(arguments: argparse.Namespace) -> str:

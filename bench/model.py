@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from gptfast import mfu
+from gptfast import fp8, mfu
 from gptfast.cli import check_ranges
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.errors import UserError, nearest
@@ -55,6 +55,7 @@ MOST_ROWS = 64  # of a micro-batch on a GPU; more gain nothing at T = 1024
 LAYERS_COMPILED_WHOLE = 12  # of deeper models the block is compiled: compile time grows with depth, speed hardly does
 SAMPLE_MS = 100.0  # a sample is as many steps in a row as fill this, so that the host can run ahead
 TRITON = "triton"  # label of the variant with all of our kernels
+FP8_MISSES = 0.02  # of a loss, relative: what train.pretrain --fp8 is held to
 LEARNING: dict[str, Any] = {"learning_rate": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 PEAK_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -75,6 +76,7 @@ class Maker:
     graph: bool = False  # whether a step is launched as one CUDA graph
     rung: int | None = None  # of the ladder
     ours: bool = True
+    fp8: bool = False  # whether the blocks' large linear maps multiply in 8 bits
     ops: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -163,46 +165,48 @@ def makers(config: GPTConfig, device: torch.device, compiled: str, rungs: bool, 
     if device.type == "cpu":
         native, _ = compute_dtype("cpu")
         dtypes = dict.fromkeys((torch.float32, native))
-        found = [ours(config, kernels.load("cpu"), "eager", dtype, "no") for dtype in dtypes]
+        chosen = [ours(config, kernels.load("cpu"), "eager", dtype, "no") for dtype in dtypes]
         if is_gpt2(config):
-            found.append(plain(config, "plain eager", torch.float32, "no"))
+            chosen.append(plain(config, "plain eager", torch.float32, "no"))
         if is_gpt2(config) and config.bias and has_transformers:
-            found.append(transformers(config, torch.float32))
-        return found
+            chosen.append(transformers(config, torch.float32))
+        return chosen
     dtype, _ = compute_dtype(str(device))
-    found = ladder(config, dtype, compiled)
-    found = found[::-1] if rungs else found[-1:]  # ours first, so that it is measured whatever happens
+    chosen = ladder(config, dtype, compiled)
+    chosen = chosen[::-1] if rungs else chosen[-1:]  # ours first, so that it is measured whatever happens
+    if not quick and torch.cuda.get_device_capability(device) >= fp8.OLDEST:
+        chosen.insert(1, dataclasses.replace(chosen[0], label=f"{TRITON} fp8", fp8=True, rung=None))
     if not is_gpt2(config):
-        return found
+        return chosen
     backend = "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
-    found.insert(1, plain(config, "torch.compile", dtype, compiled, attention=backend))
+    chosen.insert(1, plain(config, "torch.compile", dtype, compiled, attention=backend))
     if full:
         mode = "max-autotune-no-cudagraphs"  # at these sizes the host is not what limits
-        found.append(plain(config, "torch.compile max-autotune", dtype, compiled, mode=mode, attention=backend))
+        chosen.append(plain(config, "torch.compile max-autotune", dtype, compiled, mode=mode, attention=backend))
     if has_transformers and (rungs or full or quick):
-        found.append(transformers(config, dtype))
-    return found
+        chosen.append(transformers(config, dtype))
+    return chosen
 
 
-def with_graphs(found: Sequence[Maker]) -> list[Maker]:
+def with_graphs(chosen: Sequence[Maker]) -> list[Maker]:
     """Ours and plain torch.compile once more, each step as one CUDA graph as the trainer launches it."""
     twins = [
         dataclasses.replace(maker, label=f"{maker.label} + CUDA graph", graph=True, rung=None)
-        for maker in found
-        if maker.label in (TRITON, "torch.compile")
+        for maker in chosen
+        if maker.label in (TRITON, f"{TRITON} fp8", "torch.compile")
     ]
-    return [*found, *twins]
+    return [*chosen, *twins]
 
 
-def asked_for(found: Sequence[Maker], labels: str | None) -> list[Maker]:
+def asked_for(there: Sequence[Maker], labels: str | None) -> list[Maker]:
     """Those of the makers that a comma-separated list names; all without a list. UserError names one there is not."""
     if labels is None:
-        return list(found)
-    wanted, known = [label.strip() for label in labels.split(",")], [maker.label for maker in found]
+        return list(there)
+    wanted, known = [label.strip() for label in labels.split(",")], [maker.label for maker in there]
     for label in wanted:
         if label not in known:
             raise UserError(f"--impl={label}: no such variant of this model here{nearest(label, known)}")
-    return [maker for maker in found if maker.label in wanted]
+    return [maker for maker in there if maker.label in wanted]
 
 
 # ---- one variant at work ---------------------------------------------------------------------------------------------
@@ -215,6 +219,8 @@ class Variant:
         before = allocated(device)
         with device:
             self.model = maker.build(maker.dtype)
+        if maker.fp8 and isinstance(self.model, GPT):
+            fp8.convert(self.model, fp8.way(str(device)))
         with contextlib.redirect_stdout(io.StringIO()):  # the table of groups
             self.optimizer = adamw(self.model, **LEARNING)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model
@@ -264,16 +270,17 @@ class Variant:
         """(last loss, error of a fresh batch's loss, why the figure is invalid). Overwrites the batch."""
         last = self.step(tokens, targets).item()
         draw(tokens, targets, vocab_size, secrets.randbits(31))
-        found = self.forward(tokens, targets).item()
+        loss = self.forward(tokens, targets).item()
         with self.device:
             twin = self.maker.twin()
         twin.load_state_dict(self.model.state_dict())
         with torch.no_grad():  # row by row: all logits in fp32 are much memory
             exact = torch.stack([twin(x[None], y[None]) for x, y in zip(tokens, targets, strict=True)]).mean().item()
-        error = abs(found - exact) / abs(exact)
-        allowed = max(torch.finfo(self.maker.dtype).eps, 8 * torch.finfo(torch.float32).eps)
+        error = abs(loss - exact) / abs(exact)
+        eps = FP8_MISSES if self.maker.fp8 else torch.finfo(self.maker.dtype).eps
+        allowed = max(eps, 8 * torch.finfo(torch.float32).eps)
         if not error <= allowed:
-            return last, error, f"loss {found:.6g} where its weights give {exact:.6g} in fp32"
+            return last, error, f"loss {loss:.6g} where its weights give {exact:.6g} in fp32"
         if self.first_loss is None or not last < self.first_loss:
             return last, error, f"the loss went from {self.first_loss} to {last:.6g}: nothing was learned"
         return last, error, None
@@ -428,11 +435,12 @@ def figures(
     maker, config, (B, T) = variant.maker, plan.config, batch[0].shape
     last, error, reason = variant.check(*batch, config.vocab_size)
     dtype = str(maker.dtype).removeprefix("torch.")
-    rate = peak.flops(PEAK_NAMES[dtype]) if peak else None
+    numbers = "fp8" if maker.fp8 else PEAK_NAMES[dtype]  # that are multiplied, by whose peak the shares are
+    rate = peak.flops(numbers) if peak else None
     known = peak if rate else None
     tokens_per_s = B * T / timing.ms_p50 * 1e3
     flops = mfu.flops_per_token(config, T)
-    shares = mfu.utilization(tokens_per_s, config, T, peak=peak, dtype=PEAK_NAMES[dtype], flops=flops)
+    shares = mfu.utilization(tokens_per_s, config, T, peak=peak, dtype=numbers, flops=flops)
     most = 1.0 + (MEASURED_SLACK if peak and peak.kind == "measured" else 0.0)
     if reason is None and shares["mfu"] is not None and shares["mfu"] > most:
         reason = f"mfu {shares['mfu']:.2f}: the work was not done, or not timed"
@@ -441,7 +449,7 @@ def figures(
         "tokens_per_s": tokens_per_s, **shares, "memory_bytes": variant.peak_bytes,
         "parameters": mfu.palm_params(config), "flops_per_token": dataclasses.asdict(flops),
         "peak_flops": rate, "peak_kind": known and known.kind, "peak_source": known and known.source,
-        "peak_device": known and known.device,
+        "peak_device": known and known.device, "peak_dtype": numbers,
         "cuda_graph": maker.graph,
         "compiled": maker.compiled, "compile_mode": maker.mode, "attention": maker.attention, "ops": dict(maker.ops),
         "rung": maker.rung, "ours": maker.ours, "side_by_side": side_by_side, "config": dataclasses.asdict(config),
@@ -468,10 +476,10 @@ def padded(config: GPTConfig) -> GPTConfig:
 
 def peak_for(device: torch.device, peak_tflops: float | None, out: Path) -> mfu.Peak | None:
     """The peak that was given, else the datasheet's, else what `bench peaks` measured into `out`, and named so."""
-    found = mfu.peak_of(device, peak_tflops)
+    peak = mfu.peak_of(device, peak_tflops)
     path = out / "peaks.jsonl"
-    if found is not None or not path.exists():
-        return found
+    if peak is not None or not path.exists():
+        return peak
     threads = None if device.type == "cuda" else torch.get_num_threads()
     seen = from_rows(row for row in results.latest(results.read(path)) if row.get("threads") == threads)
     if seen is None:
@@ -520,9 +528,8 @@ def main(argv: Sequence[str]) -> int:
     torch._dynamo.config.recompile_limit = 64  # a ladder compiles one function many times, on purpose
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
-    with Log(out, name="model.jsonl") as log:
+    with results.campaign(out, "model.jsonl") as log:
         failed = campaign(arguments, device, peak_for(device, arguments.peak_tflops, out), log, common)
-    results.compact(out / "model.jsonl")
     return 1 if failed else 0
 
 

@@ -1,8 +1,8 @@
 """Every op at the sizes of real models, by every implementation and peer, in every direction.
 
     python -m bench ops                                # all of it
-    python -m bench ops --only=layernorm,attention --quick
     python -m bench ops --variants=gluon               # and a kernel that runs only when asked for, beside the others
+    python -m bench ops --only=rotary --quick --options    # one size of an op, and with its options
     pytest bench/ --benchmark-only                     # the same cases under pytest-benchmark
 
 Variants of one case run side by side in one process. `forward` runs without gradients, `backward` alone, `both` is a
@@ -36,6 +36,7 @@ from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Op
+from kernels.proof.options import varied
 
 from . import peers, results
 from .failures import FAILURES, in_one_line
@@ -247,16 +248,19 @@ def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 
 
 def cases(
-    names: Sequence[str], dtypes: Sequence[str], directions: Sequence[str], device: torch.device, quick: bool
-) -> list[Case]:
+    names: Sequence[str], dtypes: Sequence[str], directions: Sequence[str], device: torch.device, quick: bool,
+    options: bool = False,
+) -> list[Case]:  # fmt: skip
     """All cases, ordered so that a campaign that is stopped has seen every op before it sees more sizes of one.
 
     `backward` of further sizes comes last: it is `both` less what is known of `forward`.
     """
     found: dict[str, Case] = {}
     last: dict[str, Case] = {}
-    sizes = {name: by_worth(kernels.OPS[name].bench) for name in names}
-    for rank in range(1 if quick else max(map(len, sizes.values()))):
+    sizes = {name: by_worth(kernels.OPS[name].bench)[: 1 if quick else None] for name in names}
+    for name in names if options else ():
+        sizes[name] += varied(kernels.OPS[name])
+    for rank in range(max(map(len, sizes.values()))):
         for name in names:
             op = kernels.OPS[name]
             for dtype in dtypes if rank < len(sizes[name]) else ():
@@ -477,6 +481,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--samples", type=int, help="at least so many (default: 40 on a GPU, 10 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
+    parser.add_argument("--options", action="store_true", help="the first size with each op's options too, in pairs")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
     parser.add_argument("--warm", metavar="I/N", help="only compile and run once the I-th of N shares; no rows")
@@ -496,14 +501,14 @@ def main(argv: Sequence[str]) -> int:
     samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
     settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
     if arguments.warm:
-        todo = cases(names, dtypes, directions, device, arguments.quick)
+        todo = cases(names, dtypes, directions, device, arguments.quick, arguments.options)
         return warm(todo, names, asked, _share(arguments.warm), arguments.compile, started + arguments.budget_s)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
     measured = measured_ceilings(roof, device, dtypes, out)
     failed, beside = False, {name: list[str]() for name in names}
-    with Log(out, name="ops.jsonl") as log:
+    with results.campaign(out, "ops.jsonl") as log:
         if on_gpu:
             beside, right = proven(names, asked, dtypes, device, log)
             failed = not right
@@ -513,7 +518,8 @@ def main(argv: Sequence[str]) -> int:
         for name in alone:
             log.say(f"ops    {name}: left out, comparable in --direction=both alone")
             del beside[name]
-        todo = cases(list(beside), dtypes, directions, device, arguments.quick) if beside else []
+        quick, options = arguments.quick, arguments.options
+        todo = cases(list(beside), dtypes, directions, device, quick, options) if beside else []
         if on_gpu and peers.absent():
             log.say(f"ops    peers that are not installed: {', '.join(peers.absent())}")
         for number, case in enumerate(todo, 1):
@@ -531,7 +537,6 @@ def main(argv: Sequence[str]) -> int:
                 failed = True
                 log.row("note", name=str(case), text=f"failed: {type(error).__name__}: {error}")
                 log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
-    results.compact(out / "ops.jsonl")
     return 1 if failed else 0
 
 

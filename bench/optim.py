@@ -55,12 +55,12 @@ def steps(config: GPTConfig, device: torch.device) -> dict[str, Step]:
 
     def parameters() -> list[torch.nn.Parameter]:
         generator = torch.Generator(device).manual_seed(0)
-        found = []
+        weights = []
         for shape in shapes(config):
             w, g = (torch.randn(shape, device=device, generator=generator) * 0.02 for _ in range(2))
-            found.append(torch.nn.Parameter(w))
-            found[-1].grad = g
-        return found
+            weights.append(torch.nn.Parameter(w))
+            weights[-1].grad = g
+        return weights
 
     newton_schulz = kernels.load("auto" if device.type == "cuda" else "reference").newton_schulz
     ours = Muon([{"kind": "muon", "params": parameters(), "lr": 1e-4}], newton_schulz)
@@ -104,14 +104,14 @@ def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Ro
     base = samples.get("torch.optim.Muon")
     threads = torch.get_num_threads() if device.type == "cpu" else None
     for key, values in samples.items():
-        found = summarize(values, method="perf_counter", threads=threads, cold=False)
+        timing = summarize(values, method="perf_counter", threads=threads, cold=False)
         ratio = compare(values, base) if base else None
         log.row(
-            "optimizer", name=name, impl=key, matrices=len(shapes(PRESETS[name])), **found.fields(),
+            "optimizer", name=name, impl=key, matrices=len(shapes(PRESETS[name])), **timing.fields(),
             speedup=ratio and ratio.ratio, speedup_low=ratio and ratio.low, speedup_high=ratio and ratio.high, **common,
         )  # fmt: skip
         versus = f"   x{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) of torch.optim.Muon" if ratio else ""
-        log.say(f"optim  step of {name:14s} {key:18s} {found.ms_p50:10.3f} ms{versus}")
+        log.say(f"optim  step of {name:14s} {key:18s} {timing.ms_p50:10.3f} ms{versus}")
     return right
 
 
@@ -132,11 +132,11 @@ def calls(products: Products) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def implementations(device: torch.device, compiled: bool) -> dict[str, Products]:
-    found = {"triton": KERNEL_PRODUCTS} if device.type == "cuda" else {}
-    found["torch"] = REFERENCE_PRODUCTS
+    products = {"triton": KERNEL_PRODUCTS} if device.type == "cuda" else {}
+    products["torch"] = REFERENCE_PRODUCTS
     if compiled:
-        found["compile"] = Products(*(torch.compile(f, dynamic=False) for f in vars(REFERENCE_PRODUCTS).values()))
-    return found
+        products["compile"] = Products(*(torch.compile(f, dynamic=False) for f in vars(REFERENCE_PRODUCTS).values()))
+    return products
 
 
 def draw(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ def campaign(arguments: argparse.Namespace, device: torch.device, models: list[s
             return False
 
     right = True
-    with Log(arguments.out or results.folder(common["hardware"]), name="optim.jsonl") as log:
+    with results.campaign(arguments.out or results.folder(common["hardware"]), "optim.jsonl", compacted=False) as log:
         for name in models:
             right &= attempt(f"step of {name}", partial(run_steps, name, device, rounds, log, common))
         functions, dtype = implementations(device, arguments.compile), DTYPES[arguments.dtype]

@@ -113,20 +113,20 @@ def from_rows(rows: Iterable[Row]) -> Ceilings | None:
 
 def ceilings(device: torch.device, dtypes: Sequence[str], out: Path | None, threads: int | None) -> Ceilings:
     """The ceilings to hold figures against: the datasheet's, else those measured in `out`, else measured now."""
-    found = datasheet(device)
+    known = datasheet(device)
     path = None if out is None else out / "peaks.jsonl"
-    if found is None and path is not None and path.exists():
-        found = from_rows(row for row in results.latest(results.read(path)) if row.get("threads") == threads)
-        if found is not None and not set(dtypes) <= set(found.flops):
-            found = None
+    if known is None and path is not None and path.exists():
+        known = from_rows(row for row in results.latest(results.read(path)) if row.get("threads") == threads)
+        if known is not None and not set(dtypes) <= set(known.flops):
+            known = None
 
     def again(dtype: str) -> Ceilings | None:
         return from_rows(measure(device, [dtype], Log(None), quick=True, threads=threads))
 
-    if found is None:
-        found = from_rows(measure(device, dtypes, Log(None), quick=True, threads=threads))
-    assert found is not None
-    return found if found.slack == 0.0 else dataclasses.replace(found, again=again)
+    if known is None:
+        known = from_rows(measure(device, dtypes, Log(None), quick=True, threads=threads))
+    assert known is not None
+    return known if known.slack == 0.0 else dataclasses.replace(known, again=again)
 
 
 FRESH = datetime.timedelta(hours=1)  # rows of `bench peaks` this young are of the run that asks
@@ -142,9 +142,9 @@ def measured_ceilings(roof: Ceilings, device: torch.device, dtypes: Sequence[str
         rows = [row for row in results.latest(results.read(path)) if row["what"] == "peak"]
         now = datetime.datetime.now(datetime.UTC)
         young = [row for row in rows if now - datetime.datetime.fromisoformat(row["date"]) < FRESH]
-        found = from_rows(young)
-        if found is not None and set(dtypes) <= set(found.flops):
-            return found
+        known = from_rows(young)
+        if known is not None and set(dtypes) <= set(known.flops):
+            return known
     return from_rows(measure(device, dtypes, Log(None), quick=True))
 
 
@@ -175,15 +175,15 @@ def fitted(sizes: Sequence[int], needed_bytes: Callable[[int], int], device: tor
         return list(sizes)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    found = set()
+    fitting = set()
     for size in sizes:
         smaller = size
         while needed_bytes(smaller) > free and smaller > 1:
             smaller //= 2
         if smaller != size:
             log.say(f"peaks  {smaller} instead of {size}: {free / 2**30:.1f} GiB are free")
-        found.add(smaller)
-    return sorted(found)
+        fitting.add(smaller)
+    return sorted(fitting)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
@@ -268,9 +268,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = check_ranges(parser.parse_args(argv))
     device, dtypes = made_current(arguments.device), chosen_dtypes(arguments.dtype)
     out = arguments.out or results.folder(facts(device)["hardware"])
-    with Log(out, name="peaks.jsonl") as log:
+    with results.campaign(out, "peaks.jsonl") as log:
         rows = measure(device, dtypes, log, quick=arguments.quick, threads=arguments.threads)
-    results.compact(out / "peaks.jsonl")
     return 0 if all(row["valid"] for row in rows) else 1
 
 

@@ -127,9 +127,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def sdpa_decode(backend: str | None) -> Function:
     """torch's fused attention: of its own choice under a mask made from lengths, or by a backend that takes no mask."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None) -> Tensor:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None, window: int | None = None
+    ) -> Tensor:  # fmt: skip
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        require(window is None, "window: not for torch's attention here; leave it out")
         require(not any(x is not None for x in rest), "k: neither pages nor scales are known to torch's attention")
         T, mask = q.shape[1], None
         if backend is None:
@@ -214,15 +217,15 @@ def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Of a copy of the logits: it writes over them, asked for a gradient or not."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    found = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
-    return found[0] if isinstance(found, tuple) else found
+    result = LigerCrossEntropyFunction.apply(logits.clone(), targets, None)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def liger_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    found = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
-    return found[0] if isinstance(found, tuple) else found
+    result = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def quack_rmsnorm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -245,8 +248,8 @@ def flash_attention(version: int) -> Function:
             from flash_attn_interface import flash_attn_func
         else:
             from flash_attn import flash_attn_func
-        found = flash_attn_func(q, k, v, causal=True)
-        return found[0] if isinstance(found, tuple) else found
+        result = flash_attn_func(q, k, v, causal=True)
+        return result[0] if isinstance(result, tuple) else result
 
     return run
 

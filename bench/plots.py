@@ -7,7 +7,7 @@
 Each figure names the hardware, date, commit and, where it shows one, the convention of MFU. A folder with a row that is
 damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: an overview of
 all ops, each op against size, rooflines, the ladder of kernels, MFU and tokens/s by model, where the time of a step
-goes, decoding, and the loss of training runs against time.
+goes, decoding, the server under load, and the loss of training runs against time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptfast.log import Row
 from gptfast.rows import file_name
 
 from . import results
-from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, styles
+from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, serve_figure, styles
 from .peaks import Ceilings, from_rows
 from .peers import OURS
 
@@ -81,7 +81,7 @@ def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.set_xlabel(f"mfu, % of {peak_label(rows[0])}" if known else "tokens/s")
-    return report.save(figure, path, rows, ["mfu"] if known else [], [workload(rows)])
+    return report.save_figure(figure, path, rows, ["mfu"] if known else [], [workload(rows)])
 
 
 def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
@@ -95,7 +95,7 @@ def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot([place - width / 2, place + width / 2], [palm(row)] * 2, color="black", linewidth=1.0)
     axis.set_ylabel("mfu, % (bar and number; line above: mfu_palm)")
     peaks = dict.fromkeys(f"peak, {row['dtype']}: {peak_label(row)}" for row in rows)
-    return report.save(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
+    return report.save_figure(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
 
 
 def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
@@ -103,7 +103,7 @@ def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
     figure, axis, _ = model_bars(rows, "Training throughput", *[lambda row: row["tokens_per_s"]] * 2)
     axis.set_ylabel("tokens/s")  # linear, from zero: a bar's height is what the eye compares
     axis.yaxis.set_major_formatter("{x:,.0f}")
-    return report.save(figure, path, rows, notes=[workload(rows)])
+    return report.save_figure(figure, path, rows, notes=[workload(rows)])
 
 
 def model_bars(
@@ -153,10 +153,10 @@ def workload(rows: Sequence[Row]) -> str:
 
 
 def by_size(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(report.dims(row), []).append(row)
-    return found
+        groups.setdefault(report.dims(row), []).append(row)
+    return groups
 
 
 def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> list[Path]:
@@ -181,6 +181,8 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
         made.append(
             report.comparison_figure(rows, folder / f"decode-{file_name(name)}.png", title, "tokens_per_s", "tokens/s")
         )
+    for (name,), rows in by(valid(bench, "serve"), "name").items():
+        made.append(serve_figure(rows, folder / f"serve-{file_name(name)}.png", f"{name}: the server under load"))
     for log in logs:
         run = report.last_run(log)
         made.append(
@@ -286,6 +288,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--readme", choices=TABLES, help="print this table as Markdown, and draw nothing")
     parser.add_argument("--quick", action="store_true", help="accepted as in every page; drawing is quick")
     arguments = parser.parse_args(argv)
+    for flag, folder in (("out", arguments.out), ("root", arguments.root)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--{flag}={folder}: no such folder; give one with rows, as python -m bench writes them")
     folders = [arguments.out] if arguments.out else machines(arguments.root)
     if arguments.readme:
         rows = [row for folder in folders for row in read(folder)[0]]

@@ -66,21 +66,21 @@ def predict(
     others = [r for r in profiles if r not in mine and r["name"] in PRESETS]
     other = min(others, key=lambda r: _unlike(r, name, B * T), default=None)
     measured = {part["part"]: part["ms"] for part in own["parts"]} if own else {}
-    found = []
+    parts = []
     for part, cost in declared.items():
         ms, source = (
             _of_op(part, config, cost, ops) or _of_profile(part, cost, other) or _roofline(cost, dtype, ceilings)
         )
-        found.append(Part(part, ms, source, measured.get(part)))
+        parts.append(Part(part, ms, source, measured.get(part)))
     if other is not None:
         scale = _bulk(config, B * T) / _bulk(_config(other), other["dims"]["B"] * other["dims"]["T"])
         for part in other["parts"]:
             if part["part"] in UNDECLARED:
                 source = f"as in the profile of {other['name']} by {other['impl']}"
-                found.append(Part(part["part"], part["ms"] * scale, source, measured.get(part["part"])))
-    listed = {part.name for part in found}
-    found += [Part(part, 0.0, "not foreseen", ms) for part, ms in measured.items() if part not in listed]
-    return sorted(found, key=lambda part: -max(part.ms, part.measured_ms or 0.0))
+                parts.append(Part(part["part"], part["ms"] * scale, source, measured.get(part["part"])))
+    listed = {part.name for part in parts}
+    parts += [Part(part, 0.0, "not foreseen", ms) for part, ms in measured.items() if part not in listed]
+    return sorted(parts, key=lambda part: -max(part.ms, part.measured_ms or 0.0))
 
 
 def base(impl: str) -> str:
@@ -202,10 +202,10 @@ def main(argv: Sequence[str]) -> int:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         folder = arguments.out or results.folder(facts(here)["hardware"])
         rows = [row for row in results.read_all([folder]) if row.get("valid", True)]
-        found = from_rows(row for row in rows if row["what"] == "peak")
-        if found is None:
+        measured = from_rows(row for row in rows if row["what"] == "peak")
+        if measured is None:
             raise UserError(f"{folder}: no row of a copy; run python -m bench peaks, or name a datasheet by --device")
-        ceilings = found
+        ceilings = measured
     B = arguments.batch_size
     parts = predict(config, B, T, arguments.dtype, rows, ceilings, arguments.impl, arguments.model)
     print(f"{arguments.model} B={B} T={T} {arguments.dtype}, a training step with AdamW by {arguments.impl}")
@@ -214,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _wall(rows: Sequence[Row], name: str, impl: str, dims: Mapping[str, int]) -> Row | None:
-    found = [
+    steps = [
         r for r in rows if r["what"] == "profile" and (r["name"], base(r["impl"]), r["dims"]) == (name, impl, dims)
     ]
-    return next((r for r in reversed(found) if r["direction"] == "train"), None)
+    return next((r for r in reversed(steps) if r["direction"] == "train"), None)

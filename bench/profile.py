@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast import checkpoint
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
@@ -74,18 +73,18 @@ class Report:
 
     def parts(self) -> list[dict[str, Any]]:
         """Rows of the table by part: part, calls, ms, share of the wall clock, gbs, tflops, of_measured."""
-        found = []
+        lines = []
         for name, (calls, ms) in self.trace.parts().items():
             cost = self.costs.get(name)
             known = cost is not None and ms > 0
             share = self.measured and known and self.measured.fraction(ms, cost.flops, cost.bytes, self.dtype)  # type: ignore[union-attr]
-            found.append({
+            lines.append({
                 "part": name, "calls": calls, "ms": ms, "share": ms / self._whole_ms,
                 "gbs": cost.bytes / ms / 1e6 if known else None,  # type: ignore[union-attr]
                 "tflops": cost.flops / ms / 1e9 if known else None,  # type: ignore[union-attr]
                 "of_measured": share or None,
             })  # fmt: skip
-        return found
+        return lines
 
     @property
     def _whole_ms(self) -> float:
@@ -312,9 +311,9 @@ def _decoding(
     B, S = tokens.shape
     with torch.inference_mode():
         cache = KVCache(model.config, ops, B, dtype=dtype, device=device)
-        decoder = Decoder(model, cache, 1, compile=False)
+        decoder = Decoder(model, cache, compile=False)
         for slot in range(B):
-            decoder.read(slot, tokens[slot].tolist())
+            decoder.read_whole(slot, tokens[slot].tolist())
     newest = tokens[:, -1:].contiguous()
     step = torch.inference_mode()(lambda: decoder.step(newest))
     held = sum(x.nbytes for x in vars(cache).values() if isinstance(x, Tensor))
@@ -396,7 +395,6 @@ def main(argv: Sequence[str]) -> int:
         config_of(name)
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
-    out.mkdir(parents=True, exist_ok=True)
     return campaign(arguments, device, models, impls, out, common)
 
 
@@ -404,6 +402,8 @@ def config_of(name: str) -> GPTConfig:
     """The sizes of a preset, or of the model whose checkpoints are in a folder. UserError where it is neither."""
     if name in PRESETS:
         return PRESETS[name]
+    from gptfast import checkpoint
+
     if not checkpoint.exists(name):
         raise UserError(f"--models={name} is no preset and no folder with a checkpoint{nearest(name, PRESETS)}")
     return GPTConfig(**checkpoint.load(name).meta["model"])
@@ -428,7 +428,7 @@ def campaign(
     dtype = str(compute_dtype(str(device))[0]).removeprefix("torch.")
     threads = None if device.type == "cuda" else torch.get_num_threads()
     measured = measured_ceilings(ceilings(device, [dtype], out, threads), device, [dtype], out)
-    with Log(out, name="profile.jsonl") as log:
+    with results.campaign(out, "profile.jsonl") as log:
         for name, impl in ((name, impl) for name in models for impl in impls):
             if time.monotonic() - started > arguments.budget_s:
                 log.say(f"profile {name} {impl}: not begun within {arguments.budget_s:.0f} s")
@@ -442,7 +442,6 @@ def campaign(
             torch.compiler.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    results.compact(out / "profile.jsonl")
     for path in figures.profiles(results.read(out / "profile.jsonl"), out):
         print(path)
     return 1 if failed else 0

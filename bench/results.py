@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptfast import untrusted
+from gptfast.aside import locked, unwritable, write_whole
 from gptfast.errors import UserError
-from gptfast.log import Row
+from gptfast.log import Log, Row
 from gptfast.rows import parse
 
 ROOT = Path(__file__).resolve().parents[1] / "results"
@@ -34,11 +37,11 @@ def read(path: str | Path) -> list[Row]:
     """The rows of one file, all of one machine. Raises UserError that names the file and line of what is wrong."""
     path = Path(path)
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python -m bench` writes results") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text: {untrusted.reason(error)}") from None
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     _check_one_machine(path, rows)
     return rows
@@ -51,7 +54,7 @@ def read_all(paths: Iterable[str | Path]) -> list[Row]:
         files += sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no .jsonl file there; `python -m bench` writes results")
-    return latest(row for file in files for row in read(file))
+    return latest(row for file in files for row in last(read(file)))
 
 
 def _row(path: Path, number: int, line: str) -> Row:
@@ -83,23 +86,46 @@ def key(row: Row) -> str:
     return json.dumps({name: row[name] for name in about if name in row}, sort_keys=True)
 
 
+@contextmanager
+def campaign(out: Path, name: str, *, compacted: bool = True) -> Iterator[Log]:
+    """The log out/name of a measurement, to which only the newest rows of each thing stay where that succeeds.
+
+    The folder is this process's meanwhile, for what another appended would be lost by that. Raises UserError where
+    another is at it, or nothing can be written, before anything is measured.
+    """
+    with unwritable(out), locked(out):
+        with Log(out, name=name) as log:
+            yield log
+        if compacted:
+            compact(out / name)
+
+
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """One row for each machine and key, the newest, in the order of their first appearance."""
+    """One row for each machine and key, the newest by date, in the order of their first appearance."""
     newest: dict[tuple[str, str], Row] = {}
     for row in rows:
-        about = (row.get("hardware", {}).get("name", ""), key(row))
+        about = _about(row)
         if about not in newest or row["date"] >= newest[about]["date"]:
             newest[about] = row
+    return list(newest.values())
+
+
+def _about(row: Row) -> tuple[str, str]:
+    return row.get("hardware", {}).get("name", ""), key(row)
+
+
+def last(rows: Iterable[Row]) -> list[Row]:
+    """The same of one file, whose rows were appended: the last is the newest, even if the clock was set back since."""
+    newest: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        newest[_about(row)] = row
     return list(newest.values())
 
 
 def compact(path: str | Path) -> None:
     """Rewrite a file to its latest rows, whole or not at all."""
     path = Path(path)
-    rows = latest(read(path))
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in last(read(path))))
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------

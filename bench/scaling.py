@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptfast.aside import check_writable, file_aside, unwritable, write_whole
 from gptfast.cli import check_ranges
 from gptfast.config import PRESETS
 
@@ -221,7 +222,8 @@ def draw(cluster: Cluster, path: Path) -> None:
     axes[0].set_ylabel("predicted efficiency, %")
     axes[0].set_ylim(0, 100)
     axes[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with unwritable(path), file_aside(path) as building:
+        figure.savefig(building, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -233,14 +235,14 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=float, default=getattr(standard, name), help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("results/scaling"), help="folder (default %(default)s)")
     settings = vars(check_ranges(parser.parse_args(argv)))
-    out: Path = settings.pop("out")
+    out: Path = check_writable(settings.pop("out"))
     cluster = replace(standard, **settings)
     parts = [*(table(work, cluster) for work in WORKLOADS), "Checked against published runs:", *checks(cluster)]
     text = "\n\n".join(parts)
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    (out / "scaling.md").write_text(f"Predicted by `python -m bench scaling`, not measured.\n\n{about}\n\n{text}\n")
+    page = f"Predicted by `python -m bench scaling`, not measured.\n\n{about}\n\n{text}\n"
+    write_whole(out / "scaling.md", page)
     draw(cluster, out / "scaling.png")
     print(f"\nwrote {out / 'scaling.md'} and scaling.png")
     return 0

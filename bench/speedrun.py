@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptfast import report
+from gptfast.aside import write_whole
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 
@@ -143,8 +144,8 @@ def race_table(rows: Sequence[Row]) -> str:
         both = [(baseline[seed], row) for seed, row in of.items() if seed in baseline and name != BASELINE]
 
         def ratios(key: str) -> str | None:
-            found = sorted(base[key] / row[key] for base, row in both)
-            return f"{statistics.median(found):.1f} ({found[0]:.1f} to {found[-1]:.1f})" if found else None
+            speedups = sorted(base[key] / row[key] for base, row in both)
+            return f"{statistics.median(speedups):.1f} ({speedups[0]:.1f} to {speedups[-1]:.1f})" if speedups else None
 
         first = next(iter(of.values()))
         return {
@@ -177,7 +178,7 @@ def write_page(path: Path) -> str:
         drawn = table(group) if iters else f"{race_table(group)}\n\n{SHARED}"
         sections.append(f"# {title}\n\n{report.caption(group)}\n\n{commands}\n\n{drawn}\n")
     text = "\n".join(sections)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_whole(path.with_suffix(".md"), text)
     return text
 
 
@@ -253,7 +254,9 @@ def main(argv: Sequence[str]) -> int:
     flags = [f"--dataset={dataset}", f"--data_dir={arguments.data_dir}"]
     flags += [f"--max_iters={iters}"] if iters else []
     numbers = [int(seed) for seed in seeds.split(",")]
-    with Log(arguments.out or results.folder(facts("cpu")["hardware"]), name="ablation.jsonl") as log:
+    with results.campaign(
+        arguments.out or results.folder(facts("cpu")["hardware"]), "ablation.jsonl", compacted=False
+    ) as log:
         assert log.path is not None
         try:
             if arguments.race:

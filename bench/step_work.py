@@ -1,8 +1,7 @@
 """What a step of decoding gives a GPU and its host to do, counted and timed on any CPU with the launches left out.
 
-On a GPU the step is one replay of a graph, so the host's work is what the engine does around it; the device's time
-grows with the number of its launches. The drawing of tokens stands outside the graph: it is in the host's time, and not
-counted.
+On a GPU the step is one replay of a graph, the drawing of tokens in it, so the host's work is what the engine does
+around it; the device's time grows with the number of its launches. They are counted for greedy requests.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import kernels
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
+from gptfast.engine.loop import Drawn, Loop
+from gptfast.engine.sampling import Kinds
 from gptfast.engine.weights import Weights, converted
 from gptfast.model import GPT
 from kernels import OPS
@@ -74,12 +75,13 @@ def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepW
         for slot in range(B):
             cache.reserve(slot, length + 1)
         cache.lengths.fill_(length)
-        step = Decoder(model, cache, 1, compile=False).step
-        tokens = torch.zeros(B, 1, dtype=torch.int64)
-        step(tokens)
+        # The drawing and the rest of the loop on the device belong to the step.
+        loop = Loop(Decoder(model, cache, compile=False), None, 0, narrow.vocab_size, torch.empty(0, dtype=torch.int64))
+        step = lambda: loop.run(Kinds(greedy=True))
+        step()
         before = count.launches
         with seen:
-            step(tokens)
+            step()
         launches = count.launches - before
         with one_thread():
             taken_us = host_us(model, B)
@@ -87,15 +89,16 @@ def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepW
 
 
 def host_us(model: GPT, B: int) -> float:
-    """Microseconds of the engine for each step of B greedy requests, where the model gives ready logits.
+    """Microseconds of the engine for each step of B greedy requests, where the device's work is done already.
 
-    What kernels that were left out would have written may be NaN, which ends a request, and then the engine idles.
+    What is timed ends with the tokens in their requests. A request that ended early would let the engine idle.
     """
     rounds = max(2, min(HOST_STEPS, model.config.block_size - 2))
     engine = Engine(model, slots=B, weights="model")
-    logits = torch.randn(B, 1, model.config.vocab_size)
-    engine.decoder.step = lambda tokens: logits
-    engine.decoder.read = lambda slot, prompt: logits[slot, 0]  # type: ignore[method-assign]
+    drawn = Drawn(torch.ones(B, 2, dtype=torch.int64), torch.empty(B, 1, 0, dtype=torch.float64))
+    engine.loop.run = lambda kinds: drawn  # type: ignore[method-assign]
+    engine.decoder.read = lambda pieces: torch.zeros(len(pieces), model.config.n_embd)  # type: ignore[method-assign]
+    engine.model.logits_of = lambda x: torch.randn(len(x), model.config.vocab_size)  # type: ignore[method-assign]
     requests = [engine.submit([0], Sampling(max_tokens=rounds + 1, temperature=0)) for _ in range(B)]
     engine.step()  # lets them in
     taken = [_timed(engine.step) for _ in range(rounds)]

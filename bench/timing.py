@@ -181,24 +181,24 @@ def flatten(outputs: Any) -> Tensors:
     return () if outputs is None else (outputs,)
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact|, Frobenius, in fp64; |found| where the truth is zero, inf where not finite."""
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """|result - exact| / |exact|, Frobenius, in fp64; |result| where the truth is zero, inf where not finite."""
     exact = exact.double()
-    distance = torch.linalg.vector_norm(found.double() - exact)
+    distance = torch.linalg.vector_norm(result.double() - exact)
     size = torch.linalg.vector_norm(exact)
     error = (distance / size if size > 0 else distance).item()
     return error if math.isfinite(error) else math.inf
 
 
-def judge(found: Tensors, exact: Tensors, usual: Tensors, any_dtype: bool = False) -> Verdict:
+def judge(results: Tensors, exact: Tensors, usual: Tensors, any_dtype: bool = False) -> Verdict:
     """Whether every output is as near the truth as its dtype allows: twice the reference's own error, plus eps.
 
     `any_dtype`: a peer may answer in another dtype than the reference, and is judged by that dtype.
     """
-    if len(found) != len(exact):
-        return Verdict(None, None, f"{len(found)} outputs instead of {len(exact)}")
+    if len(results) != len(exact):
+        return Verdict(None, None, f"{len(results)} outputs instead of {len(exact)}")
     worst = Verdict(0.0, 0.0)
-    for i, (out, truth, common) in enumerate(zip(found, exact, usual, strict=True)):
+    for i, (out, truth, common) in enumerate(zip(results, exact, usual, strict=True)):
         if type(out) not in (Tensor, torch.nn.Parameter):
             return Verdict(None, None, f"output {i} is a {type(out).__name__}: work may be put off")
         if out.shape != truth.shape or (out.dtype != common.dtype and not any_dtype):

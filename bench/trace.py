@@ -75,11 +75,11 @@ class Trace:
 
     def parts(self) -> dict[str, tuple[float, float]]:
         """(calls, ms) of every part that took time, the longest first."""
-        found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for piece in self.pieces:
-            found[piece.part][0] += piece.calls
-            found[piece.part][1] += piece.ms
-        return {name: (calls, ms) for name, (calls, ms) in sorted(found.items(), key=lambda item: -item[1][1])}
+            sums[piece.part][0] += piece.calls
+            sums[piece.part][1] += piece.ms
+        return {name: (calls, ms) for name, (calls, ms) in sorted(sums.items(), key=lambda item: -item[1][1])}
 
     @property
     def idle_ms(self) -> float:
@@ -89,18 +89,18 @@ class Trace:
 def part_of(names: Sequence[str], forward: Sequence[str] = ()) -> str:
     """The part of a kernel or operator: `names` are its own, then those around it from within; `forward` likewise."""
     own = names[0] if names else ""
-    found = _first(SPECIFIC, own)
-    if found == "GEMMs" and any(_first(SPECIFIC, name) == "attention" for name in (*names[1:], *forward)):
+    part = _first(SPECIFIC, own)
+    if part == "GEMMs" and any(_first(SPECIFIC, name) == "attention" for name in (*names[1:], *forward)):
         return "attention"  # written as two products
-    if found:
-        return found
+    if part:
+        return part
     if _first(GENERAL, own) == "casts" or any(_first(GENERAL[:1], name) for name in names[1:3]):
         return "casts"  # of a weight, say, which is none of the product's own time
     for around in (names[1:], forward):
         for name in around:
-            found = _first(SPECIFIC, name)
-            if found and found != "GEMMs":
-                return found
+            part = _first(SPECIFIC, name)
+            if part and part != "GEMMs":
+                return part
     if any(_first(SPECIFIC, name) == "GEMMs" for name in names[1:]) and not _first(GENERAL, own):
         return "GEMMs"
     return _first(GENERAL, own) or "other"
@@ -161,12 +161,12 @@ class Host:
 
     def names(self, event: Event | None) -> list[str]:
         """The names from this one outward, without the step's."""
-        found = []
+        names = []
         while event is not None:
             if event["name"] != STEP:
-                found.append(event["name"])
+                names.append(event["name"])
             event = self.parents[id(event)]
-        return found
+        return names
 
     def forward_names(self, event: Event | None) -> list[str]:
         """The names around the forward operator whose backward this is a part of."""

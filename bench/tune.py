@@ -71,11 +71,11 @@ def entries(op: Op) -> list[Entry]:
     """Every entry of TILES in the page of an op, or in the modules of its package."""
     assert op.triton is not None
     page = ".".join(op.triton.__module__.split(".")[:2])  # the package, of an op that is a page in one
-    found: list[Entry] = []
+    listed: list[Entry] = []
     for name, module in sorted(sys.modules.items()):
         if (name == page or name.startswith(f"{page}.")) and isinstance(getattr(module, "TILES", None), dict):
-            found += _leaves(name, (), module.TILES)
-    return found
+            listed += _leaves(name, (), module.TILES)
+    return listed
 
 
 def _leaves(module: str, path: tuple, table: MutableMapping) -> Iterator[Entry]:
@@ -150,13 +150,13 @@ def signatures(
 def distinct(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype, entry: Entry) -> list[Any]:
     """Neighbours of the entry that launch something else than it does now, each other code once."""
     seen = {signatures(op, dims, arch, dtype, entry, entry.value), ()}
-    found = []
+    unique = []
     for value in neighbours(entry.value):
         launched = signatures(op, dims, arch, dtype, entry, value)
         if launched not in seen:
             seen.add(launched)
-            found.append(value)
-    return found
+            unique.append(value)
+    return unique
 
 
 def describe(tried: Trial) -> str:
@@ -236,8 +236,8 @@ def climb(case: Case, arch: int, entry: Entry, settings: Settings, log: Log, com
         if not right:
             break
         timing, winner = min(right, key=lambda pair: pair[0].ms_p50)
-        found = compare(timing.samples, reigning.samples)
-        if winner == best or not (found.different and found.ratio >= GAIN):
+        comparison = compare(timing.samples, reigning.samples)
+        if winner == best or not (comparison.different and comparison.ratio >= GAIN):
             break
         best = winner
     return best
@@ -278,14 +278,14 @@ def main(argv: Sequence[str]) -> int:
 
 def read_dims(text: str | None, known: Any) -> dict[str, int]:
     """{'M': 8192} from 'M=8192'. UserError names a dim that the op has not, or a value that is no number."""
-    found = {}
+    dims = {}
     for pair in (text or "").split(","):
         name, _, value = pair.partition("=")
         if pair and (name not in known or not value.isdecimal()):
             raise UserError(f"--dims={pair}: expected {','.join(f'{k}=number' for k in known)}")
         if pair:
-            found[name] = int(value)
-    return found
+            dims[name] = int(value)
+    return dims
 
 
 def known_arch(arch: int) -> int:
@@ -305,7 +305,7 @@ def tune(op: Op, dims: dict[str, Any], chosen: Sequence[Entry], arguments: argpa
     out = arguments.out or results.folder(common["hardware"])
     settings = Settings(samples=arguments.samples, most_samples=10 * arguments.samples, budget_s=2.0)
     lines = []
-    with Log(out, name="tune.jsonl") as log:
+    with results.campaign(out, "tune.jsonl", compacted=False) as log:
         for entry in chosen:
             changed = changed_kernels(op, dims, arch, dtype, entry)
             if not changed:

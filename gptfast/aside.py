@@ -60,6 +60,35 @@ def file_aside(target: Path, *, flushed: bool = False) -> Iterator[Path]:
         building.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of text whole or not at all, and its folder; a link is replaced. Raises UserError if it cannot."""
+    with unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_aside(path) as building:
+            building.write_text(text, "utf-8")
+
+
+def check_writable(folder: Path) -> Path:
+    """Makes a folder, and returns it; before any work. Raises UserError where no file can be made in it."""
+    with unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tried = aside_of(folder / "try")
+        tried.touch()
+        tried.unlink()
+    return folder
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """What the disk refuses in the block is a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        raise UserError(f"{path}: cannot write there ({reason}); {fix}") from None
+
+
 def flush(path: Path) -> None:
     """Returns when a file, or the list of names in a folder, is on the disk and not only in the kernel's memory."""
     descriptor = os.open(path, os.O_RDONLY)

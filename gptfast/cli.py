@@ -68,7 +68,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     failures = _noted_failures(sys.stdout)
     try:
         try:
-            code = main(list(sys.argv[1:] if argv is None else argv))
+            code = main(_checked(sys.argv[1:] if argv is None else argv))
         except SystemExit as end:  # --help, and argparse's errors
             if not isinstance(end.code, int | None):
                 raise
@@ -77,7 +77,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     except UserError as error:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -87,7 +87,10 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
             print(f"error: no file can have so long a name: {_shown(str(error.filename))}", file=sys.stderr)
             return 2
         if not (failures or _is_broken(sys.stdout)):
-            raise
+            if error.filename is None:
+                raise
+            print(f"error: {_shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
         code = 1
     if failures or _is_broken(sys.stdout):
         failure = failures[0] if failures else OSError(errno.EIO, "it is closed")
@@ -97,6 +100,19 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     return code if isinstance(code, int) else 0
+
+
+def _checked(argv: Sequence[str]) -> list[str]:
+    """`argv`. Raises UserError for `--name=--`, of which argparse makes an empty list."""
+    for argument in argv:
+        if argument.startswith("--") and argument.endswith("=--"):
+            raise UserError(f"{_shown(argument)}: -- is no value")
+    return list(argv)
+
+
+def _on_one_line(text: str) -> str:
+    """`text`, whatever names are in it that others gave: line ends and control characters are shown as such."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _noted_failures(stream: Any) -> list[OSError]:

@@ -1,6 +1,6 @@
 """What a GPT is, as data: a frozen dataclass and the named sizes.
 
-`dataclasses.asdict(config)` is JSON; `GPTConfig(**json)` brings it back.
+`dataclasses.asdict(config)` is JSON; `config_of` brings it back.
 
 The fields from embedding_norm on are nanochat's (github.com/karpathy/nanochat), which has most of them from
 modded-nanogpt (github.com/KellerJordan/modded-nanogpt). Windows: Beltagy et al., arXiv:2004.05150; value embeddings:
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from functools import cache
+from typing import Any, Literal, get_args, get_type_hints
 
 from .errors import UserError
 
 VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24  # what the gates read of a token's activations
+LARGEST = 2**31 - 1  # of sizes
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ class GPTConfig:
     rope_sign: int = 1  # -1: rotary positions turn by minus the angle
     qk_gain: float = 1.0  # with qk_norm, what queries and keys are multiplied by
     initialization: Literal["gpt2", "nanochat"] = "gpt2"  # of the weights
+
+    @property
+    def nanochats(self) -> tuple[str, ...]:
+        """The fields of nanochat's parts that this config has on: what computes a block by itself must know them."""
+        names = (
+            "embedding_norm", "window", "value_embeddings", "residual_scalars", "smear", "backout", "rope_sign",
+            "qk_gain",
+        )  # fmt: skip
+        return tuple(name for name in names if getattr(self, name) != getattr(GPTConfig, name))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -103,6 +114,8 @@ class GPTConfig:
         return default if self.norm_eps is None else self.norm_eps
 
     def __post_init__(self) -> None:
+        for name, expected in _types().items():
+            _check_type(name, expected, getattr(self, name))
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             _require(getattr(self, name) >= 1, name, f"is {getattr(self, name)}; it must be at least 1")
         _require(
@@ -116,9 +129,8 @@ class GPTConfig:
             f"is {self.n_kv_head}; it must divide n_head, which is {self.n_head}",
         )
         _require(0.0 <= self.dropout < 1.0, "dropout", f"is {self.dropout}; it must be in [0, 1)")
-        choices = get_type_hints(GPTConfig)
         for name in ("norm", "position", "activation", "initialization"):
-            known = get_args(choices[name])
+            known = get_args(_types()[name])
             _require(
                 getattr(self, name) in known, name, f"is {getattr(self, name)!r}; choose one of {', '.join(known)}"
             )
@@ -157,9 +169,64 @@ class GPTConfig:
             _require(fits, name, f"has a gate that reads {channels} channels; n_embd is {self.n_embd}")
 
 
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(GPTConfig)
+
+
+def _check_type(name: str, expected: Any, value: Any) -> None:
+    """Raises UserError for a value of another type, and for numbers that are none or that no size can be."""
+    kinds = (expected, *get_args(expected))
+    if type(None) in kinds and value is None:
+        return
+    if bool in kinds:
+        _require(type(value) is bool, name, f"is {_shown(value)}; it must be true or false")
+    elif float in kinds:
+        _require(type(value) in (int, float) and abs(value) < LARGEST, name, f"is {_shown(value)}; it must be a number")
+    elif int in kinds:
+        _require(type(value) is int and value <= LARGEST, name, f"is {_shown(value)}; it must be an integer of 31 bits")
+    else:
+        _require(isinstance(value, str), name, f"is {_shown(value)}; it must be a word")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list without end
+        return f"a strange {type(value).__name__}"
+
+
+def config_of(description: Any) -> GPTConfig:
+    """The config that `dataclasses.asdict` described. Raises UserError for anything else."""
+    if not isinstance(description, dict):
+        raise UserError(f"not the description of a model, but {_shown(description)}; train or import the model again")
+    unknown = sorted(str(key)[:60] for key in set(description) - set(_types()))
+    if unknown:
+        raise UserError(f"a model of fields that this gptfast has not: {', '.join(unknown[:5])}; use a newer gptfast")
+    return GPTConfig(**description)
+
+
 def _require(condition: bool, field: str, message: str) -> None:
     if not condition:
         raise UserError(f"{field} {message}")
+
+
+def nanochat(
+    *, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, n_kv_head: int | None = None,
+    window_pattern: str = "SSSL",
+) -> GPTConfig:  # fmt: skip
+    """nanochat's model of these sizes, to the last weight (gpt.py of github.com/karpathy/nanochat at 92d63d4).
+
+    A layer of S sees a quarter of the context, rounded up to a multiple of 128.
+    """
+    window = -(-block_size // (4 * 128)) * 128 if "S" in window_pattern else None
+    return GPTConfig(
+        block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+        n_kv_head=n_kv_head, bias=False, norm="rmsnorm", norm_eps=2.0**-23, position="rope", rope_base=100_000.0,
+        rope_sign=-1, activation="relu2", qk_norm=True, qk_gain=1.2, tied=False, softcap=15.0, embedding_norm=True,
+        window_pattern=window_pattern, window=window, value_embeddings=True, residual_scalars=True, smear=True,
+        backout=True, initialization="nanochat",
+    )  # fmt: skip
 
 
 def preset(name: str) -> GPTConfig:

@@ -45,9 +45,21 @@ class Shards:
     """The tokens of several files as one split, of len() tokens in all. No window crosses from one file to the next."""
 
     parts: Sequence[Tensor]  # each (len,), all of one dtype
+    paths: Sequence[Path] = ()  # of the parts, where not every id was checked when they were opened
+    vocab_size: int | None = None  # that their ids must be below
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
+
+    def check(self, ids: Tensor) -> None:
+        """Holds ids, which were just read of the parts, to vocab_size. Raises UserError that names the file."""
+        if self.vocab_size is None or not self.paths or not ids.numel():
+            return
+        smallest, largest = (int(bound) for bound in ids.aminmax())
+        if smallest < 0 or largest >= self.vocab_size:
+            stray = _unsigned(smallest if smallest < 0 else largest)
+            path = next((path for path, part in zip(self.paths, self.parts, strict=True) if _holds(part, stray)), None)
+            raise _no_such_id(path or self.paths[0], stray, self.vocab_size)
 
 
 Tokens = Tensor | Shards
@@ -95,17 +107,17 @@ def inspect(path: str | Path) -> TokenFile:
         raise _damaged(path, "it is empty")
     with path.open("rb") as file:
         start = file.read(LLMC_HEADER.size)
-    found = _ours(path, start) or _llmc(path, start)
-    if found is None:
+    tokens = _ours(path, start) or _llmc(path, start)
+    if tokens is None:
         if size_bytes % 2:
             raise _damaged(path, f"its size of {size_bytes} bytes is odd, and a token has 2")
         return TokenFile(path, 0, 2, size_bytes // 2, None)
-    expected_bytes = found.offset_bytes + found.itemsize * found.count
+    expected_bytes = tokens.offset_bytes + tokens.itemsize * tokens.count
     if size_bytes != expected_bytes:
-        raise _damaged(path, f"it has {size_bytes} bytes, and its {found.count} tokens take {expected_bytes}")
-    if found.count == 0:
+        raise _damaged(path, f"it has {size_bytes} bytes, and its {tokens.count} tokens take {expected_bytes}")
+    if tokens.count == 0:
         raise _damaged(path, "it has no tokens")
-    return found
+    return tokens
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tokens:
@@ -114,7 +126,7 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int
     (len,) int64 in memory up to IN_MEMORY_BYTES, mapped from the disk beyond (see TokenFile.map). A split in memory is
     checked whole: size and sha256 against meta.json where it lists them, every id against `vocab_size`, the length
     against `block_size`. A mapped one by size and by ids of evenly spaced blocks, so that a large data set opens at
-    once. Raises UserError that names the file and the fix.
+    once, and by the ids of every batch as it is read. Raises UserError that names the file and the fix.
     """
     path = Path(path)
     meta = (read_meta(path.parent) if path.parent.is_dir() else None) or {}
@@ -130,11 +142,10 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int
         for file, part in zip(files, parts, strict=True):
             largest = _largest(part) if is_small else _sampled_largest(file)
             if largest >= vocab_size:
-                raise UserError(
-                    f"{file.path} has token id {largest}, but vocab_size is {vocab_size}; "
-                    "prepare the data with this model's tokenizer, or train a model of a larger vocabulary"
-                )
-    tokens = parts[0] if len(parts) == 1 else Shards(parts)
+                raise _no_such_id(file.path, largest, vocab_size)
+    tokens: Tokens = parts[0] if len(parts) == 1 else Shards(parts)
+    if not is_small and vocab_size is not None:
+        tokens = Shards(parts, [file.path for file in files], vocab_size)
     if block_size is not None:
         _check_length(tokens, block_size, str(path))
     return tokens
@@ -155,6 +166,7 @@ class Batches:
         rank: int = 0, ranks: int = 1,
     ) -> None:  # fmt: skip
         _check_length(tokens, block_size, "the data")
+        self._shards = tokens if isinstance(tokens, Shards) else None
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; set --batch_size to 1 or more")
         self.batch_size = batch_size
@@ -174,6 +186,8 @@ class Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         starts = torch.randint(int(self._ends[-1]), (self.ranks, self.batch_size), generator=self._generator)
         x, y = self._gather(starts[self.rank])
+        if self._shards is not None:
+            x, y = checked(self._shards, x, y)
         return to_device(x, self.device), to_device(y, self.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,11 +228,22 @@ def whole_split(
     """
     _check_length(tokens, block_size, "the data")
     windows = [_in_order(part, block_size) for part in parts_of(tokens)]
-    return (
-        (x[first : first + batch_size].to(device, torch.int64), y[first : first + batch_size].to(device, torch.int64))
+    rows = (
+        (x[first : first + batch_size], y[first : first + batch_size])
         for x, y in windows
         for first in range(0, len(x), batch_size)
     )
+    if isinstance(tokens, Shards):
+        rows = (checked(tokens, x, y) for x, y in rows)
+    return ((x.to(device, torch.int64), y.to(device, torch.int64)) for x, y in rows)
+
+
+def checked(tokens: Shards, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens (B, T) as int64, held to their vocabulary."""
+    x, y = x.to(torch.int64), y.to(torch.int64)
+    tokens.check(x)
+    tokens.check(y[:, -1])
+    return x, y
 
 
 def count_windows(tokens: Tokens, block_size: int) -> int:
@@ -314,7 +339,25 @@ def _expected(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
 def _largest(part: Tensor) -> int:
     """The largest id of tokens in memory; one past 2^31 was read as a negative number."""
     smallest = int(part.min())
-    return smallest + 2**32 if smallest < 0 else int(part.max())
+    return _unsigned(smallest) if smallest < 0 else int(part.max())
+
+
+def _unsigned(token: int) -> int:
+    """An id of a uint32 file, which was read as an int32."""
+    return token + 2**32 if token < 0 else token
+
+
+def _holds(part: Tensor, token: int) -> bool:
+    """Whether an id is in a file; looked for block by block, for the file may be larger than memory."""
+    stored = token - 2**32 if token >= 2**31 else token
+    return any(bool((block.to(torch.int64) == stored).any()) for block in part.split(2**24))
+
+
+def _no_such_id(path: Path, token: int, vocab_size: int) -> UserError:
+    return UserError(
+        f"{path} has token id {token}, but vocab_size is {vocab_size}; "
+        "prepare the data with this model's tokenizer, or train a model of a larger vocabulary"
+    )
 
 
 def _sampled_largest(file: TokenFile) -> int:

@@ -1,6 +1,6 @@
 """Training in 8-bit floats: the large linear maps of the blocks multiply numbers of 8 bits, forward and backward.
 
-    found = convert(model, way("cuda"))       # before torch.compile; the parameters stay the same fp32 tensors
+    converted, left = convert(model, way("cuda"))   # before torch.compile; the parameters stay the same fp32 tensors
 
     y  = s_x s_w · x8 w8^T      x8 = e4m3(x / s_x)   w8 = e4m3(w / s_w)      s = max |.| / the format's largest number
     dx = s_g s_w · g8 w8        g8 = e5m2(g / s_g)
@@ -79,7 +79,8 @@ def convert(model: GPT, way: Way) -> tuple[list[str], list[str]]:
     Returns the names of those and of the ones that stay as they are, the head among them: the loss multiplies it, in
     pieces, and never makes all of its logits.
     """
-    converted, left = [], ["lm_head"]
+    converted: list[str] = []
+    left = ["lm_head"]
     for name, parent in list(model.transformer["h"].named_modules(prefix="transformer.h")):
         for child_name, child in list(parent.named_children()):
             if type(child) is Linear:
@@ -135,8 +136,8 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Eighth:
     wide = torch.promote_types(x.dtype, torch.float32)
     largest = torch.finfo(dtype).max
     scale = torch.linalg.vector_norm(x, math.inf, dtype=wide).clamp(min=FLOOR) / largest
-    # The clamp: a quotient may be a rounding above the largest number, and e5m2 would make that Inf.
-    return Eighth((x.to(wide) / scale).clamp(-largest, largest).to(dtype), scale.float())
+    # A quotient may be a rounding of fp32 above the largest number, but that is still the nearest of 8 bits.
+    return Eighth((x.to(wide) / scale).to(dtype), scale.float())
 
 
 def product(a: Eighth, b: Eighth, dtype: torch.dtype, way: Way, *, fast: bool = False) -> Tensor:

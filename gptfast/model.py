@@ -35,7 +35,7 @@ class Cache(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, B * T, G, D); the causal attention of q (1, B * T, H, D) to all that is kept, like q."""
 
-    def earlier(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, B * T, C), the input numbered `place` of a token shift or the smear; it 1 ... `taps` earlier."""
 
 
@@ -107,8 +107,8 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         taps, y = len(self.weight), x
-        earlier = shifted(x, taps) if cache is None else cache.earlier(self.place, x, taps)
-        for i, (before, w) in enumerate(zip(earlier, self.weight.to(x.dtype), strict=True), 1):
+        previous = shifted(x, taps) if cache is None else cache.previous(self.place, x, taps)
+        for i, (before, w) in enumerate(zip(previous, self.weight.to(x.dtype), strict=True), 1):
             if documents is not None:
                 before = before.masked_fill((documents.position < i)[:, None], 0.0)
             y = torch.addcmul(y, before, w)
@@ -242,6 +242,9 @@ class Block(nn.Module):
         return x, self.mlp(self.shift_2(y, cache, documents))
 
 
+LARGEST_TABLE = 2**24  # numbers of cos and sin each, whatever the weights
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. `dtype` is the dtype of the activations; the parameters are fp32.
 
@@ -367,12 +370,13 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The normalized residual stream (B, T, C) that the head reads, for tokens (B, T) int64.
 
-        With a cache they continue what its rows hold; its owner advances it. `cu_seqlens` (N + 1,) int32 says where N
-        documents start in tokens.flatten(), and where the last ends: each is as if it were alone, its positions counted
-        from 0; none may be longer than block_size. Raises ValueError if T > block_size.
+        With a cache they continue what its rows hold; its owner advances it, and it says how many it takes.
+        `cu_seqlens` (N + 1,) int32 says where N documents start in tokens.flatten(), and where the last ends: each is
+        as if it were alone, its positions counted from 0; none may be longer than block_size. Raises ValueError if
+        T > block_size.
         """
         B, T = tokens.shape
-        if T > self.config.block_size:
+        if cache is None and T > self.config.block_size:
             raise ValueError(f"tokens: {T} positions, but block_size is {self.config.block_size}")
         positions: slice | Tensor = slice(T)
         documents = None
@@ -401,7 +405,7 @@ class GPT(nn.Module):
         if self.smear_gate is None:
             return x
         place = self.config.smear_place
-        (before,) = shifted(x, 1) if cache is None else cache.earlier(place, x, 1)
+        (before,) = shifted(x, 1) if cache is None else cache.previous(place, x, 1)
         if documents is not None:
             before = before.masked_fill((documents.position < 1)[:, None], 0.0)
         return torch.addcmul(x, self.smear_lambda.to(x.dtype) * self.smear_gate(x), before)
@@ -439,6 +443,20 @@ class GPT(nn.Module):
         wpe = self.transformer["wpe"].weight.numel() if self.config.position == "learned" else 0
         return total - wpe if non_embedding else total
 
+    @classmethod
+    def of(
+        cls, config: GPTConfig, weights: dict[str, Tensor], ops: Ops, dtype: torch.dtype = torch.float32, *, where: str
+    ) -> GPT:
+        """The model of `config` that has these weights, copied, on the CPU.
+
+        Sizes are held to the weights before memory is taken for them. Raises UserError, which names `where`, for
+        weights that are missing, unknown, of another shape, or no numbers.
+        """
+        _check_weights(config, weights, ops, where)
+        model = cls(config, ops, dtype)
+        model.load_state_dict(weights)
+        return model
+
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the longest sequence, for pretrained weights. Raises UserError if it would grow."""
         if block_size > self.config.block_size:
@@ -448,3 +466,29 @@ class GPT(nn.Module):
             wpe = self.transformer["wpe"]
             wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight.detach()[:block_size].clone()), block_size
         self._set_rotation()
+
+
+def _check_weights(config: GPTConfig, weights: dict[str, Tensor], ops: Ops, where: str) -> None:
+    """Raises UserError unless these are all the weights of such a model, and numbers."""
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"the weights in {where} do not fit its config: {reason}; fetch it again, or train another")
+
+    total = sum(w.numel() for w in weights.values())
+    if config.n_layer > len(weights):
+        raise refuse(f"there are {len(weights)} tensors for {config.n_layer} layers")
+    if config.block_size * config.head_dim > max(LARGEST_TABLE, total):  # of rotary positions
+        raise refuse(f"block_size is {config.block_size}, and all weights have {total:,} numbers")
+    with torch.device("meta"):
+        expected = GPT(config, ops).state_dict()
+    for reason, names in (
+        ("there is no", expected.keys() - weights.keys()), ("it has no place for", weights.keys() - expected.keys())
+    ):  # fmt: skip
+        if names:
+            raise refuse(f"{reason} {', '.join(sorted(names)[:3])}{f' ({len(names)} in all)' * (len(names) > 3)}")
+    for name, shape in ((name, tuple(tensor.shape)) for name, tensor in expected.items()):
+        w = weights[name]
+        if tuple(w.shape) != shape or not w.is_floating_point():
+            raise refuse(f"{name} is {tuple(w.shape)} {str(w.dtype).removeprefix('torch.')}, not {shape} of floats")
+        if not w.float().sum().isfinite() and not w.float().isfinite().all():  # a sum is quick, and may overflow
+            raise UserError(f"{where} has weights that are no numbers, the first in {name}; use an older checkpoint")

@@ -235,14 +235,14 @@ class Muon(_Plain):
             stack = torch.stack([*upright, *(u.mT for u in turned)])
             if equalize:
                 stack = torch.cat((_equal_lines(stack[: len(upright)], -1), _equal_lines(stack[len(upright) :], -2)))
-            found = self.newton_schulz(stack.to(self.dtype or compute_dtype(stack.device.type)[0]), steps)
+            update = self.newton_schulz(stack.to(self.dtype or compute_dtype(stack.device.type)[0]), steps)
             if equalize:
-                found = found.to(torch.promote_types(found.dtype, torch.float32))
-                norm = torch.linalg.vector_norm(found, dim=(-2, -1), keepdim=True)
-                found = found * (min(m, n) ** 0.5 / norm.clamp(min=1e-10))
-            directions[m, n] = found[: len(upright)]
+                update = update.to(torch.promote_types(update.dtype, torch.float32))
+                norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+                update = update * (min(m, n) ** 0.5 / norm.clamp(min=1e-10))
+            directions[m, n] = update[: len(upright)]
             if turned:
-                directions[n, m] = found[len(upright) :].mT.contiguous()
+                directions[n, m] = update[len(upright) :].mT.contiguous()
         return directions
 
     def _step_adamw(self, group: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptfast.data import Tokens, parts_of, to_device
+from gptfast.data import Shards, Tokens, parts_of, to_device
 from gptfast.errors import UserError
 
 # Pieces to choose from. Of log-normal documents of 600 tokens on average, crops drop 4 % of the tokens at a block_size
@@ -71,6 +71,7 @@ class PackedBatches:
         self.batch_size, self.block_size, self.bos, self.rank, self.ranks = batch_size, block_size, bos, rank, ranks
         self.device = torch.device(device)
         self._parts = [part.numpy() for part in parts_of(tokens)]
+        self._shards = tokens if isinstance(tokens, Shards) else None
         self._size = len(tokens)
         self._prefetch = prefetch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
@@ -141,6 +142,8 @@ class PackedBatches:
         for rank in range(self.ranks):
             for row in rows:
                 self._pack_row(row if rank == self.rank else None)
+        if self._shards is not None:
+            self._shards.check(torch.from_numpy(rows))
         state = {
             "epoch": self._epoch, "part": self._part, "offset": self._offset, "read": self._read,
             "cropped": self._cropped, "buffer": self._buffer.copy(),
@@ -193,8 +196,8 @@ def document_starts(x: Tensor, bos: int) -> Tensor:
     """cu_seqlens (documents + 1,) int64 of rows x (B, T): one starts with each row, and with each `bos` in it."""
     starts = x == bos
     starts[:, 0] = True
-    found = starts.flatten().nonzero().flatten()
-    return torch.cat([found, found.new_tensor([x.numel()])])
+    indices = starts.flatten().nonzero().flatten()
+    return torch.cat([indices, indices.new_tensor([x.numel()])])
 
 
 def _bodies(tokens: np.ndarray, bos: int, offset: int) -> Iterator[tuple[int, int]]:

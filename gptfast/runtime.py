@@ -34,7 +34,7 @@ KEPT_BYTES, M_TRIM_THRESHOLD = 2**29, -1
 SERVED_BYTES, M_MMAP_THRESHOLD = 2**25, -3
 
 
-def settle() -> None:
+def set_up_process() -> None:
     """What a command of this library does first, before it imports torch: threads and memory as training wants them."""
     bound_spinning()
     keep_memory()
@@ -82,11 +82,14 @@ def others_running(loadavg: Path = Path("/proc/loadavg")) -> int:
 def made_current(name: str) -> torch.device:
     """The device of that name; a numbered GPU, if it is here, as the current one: streams, events and launches are its.
 
-    Raises RuntimeError for a name torch does not know.
+    Raises UserError for a name torch does not know.
     """
     import torch
 
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # argparse makes a list of `--device=--`
+        raise UserError(f"--device={str(name)[:80]}: unknown device; use cuda, cuda:N or cpu") from None
     if device.type == "cuda" and device.index is not None and device.index < torch.cuda.device_count():
         torch.cuda.set_device(device)
     return device
@@ -111,8 +114,8 @@ def choose_device(name: str, *, typed: bool) -> str:
             made_current(name)
             return name
         if typed:
-            found = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
-            raise UserError(f"--device={name}: {found}; use --device={'cuda:0' if count else 'cpu'}")
+            there = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
+            raise UserError(f"--device={name}: {there}; use --device={'cuda:0' if count else 'cpu'}")
         print("device: cpu, because there is no CUDA GPU here (--device=cpu says so by itself)")
         return "cpu"
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -5,10 +5,10 @@ The tokenizer comes out of the checkpoint, so neither the data set nor its folde
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
 import random
 import sys
@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from gptfast import checkpoint, cli, hf, runtime
-from gptfast.config import GPTConfig
+from gptfast import checkpoint, cli, hf, runtime, untrusted
+from gptfast.config import config_of
 from gptfast.engine import Engine, Request, Sampling
 from gptfast.errors import UserError
 from gptfast.model import GPT
@@ -133,9 +133,8 @@ def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tu
     if init_from != "resume":
         return hf.load(init_from, ops, dtype=dtype), hf.load_tokenizer(init_from)
     saved = checkpoint.load(out_dir)
-    model = GPT(GPTConfig(**saved.meta["model"]), ops, dtype)
-    model.load_state_dict(saved.model)
-    return model, from_json(saved.meta["tokenizer"])
+    model = GPT.of(config_of(saved.meta.get("model")), saved.model, ops, dtype, where=str(saved.path))
+    return model, from_json(saved.meta.get("tokenizer"))
 
 
 def read_prompt(start: str) -> str:
@@ -144,10 +143,9 @@ def read_prompt(start: str) -> str:
         return start
     path = start.removeprefix("FILE:")
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        return untrusted.text(path).replace("\r\n", "\n")
+    except (OSError, ValueError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else untrusted.reason(error)
         raise UserError(f"--start=FILE:{path}: cannot read it ({reason}); name a text file") from None
 
 

@@ -168,7 +168,7 @@ class Step:
                 self._read()
         return self._mean.clone()
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Wait for the device, and tell the guard of the last update."""
         while self._unread:
             self._read()

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from gptfast import tokenizer_json
+from gptfast import tokenizer_json, untrusted
 from gptfast.blanks import LONG, Blanks
 from gptfast.errors import UserError
 from gptfast.tokenizer_json import BYTE_LETTERS
@@ -47,6 +47,7 @@ GPT4_PATTERN = (
 BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names under which a vocabulary may hold its BOS
 
 GPT2_VOCAB, GPT2_BOS = 50257, 50256
+COPY_AGAIN = "copy or train the tokenizer again"
 RANKS, HUGGING_FACE, ENCODING = "ranks.tiktoken", "tokenizer.json", "encoding.json"  # files of a saved tokenizer
 
 
@@ -113,6 +114,7 @@ def load_tokenizer(data_dir: str | Path) -> Tokenizer:
     data_dir = Path(data_dir)
     meta = read_meta(data_dir)
     if meta is not None:
+        check_vocab(meta, data_dir)
         tokenizer = from_json(meta.get("tokenizer"))
         if meta.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
             raise UserError(f"{data_dir} was made with another tokenizer than its meta.json states; prepare it again")
@@ -138,13 +140,26 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
     path = data_dir / "meta.json"
     if not path.exists():
         return None
-    try:
-        meta = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); prepare the data again") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int) or "tokenizer" not in meta:
+    meta = untrusted.json_object(path, "prepare the data again")
+    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1 or "tokenizer" not in meta:
         raise UserError(f"{path} does not state vocab_size and tokenizer; prepare the data again")
+    files = meta.get("files", {})
+    if not isinstance(files, dict) or not all(
+        untrusted.plain_name(name) and isinstance(entry, dict) for name, entry in files.items()
+    ):
+        raise UserError(f"{path} lists files that are none of its folder; prepare the data again")
     return meta
+
+
+def check_vocab(meta: dict[str, Any], data_dir: Path) -> None:
+    """Raises UserError unless what `read_meta` gave states the vocabulary of its tokenizer, as no other file could."""
+    tokenizer = meta["tokenizer"]
+    size = GPT2_VOCAB if tokenizer == {"kind": "tiktoken", "name": "gpt2"} else from_json(tokenizer).vocab_size
+    if size != meta["vocab_size"]:
+        raise UserError(
+            f"{data_dir / 'meta.json'} states vocab_size {meta['vocab_size']}, and its tokenizer has {size} tokens; "
+            "prepare the data again"
+        )
 
 
 @dataclass(frozen=True)
@@ -402,7 +417,7 @@ class BPETokenizer:
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pair of tokens that each longer token is merged from, in order; ranks alone determine it."""
         ranks = self.ranks
-        return [_halves(token, ranks) for token in ranks if len(token) > 1]
+        return [tokenizer_json.halves(token, ranks) for token in ranks if len(token) > 1]
 
     def _tokens(self) -> str:
         """Every ordinary token in base64 at the place of its id, apart by spaces; nothing at the place of others."""
@@ -467,7 +482,7 @@ def load_bpe(folder: str | Path) -> BPETokenizer:
     """
     folder = Path(folder)
     if (folder / ENCODING).exists():
-        encoding = _read_json(folder / ENCODING)
+        encoding = untrusted.json_object(folder / ENCODING, COPY_AGAIN)
         tokenizer = _described_bpe({**encoding, "tokens": _read_ranks(folder / RANKS)})
         if tokenizer.fingerprint != encoding.get("fingerprint"):
             raise UserError(f"{folder / RANKS} does not fit {ENCODING} beside it; copy or train the tokenizer again")
@@ -477,20 +492,9 @@ def load_bpe(folder: str | Path) -> BPETokenizer:
     raise UserError(f"no tokenizer in {folder}: give a folder with {ENCODING} or {HUGGING_FACE}")
 
 
-def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge gives `token`: what is left when all merges of a lower rank are done."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        rank, place = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        if rank >= ranks[token]:
-            raise UserError(f"not the ranks of a BPE: token {token!r} does not come of a merge")
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts[0], parts[1]
-
-
 def _from_hugging_face(path: Path) -> BPETokenizer:
     """The tokenizer of a tokenizer.json whose model is byte-level BPE, as those of GPT-2, Llama 3 and ours are."""
-    content = _read_json(path)
+    content = untrusted.json_object(path, COPY_AGAIN)
     ranks, special_tokens, pattern, written, normalization = tokenizer_json.read(content, path)
     try:
         tokenizer = BPETokenizer.from_ranks(ranks, special_tokens, pattern, written, normalization)
@@ -508,7 +512,7 @@ def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
         raise _unknown_description(description)
     if not (isinstance(pattern, str) and isinstance(specials, dict) and isinstance(tokens, str)):
         raise _unknown_description(description)
-    if not all(isinstance(rank, int) for rank in specials.values()):
+    if not all(type(rank) is int for rank in specials.values()):
         raise UserError("the special tokens of a tokenizer are damaged: an id is no number; prepare the data again")
     try:
         ordinary = [base64.b64decode(token, validate=True) for token in tokens.split(" ")]
@@ -527,13 +531,13 @@ def _unknown_description(description: Any) -> UserError:
 def _read_ranks(path: Path) -> str:
     """The tokens of a rank file, in the form of `to_json`."""
     try:
-        rows = [line.split(" ") for line in path.read_text("ascii").splitlines()]
-        largest = max(int(rank) for _, rank in rows)
-        if largest > _largest_id(len(rows)):
-            raise ValueError(f"id {largest} for {len(rows)} tokens")
-        tokens = [""] * (1 + largest)
-        for token, rank in rows:
-            tokens[int(rank)] = token
+        rows = [line.split(" ") for line in untrusted.content(path).decode("ascii").splitlines()]
+        ids = [int(rank) for _, rank in rows]
+        if not rows or max(ids) > _largest_id(len(rows)) or min(ids) < 0:
+            raise ValueError(f"ids {min(ids, default=0)} to {max(ids, default=0)} for {len(rows)} tokens")
+        tokens = [""] * (1 + max(ids))
+        for (token, _), rank in zip(rows, ids, strict=True):
+            tokens[rank] = token
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the ranks {path} ({_first_line(error)}); copy or train the tokenizer again"
@@ -544,16 +548,6 @@ def _read_ranks(path: Path) -> str:
 def _largest_id(tokens: int) -> int:
     """What ids may reach before the tables that they index are too large to be meant."""
     return 4 * tokens + 1_000_000
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({_first_line(error)}); copy or train the tokenizer again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no tokenizer; copy or train the tokenizer again")
-    return content
 
 
 def _named_encoding(name: str) -> tiktoken.Encoding:

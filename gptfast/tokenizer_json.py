@@ -6,6 +6,7 @@ and by a probe, a text whose ids must be those that the library `tokenizers` giv
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,10 +90,42 @@ def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[i
     theirs.encode_special_tokens = True  # as text: so that tokens in it are what ours makes of them
     written = [token["content"] for token in content.get("added_tokens") or [] if not token["special"]]
     for text in (PROBE, " ".join([f"a{name} b {name}c" for name in written]), "a", " ", "\n\n a  "):
-        expected, found = theirs.encode(text, add_special_tokens=False).ids, encode(text)
-        if found != expected:
-            place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+        expected, ours = theirs.encode(text, add_special_tokens=False).ids, encode(text)
+        if ours != expected:
+            place = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), len(ours))
             raise UserError(f"{path} encodes a probe otherwise than gptfast would, from token {place} on; {ELSEWHERE}")
+
+
+def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge gives `token`: what is left when all merges of a lower rank are done.
+
+    Raises UserError if no two are. Takes n log n steps for n bytes: a stranger's token may be long.
+    """
+    ends = list(range(1, len(token) + 1))  # where the part that begins at a byte ends; 0 where none begins any more
+    begins = list(range(-1, len(token)))  # where the part before the one that begins at a byte begins
+    waiting = [
+        (rank, i) for i in range(len(token) - 1) if (rank := ranks.get(token[i : i + 2])) is not None
+    ]  # merges, by rank and then place
+    heapq.heapify(waiting)
+    count = len(token)
+    while count > 2 and waiting:
+        rank, i = heapq.heappop(waiting)
+        middle = ends[i]
+        if not middle or middle == len(token) or ranks.get(token[i : ends[middle]]) != rank:
+            continue  # one of the two has been merged since
+        if rank >= ranks[token]:
+            break
+        end = ends[i] = ends[middle]
+        ends[middle] = 0
+        count -= 1
+        if end < len(token):
+            begins[end] = i
+        for first, last in ((begins[i], end), (i, ends[end] if end < len(token) else 0)):
+            if first >= 0 and last and (merged := ranks.get(token[first:last])) is not None:
+                heapq.heappush(waiting, (merged, first))
+    if count > 2:
+        raise UserError(f"not the ranks of a BPE: token {token[:80]!r} does not come of a merge")
+    return token[: ends[0]], token[ends[0] :]
 
 
 def _pattern(content: Mapping[str, Any], path: Path) -> str:

@@ -5,23 +5,29 @@ Whatever is wrong with a file is an OSError or a ValueError with one line; who r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptfast.errors import UserError
 
-LARGEST = 2**28  # bytes of a file of JSON or of a tokenizer
+LARGEST, LARGEST_ROWS = 2**28, 2**30  # bytes of a file of JSON or of a tokenizer, and of one of rows
 NO_FILE = "it is no regular file"
+# What reading a value raises that is missing, of another type, too large or too deep.
+STRANGE = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError
+)  # fmt: skip
 
 
-def opened(path: str | Path) -> BinaryIO:
+def opened(path: str | Path) -> BufferedReader:
     """The file of that name, to be read. Raises OSError, for a folder, pipe or device too, which nobody waits for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -63,18 +69,41 @@ def json_object(path: str | Path, fix: str) -> dict[str, Any]:
     return value
 
 
-def tensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors(file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of an open safetensors file, on the CPU, and its metadata: of this file, whatever has its name now.
 
     They lie in the file, each page of which is read when it is needed; to write to them changes no file. Raises
     ValueError for a file that is none.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
             names = opened.keys()
             return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"it is no whole safetensors file: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def expected(what: str, fix: str) -> Iterator[None]:
+    """For a block that takes apart what a file holds, any value of which may be missing or of another type.
+
+    Raises UserError, of one line: what is not as expected, why, and the fix.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except STRANGE as error:
+        raise UserError(
+            f"{what} is not as gptfast writes it ({type(error).__name__}: {reason(error)}); {fix}"
+        ) from None
+
+
+def plain_name(name: Any) -> bool:
+    """Whether it names a file of a folder, and none elsewhere."""
+    return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not {"/", "\\", "\0"} & {*name}
 
 
 def reason(error: BaseException) -> str:

@@ -86,6 +86,8 @@ def _choose(op: Op, implementation: str) -> tuple[str, str, Callable[..., Any]]:
             raise RuntimeError(f"{op.name} cannot be interpreted: {obstacle}")
         return "interpret", "asked for", _Interpreted(kernel)
     obstacle = obstacle or _no_gpu()
+    if implementation == "auto":
+        obstacle = obstacle or _unproven_gpu()
     if kernel is not None and not obstacle:
         chosen = implementation != "auto"
         return implementation if chosen else "triton", "asked for" if chosen else "CUDA is available", kernel
@@ -128,7 +130,18 @@ def _no_gpu() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
     major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else f"{torch.cuda.get_device_name()} is sm_{major}{minor}; the kernels need sm_80 or newer"
+    if major >= 8 or torch.version.hip:
+        return ""
+    return f"{torch.cuda.get_device_name()} is sm_{major}{minor}; the kernels need sm_80 or newer, also in fp16"
+
+
+def _unproven_gpu() -> str:
+    """Why the kernels are not taken unasked on a GPU that could run them."""
+    import torch
+
+    if not torch.version.hip:
+        return ""
+    return f"{torch.cuda.get_device_name()} is AMD's, for which kernels compile but never ran; 'triton' insists on them"
 
 
 def _known(what: str, name: str, names: Any) -> None:

@@ -1,4 +1,7 @@
-"""The table of ops: `python -m kernels`, or `python -m kernels --markdown` for the README."""
+"""The table of ops: `python -m kernels`; `--gpu=L4` says what a card takes of them, and why.
+
+`--markdown` and `--cards` are the tables of the README.
+"""
 
 import argparse
 import re
@@ -19,8 +22,8 @@ def kernel_names(name: str) -> list[str]:
         return []
     from .proof.aot import launches
 
-    found = (launch.kernel.__name__ for dims in op.bench for launch in launches(op, dict(dims), 90))
-    return sorted(dict.fromkeys(found), key=lambda kernel: "_bwd_" in kernel)
+    names = (launch.kernel.__name__ for dims in op.bench for launch in launches(op, dict(dims), 90))
+    return sorted(dict.fromkeys(names), key=lambda kernel: "_bwd_" in kernel)
 
 
 def markdown() -> str:
@@ -48,7 +51,20 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, and what load('auto') would run here."""
     parser = argparse.ArgumentParser(prog="python -m kernels", description="The table of ops.")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    if parser.parse_args(argv).markdown:
+    parser.add_argument("--cards", action="store_true", help="the GPUs compiled for and measured on, as such a table")
+    parser.add_argument("--gpu", help="what this card takes: A10, RTX 4090, sm_89")
+    args = parser.parse_args(argv)
+    if args.cards or args.gpu:
+        if _triton.MISSING:
+            parser.error(_triton.MISSING)
+        from .proof import cards
+
+        try:
+            print(cards.markdown() if args.cards else "\n".join(cards.page(args.gpu)))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
+    if args.markdown:
         print(markdown())
         return 0
     table = rows()

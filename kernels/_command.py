@@ -4,6 +4,7 @@ What gptfast.cli does for all others, which this package may not import.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -30,6 +31,9 @@ def run(main: Callable[[], int]) -> int:
     """The exit code of `main`; 130 for Ctrl-C, 1 for an output that cannot be written, each with one line."""
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is no reason to stop
     failures: list[OSError] = []  # of the output, which argparse keeps to itself
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         write = sys.stdout.write
@@ -59,7 +63,10 @@ def run(main: Callable[[], int]) -> int:
         except OSError:
             failures.append(error)
         if not failures:
-            raise
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
     if failures:
         if not isinstance(failures[0], BrokenPipeError):
             print(f"error: cannot write the output: {failures[0].strerror}", file=sys.stderr)

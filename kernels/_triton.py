@@ -163,13 +163,13 @@ def arch(x: Tensor) -> int:
     return by.arch if by else _properties(x.device.index)[0]
 
 
-# Whose tiles an architecture takes. Those of sm_80 need at most 98,400 bytes of shared memory; GeForce and the smaller
-# cards, sm_86, 89, 120 and 121, have 101,376, and the same matrix instructions. sm_103 is sm_100 but for its rates.
-_TILES_OF = {80: 80, 86: 80, 87: 80, 89: 80, 120: 80, 121: 80, 90: 90, 100: 100, 103: 100}
+# Whose tiles an architecture takes. sm_89, 120 and 121 have the shared memory (101,376 bytes for a program, hardly more
+# for all of a multiprocessor) and the matrix instructions of sm_86; sm_87 those of sm_80; sm_103 those of sm_100.
+_TILES_OF = {80: 80, 87: 80, 86: 86, 89: 86, 120: 86, 121: 86, 90: 90, 100: 100, 103: 100}
 
 
 def tile_arch(arch: int) -> int:
-    """Which of 80, 90 and 100 an architecture takes its tiles from; 0, for the most conservative ones, if unknown."""
+    """Which of 80, 86, 90 and 100 an architecture takes its tiles from; 0, the most conservative ones, if unknown."""
     return _TILES_OF.get(arch, 0)
 
 

@@ -406,7 +406,7 @@ class Tile(NamedTuple):
 
 
 # From the compiled code (results/aot.json). Not timed on a GPU yet. fp32 goes without tensor cores.
-TILES = {80: Tile(64, 64, 4, 4), 90: Tile(64, 64, 4, 4), 100: Tile(64, 64, 4, 4)}
+TILES = {80: Tile(64, 64, 4, 4), 86: Tile(64, 64, 4, 2), 90: Tile(64, 64, 4, 4), 100: Tile(64, 64, 4, 4)}
 CONSERVATIVE = Tile(32, 32, 4, 2)
 FEW_ROWS = 8  # of x: up to which the ordinary cores keep up with memory
 MOST_SUMS = 128  # of a lane: rows of the matrix times rows of x, times the numbers of a load; with more registers spill

@@ -204,6 +204,7 @@ class Tiles(NamedTuple):
 # Not timed on a GPU yet. fp32 goes without tensor cores, and takes the conservative tiles.
 TILES = {
     80: Tiles(Rows(4, 4), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
+    86: Tiles(Rows(4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     90: Tiles(Rows(4, 4), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
     100: Tiles(Rows(4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
 }

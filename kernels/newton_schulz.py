@@ -248,7 +248,7 @@ class Tile(NamedTuple):
 # Not timed on a GPU yet. fp32 goes without tensor cores, and takes the conservative tile.
 # With b tiles to a side a symmetric product finds (b + 1) / 2b of them, at most 0.56 of a plain one from b = 9 on:
 # K > 1024 with tiles of 128 (at 1024 itself 36 of 64, 0.5625), K > 512 with the tiles of 64 that fp32 takes.
-TILES = {80: Tile(128, 32, 4, 4), 90: Tile(128, 64, 4, 3), 100: Tile(128, 64, 8, 3)}
+TILES = {80: Tile(128, 32, 4, 4), 86: Tile(128, 32, 8, 4), 90: Tile(128, 64, 4, 3), 100: Tile(128, 64, 8, 3)}
 CONSERVATIVE = Tile(64, 32, 4, 2)
 
 

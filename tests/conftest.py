@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 FUZZ_EXAMPLES = 100
+pytest.register_assert_rewrite("browsing")  # a plugin of the web page's tests, which import it too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

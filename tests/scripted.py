@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import kernels
 from gptfast.chat.conversation import Chat
@@ -30,6 +29,21 @@ def told(chat: Chat, *parts: str | tuple[str, str]) -> list[int]:
     return chat.render([{"role": "user", "content": ""}, {"role": "assistant", "content": named}]).ids[len(asked) :]
 
 
+class Told:
+    """What a step drew, with the tokens of the script in place of the model's."""
+
+    def __init__(self, engine: Scripted, rows: list[Any], places: list[int], arriving: Any) -> None:
+        self.engine, self.rows, self.places, self.arriving = engine, rows, places, arriving
+
+    def read(self) -> tuple[list[list[int]], Any]:
+        tokens, told = self.arriving.read()
+        for row, place in zip(self.rows, self.places, strict=True):
+            request = row.request
+            if request.finish_reason is None and tokens[place][-1]:
+                tokens[place] = [self.engine.next(request.prompt + request.tokens), 1]
+        return tokens, told
+
+
 class Scripted(Engine):
     """An engine whose model answers the last user's text as `script` has it, one id after the other.
 
@@ -39,19 +53,24 @@ class Scripted(Engine):
     chat: Chat
     script: dict[str, list[int]]
 
-    def _draw(self, logits: Tensor, requests: list[Any], guesses: Tensor | None = None) -> Tensor:
-        return torch.tensor([self._next(request.prompt + request.tokens) for request in requests])
+    def _depart(self, rows: list[Any], places: list[int], arriving: Any, *, decoded: bool) -> None:
+        super()._depart(rows, places, Told(self, rows, places, arriving), decoded=decoded)  # type: ignore[arg-type]
 
-    def _next(self, ids: Sequence[int]) -> int:
+    def next(self, ids: Sequence[int]) -> int:
+        """The id that the script has after `ids`."""
         user, begin = (self.chat.ids[name] for name in ("<|user_start|>", "<|assistant_start|>"))
         asked = len(ids) - ids[::-1].index(begin)
         text = self.chat.tokenizer.decode(ids[len(ids) - ids[::-1].index(user) : asked - 2])
         return self.script[text][len(ids) - asked]
 
 
-def scripted(chat: Chat, script: dict[str, list[int]], slots: int = 2, block_size: int = 512) -> Scripted:
+def scripted(
+    chat: Chat, script: dict[str, list[int]], slots: int = 2, block_size: int = 512, page_size: int | None = None
+) -> Scripted:
     """An engine that answers each key of `script` with the ids of its value."""
     tokenizer: Any = chat.tokenizer
-    engine = Scripted(tiny(tokenizer, block_size), slots=slots, tokenizer=tokenizer, weights="model")
+    engine = Scripted(
+        tiny(tokenizer, block_size), slots=slots, tokenizer=tokenizer, weights="model", page_size=page_size
+    )
     engine.chat, engine.script = chat, script
     return engine

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from scripted import tiny
-from torch import Tensor
 
 from gptfast.chat.conversation import Chat
 from gptfast.chat.tools import Tools
@@ -31,7 +31,11 @@ PATIENCE_S = 30.0  # for what must happen; on a good day it takes milliseconds
 
 @cache
 def tokenizer() -> BPETokenizer:
-    return train_bpe([TEXT], 300)
+    """Its special tokens are among the holes, so that no answer ends by itself."""
+    trained = train_bpe([TEXT], 300)
+    special = torch.tensor(sorted(trained.special_tokens.values()))
+    trained.holes = lambda: special  # type: ignore[method-assign]
+    return trained
 
 
 @cache
@@ -39,8 +43,8 @@ def chat() -> Chat:
     return Chat(tokenizer())
 
 
-class Endless(Engine):
-    """An engine that ends no answer by itself, and waits before each step, so that a test can act meanwhile."""
+class Unhurried(Engine):
+    """An engine that waits before each step, so that a test can act meanwhile."""
 
     pause_s = 0.0
 
@@ -48,13 +52,10 @@ class Endless(Engine):
         time.sleep(self.pause_s)
         return super().step()
 
-    def _draw(self, *arguments: Any) -> Tensor:
-        tokens = super()._draw(*arguments)
-        return torch.where(tokens < min(chat().ids.values()), tokens, tokens % 256)
 
-
-def engine(slots: int = 4, block_size: int = 256) -> Endless:
-    return Endless(tiny(tokenizer(), block_size), slots=slots, tokenizer=tokenizer(), weights="model")
+def engine(slots: int = 4, block_size: int = 256) -> Unhurried:
+    model = tiny(tokenizer(), block_size)
+    return Unhurried(model, slots=slots, tokenizer=tokenizer(), weights="model", page_size=16)
 
 
 @contextmanager
@@ -106,13 +107,13 @@ def asking(path: str, body: Any, **headers: str) -> bytes:
     return f"POST {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode() + content
 
 
-async def exchange(server: Server, sent: bytes) -> Response | None:
+async def exchange(server: Server, sent: bytes, patience_s: float = PATIENCE_S) -> Response | None:
     """What comes back for `sent`; None where the server closes without a word."""
     host, port = server.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(sent)
-        received = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        received = await asyncio.wait_for(reader.read(), patience_s)
     except ConnectionError:
         return None
     finally:
@@ -149,6 +150,21 @@ def get(server: Server, path: str, **headers: str) -> Response:
     response = asyncio.run(exchange(server, f"GET {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode()))
     assert response is not None
     return response
+
+
+@contextmanager
+def until_it_answers(url: str, body: Any) -> Iterator[list[bytes]]:
+    """The lines of a streamed completion as they come; the block begins when the first has, and at its end all have."""
+    lines: list[bytes] = []
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
+        reader = threading.Thread(target=lambda: lines.extend(line for line in reply if line.strip()))
+        reader.start()
+        until(lambda: bool(lines))
+        yield lines
+        reader.join()
 
 
 def user(text: str) -> list[dict[str, Any]]:

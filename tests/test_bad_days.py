@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import io
 import json
 import math
 import os
@@ -13,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,6 @@ import torch
 from gptfast import checkpoint, cli
 from gptfast.data import load_tokens
 from gptfast.errors import UserError
-from gptfast.log import Tracker
 from gptfast.model import GPT
 from train import pretrain
 from train.guard import Guard, Refused, Stopped, Stopper
@@ -234,7 +234,7 @@ while stopped < count:
         code, _ = child([*flags, out, "--resume=latest"], after, signal.SIGKILL, in_save)
         expected = {-signal.SIGKILL}
     else:
-        signum = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        signum = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
         code, took = child([*flags, out, "--resume=latest"], draw.uniform(0.1, whole_s), signum)
         slowest = max(slowest, took)
         expected = {128 + signum, -signum}  # the latter: before training began
@@ -276,6 +276,48 @@ def test_kills_at_random_moments(tmp_path: Path, flags: list[str], chaos: Callab
     count = chaos(4, 200)
     stopped, _, _ = serve(tmp_path, [*flags, "--eval_interval=2"], count, "kill")
     assert stopped == count
+
+
+class ClosedPipe(io.StringIO):
+    """Output whose reader, such as `| head`, leaves when training has come so far."""
+
+    is_closed = False
+
+    def write(self, text: str) -> int:
+        self.is_closed |= text.startswith("iter 7:")
+        if self.is_closed:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+def test_output_that_nobody_reads_any_more_saves_and_says_so(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The update under way is finished first: resumed, the run ends as one that was read to its end."""
+    flags = [*flags, "--log_interval=1", "--max_iters=40"]
+    assert cli.run(pretrain.main, [*flags, f"--out_dir={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", ClosedPipe())
+        assert cli.run(pretrain.main, flags) not in (0, 2)
+    said = capfd.readouterr().err
+    assert "the output cannot be written any more: saving, then leaving" in said
+    saved = checkpoint.load(tmp_path / "out")
+    assert 0 < saved.step < 40 and f"SIGPIPE at iteration {saved.step}; go on with --resume=latest" in said
+    assert cli.run(pretrain.main, [*flags, "--resume=latest"]) == 0
+    assert_same_end(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_closed_terminal_saves_unless_nohup_was_asked_for() -> None:
+    for before, caught in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        own = signal.signal(signal.SIGHUP, before)
+        try:
+            with Stopper() as stopper:
+                os.kill(os.getpid(), signal.SIGHUP) if caught else None
+                assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) is not caught
+                assert stopper.signum == (signal.SIGHUP if caught else None)
+            assert signal.getsignal(signal.SIGHUP) == before
+        finally:
+            signal.signal(signal.SIGHUP, own)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path, flags: list[str]) -> None:
@@ -445,7 +487,7 @@ attempt, rank, size = launch().attempt, launch().rank, launch().size
 draw = random.Random(attempt)  # the same on every rank
 victim, fatal, in_save = draw.randrange(size), draw.randint(1, 12), attempt % 2 == 1
 delay_s = draw.uniform(0, 0.02)
-step, save, steps = Step.__call__, saving.save, []
+step, save, steps = Step.__call__, saving.save_sharded, []
 
 def die():
     (notes / f"killed-{attempt}").write_text(str(time.time()))
@@ -464,7 +506,7 @@ def save_and_die(*args, **settings):
         threading.Timer(delay_s, die).start()
     return save(*args, **settings)
 
-Step.__call__, saving.save = step_or_die, save_and_die
+Step.__call__, saving.save_sharded = step_or_die, save_and_die
 sys.exit(cli.run(pretrain.main, sys.argv[3:]))
 """
 
@@ -556,22 +598,3 @@ def test_a_tracker_that_fails_does_not_stop_a_run(
     assert cli.run(pretrain.main, [*flags, "--tracker=trackio"]) == 0
     assert "warning: trackio" in capsys.readouterr().err
     assert len(rows(tmp_path / "out")) == 5 and len(service.sent) == (0 if fails == "init" else 2)
-
-
-def test_tensorboard_gets_every_number_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            written.append(folder)
-
-        def add_scalar(self, *scalar: object) -> None:
-            written.append(scalar)
-
-        def close(self) -> None:
-            written.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    with Tracker("tensorboard", "--tracker=tensorboard", tmp_path, "project", "name", {}) as tracker:
-        tracker.log({"iter": 3, "val/loss": 2.5, "mfu": None})
-    assert written == [str(tmp_path / "tensorboard"), ("val/loss", 2.5, 3), "closed"]

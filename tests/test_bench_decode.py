@@ -14,7 +14,7 @@ import kernels
 from bench import decode, results
 from bench.decode import Samples, Size, Variant, figures, main, measure, sample
 from bench.peaks import Ceilings
-from bench.step_work import CountOps, host_us, step_work
+from bench.step_work import CountOps, StepWork, host_us, step_work
 from bench.timing import relative_error
 from gptfast import mfu
 from gptfast.config import PRESETS
@@ -74,6 +74,13 @@ def test_a_row_follows_from_its_times():
     assert row["mbu"] == pytest.approx(row["read_bytes"] / 1e9) and row["valid"]
     fast = figures(CONFIG, "small", size, way(), Samples([0.0], [8e-3]), 0.0, 8, PEAK, 2)
     assert not fast["valid"] and "not all was read" in fast["invalid_reason"]
+    slow = Samples([0.0], [8 * 2 * row["read_bytes"] / 1e9])  # of each step half the time goes into reading
+    parts = figures(CONFIG, "small", size, way(), slow, 0.0, 8, PEAK, 2, StepWork(10, 15, 100.0))
+    step_s = 2 * row["read_bytes"] / 1e9
+    assert parts["shares"]["weights"] == pytest.approx(mfu.palm_params(CONFIG) * 4 / 1e9 / step_s)
+    assert parts["shares"]["cache"] == pytest.approx(keys / 1e9 / step_s) and parts["shares"]["launches"] == 0.5
+    assert parts["shares"]["host"] == pytest.approx(1e-4 / step_s) and "launches 50%" in decode.line(parts)
+    assert parts["launch_us"] == pytest.approx(0.5 * step_s * 1e6 / 25) and "shares" not in row
     naive = figures(CONFIG, "small", size, way(impl="naive", lengths=6), samples, 0.0, 8, PEAK, 2)
     assert naive["mbu"] is None and "mbu     n/a" in decode.line({**naive, "name": "small"})
 

@@ -50,6 +50,19 @@ def test_every_variant_of_a_cpu_learns_and_gives_the_loss_of_its_weights():
         assert row["peak_kind"] == "given" and row["memory_bytes"] is None and row["side_by_side"] == len(rows)
 
 
+def test_8_bit_floats_are_measured_against_their_own_peak():
+    config = dataclasses.replace(TINY, n_embd=128)
+    honest = bench_model.ours(config, kernels.load("reference"), "fp8", torch.float32, "no")
+    peak = mfu.Peak.measured("a machine", {"fp32": 1e12, "fp8": 4e12}, None, "")
+    plan = Plan("tiny", config, CPU, batch_size=3, samples=1, budget_s=0.0)
+    chosen = [honest, dataclasses.replace(honest, label="fp8", fp8=True)]
+    plain, eighth = run_group(plan, chosen, peak, Log(None, console=False), facts(CPU))
+    assert plain["valid"] and eighth["valid"], eighth["invalid_reason"]
+    assert (plain["peak_dtype"], eighth["peak_dtype"]) == ("fp32", "fp8") and eighth["peak_flops"] == 4e12
+    assert plain["flops_per_token"] == eighth["flops_per_token"] and eighth["error"] > 1e-6
+    assert eighth["mfu"] == pytest.approx(eighth["tokens_per_s"] * eighth["flops_per_token"]["mfu"] / 4e12)
+
+
 def test_without_a_peak_nothing_is_said_about_mfu():
     row = rows_of(makers(MODERN, CPU, "no", False, False, False)[:1])["eager float32"]
     assert row["mfu"] is row["mfu_palm"] is row["hfu"] is row["peak_kind"] is row["peak_flops"] is None
@@ -173,16 +186,21 @@ def test_what_a_gpu_is_asked_to_train(monkeypatch):
     gpu, gpt2 = torch.device("cuda"), padded(PRESETS["gpt2"])
     labels = lambda *a: [maker.label for maker in makers(gpt2, gpu, "model", *a)]
     assert labels(False, False, True) == ["triton", "torch.compile", "transformers eager"]
-    assert labels(False, False, False) == ["triton", "torch.compile"]
+    assert labels(False, False, False) == ["triton", "torch.compile", "triton fp8"]
     whole = labels(True, True, False)
-    assert whole[:2] == ["triton", "torch.compile"] and whole[-2:] == [
+    assert whole[:3] == ["triton", "torch.compile", "triton fp8"] and whole[-2:] == [
         "torch.compile max-autotune",
         "transformers eager",
     ]
     assert "reference" in whole and "+attention" in whole
     peer = makers(gpt2, gpu, "model", False, False, False)[1]
     assert peer.attention == "cudnn" and peer.autocast and peer.compiled == "model" and not peer.ours
-    assert [maker.label for maker in makers(PRESETS["modern"], gpu, "model", False, True, False)] == ["triton"]
+    assert [maker.label for maker in makers(PRESETS["modern"], gpu, "model", False, True, False)] == [
+        "triton",
+        "triton fp8",
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert labels(False, False, False) == ["triton", "torch.compile"]
 
 
 @pytest.mark.parametrize("family", ["ours", "plain", "transformers"])

@@ -59,13 +59,13 @@ def pngs(folder: Path) -> list[str]:
 def drawn(monkeypatch) -> dict[str, Any]:
     """The figures that a test saves, by file name, still open to questions."""
     figures: dict[str, Any] = {}
-    save = report.save
+    save = report.save_figure
 
     def remember(figure: Any, path: Path, *rest: Any, **more: Any) -> Path:
         figures[path.name] = figure
         return save(figure, path, *rest, **more)
 
-    monkeypatch.setattr(report, "save", remember)
+    monkeypatch.setattr(report, "save_figure", remember)
     return figures
 
 

@@ -22,6 +22,7 @@ from gptfast.chat import __main__ as command
 from gptfast.chat import conversation, terminal
 from gptfast.chat.answers import Answers
 from gptfast.chat.conversation import Chat
+from gptfast.chat.sandbox import Sandbox
 from gptfast.chat.session import Session
 from gptfast.chat.tools import Tools
 from gptfast.engine import Sampling
@@ -129,6 +130,16 @@ def test_a_model_that_knows_no_conversations(tmp_path: Path, capsys: pytest.Capt
     assert "no checkpoint in" in capsys.readouterr().err
 
 
+def test_python_runs_in_the_sandbox(run: Run, chat: Chat) -> None:
+    try:
+        Sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+    parts = ("python", "print(sum(range(10)), len('naïve'))"), ("python_output", "45 5\n")
+    code, out, err = run({"hello": told(chat, *parts, "So 45.")}, "hello\n", "--tools=python")
+    assert (code, out) == (0, "So 45.\n") and "  >>> print(sum(range(10)), len('naïve'))\n      45 5\n(" in err
+
+
 def test_python_is_refused_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptfast.chat.sandbox.why_not", lambda kind: "there is none")
     with pytest.raises(UserError, match="install bubblewrap"):
@@ -176,7 +187,7 @@ def test_what_no_longer_fits_is_forgotten(chat: Chat) -> None:
 def test_an_error_of_the_engine_takes_the_message_back(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scripted(chat, {"hello": told(chat, "Hello")}, slots=1)
     session = Session(Answers(engine, chat))
-    monkeypatch.setattr(engine, "_next", lambda ids: -1)
+    monkeypatch.setattr(engine, "next", lambda ids: -1)
     with pytest.raises(UserError, match="not numbers"):
         list(session.ask("hello"))
     assert session.turns == [] and not engine.running
@@ -196,10 +207,10 @@ def test_a_reader_who_leaves_frees_the_slot(chat: Chat) -> None:
 class Interrupted(Scripted):
     """Ctrl-C comes while the answer's fourth token is drawn."""
 
-    def _next(self, ids: Sequence[int]) -> int:
+    def next(self, ids: Sequence[int]) -> int:
         if len(ids) - ids[::-1].index(self.chat.ids["<|assistant_start|>"]) - len(ids) == -3:
             os.kill(os.getpid(), signal.SIGINT)
-        return super()._next(ids)
+        return super().next(ids)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(run: Run, chat: Chat, tokenizer: BPETokenizer) -> None:
@@ -235,9 +246,9 @@ from gptfast.chat.conversation import Chat
 from train.tokenizer import train_bpe
 
 class Slow(Scripted):
-    def _next(self, ids):
+    def next(self, ids):
         time.sleep(0.02)
-        return super()._next(ids)
+        return super().next(ids)
 
 tokenizer = train_bpe(["What is 12*7? It is 84. Hello there, good day, " * 9], 290)
 chat = Chat(tokenizer)

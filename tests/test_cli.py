@@ -164,3 +164,17 @@ def test_dtype_and_kernels() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"--kernels=triton: .*no CUDA device"):
             runtime.choose_ops("triton", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("--n=--", "--n=--: -- is no value"), ("a\nb\x1b[31m", "unexpected argument a\\nb\\x1b[31m;")],
+)
+def test_an_error_is_one_line_whatever_was_typed(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(lambda argv: cli.parse(runtime_config(), argv), [argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+def runtime_config() -> type:
+    return dataclasses.make_dataclass("Config", [("n", int, 1)], frozen=True)

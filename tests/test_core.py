@@ -57,6 +57,12 @@ def test_prompts_are_those_written_by_hand(bundle: dict[str, asked.CoreTask]) ->
     assert [bundle[name].chance for name in NAMES] == [0.25, 0.5, 0.0]
 
 
+def test_a_number_is_as_good_as_a_text() -> None:
+    items = [{"context": 7, "continuation": 9}, {"context": "eight", "continuation": 1.5}]
+    task = asked.CoreTask("sums", "language_modeling", 1, " is ", 0.0, items, "")
+    assert asked.prompts(task, 0) == ["eight is 1.5\n\n7 is", "eight is 1.5\n\n7 is 9"]
+
+
 def test_a_limit_cuts_before_examples_are_drawn() -> None:
     cut = asked.read(str(BUNDLE), "", max_examples=3)["colours"]
     kept = [item["query"] for item in cut.items]
@@ -144,6 +150,15 @@ def test_the_batch_does_not_matter(batch_size: int, bundle: dict[str, asked.Core
     tasks = list(bundle.values())
     half = Knows([dataclasses.replace(task, items=task.items) for task in tasks[1:2]])
     assert scores_of(half, tasks, batch_size=batch_size) == scores_of(half, tasks)
+
+
+def test_short_sequences_fill_a_batch_and_long_ones_do_not_overflow_it() -> None:
+    lengths = [3, 100, 50, 10, 10, 100, 2, 1] + [1] * 20
+    chosen = list(core.batches(lengths, 2, 100))
+    assert sorted(i for batch in chosen for i in batch) == list(range(len(lengths)))
+    assert chosen[:2] == [[1, 5], [2, 3, 4, 0]] and max(map(len, chosen)) == 4 * 2
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 2 * 100 for batch in chosen)
+    assert list(core.batches([100, 100], 1, 64)) == [[0], [1]]
 
 
 def gpt2(folder: Path) -> Path:
@@ -234,6 +249,8 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, bundle: dict[str, asked.
     reader = Reader("rigged", 10_000, BYTES, other.logits, identity="newer weights")
     assert measure(reader, tasks[1], 3, Journal(path)).accuracy == 1.0 and other.calls > 0
     assert scores_of(third, tasks, path) == expected and third.calls == 0
+    scores_of(third, [dataclasses.replace(tasks[0], sha256="another file")], path)
+    assert third.calls > 0
 
 
 def test_weights_that_change_are_judged_anew(tmp_path: Path) -> None:
@@ -275,6 +292,9 @@ def test_the_bundle_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pyt
         ("core.yaml", "small/who.jsonl", "../../who.jsonl", "leads out of the bundle"),
         ("core.yaml", "small/who.jsonl", "small/whom.jsonl", "cannot read .*whom.jsonl"),
         ("core.yaml", "icl_tasks:", "icl_tasks: [", "bring the bundle again"),
+        ("core.yaml", "num_fewshot: [1]", "num_fewshot: 1", "bring the bundle again"),
+        ("eval_data/small/who.jsonl", "{", "[" * 100_000 + "{", "line 1: no item of schema .it is nested too deep"),
+        ("eval_data/small/who.jsonl", '{"context_options"', '[], {"context_options"', "line 1: no item of schema"),
         ("eval_meta_data.csv", "who,", "whom,", "has no random baseline of who"),
         ("eval_meta_data.csv", ",50,", ",100,", "at least 0 and below 100"),
         ("eval_data/small/who.jsonl", '"gold": 1', '"gold": 2', "who.jsonl, line 2: no item of schema .gold cannot"),

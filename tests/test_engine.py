@@ -15,7 +15,8 @@ from torch import Tensor
 import kernels
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Request, Sampling, generate
-from gptfast.engine.sampling import draw, penalize
+from gptfast.engine.cache import Piece
+from gptfast.engine.sampling import Kinds, Settings, draw, penalize
 from gptfast.engine.text import TextStream
 from gptfast.engine.weights import Int8Linear, choose_weights, converted
 from gptfast.model import GPT
@@ -157,18 +158,18 @@ def test_equal_prompts_are_read_once_and_cloned(name: str, options: dict) -> Non
     assert len({tuple(tokens) for tokens in together}) == 4
 
 
-def test_clones_share_whole_pages_until_the_last_gives_them_back() -> None:
-    cache = KVCache(SHORT["gpt2"], OPS, slots=3, page_size=4)
-    assert cache.reserve(0, 10)
-    cache.prompt(0).advance(10)
-    before = cache.free_pages
-    assert cache.clone(0, 1, 16)
-    assert before - cache.free_pages == 4 - 2  # of sixteen tokens' four pages, two are full and shared
-    cache.release(0)
-    assert cache.clone(1, 2, 10) and cache.table[1, :2].tolist() == cache.table[2, :2].tolist()
-    cache.release(1)
-    cache.release(2)
-    assert cache.free_pages == cache.pages
+def test_equal_texts_share_whole_pages_until_the_last_gives_them_back() -> None:
+    model = make(SHORT["gpt2"])
+    engine = Engine(model, slots=3, page_size=4, prefix_cache=False)
+    requests = [engine.submit(list(range(10)), Sampling(n, 0)) for n in (3, 5, 8)]
+    engine.step()
+    assert engine.prompts_read == 1 and engine.cache.pages - engine.cache.free_pages == 2 + 3 * 1  # two are full
+    table = engine.cache.table[:, :3].tolist()
+    assert table[0][:2] == table[1][:2] == table[2][:2] and len({row[2] for row in table}) == 3
+    while engine.busy:
+        engine.step()
+    assert [request.tokens for request in requests] == [naive(model, list(range(10)), n) for n in (3, 5, 8)]
+    assert_empty(engine)
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
@@ -190,9 +191,10 @@ def test_a_rounded_cache_stays_close(storage: str, page_size: int | None) -> Non
 def step_by_step(model: GPT, cache: KVCache, tokens: Tensor, first: int) -> Tensor:
     """Logits of tokens (1, T) from `first` on, one at a time after a prompt."""
     assert cache.reserve(0, tokens.shape[1])
-    prompt = cache.prompt(0)
-    model.hidden(tokens[:, :first], cache=prompt)
-    prompt.advance(first)
+    for start, end in ((0, first // 2), (first // 2, first)):  # in two pieces
+        piece = cache.pieces([Piece(0, start, end - start)])
+        model.hidden(tokens[:, start:end], cache=piece)
+        piece.advance()
     found = []
     for token in tokens[0, first:]:
         found.append(model.logits(token[None, None], cache=cache)[0, 0])
@@ -244,32 +246,39 @@ def test_company_changes_no_bit_of_a_slots_logits(weights: str) -> None:
     assert not torch.equal(alone[1], together[1])
 
 
+def drawn(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Of every row by these settings, beside one row that wants something else."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    kinds = Kinds.of([sampling, Sampling(top_k=2), Sampling()], logits.shape[-1])
+    return draw(logits, uniform, Settings.of([sampling] * len(logits)), kinds)
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits, uniform = torch.tensor([[1.0, 2.0, 0.0, 4.0]]), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     for temperature, top_k, top_p, kept in (
         (1.0, 0, 1.0, [0, 1, 2, 3]), (1.0, 9, 1.0, [0, 1, 2, 3]), (2.0, 2, 1.0, [1, 3]), (1.0, 0, 0.9, [1, 3]),
         (1.0, 3, 0.8, [3]), (0.5, 0, 0.999, [0, 1, 3]),
     ):  # fmt: skip
-        tokens = draw(logits.expand(20_000, 4), uniform, temperature, top_k, top_p)
+        tokens = drawn(logits.expand(20_000, 4), uniform, temperature, top_k, top_p)
         share = torch.bincount(tokens, minlength=4) / 20_000
         hidden = torch.tensor([i not in kept for i in range(4)])
         expected = (logits[0] / temperature).masked_fill(hidden, float("-inf")).softmax(0)
         torch.testing.assert_close(share, expected, atol=1e-4, rtol=0)
-    assert draw(logits.expand(20_000, 4), uniform, 0.0).unique().tolist() == [3]
+    assert drawn(logits.expand(20_000, 4), uniform, 0.0, 0, 1.0).unique().tolist() == [3]
 
 
 def test_the_ends_of_the_random_numbers_draw_possible_tokens() -> None:
     uniform = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     logits = torch.tensor([-torch.inf, 1.0, 2.0, 1.0, -torch.inf]).expand(2, 5)
     for settings in ((1.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.99), (1.0, 5, 0.5)):
-        assert set(draw(logits, uniform, *settings).tolist()) <= {1, 2, 3}
-    assert draw(logits, uniform, 1.0).tolist() == [1, 3]
+        assert set(drawn(logits, uniform, *settings).tolist()) <= {1, 2, 3}
+    assert drawn(logits, uniform, 1.0, 0, 1.0).tolist() == [1, 3]
 
 
 def test_logits_that_are_not_numbers_are_an_error() -> None:
     bad = torch.tensor([[0.0, torch.nan, 1.0]])
     for settings in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.5)):
-        assert draw(bad, torch.tensor([0.5], dtype=torch.float64), *settings).tolist() == [-1]
+        assert drawn(bad, torch.tensor([0.5], dtype=torch.float64), *settings).tolist() == [-1]
     model = make(SHORT["gpt2"])
     with torch.no_grad():
         model.transformer["ln_f"].weight[3] = torch.nan
@@ -284,7 +293,8 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
 
 def test_a_penalty_strikes_what_occurred() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, -1.0])
-    assert penalize(logits, [0, 1, 1, 9], 2.0).tolist() == [1.0, -4.0, 1.0, -1.0]
+    occurred = torch.tensor([[True, True, False, False]])
+    assert penalize(logits[None], occurred, torch.tensor([2.0])).tolist() == [[1.0, -4.0, 1.0, -1.0]]
     assert logits.tolist() == [2.0, -2.0, 1.0, -1.0]
 
 
@@ -330,13 +340,15 @@ def test_a_thousand_cancelled_requests_leak_nothing() -> None:
 def test_a_full_pool_lets_requests_wait_in_line() -> None:
     model = make(SHORT["gpt2"])
     engine = Engine(model, slots=3, page_size=4, pages=8)
-    long, short = ([1, 2], Sampling(20, 0)), ([3], Sampling(3, 0))
-    requests = [engine.submit(*wanted) for wanted in (long, long, short)]
+    long, short = (list(range(18)), Sampling(4, 0)), ([3], Sampling(3, 0))
+    requests = [engine.submit(*wanted) for wanted in (long, (long[0][::-1], long[1]), short)]
     engine.step()
     assert engine.running == requests[:1]  # the second needs as many pages again, and the third does not overtake it
     while engine.busy:
         engine.step()
-    assert [r.tokens for r in requests] == [naive(model, p, s.max_tokens) for p, s in (long, long, short)]
+    assert [r.tokens for r in requests] == [
+        naive(model, p, s.max_tokens) for p, s in (long, (long[0][::-1], long[1]), short)
+    ]
     with pytest.raises(ValueError, match="this request needs 6, the pool has 5"):
         Engine(model, page_size=4, pages=5).submit([1, 2], Sampling(40))
 

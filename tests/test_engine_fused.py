@@ -9,13 +9,15 @@ import torch
 from test_engine import ARCHITECTURES, GREEDY, PROMPTS, SHORT, expected_of, make, naive, run
 
 import kernels
-from bench.step_work import step_work
+from bench.host import Count
+from bench.step_work import CountOps, step_work
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
 from gptfast.engine.fused import FusedStep, fits
 from gptfast.engine.weights import converted
 from gptfast.model import GPT
+from kernels._triton import launching
 
 # The engine takes these for kernels; they are the definitions, so that hundreds of tokens take seconds.
 DEFINED = kernels.Ops({name: ("triton", "its definition", op.reference) for name, op in kernels.OPS.items()})
@@ -96,7 +98,7 @@ def test_the_kernels_do_a_step(name: str) -> None:
     kernel = GPT(model.config, interpreted).eval()
     kernel.load_state_dict(model.state_dict())
     tokens = torch.tensor([[3], [5]])
-    step = Decoder(kernel, caches[0], 1, compile=False).step
+    step = Decoder(kernel, caches[0], compile=False).logits
     with torch.inference_mode():
         torch.testing.assert_close(step(tokens), FusedStep(model, caches[1])(tokens), rtol=1e-5, atol=1e-5)
     assert isinstance(step, FusedStep) and not step.counts.any()
@@ -108,8 +110,18 @@ def test_the_kernels_do_a_step(name: str) -> None:
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("config", [PRESETS["char-cpu"], PRESETS["char-modern-cpu"]], ids=["gpt2", "modern"])
 def test_five_launches_a_layer(config: GPTConfig, B: int, weights: str) -> None:
-    work = step_work(config, B, 32, weights)
-    assert work.kernels == 5 * config.n_layer + 2 and work.torch_ops == 0
+    """Counted by the launcher, and not one of torch's beside them; the loop that draws tokens is not in it."""
+    count, seen = Count(), CountOps()
+    ops = kernels.Ops({name: ("triton", "counted", op.triton or op.reference) for name, op in kernels.OPS.items()})
+    with torch.no_grad(), launching(count.launcher):
+        model = GPT(config, ops).eval()
+        model.dtype = torch.bfloat16
+        model = converted(model, weights)
+        step = Decoder(model, KVCache(config, ops, B, dtype=model.dtype), compile=False).logits
+        with seen:
+            step(torch.zeros(B, 1, dtype=torch.int64))
+    assert count.launches == 5 * config.n_layer + 2 and not seen.seen
+    assert step_work(config, B, 32, weights).kernels == count.launches
 
 
 def test_what_does_not_fit_goes_the_models_own_way() -> None:

@@ -110,10 +110,10 @@ def test_whatever_a_request_raises_takes_nothing_from_the_others(draft: bool, mo
     assert (bad.finish_reason, bad.error) == ("error", "division by zero")
     unread = engine.submit([10, 11], Sampling(8, 0))
     with monkeypatch.context() as patched:
-        patched.setattr(engine._main, "read", lambda slot, prompt: (_ for _ in ()).throw(MemoryError("too long")))
+        patched.setattr(engine._main, "read", lambda pieces: (_ for _ in ()).throw(MemoryError("too long")))
         engine.step()
     assert (unread.finish_reason, unread.error) == ("error", "too long")
-    step, calls = engine._main.step, 0
+    step, calls = engine._main.logits, 0
 
     def failing(tokens: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -122,7 +122,7 @@ def test_whatever_a_request_raises_takes_nothing_from_the_others(draft: bool, mo
             raise RuntimeError("out of memory")
         return step(tokens)
 
-    monkeypatch.setattr(engine._main, "step", failing)
+    monkeypatch.setattr(engine._main, "logits", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         while engine.busy:
             engine.step()

@@ -96,12 +96,35 @@ def test_no_code_of_an_author_runs_whatever_is_answered(
     assert not asked and not (tmp_path / "ran").exists() and "\n" not in str(error.value)
 
 
-def test_weights_that_are_pickled_are_never_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use", ["text", "core", "conversations"])
+def test_weights_that_are_pickled_are_never_opened(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
     config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    monkeypatch.setattr(evaluate, "Chat", lambda tokenizer: None)
+    monkeypatch.setattr(evaluate, "_tokenizer", lambda source, folder: None)
     with pytest.raises(UserError, match="reads weights from safetensors only"):
-        evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu", context=8)
+        if use == "text":
+            evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu", context=8)
+        elif use == "core":
+            evaluate.open_reader(str(tmp_path), OPS, torch.float32, "cpu", evaluate.Evaluate(context=8))
+        else:
+            evaluate.open_player(str(tmp_path), OPS, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("begins", [None, 90])
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(begins: int | None) -> None:
+    class Wide:
+        bos = begins
+        encode = staticmethod(lambda text: [*text.encode()])
+        decode = staticmethod(lambda ids: bytes(ids).decode())
+
+    with pytest.raises(UserError, match="m: its tokenizer has a token 98 where its model has 98 tokens"):
+        evaluate.Fitting("m", Wide(), 98).encode("ab")
+    assert evaluate.Fitting("m", Wide(), 99).encode("ab") == [97, 98]
+    if begins is not None:
+        with pytest.raises(UserError, match="has a token 90 where its model has 64"):
+            evaluate.Fitting("m", Wide(), 64)
 
 
 def test_a_model_is_imported_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

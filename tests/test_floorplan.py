@@ -227,8 +227,14 @@ FORBIDDEN_CALLS = {
 }  # fmt: skip
 
 
+WRITES_TENSORS = ("gptfast/hf/nanochat.py", "tests/test_hf_nanochat.py")  # another program's layout, which is torch's
+
+
 def nothing_is_executed_or_unpickled(page: Page) -> Iterator[int]:
-    """No pickle, exec, eval or shell, and none by the back door: torch.load, torch.save, numpy's allow_pickle."""
+    """No pickle, exec, eval or shell, and none by the back door: torch.load, torch.save, numpy's allow_pickle.
+
+    Where another program wants torch's files they may be written, and read with weights_only.
+    """
     for found in imports(page):
         is_bait = page.package == "tests" and found.name == "pickle"  # written to show that nobody opens it
         if found.name.split(".")[0] in FORBIDDEN_MODULES and not is_bait:
@@ -238,7 +244,7 @@ def nothing_is_executed_or_unpickled(page: Page) -> Iterator[int]:
             continue
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         called = dotted(node.func)
-        if called in FORBIDDEN_CALLS:
+        if called in FORBIDDEN_CALLS and not (called == "torch.save" and page.path in WRITES_TENSORS):
             yield node.lineno
         elif called == "torch.load" and keywords.get("weights_only") != "True":
             yield node.lineno
@@ -323,6 +329,7 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("train/config.py", "eval('1')", "ast.literal_eval('1')"),
         ("gptfast/hf.py", "import torch\ntorch.load('x')", "import torch\ntorch.load('x', weights_only=True)"),
         ("gptfast/hf.py", "import torch\ntorch.save({}, 'x')", "save_file({}, 'x')"),
+        ("gptfast/hf/nanochat.py", "import torch\ntorch.load('x')", "import torch\ntorch.save({}, 'x')"),
         ("gptfast/data.py", "np.load('x', allow_pickle=True)", "np.load('x')"),
         ("gptfast/log.py", "subprocess.run('git log', shell=True)", "subprocess.run(['git', 'log'])"),
         ("tests/test_data.py", "from pickle import loads", "from json import loads"),

@@ -124,6 +124,23 @@ def test_both_ways_multiply_the_same_numbers(dtype: torch.dtype) -> None:
             assert ((f.double() - a @ b.t()).abs() <= allowed * (a.abs() @ b.abs().t())).all()
 
 
+@pytest.mark.parametrize("M", [96, 100])
+def test_torch_is_asked_as_a_gpu_wants_it(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU takes any layout and size; the tensor cores take rows by columns, of sizes that 16 divides."""
+    asked, original = [], torch._scaled_mm
+
+    def strict(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        assert a.is_contiguous() and b.t().is_contiguous() and a.shape[1] == b.shape[0]
+        assert a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0
+        assert all(options[f"scale_{name}"].shape == () for name in "ab")
+        asked.append((a.dtype, b.dtype, options["use_fast_accum"]))
+        return original(a, b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    results(*problem(M), "scaled_mm")
+    assert asked == [(E4M3, E4M3, True), (E5M2, E4M3, False), (E5M2, E4M3, False)]
+
+
 def test_views_and_gradients_that_are_not_wanted() -> None:
     x, w, g = problem(M=64)
     layer, batch = Float8Linear(of(w), "scaled_mm"), x.view(4, 16, -1)

@@ -29,6 +29,9 @@ LLAMA = dataclasses.replace(
     GPT2, n_kv_head=2, bias=False, norm="rmsnorm", norm_weight=True, position="rope", activation="swiglu",
     mlp_width=96, tied=False,
 )  # fmt: skip
+NANOCHAT = dataclasses.replace(
+    LLAMA, norm_weight=False, activation="relu2", qk_norm=True, softcap=15.0, embedding_norm=True, rope_sign=-1
+)
 OURS = {
     "gpt2": GPT2,
     "gpt2 by tanh, without biases, untied": dataclasses.replace(GPT2, activation="gelu_tanh", bias=False, tied=False),
@@ -43,6 +46,11 @@ OURS = {
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
     "qwen3 with weights, size of heads and eps": dataclasses.replace(
         LLAMA, qk_norm=True, qk_norm_weight=True, head_size=24, norm_eps=1e-2
+    ),
+    "qwen3 by a gain": dataclasses.replace(LLAMA, qk_norm=True, qk_gain=1.5),
+    "nanochat": NANOCHAT,
+    "nanochat turned, without softcap": dataclasses.replace(
+        NANOCHAT, rope_sign=1, softcap=None, norm_eps=1e-2, n_kv_head=None
     ),
     "modern": dataclasses.replace(PRESETS["modern"], **{
         field: getattr(GPT2, field) for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -144,13 +152,13 @@ REFUSED = [
     ({"model_type": "mamba"}, "model_type 'mamba'; gptfast reads gpt2, llama"),
     ({"hidden_size": None}, "lacks hidden_size"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scales its rotary positions (llama3)"),
-    ({"head_dim": 32}, "size mismatch"),
+    ({"head_dim": 32}, "do not fit its config: transformer.h.0."),
     ({"attention_bias": True}, "attention_bias=True and mlp_bias=False; gptfast has biases in all"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu; gptfast has silu, relu"),
     ({"hidden_act": "relu"}, "gated by ReLU"),
     ({"model_type": "qwen3"}, "lack model.layers.0.self_attn.q_norm.weight"),
     ({"num_hidden_layers": 1}, "has weights that a llama has not: model.layers.1"),
-    ({"intermediate_size": 95}, "size mismatch"),
+    ({"intermediate_size": 95}, "do not fit its config: transformer.h.0."),
 ]
 
 
@@ -227,8 +235,10 @@ NOT_EXPRESSIBLE = [
     (LLAMA, "gpt2", "gpt2 layout cannot express position=rope, norm=rmsnorm, activation=swiglu, n_kv_head=2"),
     (GPT2, "llama", "llama layout cannot express position=learned, norm=layernorm, activation=gelu;"),
     (LLAMA, "qwen3", "qwen3 layout cannot express qk_norm=False;"),
-    (GPT2, "nanochat", "nanochat layout cannot express anything: it is for import only"),
-    (GPT2, "opt", "no layout named 'opt'; choose one of gpt2"),
+    (LLAMA, "nanochat", "cannot express embedding_norm=False, norm_weight=True, activation=swiglu, qk_norm=False;"),
+    (dataclasses.replace(NANOCHAT, qk_gain=1.2), "nanochat", "the nanochat layout cannot express qk_gain=1.2;"),
+    (dataclasses.replace(GPT2, window_pattern="S", window=8, backout=True), "gpt2", "window=8, backout=True;"),
+    (GPT2, "opt", "no layout named 'opt' here; choose one of gpt2"),
 ]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from gptfast import log
-from gptfast.log import Log, check_row
+from gptfast.log import Log, Tracker, check_row
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +142,22 @@ def test_the_file_does_not_say_where_the_checkout_lies(tmp_path):
     with Log(tmp_path, name="rows.jsonl", console=False) as file:
         file.row("note", text=f"see {root}/results/cpu and {tmp_path}")
     assert json.loads((tmp_path / "rows.jsonl").read_text())["text"] == f"see results/cpu and {tmp_path}"
+
+
+def test_tensorboard_gets_every_number_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            written.append(folder)
+
+        def add_scalar(self, *scalar: object) -> None:
+            written.append(scalar)
+
+        def close(self) -> None:
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    with Tracker("tensorboard", "--tracker=tensorboard", tmp_path, "project", "name", {}) as tracker:
+        tracker.log({"iter": 3, "val/loss": 2.5, "mfu": None})
+    assert written == [str(tmp_path / "tensorboard"), ("val/loss", 2.5, 3), "closed"]

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from oracle import check_parity
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from gptfast import cli
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling, generate
+from gptfast.engine.cache import Piece
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import Muon
 from gptfast.packing import document_starts
+from gptfast.parallel.split import split_matrices
 from kernels import Op
 from kernels.newton_schulz import POLAR_EXPRESS
 from train import build, dial
@@ -185,10 +189,10 @@ def test_decoding_with_the_cache_is_the_full_forward_over_three_windows(settings
     starts, full = (5, 2), model.logits(tokens)
     for slot, start in enumerate(starts):
         assert cache.reserve(slot, 40)
-        prompt = cache.prompt(slot)
-        first = model.logits(tokens[slot : slot + 1, :start], cache=prompt)
+        piece = cache.pieces([Piece(slot, 0, start)])
+        first = model.logits(tokens[slot : slot + 1, :start], cache=piece)
         torch.testing.assert_close(first[0], full[slot, :start], rtol=1e-4, atol=1e-4)
-        prompt.advance(start)
+        piece.advance()
     at = torch.tensor(starts)
     for T in itertools.islice(itertools.cycle((1, 3, 2)), 16):
         where = at[:, None] + torch.arange(T)
@@ -200,17 +204,49 @@ def test_decoding_with_the_cache_is_the_full_forward_over_three_windows(settings
     assert at.min() > 3 * 9
 
 
-@pytest.mark.parametrize("weights", ["model", "int8", "float16"])
+@pytest.mark.parametrize("weights", ["model", "int8", "float16", "interpret"])
 def test_greedy_tokens_are_those_of_the_full_forward(weights: Any) -> None:
-    model, prompt = make(ALL), [3, 1, 4]
-    engine = Engine(model, weights=weights)
-    request = engine.submit(prompt, Sampling(max_tokens=36, temperature=0.0))
+    """By the kernels too, however a step calls them."""
+    by_kernels = weights == "interpret"
+    config = dataclasses.replace(ALL, n_layer=2, window_pattern="SL", window=2) if by_kernels else ALL
+    model, prompt, most = make(config), [3, 1, 4], 6 if by_kernels else 36
+    through = make(config, ops=kernels.load("interpret")) if by_kernels else model
+    engine = Engine(through, weights="model" if by_kernels else weights)
+    request = engine.submit(prompt, Sampling(max_tokens=most, temperature=0.0))
     while engine.busy:
         engine.step()
     tokens = [*prompt, *request.tokens]
     greedy = model.logits(torch.tensor([tokens]))[0, 2:-1].argmax(-1).tolist()
-    assert len(request.tokens) == 36
+    assert len(request.tokens) == most
     assert request.tokens == greedy or weights == "int8"  # which rounds
+
+
+def test_a_windowed_layer_costs_what_its_window_costs() -> None:
+    """Products and tensors kept for the backward pass: at twice the length twice as much, not four times."""
+    config = dataclasses.replace(PLAIN, block_size=1024, window_pattern="S", window=64)
+    attention, found = make(config, torch.float64, kernels.load("cpu")).transformer["h"][0].attn, []
+    for T in (256, 512, 1024):
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = torch.randn(1, T, 32, dtype=torch.float64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = attention(x, None)
+        out.sum().backward()
+        found.append((counter.get_total_flops(), sum(kept.values())))
+    for kind in zip(*found, strict=True):
+        steps = [b - a for a, b in itertools.pairwise(kind)]
+        assert steps[1] == pytest.approx(2 * steps[0], rel=0.05)
+    assert found[2][0] < 0.3 * attention_flops_of_all_pairs(1024)
+
+
+def attention_flops_of_all_pairs(T: int) -> int:
+    """Of queries and keys of 32 numbers in all, and the linear maps around."""
+    return 2 * 2 * T * T * 32 + 2 * T * 32 * (64 + 32)
 
 
 def test_packed_documents_are_each_by_itself() -> None:
@@ -225,6 +261,12 @@ def test_packed_documents_are_each_by_itself() -> None:
     ]
     together = model(tokens, targets, cu_seqlens, reduction="sum")
     torch.testing.assert_close(together, torch.stack(alone).sum())
+
+
+def test_tensor_ranks_refuse_value_embeddings() -> None:
+    team: Any = SimpleNamespace(mesh=object(), tensor=2)
+    with pytest.raises(UserError, match="--tensor_parallel=2 cannot split a model with value_embeddings"):
+        split_matrices(make(ALL), team)
 
 
 # ---- what it starts from ---------------------------------------------------------------------------------------------
@@ -259,7 +301,11 @@ def test_which_layers_have_what() -> None:
     assert ALL.windows == (9, 9, 9, None)
     assert dataclasses.replace(ALL, n_layer=6, window_pattern="SL").windows == (9, None, 9, None, 9, None)
     assert dataclasses.replace(ALL, n_layer=5, window_pattern="S").windows == (9, 9, 9, 9, None)
-    assert PLAIN.windows == (None,) * 4 and PLAIN.value_layers == ()
+    assert PLAIN.windows == (None,) * 4 and PLAIN.value_layers == PLAIN.nanochats == ()
+    assert {name for case in CASES.values() for name in case.nanochats} == set(ALL.nanochats)
+    assert set(ALL.nanochats) == {
+        "embedding_norm", "window", "value_embeddings", "residual_scalars", "smear", "backout", "rope_sign", "qk_gain"
+    }  # fmt: skip
     assert [dataclasses.replace(ALL, n_layer=n).value_layers for n in (1, 2, 5)] == [(0,), (1,), (0, 2, 4)]
 
 
@@ -286,7 +332,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 def of_depth(depth: int, *flags: str) -> tuple[Pretrain, torch.optim.Optimizer, dict[int, str]]:
     """What --depth says, the optimizer that is built from it, and the name of each parameter."""
     argv = [f"--depth={depth}", *flags]
-    config = dial.turn(cli.parse(Pretrain, argv, PRESETS), cli.typed(argv, Pretrain), 32768)
+    config = dial.configure(cli.parse(Pretrain, argv, PRESETS), cli.typed(argv, Pretrain), 32768)
     with torch.device("meta"):
         model = GPT(build.architecture_of(config, 64), OPS)
     return config, build.make_optimizer(config, model), {id(p): name for name, p in model.named_parameters()}
@@ -328,7 +374,7 @@ def test_the_schedules_move_every_group_and_the_decay_of_the_matrices_alone() ->
     start = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     N, W = 2520, round(0.65 * 2520)
     for iteration, rates, momentum in ((0, 1 / 40, 0.85), (200, 1.0, 0.91), (N - W, 1.0, 0.97), (N, 0.05, 0.90)):
-        dial.follow(optimizer, iteration, config)
+        dial.set_schedule(optimizer, iteration, config)
         for group in optimizer.param_groups:
             rate, decay = start[group["name"]]
             assert group["lr"] == pytest.approx(rates * rate), (iteration, group["name"])

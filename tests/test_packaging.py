@@ -175,4 +175,4 @@ def test_setup_keeps_a_good_environment(checkout: Path) -> None:
     calls = (checkout / "calls").read_text()
     assert done.returncode == 0, done.stderr
     assert "using .venv" in done.stdout and "ready" in done.stdout
-    assert "-m venv" not in calls and "-c constraints.txt -e .[data,hf,serve,dev]" in calls
+    assert "-m venv" not in calls and "-c constraints.txt -e .[data,hf,chat,serve,dev]" in calls

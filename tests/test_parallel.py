@@ -115,7 +115,7 @@ def main(mode: str, tensor: str, shard_size: str, folder: str) -> None:
             for step in range(STEPS):
                 if step == STEPS // 2:
                     out, meta = Path(folder) / f"{kind}{per_rank}", {"batches": stream.state_dict()}
-                    saving.save(out, optimizer, step=step, meta=meta)
+                    saving.save_sharded(out, optimizer, step=step, meta=meta)
                     optimizer.load_state_dict(checkpoint.load(out).optimizer)  # takes its part and goes on the same
                 update(stream)
             whole = dict(alone.named_parameters())

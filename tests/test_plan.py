@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_momentum_and_decay() -> None:
 
 def turned(*flags: str) -> Pretrain:
     config = cli.parse(Pretrain, flags, PRESETS)
-    return dial.turn(config, cli.typed(flags, Pretrain), 32768)
+    return dial.configure(config, cli.typed(flags, Pretrain), 32768)
 
 
 def test_an_optimizer_follows_the_schedule() -> None:
@@ -154,20 +155,20 @@ def test_an_optimizer_follows_the_schedule() -> None:
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     expected = {"matrices": config.matrix_lr, "embeddings": config.learning_rate, "head": config.head_lr}
     assert {name: rates[name] for name in expected} == pytest.approx(expected)
-    assert dial.follow(optimizer, 675, config) == pytest.approx(0.525 * config.learning_rate)
+    assert dial.set_schedule(optimizer, 675, config) == pytest.approx(0.525 * config.learning_rate)
     for group in optimizer.param_groups:
         assert group["lr"] == pytest.approx(0.525 * rates[group["name"]])
     matrices = next(group for group in optimizer.param_groups if group["kind"] == "muon")
     assert matrices["weight_decay"] == pytest.approx(config.weight_decay * dial.half_cosine(675, 1000))
     assert matrices["momentum"] == pytest.approx(dial.momentum(675, 1000))
     assert matrices["cautious"] and matrices["normalize"] and matrices["decay_by_shape"]
-    assert dial.follow(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
+    assert dial.set_schedule(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
 
 
 def test_a_rate_of_zero_follows_the_trapezoid() -> None:
     config = Pretrain(schedule="trapezoid", learning_rate=0.0, min_lr=0.0, warmup_iters=2, lr_decay_iters=10)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
-    assert [dial.follow(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
+    assert [dial.set_schedule(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
 
 
 # ---- train.pretrain --depth
@@ -376,3 +377,19 @@ def test_fine_tuning_a_local_pretrained_model(tmp_path: Path, text: str, capsys:
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.2
     assert "tokens per iteration will be: 512" in printed
     assert hf.load(tmp_path / "out", OPS).config.block_size == 32
+
+
+def test_a_measured_rate_stands_in_place_of_the_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (Path(__file__).parents[1] / "results" / "nvidia-h200" / "profile.jsonl").read_text().splitlines()
+    (tmp_path / "profile.jsonl").write_text("\n".join(rows))
+    best = max(json.loads(row)["tokens_per_s"] for row in rows)
+    share = mfu.utilization(best, plan.PRESETS["gpt2"], 1024, peak=plan.gpu_named("H200 SXM"))["mfu"]
+    assert share is not None and 0.3 < share < 0.5
+    assert cli.run(plan.main, ["H200 SXM", f"--measured={tmp_path}"]) == 0
+    told = capsys.readouterr().out
+    assert f"a measured MFU of {share:.0%} (gpt2)" in told
+    line = next(line for line in told.splitlines() if line.startswith("gpt2 "))
+    assert abs(float(line.split()[8].replace(",", "")) / best - 1) < 0.01  # tokens/s
+    assert cli.run(plan.main, ["H100 SXM", f"--measured={tmp_path}"]) == 2
+    assert "rows of NVIDIA H200" in capsys.readouterr().err
+    assert cli.run(plan.main, ["H200 SXM", f"--measured={tmp_path / 'none'}"]) == 2

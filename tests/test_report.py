@@ -49,13 +49,13 @@ def op_row(impl: str, M: int, ms: float, **fields: Any) -> dict[str, Any]:
 def drawn(monkeypatch) -> dict[str, Any]:
     """The figures that a test saves, by file name, still open to questions."""
     figures: dict[str, Any] = {}
-    save = report.save
+    save = report.save_figure
 
     def remember(figure: Any, path: Path, *rest: Any) -> Path:
         figures[path.name] = figure
         return save(figure, path, *rest)
 
-    monkeypatch.setattr(report, "save", remember)
+    monkeypatch.setattr(report, "save_figure", remember)
     return figures
 
 

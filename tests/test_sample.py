@@ -161,7 +161,7 @@ def test_what_else_runs_is_what_the_system_says(tmp_path: Path) -> None:
 def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise(own: dict[str, str], kept: bool) -> None:
     program = """
 import ctypes, gptfast.parallel
-gptfast.runtime.settle()
+gptfast.runtime.set_up_process()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 block = libc.malloc(2**24)

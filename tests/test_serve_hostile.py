@@ -228,6 +228,7 @@ def test_many_at_once_get_what_they_would_get_alone(
 ) -> None:
     """And a third of them leave in the middle."""
     clients, seconds, slots = chaos(40, 200), chaos(0, 60), 4
+    patience_s = float(chaos(30, 600))  # 200 wait for 4 slots
     asks = prepared(slots)
     counts: Counter[str] = Counter()
 
@@ -239,7 +240,7 @@ def test_many_at_once_get_what_they_would_get_alone(
                 await leave_midway(server, sent, draw)
                 counts["left"] += 1
             else:
-                response = await exchange(server, sent)
+                response = await exchange(server, sent, patience_s)
                 assert response is not None and response.status == 200
                 assert said(response, body["stream"]) == expected
                 counts["equal"] += 1

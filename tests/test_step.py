@@ -74,12 +74,12 @@ def trajectory(
             before = [p.detach().clone() for p in model.parameters()]
         loss = step(stream).item()
         if i == 8:
-            step.settle()
+            step.finish()
             assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
             model.transformer["wte"].weight.data.copy_(healthy)
         else:
             losses.append(loss)
-    step.settle()
+    step.finish()
     assert guard.skipped == 1 and losses[-1] < losses[0]
     if kind == "adamw":
         assert {state["step"].item() for state in optimizer.state.values()} == {UPDATES - 1}
@@ -162,7 +162,7 @@ def test_a_spike_is_refused_on_the_device() -> None:
     model.lm_head.weight.data *= 30
     before = [p.detach().clone() for p in model.parameters()]
     step(iter(batches(1)))
-    step.settle()
+    step.finish()
     assert guard.news and "is a spike over 3.9010" in guard.news[0][1]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -184,7 +184,7 @@ def test_a_compiled_step_refuses_too() -> None:
         before = model.transformer["h"][0].mlp.c_fc.weight.detach().clone()
         model.lm_head.weight.data[0] = math.inf
         step(iter(batches(1)))
-        step.settle()
+        step.finish()
         assert torch.equal(model.transformer["h"][0].mlp.c_fc.weight, before)
     assert norms[2] == pytest.approx(norms[0], rel=1e-4) and not math.isfinite(norms[1] + norms[3])
 

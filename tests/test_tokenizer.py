@@ -28,7 +28,7 @@ from gptfast.tokenizer import (
     load_bpe,
     load_tokenizer,
 )
-from gptfast.tokenizer_json import GPT2_PATTERN
+from gptfast.tokenizer_json import GPT2_PATTERN, halves
 from train.tokenizer import train_bpe
 
 
@@ -423,3 +423,32 @@ def test_a_tokenizer_json_that_is_cut_is_refused(gpt2_like: tokenizers.Tokenizer
 def test_the_rank_file_is_base64_and_rank(saved: Path) -> None:
     first, *_, last = (saved / "ranks.tiktoken").read_text().splitlines()
     assert base64.b64decode(first.split()[0]) == b"!" and first.split()[1] == "0" and last.split()[1] == "690"
+
+
+def test_halves_are_those_of_merging_in_order_and_a_long_token_takes_no_time() -> None:
+    draw = random.Random(0)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < 700:
+        left, right = (draw.choice(list(ranks)[97:100] + list(ranks)[256:]) for _ in range(2))
+        ranks.setdefault(left + right, len(ranks))
+
+    def slow(token: bytes) -> tuple[bytes, ...]:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            rank, place = min((ranks.get(parts[i] + parts[i + 1], 10**6), i) for i in range(len(parts) - 1))
+            if rank >= ranks[token]:
+                return ()
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        return tuple(parts)
+
+    outcomes = set()
+    for token in [token for token in ranks if len(token) > 1]:
+        try:
+            found: tuple[bytes, ...] = halves(token, ranks)
+        except UserError:
+            found = ()
+        assert found == slow(token)
+        outcomes.add(bool(found))
+    assert outcomes == {True, False}
+    doubled = {bytes([byte]): byte for byte in range(256)} | {b"a" * 2**i: 255 + i for i in range(1, 19)}
+    assert halves(b"a" * 2**18, doubled) == (b"a" * 2**17, b"a" * 2**17)

@@ -7,6 +7,7 @@ from kernels import OPS
 from kernels._triton import jit, tl
 from kernels.proof import traffic
 from kernels.proof.interpret import interpreting
+from kernels.proof.options import varied
 
 REPORTED = sorted({row["op"] for row in traffic.read_report()})
 
@@ -65,7 +66,7 @@ def test_every_op_that_memory_bounds_is_in_the_report():
     bound = {
         (op.name, str(dict(dims)))
         for op in OPS.values()
-        for dims in op.bench
+        for dims in (*op.bench, *varied(op))
         if any(map(traffic.is_bound_by_memory, op.cost(**dims, itemsize=2)))
     }
     assert bound == {(row["op"], str(row["dims"])) for row in traffic.read_report()}

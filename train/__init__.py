@@ -1,5 +1,5 @@
 """Preparing data and training models, each a command: `python -m train.prepare`, `train.pretrain`, `train.speedrun`."""
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
-settle()  # before any page here imports torch
+set_up_process()  # before any page here imports torch

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from gptfast import checkpoint, fp8, hf, mfu, runtime
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, config_of
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
 from gptfast.parallel.team import Team
 from gptfast.step import no_graph
-from gptfast.tokenizer import GPT2_VOCAB, load_tokenizer, read_meta
+from gptfast.tokenizer import GPT2_VOCAB, check_vocab, load_tokenizer, read_meta
 from train import dial
 from train.config import Pretrain
 
@@ -39,6 +39,7 @@ def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
     if meta is not None:
+        check_vocab(meta, folder)
         print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
         return meta["vocab_size"], meta["tokenizer"]
     if (folder / "meta.pkl").exists():
@@ -70,9 +71,8 @@ def build_model(
     print(f"kernels:\n{ops}")
     if saved is not None:
         print(f"Resuming training from {saved.path}")
-        architecture = GPTConfig(**saved.meta["model"])
-        model = GPT(dataclasses.replace(architecture, dropout=config.dropout), ops, dtype)
-        model.load_state_dict(saved.model)
+        architecture = dataclasses.replace(config_of(saved.meta.get("model")), dropout=config.dropout)
+        model = GPT.of(architecture, saved.model, ops, dtype, where=str(saved.path))
     elif config.init_from == "scratch":
         print("Initializing a new model from scratch")
         tokens = vocab_size or GPT2_VOCAB

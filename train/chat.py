@@ -19,11 +19,11 @@ from itertools import islice
 from pathlib import Path
 
 from gptfast import cli, runtime
-from gptfast.aside import LOCK, locked
+from gptfast.aside import LOCK, locked, unwritable
 from gptfast.chat.conversation import text_of
 from gptfast.errors import UserError
 from gptfast.report import card
-from train import evaluate, pretrain, rl, sft, trainer
+from train import evaluate, pretrain, rl, sft
 from train.prepare import PrepareConfig, prepare_as, pystdlib_text
 from train.tasks import Identity, Where, find
 from train.tokenizer import train_bpe
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     device = runtime.choose_device(config.device, typed="device" in cli.typed(argv, ChatRun))
     out = Path(config.out_dir)
-    with trainer.unwritable(config.out_dir), locked(out):
+    with unwritable(out), locked(out):
         if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"--out_dir={out}: it holds files already; choose another, or remove it")
         for title, stage in STAGES.items():
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
             print(f"== {title}: {time.perf_counter() - before:.0f} s")
         path = card.write([out / stage for stage in ("base", "sft", "rl")], out)
     print(f"\n{path}: written {time.perf_counter() - started:.0f} s after the start")
+    print(f"talk to it here:         python -m gptfast.chat {out / 'rl'}")
+    print(f"or in a browser:         python -m gptfast.serve --out_dir={out / 'rl'}")
 
 
 def make_data(config: ChatRun, out: Path, device: str) -> None:

@@ -17,7 +17,8 @@ NOT_NEGATIVE = (
     "eval_interval", "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "spike",
     "max_skips",
     "depth",
-    "target_flops", "total_batch_size", "shard_size", "vocab_size", "momentum_iters", "num_samples",
+    "target_flops", "total_batch_size", "shard_size", "vocab_size", "momentum_iters", "num_samples", "matrix_lr",
+    "head_lr", "scalar_lr",
 )  # fmt: skip
 
 
@@ -58,10 +59,7 @@ class Pretrain:
     compile: bool = True  # compile with torch.compile: faster steps after a slow start
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
-    fp8: bool = (
-        False  # multiply in 8-bit floats in the blocks' large linear maps while training: sm_89 and newer; a CPU
-    )
-    # emulates it
+    fp8: bool = False  # train the blocks' large linear maps in 8-bit floats: on sm_89 and newer; a CPU emulates it
     cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
@@ -145,7 +143,7 @@ class Pretrain:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         for name in NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
         if self.optimizer != "adamw":
             for name in ("learning_rate", "matrix_lr"):
@@ -170,3 +168,13 @@ class Pretrain:
         for name in ("beta1", "beta2", "momentum", "momentum_start", "normalize_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 0 and below 1")
+
+
+def check_rates(config: Pretrain) -> Pretrain:
+    """The config of a run that is new from here on, if its rate can fall as it says. Raises UserError."""
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        raise UserError(
+            f"--min_lr={config.min_lr:g} is above --learning_rate={config.learning_rate:g}, so the rate would rise; "
+            "lower it too, or give --decay_lr=False"
+        )
+    return config

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 from train.score import Encoder, Score
 from train.tasks.core import CoreTask, prompts
 
 PREFIX = "core:"  # of a task's name beside those of conversations, two of which have the same
 FORM = 1  # of what is judged how; another makes notes of before worthless
-CHUNK = 8  # batches: so many are sorted by length together, and judged between two notes of how far it came
+SHORT = 4  # times as many sequences in a batch where they are short
+CHUNK = 8  # times batch_size: items that are sorted by length together, and make one line of the journal
 
 # tokens (B, T) int64, rows and columns (N,) int64 -> logits (N, V) of what follows tokens[rows, columns]
 LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -84,21 +86,32 @@ def judge(reader: Reader, task: CoreTask, indices: Sequence[int], batch_size: in
     """Whether the model gets each of these items right."""
     sequels = [sequels_of(task, index, reader.tokenizer, reader.context) for index in indices]
     flat = [sequel for of_item in sequels for sequel in of_item]
-    order = sorted(range(len(flat)), key=lambda i: -len(flat[i].ids))  # the longest first: memory fails at once
     likely: dict[int, tuple[float, bool]] = {}
-    for first in range(0, len(flat), batch_size):
-        batch = order[first : first + batch_size]
+    for batch in batches([len(sequel.ids) for sequel in flat], batch_size, reader.context):
         likely |= zip(batch, read(reader, [flat[i] for i in batch]), strict=True)
-    right, place = [], 0
+    right, first = [], 0
     for index, of_item in zip(indices, sequels, strict=True):
-        found = [likely[place + i] for i in range(len(of_item))]
-        place += len(of_item)
+        nats, hits = zip(*(likely[first + i] for i in range(len(of_item))), strict=True)
+        first += len(of_item)
         if task.kind == "language_modeling":
-            right.append(found[0][1])
+            right.append(hits[0])
         else:
-            nats = [mean for mean, _ in found]
             right.append(nats.index(min(nats)) == task.items[index]["gold"])
     return right
+
+
+def batches(lengths: Sequence[int], batch_size: int, context: int) -> Iterator[list[int]]:
+    """The places in `lengths`, in batches of no more tokens, padded, than `batch_size` sequences of a whole context.
+
+    The longest come first, so that what does not fit into memory fails at once; and at most SHORT times as many
+    sequences as `batch_size`, because what is judged of each takes a row of logits.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    first = 0
+    while first < len(order):
+        count = min(SHORT * batch_size, max(1, batch_size * context // lengths[order[first]]))
+        yield order[first : first + count]
+        first += count
 
 
 def read(reader: Reader, batch: Sequence[Sequel]) -> list[tuple[float, bool]]:
@@ -129,13 +142,13 @@ def sequels_of(task: CoreTask, index: int, tokenizer: Encoder, context: int) -> 
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     ids = [begin + tokenizer.encode(text) for text in texts]
     if task.kind == "schema":
-        same = _common([found[::-1] for found in ids])
-        starts = [len(found) - same for found in ids]
+        ending = _common([sequence[::-1] for sequence in ids])
+        starts = [len(sequence) - ending for sequence in ids]
     else:
         starts = [_common(ids)] * len(ids)
     if task.kind == "language_modeling":
         ids, starts = ids[1:], starts[1:]
-    return [_cut(task, found, start, context) for found, start in zip(ids, starts, strict=True)]
+    return [_cut(task, sequence, start, context) for sequence, start in zip(ids, starts, strict=True)]
 
 
 def _cut(task: CoreTask, ids: list[int], start: int, context: int) -> Sequel:
@@ -168,9 +181,9 @@ class Journal:
         self._known: dict[tuple[str, int], list[bool]] = {}
         if path is None or not path.is_file():
             return
-        for line in path.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last may have been cut off
-                row = json.loads(line)
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(*untrusted.STRANGE):  # the last may have been cut off
+                row = untrusted.parsed(line)
                 self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
 
     def read(self, key: str, first: int) -> list[bool] | None:

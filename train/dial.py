@@ -16,12 +16,12 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from gptfast import mfu
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, nanochat
 from gptfast.errors import UserError
 from gptfast.optim import set_learning_rate, set_scheduled
 from train.config import Pretrain
@@ -29,7 +29,6 @@ from train.config import Pretrain
 Architecture = Literal["nanochat", "gptfast"]
 # All from nanochat at 92d63d4: gpt.py, scripts/base_train.py, optim.py
 ASPECT, HEAD_DIM, REFERENCE_DEPTH = 64, 128, 12
-WINDOW_PATTERN, WINDOW_MULTIPLE = "SSSL", 128  # the window is a quarter of the context, rounded up
 VOCAB, CONTEXT, BATCH_SIZE = 32768, 2048, 32
 REFERENCE_BATCH, BATCH_EXPONENT, RATIO = 2**19, 0.383, 12.0
 WARMUP, WARMDOWN, FLOOR = 40, 0.65, 0.05
@@ -58,18 +57,14 @@ def model_of(
     if depth < 1:
         raise UserError(f"--depth={depth}: must be at least 1")
     width = _width(depth, head_dim)
-    ours = GPTConfig(
-        block_size=context, vocab_size=vocab_size, n_layer=depth, n_head=width // head_dim, n_embd=width, bias=False,
-        norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, softcap=15.0,
+    shape: dict[str, Any] = dict(
+        block_size=context, vocab_size=vocab_size, n_layer=depth, n_head=width // head_dim, n_embd=width,
     )  # fmt: skip
-    if architecture == "gptfast":
-        return ours
-    short = -(-context // (4 * WINDOW_MULTIPLE)) * WINDOW_MULTIPLE
-    return dataclasses.replace(
-        ours, norm_eps=torch.finfo(torch.float32).eps, embedding_norm=True, window_pattern=WINDOW_PATTERN, window=short,
-        value_embeddings=True, residual_scalars=True, smear=True, backout=True, rope_base=100_000.0, rope_sign=-1,
-        qk_gain=1.2, initialization="nanochat",
-    )  # fmt: skip
+    if architecture == "nanochat":
+        return nanochat(**shape)
+    return GPTConfig(
+        **shape, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, softcap=15.0
+    )
 
 
 def sizes(config: GPTConfig, architecture: Architecture = "gptfast") -> Sizes:
@@ -144,7 +139,7 @@ def recipe(
     )
 
 
-def turn(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
+def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
     """`config` with what follows from its depth, in all that neither the command line (`typed`) nor a preset chose.
 
     Raises UserError for a shape typed beside the depth, and for a batch that micro-batches do not divide.
@@ -237,7 +232,7 @@ def learning_rate(iteration: int, schedule: Schedule) -> float:
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
     """Sets what changes from update to update; returns the learning rate.
 
     The cosine changes the rates alone; trapezoid and linear also Muon's momentum and the matrices' weight decay.

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from gptfast import untrusted
 from gptfast.aside import file_aside, flush, locked
 from gptfast.data import HEADER, header, itemsize
 from gptfast.errors import UserError
@@ -425,15 +426,18 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
             raise UserError(f"{folder} holds token files already; choose another name, or remove it")
         job = Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
         job.rewind()
+        job.save()  # so that no file is there that it does not tell of, whenever this ends
         return job
-    progress = json.loads(path.read_text("utf-8"))
-    _check_same(folder, _but_for_files_to_come(progress, settings), settings)
-    parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
-    job = Job(
-        folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
-        progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
-    )  # fmt: skip
-    job.rewind()
+    fix = f"remove {folder} and begin again"
+    progress = untrusted.json_object(path, fix)
+    with untrusted.expected(str(path), fix):
+        _check_same(folder, _but_for_files_to_come(progress, settings), settings)
+        parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
+        job = Job(
+            folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
+            progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
+        )  # fmt: skip
+        job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
     return job
 
@@ -491,9 +495,12 @@ def _check_files(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """Compares every file with its sha256."""
     from tqdm import tqdm
 
-    for name, entry in tqdm(meta["files"].items(), desc=f"checking {folder.name}", unit=" files"):
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
-            raise UserError(f"{path} is missing or damaged (its sha256 differs); remove {folder} and prepare it again")
-    print(f"{folder} is whole: {sum(entry['tokens'] for entry in meta['files'].values()):,} tokens")
+    with untrusted.expected(f"{folder / MANIFEST}", f"remove {folder} and prepare it again"):
+        for name, entry in tqdm(meta["files"].items(), desc=f"checking {folder.name}", unit=" files"):
+            path = folder / name
+            if not path.is_file() or sha256_of(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path} is missing or damaged (its sha256 differs); remove {folder} and prepare it again"
+                )
+        print(f"{folder} is whole: {sum(entry['tokens'] for entry in meta['files'].values()):,} tokens")
     return meta

@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast import cli, hf, runtime
+from gptfast import cli, hf, runtime, untrusted
+from gptfast.aside import check_writable, unwritable, write_whole
 from gptfast.chat.conversation import Chat
 from gptfast.data import load_tokens, parts_of
 from gptfast.errors import UserError, nearest
@@ -39,7 +40,7 @@ from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
 from kernels import Ops
 from train import core, score
-from train.files import decoded
+from train.files import TEXT_BYTES, decoded
 from train.score import Encoder
 from train.tasks import Where, judged
 from train.tasks.core import CoreTask
@@ -57,9 +58,8 @@ class Evaluate:
     data_dir: str = "data"  # folder of the prepared data sets
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
-    batch_size: int = 8  # windows at once
-    tasks: str = ""  # tasks of train/tasks to be judged by instead of a text: all, or names with commas between; core:
-    # all 22 of CORE, core:NAME one of them
+    batch_size: int = 8  # windows at once; of CORE, as many tokens as they have
+    tasks: str = ""  # in place of a text, tasks of train/tasks: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
     samples: int = 1  # answers to each problem, of which one must pass
@@ -139,6 +139,8 @@ def main(argv: list[str]) -> None:
     dtype, why = runtime.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
     ops = runtime.choose_ops(config.kernels, device)
+    if config.out_dir:
+        check_writable(Path(config.out_dir))
     if config.tasks:
         return score_tasks(config, ops, dtype, device)
     documents = read_documents(config)
@@ -193,11 +195,11 @@ def core_tasks(config: Evaluate, named: Sequence[str]) -> list[CoreTask]:
     bundle = read_core(config.task_dir, config.data_dir, config.max_examples)
     if "core" in named:
         return list(bundle.values())
-    found = [name.removeprefix(core.PREFIX) for name in named]
-    for name in found:
+    asked = [name.removeprefix(core.PREFIX) for name in named]
+    for name in asked:
         if name not in bundle:
             raise UserError(f"unknown task {core.PREFIX}{name}{nearest(name, bundle)}; core means all")
-    return [bundle[name] for name in found]
+    return [bundle[name] for name in asked]
 
 
 def _made(folder: str) -> Path:
@@ -214,21 +216,14 @@ def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score
     chat = Chat(_tokenizer(source, folder))  # type: ignore[arg-type]
     reason = hf.why_not(folder)
     if reason:
-        print(f"{source} runs through transformers: {reason}")
-        auto = _import_transformers().AutoModelForCausalLM
-        theirs = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True)
-        return score.Theirs(theirs.to(device).eval(), chat)
+        return score.Theirs(_theirs(source, folder, reason, dtype, device), chat)
     return score.Ours(hf.load(source, ops, dtype=dtype).to(device).eval(), chat)
 
 
 def write_scores(scores: dict[str, list[score.Score]], whole: Sequence[str], out_dir: str, device: str) -> None:
     """tasks.md, and a row for each model and task in tasks.jsonl; one of CORE where `whole` lists its tasks."""
-    try:
-        log = Log(out_dir, name="tasks.jsonl")
-        (Path(out_dir) / "tasks.md").write_text(score.table(scores, whole) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
-    with log:
+    write_whole(Path(out_dir) / "tasks.md", score.table(scores, whole) + "\n")
+    with unwritable(Path(out_dir)), Log(out_dir, name="tasks.jsonl") as log:
         for name, found in scores.items():
             for s in found:
                 log.row(
@@ -256,11 +251,11 @@ def read_documents(config: Evaluate) -> list[str]:
     """The text file as one document; or the documents of a split, decoded."""
     if config.text:
         try:
-            documents = [decoded(Path(config.text).read_bytes(), Path(config.text))]
+            documents = [decoded(untrusted.content(config.text, TEXT_BYTES), Path(config.text))]
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = getattr(error, "strerror", None) or error
+            reason = untrusted.reason(error)
             raise UserError(f"--text={config.text}: cannot read it ({reason}); name a text file") from None
     else:
         folder = Path(config.data_dir) / config.dataset
@@ -417,14 +412,38 @@ def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) 
     reason = hf.why_not(folder)
     if not reason:
         model = hf.load(source, ops, dtype=dtype).to(device).eval()
-        return model, model.config.block_size, _tokenizer(source, folder)
-    print(f"{source} runs through transformers: {reason}")
-    auto = _import_transformers().AutoModelForCausalLM
-    theirs = _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
+        return model, model.config.block_size, Fitting(source, _tokenizer(source, folder), model.config.vocab_size)
+    theirs = _theirs(source, folder, reason, dtype, device)
     longest = getattr(theirs.config, "max_position_embeddings", None) or context
     if not longest:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return theirs, longest, _tokenizer(source, folder)
+    return theirs, longest, Fitting(source, _tokenizer(source, folder), theirs.get_input_embeddings().num_embeddings)
+
+
+class Fitting:
+    """A tokenizer whose ids its model of `vocabulary` tokens has. Raises UserError, before the model sees it, for more.
+
+    On a GPU a lookup beyond the table ends the process.
+    """
+
+    def __init__(self, source: str, tokenizer: Encoder, vocabulary: int) -> None:
+        self.source, self.tokenizer, self.vocabulary = source, tokenizer, vocabulary
+        self.bos = tokenizer.bos
+        self._check([] if self.bos is None else [self.bos])
+
+    def encode(self, text: str) -> list[int]:
+        return self._check(self.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _check(self, ids: list[int]) -> list[int]:
+        if ids and max(ids) >= self.vocabulary:
+            raise UserError(
+                f"{self.source}: its tokenizer has a token {max(ids)} where its model has {self.vocabulary} tokens; "
+                "give the tokenizer that belongs to it"
+            )
+        return ids
 
 
 def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -434,6 +453,13 @@ def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     settings: dict[str, Any] = {"ignore_index": IGNORED, "softcap": model.config.softcap, "reduction": "sum"}
     rows = zip(h, targets, strict=True)
     return torch.stack([model.ops.linear_cross_entropy(row, weight, wanted, **settings) for row, wanted in rows])
+
+
+def _theirs(source: str, folder: Path, reason: str, dtype: torch.dtype, device: str) -> Any:
+    """The model of transformers, because of `reason` not ours."""
+    print(f"{source} runs through transformers: {reason}")
+    auto = _import_transformers().AutoModelForCausalLM
+    return _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
 
 def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:
@@ -514,12 +540,8 @@ def _plus_minus(error: float, digits: int) -> str:
 
 def write(results: Sequence[Result], out_dir: str, device: str) -> None:
     """evaluation.md, and a row for each model in evaluation.jsonl."""
-    try:
-        log = Log(out_dir, name="evaluation.jsonl")
-        (Path(out_dir) / "evaluation.md").write_text(table(results) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
-    with log:
+    write_whole(Path(out_dir) / "evaluation.md", table(results) + "\n")
+    with unwritable(Path(out_dir)), Log(out_dir, name="evaluation.jsonl") as log:
         for r in results:
             log.row(
                 "summary", name=r.name, parameters=r.parameters, context=r.context, tokens=r.tokens, bytes=r.bytes,

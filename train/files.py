@@ -28,6 +28,7 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "t
 PACKED = (".gz", ".zst", ".xz", ".bz2")
 NO_DOCUMENTS = ("readme", "license", "dataset_info", "dataset_infos")
 GO_ON = "mend or remove it; the same command goes on from there"
+TEXT_BYTES = 2**30  # a text is read into memory, where it takes some times its size
 ROWS_AT_ONCE = 64  # of parquet
 
 

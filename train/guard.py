@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import signal
 import statistics
 import threading
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Literal, Self
 
 from gptfast.errors import UserError
 from gptfast.step import Batch
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers warn by SIGTERM or SIGUSR1, people by SIGINT
+# Schedulers warn by SIGTERM or SIGUSR1, people by SIGINT, and a terminal that is closed by SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # accepted losses that a spike is measured against
 WARM_WINDOW = 16  # as few as these already tell a spike
 
@@ -47,7 +51,9 @@ class Stopper:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            wanted = [number for number in SIGNALS if not (number == signal.SIGHUP and is_nohup)]
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,13 +74,49 @@ class Stopper:
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if self.signum == signal.SIGINT == signum:
-            os.write(2, b"interrupted again: leaving without a save\n")  # print may be what this interrupts
+            tell("interrupted again: leaving without a save")
             os._exit(128 + signum)
         self.signum = signum
-        os.write(2, f"{signal.Signals(signum).name}: saving, then leaving\n".encode())
+        tell(f"{signal.Signals(signum).name}: saving, then leaving")
         if not self._held:
             self._held = True  # what is done about this one is not to be interrupted by the next
             raise Stopped(signum)
+
+
+def tell(text: str) -> None:
+    """Says it on stderr, if that is still there; print may be what a signal interrupts."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+class Output(io.TextIOBase):
+    """Stdout while training: where it cannot be written, as after `| head`, the run saves and leaves as by a signal.
+
+    So the update that is being made is finished first. What is printed from then on goes nowhere.
+    """
+
+    def __init__(self, stream: Any, stopper: Stopper) -> None:
+        self.stream, self.stopper = stream, stopper
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return self.failure is None and bool(self.stream.isatty())
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if self.failure is None:
+            try:
+                write()
+            except OSError as error:
+                self.failure = error
+                self.stopper.signum = self.stopper.signum or signal.SIGPIPE
+                tell("the output cannot be written any more: saving, then leaving")
 
 
 class Refused(UserError):

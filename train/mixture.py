@@ -69,7 +69,7 @@ class Mixture:
 
     def order(self, epoch: int) -> np.ndarray:
         """(len, 2) int64: which part, and which of its conversations, in the order of this epoch."""
-        found = []
+        orders = []
         for number, part in enumerate(self.parts):
             place = epoch * part.per_epoch + np.arange(part.per_epoch)
             rounds, within = np.divmod(place, len(part.examples))
@@ -77,8 +77,8 @@ class Mixture:
             for turn in np.unique(rounds):  # each conversation once in every round through the part
                 shuffled = np.random.default_rng((self.seed, number, int(turn))).permutation(len(part.examples))
                 which[rounds == turn] = shuffled[within[rounds == turn]]
-            found.append(np.stack((np.full_like(which, number), which), axis=1))
-        together = np.concatenate(found)
+            orders.append(np.stack((np.full_like(which, number), which), axis=1))
+        together = np.concatenate(orders)
         return together[np.random.default_rng((self.seed, len(self.parts), epoch)).permutation(len(together))]
 
     def example(self, part: int, index: int) -> Example:
@@ -272,16 +272,16 @@ class ConversationBatches:
 
     def _pieces(self, part: int, index: int) -> list[tuple[list[int], list[int]]]:
         """Ids and mask of each piece of a conversation. Over all pieces, each id that is learnt is a target once."""
-        found = self._rendered.get((part, index))
-        if found is None:
+        pieces = self._rendered.get((part, index))
+        if pieces is None:
             ids, mask = self.chat.render(self.mixture.example(part, index).messages)
             width, inside = self.block_size + 1, self.block_size
-            found = [(ids[:width], mask[:width])]
+            pieces = [(ids[:width], mask[:width])]
             for first in range(width, len(ids), inside):
                 last = first + inside
-                found.append(([self.chat.bos, *ids[first:last]], [0, *mask[first:last]]))
-            self._rendered[part, index] = found
-        return found
+                pieces.append(([self.chat.bos, *ids[first:last]], [0, *mask[first:last]]))
+            self._rendered[part, index] = pieces
+        return pieces
 
     def _forget(self, piece: Piece) -> None:
         """Keeps what was rendered only as long as a piece of it waits."""

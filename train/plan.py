@@ -22,12 +22,15 @@ Time = FLOPs / (GPUs · peak · MFU), exact FLOPs and dense bf16 peaks (gptfast/
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from gptfast import cli, mfu
+from gptfast import cli, mfu, report
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.errors import UserError
 from train import dial
@@ -51,6 +54,7 @@ class Plan:
     vocab_size: int = dial.VOCAB  # of the dial's models
     ratio: float = dial.RATIO  # tokens to train on for each weight of the blocks and the head
     assumed_mfu: float = 0.4  # the part of the peak that training reaches
+    measured: str = ""  # folder of rows, as results/nvidia-h200: what training reached there, in place of assumed_mfu
     prices: str = "H100 SXM=3"  # dollars for an hour of a GPU, NAME=DOLLARS with commas between; n/a for all others
     architecture: dial.Architecture = "nanochat"  # whose model of a depth to count
 
@@ -145,10 +149,10 @@ def _gpu_here() -> str:
 
 def gpu_named(name: str) -> mfu.Peak:
     """The GPU of that name. Raises UserError for one whose peak is not known."""
-    found = mfu.peak(name)
-    if found is None or found.bf16 is None:
+    peak = mfu.peak(name)
+    if peak is None or peak.bf16 is None:
         raise UserError(f"{name}: {mfu.why_unknown(name)}")
-    return found
+    return peak
 
 
 def prices_of(text: str) -> dict[str, float]:
@@ -167,28 +171,67 @@ def prices_of(text: str) -> dict[str, float]:
 def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     """A line for each model: what it counts, the largest micro-batch that fits, and time and price of its training."""
     price = prices_of(config.prices).get(gpu.device)
+    reached = measured_mfu(config.measured, gpu) if config.measured else {}
+    at = ", ".join(f"{share:.0%} ({name})" for name, share in reached.items())
     lines = [
         f"{config.n_gpu} x {gpu.device}, {_or_na(gpu.memory_gb, 'g', ' GB')} and {_tera(gpu.bf16)} bf16 TFLOP/s each, "
-        f"at an assumed MFU of {config.assumed_mfu:.0%}; contexts of {config.context} tokens",
+        f"at {f'a measured MFU of {at}' if reached else f'an assumed MFU of {config.assumed_mfu:.0%}'}; "
+        f"contexts of {config.context} tokens",
         "",
         f"{'model':<12}{'parameters':>15}{'FLOP/token':>12}{'tokens':>17}{'an update':>11}{'updates':>9}{'batch':>7}"
         f"{'GB':>7}{'tokens/s':>12}{'hours':>10}{'dollars':>10}",
     ]
-    for name, model, counted, found in _models(config):
-        tokens = found.batch_tokens * found.iterations
-        batch = _micro_batch(model, gpu, found.batch_tokens // config.n_gpu)
+    for name, model, counted, recipe in _models(config):
+        tokens = recipe.batch_tokens * recipe.iterations
+        batch = _micro_batch(model, gpu, recipe.batch_tokens // config.n_gpu)
         held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
         flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
-        spent = None if batch == 0 else _gpu_hours(flops, gpu, config.assumed_mfu)
+        spent = None if batch == 0 else _gpu_hours(flops, gpu, nearest_mfu(reached, model) or config.assumed_mfu)
         hours = spent and spent / config.n_gpu
         lines.append(
-            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{found.batch_tokens:>11,}"
-            f"{found.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
+            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
+            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
             f"{_or_na(spent and price and spent * price, ',.0f'):>10}"
         )
     note = f"\n\nbatch: sequences of the largest micro-batch that fits and one update can use; 0: not one fits. {NOTE}"
     return "\n".join(lines) + note
+
+
+def measured_mfu(folder: str, gpu: mfu.Peak) -> dict[str, float]:
+    """By preset, the most that a training step reached on this GPU, from the rows of `bench model` and `bench profile`.
+
+    Raises UserError where the folder has no such row, or rows of another GPU.
+    """
+    paths = [path for name in ("model", "profile") if (path := Path(folder) / f"{name}.jsonl").is_file()]
+    reached: dict[str, float] = {}
+    for row in report.read(paths):
+        if (
+            row["what"] not in ("model", "profile")
+            or row["name"] not in PRESETS
+            or row.get("direction", "train") != "train"
+        ):
+            continue
+        device = mfu.peak(row["hardware"]["name"])
+        if device is None or device.device != gpu.device:
+            raise UserError(
+                f"--measured={folder}: rows of {row['hardware']['name']}, not of {gpu.device}; name that GPU"
+            )
+        model = PRESETS[row["name"]]
+        T = row.get("dims", {}).get("T", model.block_size)
+        share = mfu.utilization(row["tokens_per_s"], model, T, peak=gpu, dtype=getattr(torch, row["dtype"]))["mfu"]
+        if share is not None and row.get("valid", True):
+            reached[row["name"]] = max(share, reached.get(row["name"], 0.0))
+    if not reached:
+        raise UserError(f"--measured={folder}: no row of a training step there; make some with python -m bench model")
+    return reached
+
+
+def nearest_mfu(reached: Mapping[str, float], model: GPTConfig) -> float | None:
+    """What the model nearest in size reached."""
+    size = math.log(dial.sizes(model).parameters)
+    distance = lambda name: abs(math.log(dial.sizes(PRESETS[name]).parameters) - size)
+    return reached[min(reached, key=distance)] if reached else None
 
 
 def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
@@ -200,14 +243,14 @@ def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
             for d in (depth, dial.REFERENCE_DEPTH)
         )
         counted = dial.sizes(model, config.architecture)
-        found = dial.recipe(
+        recipe = dial.recipe(
             counted, dial.sizes(reference, config.architecture), model.n_embd, ratio=config.ratio
         )  # fmt: skip
-        rows.append((f"d{depth}", model, counted, found))
+        rows.append((f"d{depth}", model, counted, recipe))
     for name in PUBLISHED if not config.depth else ():
         counted, reference_counted = dial.sizes(PRESETS[name]), dial.sizes(PRESETS["gpt2"])
-        found = dial.recipe(counted, reference_counted, PRESETS[name].n_embd, ratio=config.ratio)
-        rows.append((name, PRESETS[name], counted, found))
+        recipe = dial.recipe(counted, reference_counted, PRESETS[name].n_embd, ratio=config.ratio)
+        rows.append((name, PRESETS[name], counted, recipe))
     return rows
 
 

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptfast import cli
+from gptfast import cli, untrusted
 from gptfast.aside import locked
 from gptfast.data import header, inspect, itemsize
 from gptfast.errors import UserError, nearest
@@ -51,7 +51,7 @@ from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
 from train import conversations
 from train.documents import Documents, Shape, make_shards, replace
 from train.download import download, sha256_of
-from train.files import builder_of, decoded, exists
+from train.files import TEXT_BYTES, builder_of, decoded, exists
 
 TRAIN_FRACTION = 0.9
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -68,8 +68,8 @@ READY = {  # name: data set, beginning of its files' names, number of those for 
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
 READY_TOKENS = 100_000_000  # in each of those files
+OF_DOCUMENTS = ("val_fraction", "shard_tokens", "processes", "max_tokens")  # flags
 DATA_SETS = (*TEXTS, *ON_THE_HUB, *READY)
-TEXT_BYTES = 2**30  # a text is read into memory, where it takes some times its size
 
 PYSTDLIB_CHARACTERS = 8_000_000
 PYSTDLIB_LEFT_OUT = {
@@ -117,13 +117,16 @@ def prepare_as(config: PrepareConfig) -> Path:
     folder = Path(config.data_dir) / config.name
     try:
         if config.name == "chat":
+            _no_flags(config, "for documents", "column", *OF_DOCUMENTS)
             conversations.prepare(
                 config.source, folder, tokenizer=config.tokenizer, subset=config.subset, split=config.split
             )
         elif config.name in READY and not config.source:
+            _no_flags(config, "for other data", "tokenizer", "column", "subset", "split", *OF_DOCUMENTS[:-1])
             with locked(folder):
                 _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):
+            _no_flags(config, "for documents, and this is one text", "column", "subset", "split", *OF_DOCUMENTS)
             text, origin, sha256 = _text(config.name, folder, config.source or None)
             _write_text(
                 folder, text, origin, sha256, config.tokenizer or ("gpt2" if config.name == "shakespeare" else "char")
@@ -134,6 +137,13 @@ def prepare_as(config: PrepareConfig) -> Path:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {folder}: {reason}; free some space or choose another --data_dir") from None
     return folder
+
+
+def _no_flags(config: PrepareConfig, meant_for: str, *names: str) -> None:
+    """Raises UserError for a flag that would be ignored."""
+    for name in names:
+        if getattr(config, name) != getattr(PrepareConfig, name):
+            raise UserError(f"--{name}={getattr(config, name)} is {meant_for}; leave it out")
 
 
 def _is_text(config: PrepareConfig) -> bool:
@@ -240,9 +250,11 @@ def _read_text(path: Path, origin: str) -> tuple[str, str, str]:
                 f"{path} has {path.stat().st_size:,} bytes, and a text is read whole; "
                 "put its documents into a .jsonl file, or into a folder of .txt files"
             )
-        content = path.read_bytes()
+        content = untrusted.content(path, TEXT_BYTES)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
+        reason = untrusted.reason(error)
         raise UserError(f"cannot read {origin[:200]}: {reason}; give an existing text file with --source") from None
     return decoded(content, path), origin, hashlib.sha256(content).hexdigest()
 

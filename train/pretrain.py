@@ -5,8 +5,8 @@
         --dropout=0.0
 
 `--init_from=resume` goes on where the last checkpoint of out_dir stands, bit for bit on a CPU; `--resume=latest` does
-too, and starts anew where there is none, so that one command starts and restarts a job. Ctrl-C, SIGTERM and SIGUSR1
-save and leave; a second Ctrl-C leaves at once.
+too, and starts anew where there is none, so that one command starts and restarts a job. Ctrl-C, SIGTERM, SIGUSR1,
+SIGHUP and an output that nobody reads any more save and leave; a second Ctrl-C leaves at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gptfast import cli
 from gptfast.parallel import launch, leave
 from train import dial, plan
 from train.build import architecture_of, vocab_size_of
-from train.config import Pretrain
+from train.config import Pretrain, check_rates
 from train.presets import PRESETS
 from train.trainer import Recipe, started, train
 
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
     for key in typed if not launch().rank else ():
         print(f"Overriding: {key} = {getattr(config, key)}")
     if config.depth:
-        config = dial.turn(config, typed, vocab_size_of(config))
+        config = dial.configure(config, typed, vocab_size_of(config))
+    check_rates(config)
     if config.dry_run:
         print(plan.describe(config, architecture_of(config, vocab_size_of(config))))
         return

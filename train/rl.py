@@ -113,11 +113,12 @@ class Questions:
         self.config = dataclasses.replace(config, gradient_accumulation_steps=per_update)
         self.reward = 0.0  # mean of the answers that were drawn last
         self.tokens = 0  # that the model has drawn in this process
+        self._answers: dict[int, Answers] = {}  # by slots
 
     def recipe(self) -> Recipe:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), line=line, after_last=False, data=self,
-            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            set_schedule=set_schedule, evaluate=self.evaluate, stage=self.config.stage,
             fields=self.fields,
         )  # fmt: skip
 
@@ -133,9 +134,14 @@ class Questions:
         return Sampling(config.max_new_tokens, config.temperature, config.top_k)
 
     def answers(self, model: GPT, slots: int) -> Answers:
-        """An engine over the weights as they are now."""
-        engine = Engine(model, slots=min(slots, MOST_SLOTS), tokenizer=self._tokenizer, weights="model")
-        return Answers(engine, self.chat)
+        """An engine over the weights as they are now: made once for each number of slots, and then told of new ones."""
+        slots = min(slots, MOST_SLOTS)
+        if slots in self._answers:
+            self._answers[slots].engine.load_weights(model)
+        else:
+            engine = Engine(model, slots=slots, tokenizer=self._tokenizer, weights="model")
+            self._answers[slots] = Answers(engine, self.chat)
+        return self._answers[slots]
 
     def draw(self, model: GPT, drawing: int, rank: int = 0, ranks: int = 1) -> list[list[Rollout]]:
         """The answers of one drawing to this rank's questions, a list for each."""
@@ -164,10 +170,12 @@ class Questions:
             drawn = policy.roll_out(answers, self.task, example, seed=seed, **settings)
             passed.append([rollout.reward > 0 for rollout in drawn])
         passed = [answers for part in run.team.gather(passed) for answers in part]
-        found = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
-        log.say(f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in found.items()))
-        log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **found)
-        return {"train": 1 - self.reward, "val": 1 - found["pass@1"]}  # the share that fails
+        shares = {f"pass@{k}": policy.pass_at_k(passed, k) for k in range(1, config.eval_samples + 1)}
+        log.say(
+            f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in shares.items())
+        )
+        log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **shares)
+        return {"train": 1 - self.reward, "val": 1 - shares["pass@1"]}  # the share that fails
 
 
 class Drawing:
@@ -250,7 +258,7 @@ def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
     return make
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates of an update, which fall linearly to 0; returns the learning rate."""
     rate = config.learning_rate * rl_multiplier(iteration, max(1, config.max_iters))
     set_learning_rate(optimizer, rate)

@@ -222,12 +222,12 @@ def table(scores: Mapping[str, Sequence[Score]], core: Collection[str] = ()) -> 
 
     Below them ChatCORE, and CORE over the tasks `core`, where all that they are the mean of were run.
     """
-    tasks = list(dict.fromkeys(score.task for found in scores.values() for score in found))
+    tasks = list(dict.fromkeys(score.task for row in scores.values() for score in row))
     lines = [f"| task | examples | chance | {' | '.join(scores)} |", "|---|---:|---:|" + "---:|" * len(scores)]
     for name in tasks:
-        found = [next((score for score in mine if score.task == name), None) for mine in scores.values()]
-        one = next(score for score in found if score is not None)
-        cells = ["-" if s is None else percent(s.accuracy, s.error) for s in found]
+        row = [next((score for score in mine if score.task == name), None) for mine in scores.values()]
+        one = next(score for score in row if score is not None)
+        cells = ["-" if s is None else percent(s.accuracy, s.error) for s in row]
         lines.append(f"| {name} | {one.count:,} | {100 * one.chance:.0f} % | {' | '.join(cells)} |")
     for title, names in (("ChatCORE", CHATCORE), (f"CORE ({len(core)} tasks)", core)):
         means = [mean_centred(mine, names) for mine in scores.values()]

@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import torch
 
-from gptfast import checkpoint, cli, hf
+from gptfast import checkpoint, cli, hf, untrusted
 from gptfast.chat.conversation import Chat
+from gptfast.config import config_of
 from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import IGNORED
@@ -40,7 +41,8 @@ from train.trainer import EVAL_SEED, Recipe, Run, diverged, started, train
 SAMPLED = 1000  # conversations that tell how many tokens an epoch has
 INHERITED = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "matrix_lr", "head_lr", "scalar_lr",
-    "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "normalize", "newton_schulz_steps",
+    "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "decay_by_shape", "equalize", "normalize",
+    "normalize_beta2", "rules", "newton_schulz_steps",
 )  # fmt: skip
 RATES = ("learning_rate", "matrix_lr", "head_lr", "scalar_lr")
 
@@ -109,22 +111,25 @@ def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -
     """`config` with what the model of `init_from` was trained with, unless typed; prints what and why."""
     fraction = config.init_lr_frac if fraction is None else fraction
     folder = hf.find(config.init_from)
-    found: dict[str, Any] = {}
+    base: dict[str, Any] = {}
     block_size = None
     if any(folder.glob("ckpt-*")):
         meta = checkpoint.load(folder).meta
-        found, block_size = meta.get("config", {}), meta["model"]["block_size"]
+        with untrusted.expected(f"what {folder} was trained with", "train the base again"):
+            base, block_size = dict(meta.get("config", {})), config_of(meta.get("model")).block_size
+            for key in set(INHERITED) & set(base):
+                cli.check_range(key, base[key])
     chosen: dict[str, Any] = {} if "block_size" in typed or block_size is None else {"block_size": block_size}
     for key in INHERITED:
-        if key in found and key not in typed:
-            scaled = key in RATES and found[key] is not None
-            chosen[key] = found[key] * fraction if scaled else found[key]
+        if key in base and key not in typed:
+            scaled = key in RATES and base[key] is not None
+            chosen[key] = base[key] * fraction if scaled else base[key]
     if not launch().rank:
         for key, value in chosen.items():
-            times = f" ({found[key]:g} x {fraction:g})" if key in RATES and value is not None else ""
+            times = f" ({base[key]:g} x {fraction:g})" if key in RATES and value is not None else ""
             print(f"Inherited: {key} = {value:g}{times}" if isinstance(value, float) else f"Inherited: {key} = {value}")
         for key in typed:
-            before = f" (the base had {found[key]})" if key in found and key in INHERITED else ""
+            before = f" (the base had {base[key]})" if key in base and key in INHERITED else ""
             print(f"Overriding: {key} = {getattr(config, key)}{before}")
     return dataclasses.replace(config, **chosen)
 
@@ -171,7 +176,7 @@ class Conversations:
     def recipe(self) -> Recipe:
         return Recipe(
             name=self.config.stage, objective=objective_of(self.config), after_last=False, data=self,
-            follow=follow, evaluate=self.evaluate, stage=self.config.stage,
+            set_schedule=set_schedule, evaluate=self.evaluate, stage=self.config.stage,
         )  # fmt: skip
 
     def batches(self, config: Any, model: Any, **settings: Any) -> ConversationBatches:
@@ -188,9 +193,9 @@ class Conversations:
         """Loss of each split, bits per byte of the validation's texts, and the accuracy at `eval_tasks`."""
         losses = {}
         for split, mixture in (("train", self.mixture), ("val", self.validation)):
-            found = list(self._first(Mixture(mixture.parts, EVAL_SEED), run))
-            losses[split] = mean_loss(run.called, found, run.team, run.recipe.objective).item()
-        bits = self._bits_per_byte(run, found)
+            batches = list(self._first(Mixture(mixture.parts, EVAL_SEED), run))
+            losses[split] = mean_loss(run.called, batches, run.team, run.recipe.objective).item()
+        bits = self._bits_per_byte(run, batches)
         said = f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         log.say(f"{said}, bits per byte {bits:.4f}")
         losses_row = dict(train_loss=losses["train"], val_loss=losses["val"], bits_per_byte=bits)
@@ -255,7 +260,7 @@ def objective_of(config: Sft) -> Callable[[torch.nn.Module], Objective]:
     return together
 
 
-def follow(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
+def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
     """Sets the rates and Muon's momentum of an update; returns the learning rate."""
     rate = config.learning_rate * sft_multiplier(
         iteration / max(1, config.max_iters), warmup=config.warmup_ratio, warmdown=config.warmdown_ratio,
@@ -277,7 +282,8 @@ def tell(run: Run, log: Log) -> None:
     )
     log.say(text)
     log.row("note", text=text, **{f"conversations_{key}": value for key, value in counts.items()})
-    print(f"talk to it, or judge it: python -m train.evaluate --models={Path(run.config.out_dir)} --tasks=...")
+    out = Path(run.config.out_dir)
+    print(f"talk to it, or judge it: python -m gptfast.chat {out}; python -m train.evaluate --models={out} --tasks=...")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
 from gptfast.parallel import launch, leave
 from gptfast.tokenizer import load_tokenizer
-from train.config import Pretrain
+from train.config import Pretrain, check_rates
 from train.prepare import prepare
 from train.presets import GPU, SPEEDRUN
 from train.trainer import Recipe, Run, count_parameters, started, train
@@ -41,6 +41,7 @@ CONSOLE_LINES = 20  # progress lines of a run
 
 def main(argv: list[str]) -> None:
     name, config = configure(argv)
+    check_rates(config)
     typed = cli.typed(argv, Pretrain) | {"device": config.device}
     if not launch().rank:
         make_data(config)

@@ -115,9 +115,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trained.train_from_iterator(texts, trainer)
     byte_of = {letter: byte for byte, letter in BYTE_LETTERS.items()}
     ranks = {bytes([byte_of[letter] for letter in token]): rank for token, rank in trained.get_vocab().items()}
-    found = len(ranks) + len(SPECIAL_TOKENS)
-    if found < vocab_size:
-        raise UserError(f"the text gives {found:,} tokens, not {vocab_size:,}; use --vocab_size={found}, or more text")
+    size = len(ranks) + len(SPECIAL_TOKENS)
+    if size < vocab_size:
+        raise UserError(f"the text gives {size:,} tokens, not {vocab_size:,}; use --vocab_size={size}, or more text")
     return BPETokenizer.from_ranks(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
-from gptfast import checkpoint, mfu, runtime
-from gptfast.aside import locked
+from gptfast import checkpoint, mfu, runtime, untrusted
+from gptfast.aside import locked, unwritable
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
@@ -38,7 +38,7 @@ from gptfast.tokenizer import bos_of
 from train import dial
 from train.build import build_model, build_optimizer, check_compiler, choose_graph, describe_data
 from train.config import Pretrain
-from train.guard import Guard, Refused, Stopped, Stopper
+from train.guard import Guard, Output, Refused, Stopped, Stopper, tell
 
 EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
 WARM_UP = 5  # iterations before MFU is reckoned
@@ -71,7 +71,7 @@ class Recipe:
     after_last: bool = True  # one update more after the last evaluation, as nanoGPT makes
     stage: str | None = None  # what a report card calls the run: base, mid, sft or rl; None: base
     data: Data | None = None  # instead of token files
-    follow: Callable[[Any, int, Any], float] = dial.follow  # sets the rates of an update
+    set_schedule: Callable[[Any, int, Any], float] = dial.set_schedule  # of the rates of an update; returns the first
     evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # instead of the loss of both splits of token files
     fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # in the row of an update, besides or instead
 
@@ -141,7 +141,7 @@ def held(out_dir: str, team: Team) -> Iterator[None]:
     """out_dir is this run's alone; the first rank holds it for all. Raises UserError that names another run there."""
     with contextlib.ExitStack() as stack:
         if team.is_main:
-            with unwritable(out_dir):
+            with unwritable(Path(out_dir)):
                 stack.enter_context(locked(Path(out_dir)))
         yield
 
@@ -150,16 +150,8 @@ def open_log(out_dir: str, team: Team) -> Log:
     """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
     if not team.is_main:
         return Log(None, console=False)
-    with unwritable(out_dir):
+    with unwritable(Path(out_dir)):
         return Log(out_dir, name="metrics.jsonl")
-
-
-@contextlib.contextmanager
-def unwritable(out_dir: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out_dir={out_dir}: cannot write there ({error.strerror}); choose another") from None
 
 
 # ---- before the first step
@@ -168,19 +160,7 @@ def unwritable(out_dir: str) -> Iterator[None]:
 def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
     torch.manual_seed(config.seed)
-    device = team.device
-    print(f"running on {team}")
-    team.share(config.gradient_accumulation_steps)
-    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
-    if config.compile:
-        check_compiler(device)
-    dtype, why = runtime.choose_dtype(config.dtype, device)
-    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
-    if device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
-        torch.backends.cudnn.allow_tf32 = True
-
+    device, dtype = team.device, settings_of_torch(config, team)
     folder = Path(config.data_dir) / config.dataset
     if recipe.data is None:
         vocab_size, tokenizer = describe_data(folder)
@@ -203,14 +183,6 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     if team.size > 1 and (dtype == torch.float16 or config.async_save):
         raise UserError("--dtype=float16 and --async_save=True go with one process; leave them out under torchrun")
     called, optimizer = build_optimizer(config, model, team)
-    settings: dict[str, Any] = dict(device=device, rank=team.data_rank, ranks=team.data_size)
-    batches: Any
-    if recipe.data is not None:
-        batches = recipe.data.batches(config, model, **settings)
-    elif bos is None:
-        batches = Batches(splits["train"], config.batch_size, block_size, seed=config.seed, **settings)
-    else:
-        batches = PackedBatches(splits["train"], config.batch_size, block_size, bos=bos, **settings)
     run = Run(
         config=config,
         recipe=recipe,
@@ -224,7 +196,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
         scaler=torch.amp.GradScaler(torch.device(device).type) if dtype == torch.float16 else None,
         guard=Guard(config.nonfinite, config.spike, config.max_skips),
         bos=bos,
-        batches=batches,
+        batches=open_batches(config, recipe, model, splits.get("train"), bos, team),
         cuda_graph=choose_graph(config.cuda_graph, device, team, dtype, documents=splits == {} or bos is not None),
     )
     if saved is not None:
@@ -232,6 +204,35 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     if team.size > 1:  # each draws dropout of its own, tensor ranks the same
         torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
     return run
+
+
+def settings_of_torch(config: Pretrain, team: Team) -> torch.dtype:
+    """Sets torch up for the device; returns the dtype of the activations. Prints what it chose, and why."""
+    print(f"running on {team}")
+    team.share(config.gradient_accumulation_steps)
+    tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    print(f"tokens per iteration will be: {tokens_per_iteration:,}")
+    if config.compile:
+        check_compiler(team.device)
+    dtype, why = runtime.choose_dtype(config.dtype, team.device)
+    print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
+    if team.device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
+        torch.backends.cudnn.allow_tf32 = True
+    return dtype
+
+
+def open_batches(
+    config: Pretrain, recipe: Recipe, model: GPT, tokens: Tokens | None, bos: int | None, team: Team
+) -> Any:
+    """The iterator of this rank's micro-batches: the recipe's own, or of `tokens`, with `bos` packed by documents."""
+    settings: dict[str, Any] = dict(device=team.device, rank=team.data_rank, ranks=team.data_size)
+    if recipe.data is not None:
+        return recipe.data.batches(config, model, **settings)
+    assert tokens is not None
+    if bos is None:
+        return Batches(tokens, config.batch_size, model.config.block_size, seed=config.seed, **settings)
+    return PackedBatches(tokens, config.batch_size, model.config.block_size, bos=bos, **settings)
 
 
 def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
@@ -253,8 +254,10 @@ def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
             f"{saved.path} holds no position in the data, so no run goes on from it; train anew in another --out_dir, "
             f"from its weights if you like: --init_from={saved.path.parent}"
         )
+    with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
+        config_then = dict(saved.meta["config"])
     for name, before in (("optimizer", "adamw"), ("documents", False)):  # and what a run without the flag had
-        theirs = saved.meta["config"].get(name, before)
+        theirs = config_then.get(name, before)
         if theirs != getattr(config, name):
             raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
 
@@ -275,7 +278,7 @@ def described(run: Run) -> dict[str, Any]:
     }
 
 
-def save(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
+def save_run(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
     """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, where it was just evaluated."""
     print(f"saving checkpoint to {run.config.out_dir}")
     write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score)
@@ -290,20 +293,21 @@ def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str,
         return
     from gptfast.parallel import saving
 
-    saving.save(folder, run.optimizer, step=run.iteration, meta=meta, **settings)
+    saving.save_sharded(folder, run.optimizer, step=run.iteration, meta=meta, **settings)
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
-    run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
-    run.batches.load_state_dict(saved.meta["batches"])
-    if run.scaler is not None and saved.meta["scaler"]:
-        run.scaler.load_state_dict(saved.meta["scaler"])
-    set_generator_state(saved.meta["generators"])
-    if "guard" in saved.meta:  # version 0.1 had none
-        run.guard.load_state_dict(saved.meta["guard"])
-    run.iteration = run.saved = saved.step
-    run.best_val_loss = saved.meta["best_val_loss"]
+    with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
+        run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
+        run.batches.load_state_dict(saved.meta["batches"])
+        if run.scaler is not None and saved.meta["scaler"]:
+            run.scaler.load_state_dict(saved.meta["scaler"])
+        set_generator_state(saved.meta["generators"])
+        if "guard" in saved.meta:  # version 0.1 had none
+            run.guard.load_state_dict(saved.meta["guard"])
+        run.iteration = run.saved = saved.step
+        run.best_val_loss = float(saved.meta["best_val_loss"])
 
 
 def generator_state() -> dict[str, torch.Tensor]:
@@ -330,6 +334,7 @@ def train(run: Run, log: Log) -> None:
         Stopper(deferred=run.team.size > 1) as stopper,
         checkpoint.Saver(background=run.config.async_save) as saver,
         tracker(run.config) as track,
+        contextlib.redirect_stdout(Output(sys.stdout, stopper)) as output,
     ):
         first = run.iteration
         try:
@@ -337,13 +342,16 @@ def train(run: Run, log: Log) -> None:
                 iterate(run, log, stopper, saver, track)
             except Stopped:
                 if run.step is not None:
-                    run.step.settle()
+                    run.step.finish()
                 raise
         except Stopped as stop:
             if run.saved != run.iteration:
-                save(run, saver)
+                save_run(run, saver)
             saver.wait()
-            log.say(f"{stop} at iteration {run.iteration}; go on with --resume=latest")
+            text = f"{stop} at iteration {run.iteration}; go on with --resume=latest"
+            if run.team.is_main and output.failure is not None:
+                tell(text)
+            log.say(text)
             if stop.signum == signal.SIGINT:
                 raise
             sys.exit(128 + stop.signum)
@@ -374,11 +382,11 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
         run.position_before = run.position
         run.position = {"batches": run.batches.state_dict(), "generators": generator_state()}
         stopper.release(run.team.agree(stopper.signum or 0) if run.team.size > 1 else 0)
-        rate = run.recipe.follow(run.optimizer, run.iteration, config)
+        rate = run.recipe.set_schedule(run.optimizer, run.iteration, config)
         is_last = run.iteration == config.max_iters
         if is_last or config.eval_only or (config.eval_interval and run.iteration % config.eval_interval == 0):
             meter.pause()
-            step.settle()
+            step.finish()
             losses = (run.recipe.evaluate or evaluate)(run, log)
             track.log(wandb_row(run.iteration, losses, rate, meter.mfu_palm))
             if config.eval_only:
@@ -387,7 +395,7 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
             run.best_val_loss = min(losses["val"], run.best_val_loss)
             if (is_best or config.always_save_checkpoint) and run.iteration > first:
                 stopper.hold()
-                save(run, saver, score=losses["val"])
+                save_run(run, saver, score=losses["val"])
                 stopper.release()
             if is_last and config.whole_val:
                 run.whole_loss = evaluate_whole_split(run, log)
@@ -398,11 +406,11 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
         meter.iterations += 1
         due = run.iteration % config.log_interval == 0
         if due:
-            step.settle()
+            step.finish()
         skipped = tell_skipped(run, log, first)
         if due and run.iteration not in skipped:
             meter.report(loss.item(), rate, log)
-    step.settle()
+    step.finish()
     tell_skipped(run, log, first)
     stopper.hold()
 

@@ -7,10 +7,10 @@ stops an answer, Ctrl-D ends the program. Through pipes stdout holds the answers
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
 import contextlib
 import signal
@@ -32,6 +32,8 @@ from gptfast.chat.tools import Tools
 from gptfast.engine import Engine, Sampling
 from gptfast.errors import UserError, nearest
 from gptfast.sample import load_model
+
+PAGE = 16  # tokens of the cache: in pages, so that what was said is not read again at every turn
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def open_model(config: ChatConfig, typed: bool) -> tuple[Engine, Chat, str]:
     model, tokenizer = load_model(config.init_from, config.out_dir, runtime.choose_ops(config.kernels, device), dtype)
     chat = Chat(tokenizer)  # type: ignore[arg-type]  # a tokenizer without special tokens is refused there
     weights: Any = "int8" if config.quantize == "int8" else "auto" if config.dtype == "auto" else "model"
-    engine = Engine(model.to(device), tokenizer=tokenizer, weights=weights)
+    engine = Engine(model.to(device), tokenizer=tokenizer, weights=weights, page_size=PAGE)
     name = config.out_dir if config.init_from == "resume" else config.init_from
     size = f"{model.num_params() / 1e6:.1f}M parameters"
     return engine, chat, f"{name}: {size}, context {model.config.block_size}, {engine.weights} weights on {device}"

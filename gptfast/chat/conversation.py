@@ -15,11 +15,13 @@ for what the assistant is to learn: its text, its calls and the end of its turn;
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 
 BOS = "<|bos|>"
@@ -216,7 +218,7 @@ def read(path: str | Path) -> Iterator[list[dict[str, Any]]]:
     Empty lines are passed over. Raises UserError with the line and the reason.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with untrusted.opened(path) as opened, io.TextIOWrapper(opened, "utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:

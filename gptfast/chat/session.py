@@ -25,7 +25,7 @@ from gptfast.chat.parts import PartStream, Piece
 from gptfast.engine import Sampling
 from gptfast.errors import UserError
 
-LEAST_ROOM = 0.25  # of the context, which an answer has at least, unless the question alone needs it
+LEAST_ROOM = 0.5  # of the context, which an answer has at least, unless the question alone needs it
 
 
 @dataclass(frozen=True)

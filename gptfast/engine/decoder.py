@@ -1,65 +1,80 @@
-"""A model, the cache that it fills, and the two ways in: a whole prompt, and a step of all slots."""
+"""A model, the cache that it fills, and the ways in: pieces of prompts, and a step of all slots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gptfast.engine.cache import KVCache
+from gptfast.engine.cache import KVCache, Piece, to_device
 from gptfast.engine.fused import step_of
 from gptfast.model import GPT
 
+Result = TypeVar("Result")
+
 
 class Decoder:
-    """`model` over `cache`, a step of it with T tokens for every slot: one CUDA graph on CUDA, as torch on the rest."""
+    """`model` over `cache`. A step has the same number of tokens for every slot; on CUDA `step` is one CUDA graph."""
 
-    def __init__(self, model: GPT, cache: KVCache, T: int, compile: bool) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: GPT, cache: KVCache, compile: bool) -> None:
+        self.cache, self._compile = cache, compile
+        self.use(model)
 
-        step = step_of(model, cache)
+    def use(self, model: GPT) -> None:
+        """Go on with another model of the same config; a step is recorded anew."""
+        self.model = model
+        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        logits = step_of(model, self.cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
-        self.step: Callable[[Tensor], Tensor] = torch.compile(step, dynamic=False) if compile else step
-        if cache.lengths.device.type == "cuda":
-            self.step = captured(self.step, torch.zeros(cache.slots, T, dtype=torch.int64, device=cache.lengths.device))
+        self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
 
-    def read(self, slot: int, prompt: Sequence[int]) -> Tensor:
-        """Prefill: `prompt` into the empty `slot`; the logits (V,) of what follows it."""
-        going_in = self.cache.prompt(slot)
-        logits = self.model.logits(self._row(prompt), last_only=True, cache=going_in)
-        going_in.advance(len(prompt))
-        return logits[0, -1]
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (slots, T, V) of tokens (slots, T), T always the same; the next call overwrites them.
 
-    def reread(self, tokens: Sequence[int]) -> Tensor:
-        """The logits (V,) of what follows the last block_size of `tokens`; nothing is kept."""
-        return self.model.logits(self._row(tokens[-self.model.config.block_size :]), last_only=True)[0, -1]
+        What the step writes while it is recorded lies past the lengths of the cache, where nothing is read.
+        """
+        if self.cache.lengths.device.type != "cuda":
+            return self.logits(tokens)
+        if self._graph is None:
+            self._tokens = tokens.clone()
+            self._graph = captured(lambda: self.logits(self._tokens), tokens.device)
+        self._tokens.copy_(tokens)
+        self._graph[0].replay()
+        return self._graph[1]
 
-    def _row(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor([tokens], device=self.cache.lengths.device)
+    def read(self, pieces: Sequence[tuple[Piece, Sequence[int]]]) -> Tensor:
+        """Pieces of texts go into their slots; the hidden state (n, C) at the end of each."""
+        going_in = self.cache.pieces([piece for piece, _ in pieces])
+        tokens = torch.tensor([token for _, text in pieces for token in text])
+        x = self.model.hidden(to_device(tokens, self.cache.lengths.device)[None], cache=going_in)
+        going_in.advance()
+        ends = torch.tensor([piece.tokens for piece, _ in pieces]).cumsum(0) - 1
+        return x[0, to_device(ends, x.device)]
+
+    def read_whole(self, slot: int, prompt: Sequence[int]) -> Tensor:
+        """A whole prompt goes into the empty `slot`; the logits (V,) of what follows it."""
+        return self.model.logits_of(self.read([(Piece(slot, 0, len(prompt)), prompt)]))[0]
+
+    def reread(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The logits (n, V) of what follows the last block_size tokens of each text, of which it has as many; nothing
+        is kept."""
+        tokens = torch.tensor([text[-self.model.config.block_size :] for text in texts])
+        return self.model.logits(to_device(tokens, self.cache.lengths.device), last_only=True)[:, -1]
 
 
 @torch.inference_mode()
-def captured(step: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """`step` as one CUDA graph: every launch of it is recorded once, and replayed on tokens like `example`.
-
-    The result is overwritten by the next call. What `step` writes while it is recorded lies past the lengths of the
-    cache, where nothing is read.
-    """
-    with torch.cuda.device(example.device):
-        tokens, here, aside = example.clone(), torch.cuda.current_stream(), torch.cuda.Stream()
+def captured(run: Callable[[], Result], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Every launch of `run`, recorded once; and its result, which each replay overwrites."""
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):  # kernels are compiled and buffers allocated before the recording
             for _ in range(2):
-                step(tokens)
+                run()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step(tokens)
-
-    def replay(new: Tensor) -> Tensor:
-        tokens.copy_(new)
-        graph.replay()
-        return logits
-
-    return replay
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
+    return graph, result

@@ -88,9 +88,9 @@ class FusedStep:
         """The layer's new keys and values into the cache; attention (B, T, H, D) to all of it."""
         model, cache, config = self.model, self.cache, self.model.config
         rotation = (model.cos, model.sin) if config.position == "rope" else (None, None)
-        scales = (cache.k_scale[layer], cache.v_scale[layer]) if cache.rounded else (None, None)
+        scales = (cache.k_scale[layer], cache.v_scale[layer]) if cache.k_scale[layer].numel() else (None, None)
         return model.ops.append_attention(
-            qkv, cache.k[layer], cache.v[layer], cache.lengths, cache.table if cache.paged else None, *scales,
+            qkv, cache.k[layer], cache.v[layer], cache.lengths, cache.table_of(layer), *scales,
             *rotation, attention.q_norm, attention.k_norm, self.counts, config.qk_norm, config.qk_epsilon,
             config.windows[layer],
         )  # fmt: skip

@@ -18,6 +18,13 @@ class Logprob(NamedTuple):
     logprob: float  # natural logarithm of the probability of the token that was drawn
     top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), as many as were asked for, likeliest first
 
+    @staticmethod
+    def of(numbers: list[float], top: int) -> Logprob:
+        """From the numbers that sampling.logprobs_of gives of one token, for at least `top` others."""
+        count = len(numbers) // 2
+        ids, values = numbers[1 : 1 + top], numbers[1 + count : 1 + count + top]
+        return Logprob(numbers[0], tuple((int(token), value) for token, value in zip(ids, values, strict=True)))
+
 
 class Request:
     """One prompt and what became of it. `tokens` are the new ones; `text` is theirs, if the engine has a tokenizer.

@@ -8,6 +8,8 @@ from gptfast.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what a tokenizer makes of bytes that are not UTF-8, such as the beginning of a character
 
+PENDING = 8  # tokens that may wait for the end of a character; more are no beginning of one
+
 
 class TextStream:
     """The text of one sequence of tokens. The pieces that it gives out add up to the text before the first stop."""
@@ -23,9 +25,21 @@ class TextStream:
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         if text.endswith(REPLACEMENT):
-            return ""
+            return self._release(self._before_last(text)) if len(self._tokens) >= PENDING else ""
         self._tokens.clear()
         return self._release(text)
+
+    def _before_last(self, text: str) -> str:
+        """Takes off the tokens, and gives the text, before what may be the beginning of a character.
+
+        That has at most 3 bytes, so one of the last 4 tokens begins where a character, or what is none, ends.
+        """
+        for first in range(len(self._tokens) - 1, 0, -1):
+            certain, rest = (self._tokenizer.decode(part) for part in (self._tokens[:first], self._tokens[first:]))
+            if certain + rest == text:
+                del self._tokens[:first]
+                return certain
+        return ""
 
     def flush(self) -> str:
         """What is left when no token follows: half a character becomes U+FFFD."""

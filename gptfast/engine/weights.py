@@ -116,6 +116,28 @@ def converted(model: GPT, weights: Weights) -> GPT:
     return twin
 
 
+@torch.no_grad()
+def refresh(twin: GPT, model: GPT) -> None:
+    """The weights of `model` as they are now into its `converted` twin, where those of the twin lie."""
+    for name, module in twin.named_modules():
+        if not isinstance(module, (Linear, Float16Linear, Int8Linear, Int8OnCPU)):
+            continue  # it shares its parameters
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        if isinstance(module, Linear):
+            for mine, theirs in zip(module.parameters(), linear.parameters(), strict=True):
+                if mine.data_ptr() != theirs.data_ptr():
+                    mine.copy_(theirs)
+        elif isinstance(module, Float16Linear):
+            module.packed = Float16Linear(linear).packed
+        else:
+            fresh = Int8Linear(linear, module.product) if isinstance(module, Int8Linear) else Int8OnCPU(linear)
+            module.weight.copy_(fresh.weight)
+            module.scale.copy_(fresh.scale)
+            if module.bias is not None and fresh.bias is not None:
+                module.bias.copy_(fresh.bias)
+
+
 def _cast(linear: Linear, dtype: torch.dtype) -> Linear:
     twin = Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     for name, p in linear.named_parameters():

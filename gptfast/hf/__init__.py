@@ -1,19 +1,22 @@
-"""Models from Hugging Face and to it: GPT-2, Llama, Qwen3 and nanochat in; GPT-2, Llama, Qwen3 and GGUF out.
+"""Models from Hugging Face and to it: GPT-2, Llama, Qwen3 and nanochat in and out, nanochat's own files too; GGUF out.
 
     model = hf.load("gpt2")                       a name on the hub, a folder in its layout, or one of our checkpoints
     hf.save(model, "exported", tokenizer)         AutoModelForCausalLM.from_pretrained("exported") reads it
+    nanochat.write(model, "exported")             nanochat's own load_model reads it
     gguf.write(model, "model.gguf", tokenizer)    llama.cpp reads it
 
     python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium
     python -m gptfast.hf export out --to=exported --layout=llama
 
-Weights are safetensors, settings and tokenizer JSON; nothing is unpickled and no code of a model's author runs.
+Weights are safetensors, or tensors in torch's files and nothing else there; settings and tokenizer are JSON. No code of
+a model's author runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast import checkpoint
+from gptfast import checkpoint, untrusted
 from gptfast.aside import folder_aside
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, config_of
 from gptfast.errors import UserError
-from gptfast.hf import tokenizer_files
+from gptfast.hf import nanochat, tokenizer_files
 from gptfast.hf.layouts import LAYOUTS, Settings, Weights, layout_for, layout_of
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer, Tokenizer, from_json
@@ -48,30 +51,38 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
     folder = find(source)
     if _is_ours(folder):
         saved = checkpoint.load(folder)
-        config, weights = GPTConfig(**saved.meta["model"]), saved.model
+        config, weights = config_of(saved.meta.get("model")), saved.model
+    elif own := nanochat.newest(folder):
+        config, weights = nanochat.read(own)
     else:
         settings, theirs = read_settings(folder), _read_tensors(folder)
         layout = layout_of(settings)
-        config = layout.config(settings)
-        try:
-            weights = layout.take(config, theirs)
-        except KeyError as error:
-            raise UserError(f"the weights in {folder} lack {error.args[0]}; config.json says {layout.name}") from None
+        config = read_config(folder, settings)
+        if config.n_layer > len(theirs):  # before each layer is looked for
+            raise UserError(
+                f"the {len(theirs)} tensors in {folder} do not fit its config.json: {config.n_layer} layers"
+            )
+        with untrusted.expected(f"what {folder} holds", "fetch it again"):
+            try:
+                weights = layout.take(config, theirs)
+            except KeyError as error:
+                lacking = f"the weights in {folder} lack {error.args[0]}"
+                raise UserError(f"{lacking}; config.json says {layout.name}") from None
         if theirs:
             raise UserError(f"{folder} has weights that a {layout.name} has not: {', '.join(sorted(theirs)[:5])}")
-    model = GPT(config, ops or kernels.load("auto"), dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit its config.json: {_second_line(error)}") from None
-    return model
+    return GPT.of(config, weights, ops or kernels.load("auto"), dtype, where=str(folder))
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of what `load` loads. Raises UserError where there is none."""
     folder = find(source)
     if _is_ours(folder):
-        return from_json(checkpoint.load(folder).meta["tokenizer"])
+        return from_json(checkpoint.load(folder).meta.get("tokenizer"))
+    if nanochat.newest(folder):
+        raise UserError(
+            f"{folder}: nanochat keeps its tokenizer as a pickle, which could run code and is not read; leave it out "
+            "with --tokenizer=False"
+        )
     if str(source) in PUBLISHED and not (folder / tokenizer_files.FILE).is_file():
         return BPETokenizer("gpt2")
     return tokenizer_files.read(folder)
@@ -79,11 +90,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def why_not(folder: Path) -> str:
     """Why our model cannot take what config.json describes, in one line; empty if it can."""
-    if _is_ours(folder):
+    if _is_ours(folder) or nanochat.newest(folder):
         return ""
     settings = read_settings(folder)
     try:
-        layout_of(settings).config(settings)
+        read_config(folder, settings)
     except UserError as reason:
         return str(reason)
     return ""
@@ -99,10 +110,10 @@ def save(
 ) -> Path:
     """Writes `model` as transformers keeps it: config.json, model.safetensors, generation_config.json, the tokenizer's.
 
-    `layout`: gpt2, llama or qwen3; auto takes the first that can express the model. `dtype` is that of the stored
-    weights. What the model's vocabulary has beyond the tokenizer's is padding, and is left out. Returns the folder,
-    which is at every instant wholly the old model, wholly the new one, or none. Raises UserError, before a byte is
-    written, for a model that the layout cannot express, and for a folder of checkpoints.
+    `layout`: gpt2, llama, qwen3 or nanochat; auto takes the first that can express the model. `dtype` is that of the
+    stored weights. What the model's vocabulary has beyond the tokenizer's is padding, and is left out. Returns the
+    folder, which is at every instant wholly the old model, wholly the new one, or none. Raises UserError, before a byte
+    is written, for a model that the layout cannot express, and for a folder of checkpoints.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -126,17 +137,18 @@ def save(
     return folder
 
 
-def exported(model: GPT, layout: str, vocab_size: int | None = None) -> tuple[dict[str, Any], Weights]:
+def exported(
+    model: GPT, layout: str, vocab_size: int | None = None, among: Collection[str] | None = None
+) -> tuple[dict[str, Any], Weights]:
     """config.json and the tensors of `model` in `layout`, its vocabulary cut to `vocab_size` tokens if it has more.
 
-    Raises UserError for what the layout cannot express.
+    `among` as in `layout_for`. Raises UserError for what the layout cannot express.
     """
-    config, chosen = model.config, layout_for(model.config, layout)
+    config, chosen = model.config, layout_for(model.config, layout, among)
     ours: Weights = model.state_dict()
     if vocab_size is not None and vocab_size < config.vocab_size:
         config = dataclasses.replace(config, vocab_size=vocab_size)
         ours |= {name: ours[name][:vocab_size].clone() for name in ("transformer.wte.weight", "lm_head.weight")}
-    assert chosen.settings is not None and chosen.give is not None
     settings = {
         "model_type": chosen.name, "architectures": [chosen.architecture], "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied, **chosen.settings(config),
@@ -150,7 +162,7 @@ def find(source: str | Path) -> Path:
     Raises UserError for a name that is neither, and where it is not cached and the hub cannot be reached.
     """
     name = str(source)
-    if Path(name).is_dir():
+    if Path(name).is_dir() or nanochat.newest(name):
         return Path(name)
     if name not in PUBLISHED and name.count("/") != 1:
         raise UserError(
@@ -184,30 +196,33 @@ def read_settings(folder: Path) -> Settings:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds neither a checkpoint of ours nor config.json; give a folder with a model")
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is no JSON object; fetch it again")
-    return settings
+    return untrusted.json_object(path, "fetch it again")
+
+
+def read_config(folder: Path, settings: Settings) -> GPTConfig:
+    """What config.json means as a config of ours. Raises UserError where it is none."""
+    with untrusted.expected(str(folder / "config.json"), "fetch it again"):
+        return layout_of(settings).config(settings)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the parts that its index lists."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     index = folder / INDEX
-    parts = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else [SINGLE]
+    parts: list[Any] = [SINGLE]
+    if index.is_file():
+        with untrusted.expected(str(index), "fetch it again"):
+            parts = sorted(set(untrusted.json_object(index, "fetch it again")["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in parts:
+        if not untrusted.plain_name(name):
+            raise UserError(f"{index} names {str(name)[:80]!r}, which is no file of its folder; fetch it again")
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}; give a folder written by save_pretrained")
         try:
-            tensors |= load_file(folder / name)
-        except SafetensorError as error:
-            raise UserError(f"{folder / name} is damaged ({error}); fetch it again") from None
+            with untrusted.opened(folder / name) as file:
+                tensors |= untrusted.tensors(file)[0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name} is damaged ({untrusted.reason(error)}); fetch it again") from None
     return tensors
 
 
@@ -224,9 +239,3 @@ def _unshared(tensors: Weights) -> Weights:
         result[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return result
-
-
-def _second_line(error: Exception) -> str:
-    """torch lists what does not fit below its first line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return (lines[1:2] or lines)[0][:200]

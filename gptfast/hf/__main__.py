@@ -3,6 +3,7 @@
     python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium      a checkpoint that gptfast.sample and
                                                                            train.pretrain --init_from=DIR read
     python -m gptfast.hf export out --to=exported --layout=llama           a folder that transformers reads
+    python -m gptfast.hf export out --to=exported --layout=nanochat_pt    model_*.pt and meta_*.json for nanochat itself
     python -m gptfast.hf export out --to=model.gguf --dtype=bfloat16       a file that llama.cpp reads
 
 Each has --help.
@@ -21,14 +22,15 @@ import torch
 import kernels
 from gptfast import checkpoint, cli, hf
 from gptfast.errors import UserError, nearest
-from gptfast.hf import gguf
+from gptfast.hf import gguf, nanochat
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Import:
-    source: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder in its layout
+    source: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, a folder in its layout, or one of
+    # nanochat's with model_*.pt, or such a file
     out_dir: str = ""  # where the checkpoint goes
     tokenizer: bool = True  # read the tokenizer too; without one the model can be trained on, but makes no text
 
@@ -37,7 +39,8 @@ class Import:
 class Export:
     source: str = "out"  # a folder with a checkpoint, or anything that import takes
     to: str = ""  # a folder for transformers, or a file that ends in .gguf for llama.cpp
-    layout: Literal["auto", "gpt2", "llama", "qwen3"] = "auto"  # auto: the first of them that can express the model
+    layout: Literal["auto", "gpt2", "llama", "qwen3", "nanochat", "nanochat_pt"] = "auto"  # of transformers; auto: the
+    # first that can express the model; nanochat_pt: nanochat's own files
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
     tokenizer: bool = True  # write the tokenizer too
     gelu_as_tanh: bool = False  # accept llama.cpp's approximate GELU for a model with the exact one
@@ -75,6 +78,8 @@ def run_export(argv: list[str]) -> None:
             model, config.to, tokenizer, layout=config.layout, dtype=dtype, gelu_as_tanh=config.gelu_as_tanh,
             name=Path(config.to).stem,
         )  # fmt: skip
+    elif config.layout == "nanochat_pt":
+        path = nanochat.write(model, config.to, dtype=dtype)
     else:
         path = hf.save(model, config.to, tokenizer, layout=config.layout, dtype=dtype)
     print(f"wrote {path}")

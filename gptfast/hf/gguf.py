@@ -30,6 +30,7 @@ LLAMA3_PATTERN = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
+LAYOUTS = ("gpt2", "llama", "qwen3")  # that llama.cpp knows
 NEVER = b"\xff"  # a byte that is nowhere in UTF-8
 SPLITS = {GPT2_PATTERN: "gpt-2", LLAMA3_PATTERN: "llama-bpe"}
 
@@ -52,7 +53,7 @@ def write(
     """
     if dtype not in KINDS:
         raise UserError(f"dtype {dtype}: a GGUF file holds float32, float16 or bfloat16 here")
-    settings, weights = exported(model, layout)
+    settings, weights = exported(model, layout, among=LAYOUTS)
     arch = settings["model_type"]
     _check_activation(settings, gelu_as_tanh)
     described = _describe_tokenizer(tokenizer, model.config.vocab_size)

@@ -3,16 +3,17 @@
     gpt2      GPT-2: learned positions, LayerNorm with biases, two-layer MLP
     llama     Llama: rotary positions, RMSNorm with a weight, gated MLP, grouped key/value heads
     qwen3     Llama's, with an RMS norm of every query and key, which has a weight, and heads of any size
-    nanochat  import only: RMSNorm without a weight, ReLU², normalized queries and keys, softcapped logits
+    nanochat  nanochat of 2025: RMSNorm without a weight, of the embedding too, ReLU², normalized queries and keys,
+              softcapped logits; the later one has files of its own (nanochat.py)
 
 Half of the work is that one function has several descriptions. relu(x)² is a gated MLP whose gate is ReLU and whose two
 matrices are one, so ours with ReLU² is a Llama too. nanochat rotates by minus the angle, which is plus the angle after
-its two halves change places; and it normalizes the embedding, which can be done to the table once and for all.
+the two halves of every head change places. A gain of queries and keys is a Qwen3 norm's weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +29,18 @@ Settings = Mapping[str, Any]  # config.json
 
 @dataclass(frozen=True)
 class Layout:
-    """One of transformers' architectures. A function is None where that direction is not there."""
+    """One of transformers' architectures."""
 
     name: str  # model_type in config.json
     architecture: str  # transformers' class
     config: Callable[[Settings], GPTConfig]  # of their settings; raises UserError for what our model has not
     take: Callable[[GPTConfig, Weights], Weights]  # their tensors by our names; uses up what it understands
-    needs: Callable[[GPTConfig], dict[str, tuple]] | None = None  # values it can express, of the fields it cares for
-    settings: Callable[[GPTConfig], dict[str, Any]] | None = None  # ours as config.json
-    give: Callable[[GPTConfig, Weights], Weights] | None = None  # our tensors by their names
+    needs: Callable[[GPTConfig], dict[str, tuple]]  # values it can express, of the fields it cares for
+    settings: Callable[[GPTConfig], dict[str, Any]]  # ours as config.json
+    give: Callable[[GPTConfig, Weights], Weights]  # our tensors by their names
 
     def misfits(self, config: GPTConfig) -> list[str]:
         """The fields of `config` that this layout cannot express, as 'field=value'."""
-        if self.needs is None:
-            return ["anything: it is for import only"]
         values = {field: getattr(config, field) for field in self.needs(config)}
         return [f"{field}={values[field]}" for field, fits in self.needs(config).items() if values[field] not in fits]
 
@@ -54,11 +53,15 @@ def layout_of(settings: Settings) -> Layout:
     return LAYOUTS[name]
 
 
-def layout_for(config: GPTConfig, name: str = "auto") -> Layout:
-    """The layout to export `config` in: the one named, or the first that fits. Raises UserError where none does."""
-    if name != "auto" and name not in LAYOUTS:
-        raise UserError(f"no layout named {name!r}; choose one of {', '.join(LAYOUTS)}")
-    tried = [layout for layout in LAYOUTS.values() if layout.needs] if name == "auto" else [LAYOUTS[name]]
+def layout_for(config: GPTConfig, name: str = "auto", among: Collection[str] | None = None) -> Layout:
+    """The layout to export `config` in: the one named, or the first that fits, of all or of those `among`.
+
+    Raises UserError where none does, with the fields that stand in the way.
+    """
+    names = [known for known in LAYOUTS if among is None or known in among]
+    if name != "auto" and name not in names:
+        raise UserError(f"no layout named {name!r} here; choose one of {', '.join(names)}")
+    tried = [LAYOUTS[known] for known in (names if name == "auto" else [name])]
     fits = [layout for layout in tried if not layout.misfits(config)]
     if not fits:
         reasons = (f"the {layout.name} layout cannot express {', '.join(layout.misfits(config))}" for layout in tried)
@@ -98,6 +101,13 @@ def _rope_base(settings: Settings) -> float:
     return float(rope.get("rope_theta") or settings.get("rope_theta") or 10000.0)
 
 
+# What no layout of transformers has, at the value that leaves it out; each layout below says what it has of it.
+_WITHOUT: dict[str, tuple] = {
+    "token_shift": (False,), "embedding_norm": (False,), "window": (None,), "value_embeddings": (False,),
+    "residual_scalars": (False,), "smear": (False,), "backout": (False,), "rope_sign": (1,), "qk_gain": (1.0,),
+}  # fmt: skip
+
+
 # ---- GPT-2 -----------------------------------------------------------------------------------------------------------
 
 _GPT2_ACTIVATIONS = {
@@ -135,10 +145,10 @@ def _take_gpt2(config: GPTConfig, theirs: Weights) -> Weights:
 
 
 def _gpt2_needs(config: GPTConfig) -> dict[str, tuple]:
-    return {
+    return _WITHOUT | {
         "position": ("learned",), "norm": ("layernorm",), "activation": tuple(_GPT2_ACTIVATIONS.values()),
         "n_kv_head": (None, config.n_head), "qk_norm": (False,),
-        "head_size": (None, config.n_embd // config.n_head), "softcap": (None,), "token_shift": (False,),
+        "head_size": (None, config.n_embd // config.n_head), "softcap": (None,),
     }  # fmt: skip
 
 
@@ -240,14 +250,14 @@ def _take_llama(config: GPTConfig, theirs: Weights) -> Weights:
 
 
 def _llama_needs(config: GPTConfig) -> dict[str, tuple]:
-    return {
+    return _WITHOUT | {
         "position": ("rope",), "norm": ("rmsnorm",), "activation": tuple(_GATES.values()), "qk_norm": (False,),
-        "softcap": (None,), "token_shift": (False,),
+        "softcap": (None,),
     }  # fmt: skip
 
 
 def _qwen3_needs(config: GPTConfig) -> dict[str, tuple]:
-    return _llama_needs(config) | {"qk_norm": (True,), "bias": (False,)}
+    return _llama_needs(config) | {"qk_norm": (True,), "bias": (False,), "qk_gain": (config.qk_gain,)}
 
 
 def _llama_settings(config: GPTConfig) -> dict[str, Any]:
@@ -277,8 +287,8 @@ def _give_llama(config: GPTConfig, ours: Weights) -> Weights:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             theirs.setdefault(f"{block}{norm}.weight", ones)
         if config.qk_norm:
-            ones_of_a_head = torch.ones(config.head_dim)
-            theirs |= {block + name: ours.get(mine + part, ones_of_a_head) for part, name in _QK_NORMS.items()}
+            ones_of_a_head, gain = torch.ones(config.head_dim), config.qk_gain
+            theirs |= {block + name: ours.get(mine + part, ones_of_a_head) * gain for part, name in _QK_NORMS.items()}
     return theirs
 
 
@@ -307,24 +317,58 @@ def _nanochat_config(settings: Settings) -> GPTConfig:
         qk_norm=True,
         tied=False,
         softcap=settings.get("final_logit_softcapping", 15.0),
+        embedding_norm=True,
+        rope_sign=-1,
     )
 
 
+_NANOCHAT_BLOCK = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
 def _take_nanochat(config: GPTConfig, theirs: Weights) -> Weights:
-    table = theirs.pop("model.embed_tokens.weight").float()
     ours = {
-        "transformer.wte.weight": torch.nn.functional.rms_norm(table, table.shape[-1:], eps=config.epsilon),
+        "transformer.wte.weight": theirs.pop("model.embed_tokens.weight"),
         "lm_head.weight": theirs.pop("lm_head.weight"),
     }
     for mine, block in _blocks(config):
-        q, k, v = (theirs.pop(f"{block}{name}.weight") for name in _QKV)
-        ours[f"{mine}attn.c_attn.weight"] = torch.cat([_halves_swapped(q, config), _halves_swapped(k, config), v])
-        for part, name in {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}.items():
+        ours[f"{mine}attn.c_attn.weight"] = torch.cat([theirs.pop(f"{block}{name}.weight") for name in _QKV])
+        for part, name in _NANOCHAT_BLOCK.items():
             ours[f"{mine}{part}.weight"] = theirs.pop(f"{block}{name}.weight")
     return ours
 
 
-def _halves_swapped(w: Tensor, config: GPTConfig) -> Tensor:
+def _nanochat_needs(config: GPTConfig) -> dict[str, tuple]:
+    return _WITHOUT | {
+        "position": ("rope",), "norm": ("rmsnorm",), "norm_weight": (False,), "bias": (False,), "tied": (False,),
+        "activation": ("relu2",), "qk_norm": (True,), "qk_norm_weight": (False,), "embedding_norm": (True,),
+        "rope_sign": (1, -1), "head_size": (None, config.n_embd // config.n_head),
+    }  # fmt: skip
+
+
+def _nanochat_settings(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": config.block_size, "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head, "num_key_value_heads": config.kv_heads, "hidden_size": config.n_embd,
+        "intermediate_size": config.hidden_width, "rms_norm_eps": config.epsilon, "hidden_act": "relu2",
+        "attention_bias": False, "attention_dropout": config.dropout, "final_logit_softcapping": config.softcap,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+    }  # fmt: skip
+
+
+def _give_nanochat(config: GPTConfig, ours: Weights) -> Weights:
+    theirs = {
+        "model.embed_tokens.weight": ours["transformer.wte.weight"], "lm_head.weight": ours["lm_head.weight"],
+    }  # fmt: skip
+    for mine, block in _blocks(config):
+        q, k, v = ours[f"{mine}attn.c_attn.weight"].split(_qkv_rows(config))
+        if config.rope_sign == 1:
+            q, k = halves_swapped(q, config), halves_swapped(k, config)
+        theirs |= {f"{block}{name}.weight": part for name, part in zip(_QKV, (q, k, v), strict=True)}
+        theirs |= {f"{block}{name}.weight": ours[f"{mine}{part}.weight"] for part, name in _NANOCHAT_BLOCK.items()}
+    return theirs
+
+
+def halves_swapped(w: Tensor, config: GPTConfig) -> Tensor:
     """Rows (heads · D, C) with the two halves of every head in each other's place."""
     return w.view(-1, 2, config.head_dim // 2, config.n_embd).flip(1).reshape(w.shape)
 
@@ -335,6 +379,14 @@ LAYOUTS = {
         Layout("gpt2", "GPT2LMHeadModel", _gpt2_config, _take_gpt2, _gpt2_needs, _gpt2_settings, _give_gpt2),
         Layout("llama", "LlamaForCausalLM", _llama_config, _take_llama, _llama_needs, _llama_settings, _give_llama),
         Layout("qwen3", "Qwen3ForCausalLM", _llama_config, _take_llama, _qwen3_needs, _llama_settings, _give_llama),
-        Layout("nanochat", "NanoChatForCausalLM", _nanochat_config, _take_nanochat),
+        Layout(
+            "nanochat",
+            "NanoChatForCausalLM",
+            _nanochat_config,
+            _take_nanochat,
+            _nanochat_needs,
+            _nanochat_settings,
+            _give_nanochat,
+        ),
     )
 }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptfast import untrusted
 from gptfast.chat.conversation import ASSISTANT, BOS, SPECIAL_TOKENS
 from gptfast.errors import UserError
 from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_bpe
@@ -28,13 +29,10 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
 def read(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`: byte-level BPE, or characters as `write` puts them. Raises UserError for others."""
     if (folder / FILE).is_file():
-        try:
-            model = json.loads((folder / FILE).read_text("utf-8"))["model"]
-            is_by_character = model.get("type") == "WordLevel" and all(len(token) == 1 for token in model["vocab"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / FILE} is damaged; copy it again") from None
-        if is_by_character:
-            return CharTokenizer("".join(sorted(model["vocab"], key=model["vocab"].get)))
+        with untrusted.expected(str(folder / FILE), "copy it again"):
+            model = untrusted.json_object(folder / FILE, "copy it again")["model"]
+            if model.get("type") == "WordLevel" and all(len(token) == 1 for token in model["vocab"]):
+                return CharTokenizer("".join(sorted(model["vocab"], key=model["vocab"].get)))
     return load_bpe(folder)
 
 

@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, tuple[type, ...]]] = {
     "peak": {"name": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},
     "model": {"name": TEXT, "impl": TEXT, "dtype": TEXT, "tokens_per_s": NUMBER, **TIMES, **FACTS},
     "decode": {"name": TEXT, "impl": TEXT, "dtype": TEXT, "tokens_per_s": NUMBER, **TIMES, **FACTS},
+    "serve": {"name": TEXT, "impl": TEXT, "dtype": TEXT, "dims": (dict,), "tokens_per_s": NUMBER, **TIMES, **FACTS},
     "optimizer": {"name": TEXT, "impl": TEXT, **TIMES, **FACTS},  # one step over the matrices of the model `name`
     "product": {"name": TEXT, "impl": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},  # of Newton-Schulz
     "profile": {"name": TEXT, "impl": TEXT, "direction": TEXT, "dims": (dict,), "dtype": TEXT, **TIMES, **FACTS},

@@ -109,11 +109,11 @@ class ShardedOptimizer:
         return [Share(index, p, low, high, held[low:high])] if high > low else []
 
     def _matrices_of(self, index: int, p: nn.Parameter) -> list[Matrix]:
-        name, found, row = self.names[index], [], 0
+        name, matrices, row = self.names[index], [], 0
         for number, rows in enumerate(stacked_rows(name, self.shapes[name], self.config)):
-            found.append(Matrix(index, number, p, (row, row + rows), self.shapes[name][1], -1))
+            matrices.append(Matrix(index, number, p, (row, row + rows), self.shapes[name][1], -1))
             row += rows
-        return found
+        return matrices
 
     def _choose_owners(self) -> None:
         """The largest first, each to the rank with the least to do so far; the same on every rank."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence
             raise ValueError(f"two pieces of {name} hold the same elements")
 
 
-def read_parts(files: Iterable[BinaryIO], optimizer: dict[str, Any], aliases: dict[str, str]) -> dict[str, Tensor]:
+def read_parts(
+    files: Iterable[BufferedReader], optimizer: dict[str, Any], aliases: dict[str, str]
+) -> dict[str, Tensor]:
     """Returns the whole model's tensors by name, on the CPU, in one process; puts the optimizer's into its tree.
 
     `files` are open; `aliases` maps the names of tied parameters to the name that holds their tensor. Raises ValueError

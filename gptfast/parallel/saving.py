@@ -56,7 +56,7 @@ class Piece(Tensor):
         return self.as_subclass(Tensor)
 
 
-def save(
+def save_sharded(
     out_dir: str | Path, optimizer: ShardedOptimizer, *, step: int, meta: dict[str, Any],
     **settings: Any,
 ) -> None:  # fmt: skip
@@ -65,7 +65,7 @@ def save(
     def write(folder: Path) -> None:
         write_parts(folder, optimizer)
 
-    main = optimizer.max(team.gather(os.getpid()) if optimizer.team.is_main else 0)
+    main = optimizer.team.gather(os.getpid())[0]
     if optimizer.team.is_main:
         checkpoint.save(
             out_dir, step=step, model={}, optimizer=optimizer.settings(), meta=meta, write_parts=write, **settings

@@ -71,14 +71,14 @@ def rectangles(name: str, shape: torch.Size, config: GPTConfig, team: Team, rank
     columns = tuple(n // team.tensor if by_row else n for n in shape[1:])
     first_column = tuple(t * n if by_row else 0 for n in columns)
 
-    found, row = [], 0
+    pieces, row = [], 0
     for (matrix, first, rows), whole in zip(parts, stacked_rows(name, shape, config), strict=True):
         a, b = max(low, row), min(high, row + rows)
         if a < b:
             offset = (first + a - row, *first_column)
-            found.append(Rectangle(matrix, (whole, *shape[1:]), offset, (b - a, *columns), a - low))
+            pieces.append(Rectangle(matrix, (whole, *shape[1:]), offset, (b - a, *columns), a - low))
         row += rows
-    return found
+    return pieces
 
 
 def chunk(rows: int, ways: int, index: int) -> tuple[int, int]:

@@ -132,40 +132,40 @@ def join(
     node), with a copy in each such group. tensor: ranks that share each matrix product, with fsdp. Raises
     UserError for numbers that do not fit the ranks there are.
     """
-    found = launch()
-    if not found.by_torchrun:
+    launched = launch()
+    if not launched.by_torchrun:
         if tensor > 1:
             raise UserError(f"--tensor_parallel={tensor} needs ranks: start with torchrun --nproc_per_node={tensor}")
         return Team(device=device)
     if tensor > 1 and mode != "fsdp":
         raise UserError(f"--tensor_parallel={tensor} goes with --parallel=fsdp, not {mode}")
-    if found.size % tensor:
-        raise UserError(f"--tensor_parallel={tensor} does not divide the {found.size} ranks")
-    groups = found.size // tensor
-    wanted = {"ddp": 1, "fsdp": groups, "hsdp": shard_size or max(1, found.local_size // tensor)}[mode]
+    if launched.size % tensor:
+        raise UserError(f"--tensor_parallel={tensor} does not divide the {launched.size} ranks")
+    groups = launched.size // tensor
+    wanted = {"ddp": 1, "fsdp": groups, "hsdp": shard_size or max(1, launched.local_size // tensor)}[mode]
     if groups % wanted:
         raise UserError(f"--shard_size={wanted} does not divide the {groups} ranks or tensor groups")
     if device.startswith("cuda"):
-        device = f"cuda:{found.local_rank}"
+        device = f"cuda:{launched.local_rank}"
         torch.cuda.set_device(device)
     elif backend == "nccl":
         backend = "gloo"  # NCCL has no CPU
-    _meet(backend, found)
+    _meet(backend, launched)
     shape = (groups // wanted, wanted, tensor)
     mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replica", "shard", "tensor"))
     control = dist.new_group(backend="gloo")
-    return Team(mode, found, *shape, device=device, mesh=mesh, _control=control)
+    return Team(mode, launched, *shape, device=device, mesh=mesh, _control=control)
 
 
-def _meet(backend: str, found: Launch) -> None:
+def _meet(backend: str, launched: Launch) -> None:
     """Makes the process group.
 
     Within one node torchrun's store outlives a restart, and a rank would find the addresses of the dead there (torch
     2.13), so each attempt has names of its own. Across nodes each attempt has a new store, and nodes count differently.
     """
     store, rank, size = next(dist.rendezvous("env://"))
-    if found.local_size == found.size:
-        store = dist.PrefixStore(f"attempt-{found.attempt}", store)
+    if launched.local_size == launched.size:
+        store = dist.PrefixStore(f"attempt-{launched.attempt}", store)
     timeout = datetime.timedelta(seconds=HUNG_S)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 import textwrap
@@ -23,6 +22,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from gptfast import untrusted
+from gptfast.aside import file_aside, unwritable, write_whole
 from gptfast.errors import UserError
 from gptfast.log import Row
 from gptfast.rows import code, file_name, markdown, parse
@@ -45,9 +46,9 @@ def read(paths: Iterable[Path | str]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give a .jsonl file of rows") from None
+            lines = untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({untrusted.reason(error)}); give a .jsonl file of rows") from None
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -174,20 +175,14 @@ def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]
     return figure, [list(row) for row in axes]
 
 
-def save(
+def save_figure(
     figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = (), notes: Iterable[str] = ()
 ) -> Path:
     """Writes a PNG with the caption of its rows beneath, then the notes; returns its path."""
     text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 125) for note in notes)])
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.02, ha="left")
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # so that a link is replaced, and not what it points to
-    try:
-        figure.savefig(aside, dpi=130, format="png")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); choose another folder") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with unwritable(path), file_aside(path) as building:  # so that a link is replaced, and not what it points to
+        figure.savefig(building, dpi=130, format="png")
     return path
 
 
@@ -210,7 +205,7 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot(seconds, losses, "o-", color=ORANGE, markersize=4, label=f"validation, {losses[-1]:.4f} at the end")
     axis.set(xlabel="training time, s (evaluation left out)", ylabel="loss, nats per token")
     axis.legend(frameon=False)
-    return save(figure, path, rows)
+    return save_figure(figure, path, rows)
 
 
 def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
@@ -237,7 +232,7 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axes[1].set(ylabel="% of dense peak", ylim=(0, 1.3 * highest))
         axes[1].legend(frameon=False, loc="upper right", ncols=2)
     axes[-1].set_xlabel("step" if names else "step          (MFU n/a: no peak is known for this hardware)")
-    return save(figure, path, rows, names)
+    return save_figure(figure, path, rows, names)
 
 
 def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, unit: str) -> Path | None:
@@ -265,7 +260,7 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, u
     axis.set(ylabel=unit)
     axis.margins(y=0.12)
     axis.legend(frameon=False, ncols=min(4, len(makers)), loc="lower left", bbox_to_anchor=(0, 1))
-    return save(figure, path, rows, [value] if value in MFU_CONVENTION else [])
+    return save_figure(figure, path, rows, [value] if value in MFU_CONVENTION else [])
 
 
 def _size_label(row: Row) -> str:
@@ -301,7 +296,7 @@ def write_report(rows: Sequence[Row], out_dir: Path | str) -> Path:
     if not sections:
         raise UserError("no rows of a training run or of the bench to report on; give the log of one")
     path = out_dir / "report.md"
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_whole(path, "\n\n".join(sections) + "\n")
     return path
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from gptfast import report
+from gptfast.aside import check_writable
 from gptfast.cli import run
 from gptfast.report import card
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     logs = [path / "metrics.jsonl" if path.is_dir() else path for path in options.paths]
     out_dir = options.out_dir or logs[0].parent
-    out_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(out_dir)
     if options.card:
         print(card.write(options.paths, out_dir, options.dollars_per_hour))
         return

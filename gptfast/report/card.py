@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast import report
+from gptfast.aside import write_whole
 from gptfast.errors import UserError
 from gptfast.log import Row
 
@@ -99,7 +100,7 @@ def write(folders: Sequence[Path | str], out_dir: Path | str, dollars_per_hour: 
         *(section for stage in stages for section in _stage(stage, out_dir)),
     ]  # fmt: skip
     path = out_dir / "report.md"
-    path.write_text("\n\n".join(sections) + "\n", "utf-8")
+    write_whole(path, "\n\n".join(sections) + "\n")
     return path
 
 
@@ -216,4 +217,4 @@ def reward_figure(rows: Sequence[Row], path: Path) -> Path | None:
         axis.plot(places, passed, "o-", color=report.ORANGE, markersize=4, label=f"pass@1, {passed[-1]:.3f} at the end")
     axis.set(xlabel="update", ylabel="share of answers that pass", ylim=(-0.02, 1.02))
     axis.legend(frameon=False)
-    return report.save(figure, path, rows)
+    return report.save_figure(figure, path, rows)

@@ -6,11 +6,12 @@ second one does not.
 
 from __future__ import annotations
 
-from gptfast.runtime import settle
+from gptfast.runtime import set_up_process
 
 if __name__ == "__main__":
-    settle()
+    set_up_process()
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ class Serve:
     port: int = 8000  # 0 takes a free one
     name: str = ""  # of the model, as clients ask for it; empty: out_dir, or init_from
     slots: int = 8  # answers at once
+    page_size: int = (
+        16  # tokens; what a conversation's next turn shares with the last is not read again, by whole pages
+    )
     queue: int = 64  # answers that may wait for a slot; those beyond are told to come back (429)
     tools: Literal["none", "calculator", "python"] = "calculator"  # python: and a sandbox, for what that cannot do
     max_tokens: int = 512  # of an answer, unless a request says otherwise
@@ -54,7 +58,8 @@ class Serve:
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {
-            "port": (0, 65535), "slots": (1, 1024), "queue": (0, 100_000), "max_tokens": (1, MOST_TOKENS),
+            "port": (0, 65535), "slots": (1, 1024), "page_size": (1, 4096), "queue": (0, 100_000),
+            "max_tokens": (1, MOST_TOKENS),
             "temperature": (0, MOST_TEMPERATURE), "top_k": (0, MOST_TOP_K), "grace_s": (0, 3600),
             "memory_gbs": (0, 1e6),
         }  # fmt: skip
@@ -78,6 +83,7 @@ def main(argv: list[str]) -> int:
         model,
         slots=config.slots,
         tokenizer=tokenizer,
+        page_size=config.page_size,
         weights="int8" if config.quantize == "int8" else "auto" if config.dtype == "auto" else "model",
         compile=config.compile,
     )
@@ -86,11 +92,10 @@ def main(argv: list[str]) -> int:
     defaults = Defaults(name, config.max_tokens, config.temperature, config.top_k)
     serving = Serving(defaults, guarded, config.queue, config.grace_s)
     server = Server(engine, tools, serving, listener, peak_of(config, device))
-    print(f"serving {name} at {server.url}; Ctrl-C ends it within {config.grace_s:g} s", flush=True)
-    try:
+    print(f"serving {name} at {server.url}; Ctrl-C ends it within {server.ends_within_s:g} s", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn's way to say that it ended because of one
         server.serve()
-    except KeyboardInterrupt:  # uvicorn's way to say that it ended because of one
-        print("ended")
+    print("ended")
     return 0
 
 

@@ -7,7 +7,7 @@ import contextlib
 import hmac
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -265,7 +265,7 @@ class Answering:
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher, self._loop = batcher, asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()  # None: the client has left
         self._tickets: list[Ticket] = []
         self.choices: list[Choice] = []
         self._prompts: set[int] = set()
@@ -288,33 +288,29 @@ class Answering:
     def cancel(self) -> None:
         self._batcher.cancel(self._tickets)
 
-    async def events(self, receive: Receive) -> Any:
-        """Yields (index, event) until all answers are done. Raises Gone when the client has left."""
-        left = asyncio.create_task(_left(receive))
+    async def events(self, receive: Receive) -> AsyncGenerator[list[tuple[int, Event]], None]:
+        """Yields what has come, as (choice, event)s, until all answers are done. Raises Gone when the client leaves."""
+        watch = asyncio.create_task(self._watch(receive))
         try:
             done = 0
             while done < len(self._tickets):
-                came = asyncio.create_task(self._events.get())
-                await asyncio.wait((came, left), return_when=asyncio.FIRST_COMPLETED)
-                if not came.done():
-                    came.cancel()
+                came = [await self._events.get()]
+                while not self._events.empty():
+                    came.append(self._events.get_nowait())
+                events = [one for one in came if one is not None]
+                if len(events) < len(came):
                     raise Gone
-                index, event = came.result()
-                choice = self.choices[index]
-                choice.add(event.pieces)
-                choice.likely += event.likely
-                choice.tokens = self._tickets[index].tokens
-                if event.finish_reason is not None:
-                    choice.finish_reason = event.finish_reason
-                    done += 1
-                yield index, event
+                for index, event in events:
+                    self.choices[index].add(event, self._tickets[index].tokens)
+                    done += event.finish_reason is not None
+                yield events
         finally:
-            left.cancel()
+            watch.cancel()
 
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._events.put_nowait(None)
 
 
 async def _swallow(receive: Receive) -> None:
@@ -339,8 +335,8 @@ class Whole:
         failure = None
         try:
             async with contextlib.aclosing(self.answering.events(receive)) as events:
-                async for _, event in events:
-                    failure = failure or _failure(event)
+                async for came in events:
+                    failure = next(filter(None, (_failure(event) for _, event in came)), failure)
         finally:
             self.answering.cancel()
         if failure is not None:
@@ -362,8 +358,8 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": raw})
             await self._send(send, self.begin())
             async with contextlib.aclosing(self.answering.events(receive)) as events:
-                async for index, event in events:
-                    await self._send(send, self.more(index, event))
+                async for came in events:
+                    await self._send(send, [part for index, event in came for part in self.more(index, event)])
             await self._send(send, self.end())
             await send({"type": "http.response.body", "body": b""})
         finally:

@@ -81,7 +81,7 @@ class Ticket:
 class Batcher:
     """Answers tickets on `engine`, in a thread of its own: at most `queue` of them wait while all slots are taken.
 
-    Nobody else may use `engine` meanwhile. `submit`, `cancel` and `drain` may be called from any thread.
+    Nobody else may use `engine` meanwhile. After `start`, `submit`, `cancel` and `drain` may be called from any thread.
     """
 
     def __init__(self, engine: Engine, chat: Chat | None, tools: Tools, queue: int, meter: Meter) -> None:
@@ -98,6 +98,9 @@ class Batcher:
         self._deadline = math.inf
         self.closing = False
         self._thread = threading.Thread(target=self._run, name="engine")
+
+    def start(self) -> None:
+        """Begin to answer. To be followed by `drain` and `join`."""
         self._thread.start()
 
     # ---- any thread --------------------------------------------------------------------------------------------------
@@ -242,6 +245,8 @@ class Batcher:
         ticket.deliver(replace(last or Event(), finish_reason=reason, error=error))
 
     def _kept(self) -> int:
-        """Positions of the cache that hold keys and values."""
-        most = self.engine.config.block_size
+        """Positions of the cache that running answers take; in pages, those that they share count once."""
+        cache, most = self.engine.cache, self.engine.config.block_size
+        if cache.paged:
+            return (cache.pages - cache.pool.free) * cache.page_size
         return sum(min(len(request.prompt) + len(request.tokens), most) for request in self.engine.running)

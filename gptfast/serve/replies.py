@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from gptfast.chat.parts import Piece
 from gptfast.engine import Logprob
+from gptfast.serve.batcher import Event
 from gptfast.tokenizer import Tokenizer
 
 NEVER = -9999.0  # the logarithm of no probability, as OpenAI's API writes it
@@ -64,19 +66,25 @@ class Choice:
 
     prompt_tokens: int  # of its prompt, 0 where an earlier choice has the same
     tokens: int = 0
-    parts: list[Piece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     likely: list[tuple[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            if self.parts and self.parts[-1].kind == piece.kind:
-                piece = Piece(piece.kind, self.parts.pop().text + piece.text)
-            self.parts.append(piece)
+    def add(self, event: Event, tokens: int) -> None:
+        """What an event adds; the answer has `tokens` now."""
+        self.pieces += event.pieces
+        self.likely += event.likely
+        self.tokens, self.finish_reason = tokens, event.finish_reason
+
+    @property
+    def parts(self) -> list[Piece]:
+        """Its text, calls and outputs in order, each as one."""
+        groups = itertools.groupby(self.pieces, key=lambda piece: piece.kind)
+        return [Piece(kind, "".join(piece.text for piece in pieces)) for kind, pieces in groups]
 
     @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.parts if piece.kind == "text")
+        return "".join(piece.text for piece in self.pieces if piece.kind == "text")
 
 
 class Chat:
@@ -89,7 +97,7 @@ class Chat:
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
-        if any(piece.kind != "text" for piece in choice.parts):
+        if any(piece.kind != "text" for piece in choice.pieces):
             message["parts"] = [{"type": piece.kind, "text": piece.text} for piece in choice.parts]
         logprobs = self._logprobs(choice.likely)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}

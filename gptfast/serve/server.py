@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptfast import mfu
 from gptfast.chat.conversation import Chat
+from gptfast.chat.sandbox import EXTRA_S
 from gptfast.chat.tools import Tools
 from gptfast.engine import Engine
 from gptfast.errors import UserError
@@ -58,7 +59,7 @@ class Server:
             uvicorn.Config(
                 app, http=_impatient(), ws="none", lifespan="off", log_level="error", access_log=False,
                 server_header=False, limit_concurrency=MOST_CONNECTIONS,
-                timeout_keep_alive=KEEP_ALIVE_S,  # type: ignore[arg-type]
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=round(serving.grace_s + AFTER_GRACE_S),
             )
         )  # fmt: skip
@@ -68,8 +69,15 @@ class Server:
         host, port = self._listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    @property
+    def ends_within_s(self) -> float:
+        """Seconds from Ctrl-C to the end at most, a call of Python that runs included."""
+        python = self.batcher.tools.python
+        return self._serving.grace_s + AFTER_GRACE_S + (python.limits.seconds + EXTRA_S if python else 0.0)
+
     def serve(self) -> None:
         """Serves until Ctrl-C, SIGTERM or `stop`; then running answers may finish within `grace_s`."""
+        self.batcher.start()
         try:
             asyncio.run(self._uvicorn.serve(sockets=[self._listener]))
         finally:
@@ -93,6 +101,8 @@ def running(engine: Engine, tools: Tools, serving: Serving) -> Iterator[Server]:
     try:
         while thread.is_alive() and not server.started:
             time.sleep(0.005)
+        if not server.started:
+            raise RuntimeError("the server did not start; its thread says why")
         yield server
     finally:
         server.stop()

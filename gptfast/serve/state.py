@@ -65,6 +65,8 @@ class State:
             "device": self._device,
             "weights": self._engine.why,
             "tools": self._tools(),
+            "prompt_tokens_read": self._engine.tokens_read,
+            "prompt_tokens_reused": self._engine.tokens_reused,
             "ended": self.meter.ends(),
         }
 
@@ -76,6 +78,8 @@ class State:
             "queue": ("answers that wait", stats["queue"]),
             "kv_positions": ("positions of the cache", stats["kv_total"]),
             "kv_positions_used": ("positions of the cache that hold something", stats["kv_used"]),
+            "prompt_tokens_read": ("of prompts, since the start", stats["prompt_tokens_read"]),
+            "prompt_tokens_reused": ("of prompts that the cache held already", stats["prompt_tokens_reused"]),
             "tokens_per_second": ("of the last seconds, while the engine worked", stats["tokens_per_s"]),
         }
         if stats["mbu"] is not None:
@@ -107,4 +111,4 @@ def _position_bytes(engine: Engine) -> int:
 def _device_name(engine: Engine) -> str:
     from gptfast.log import hardware
 
-    return str(hardware(engine.model.lm_head.weight.device)["name"])
+    return str(hardware(engine.cache.lengths.device)["name"])

@@ -175,9 +175,8 @@ ATTENTION = Op(
     triton=attention_triton,
     inputs=inputs,
     parity=(
-        dict(B=2, T=1, S=9, H=8, G=4, D=16), dict(B=1, T=37, S=37, H=3, G=3, D=32),
-        dict(B=1, T=40, S=33, H=2, G=1, D=96), dict(B=2, T=0, S=5, H=2, G=1, D=16),
-        dict(B=1, T=2, S=67, H=6, G=2, D=80),
+        dict(B=1, T=37, S=37, H=3, G=3, D=32), dict(B=1, T=40, S=33, H=2, G=1, D=96),
+        dict(B=2, T=0, S=5, H=2, G=1, D=16), dict(B=1, T=2, S=67, H=6, G=2, D=80), dict(B=2, T=3, S=9, H=8, G=4, D=16),
     ),
     # With few rows, or one key that takes all the weight, gradients are what rounding leaves of a difference.
     domain=dict(

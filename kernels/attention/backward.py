@@ -236,11 +236,13 @@ CONSERVATIVE = Tile(32, 32, 4, 2)
 TILES = {
     "dq": {
         80: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+        86: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
         90: {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 32, 8, 2, True)},
         100: {64: Tile(128, 64, 8, 2, True), 128: Tile(128, 64, 8, 2, True), 256: Tile(64, 32, 8, 2, True)},
     },
     "dk_dv": {
         80: {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        86: {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 8, 2)},
         90: {64: Tile(32, 64, 4, 3, True), 128: Tile(32, 64, 4, 3, True), 256: Tile(16, 64, 8, 2, True)},
         100: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 128, 8, 2, True), 256: Tile(32, 64, 8, 2, True)},
     },
@@ -250,7 +252,11 @@ TILES = {
 LONG = 2048
 LONG_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 64): Tile(64, 64, 4, 3, True)}
 # Where random numbers take so many registers that the tiles above would spill.
-DROPOUT_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True)}
+DROPOUT_TILES = {
+    ("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True),
+    ("dq", 100, 256): Tile(64, 16, 8, 2, True), ("dk_dv", 100, 64): Tile(32, 128, 8, 2, True),
+    ("dk_dv", 100, 128): Tile(32, 128, 8, 2, True),
+}  # fmt: skip
 
 
 def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False) -> Tile:

@@ -51,9 +51,9 @@ def check_criterion(
             return  # the usual case, in one pass
         strange = ((targets < 0) | (targets >= V)) & (targets != criterion.ignore_index)
         if strange.any():
-            found = int(targets[strange][0])
+            wrong = int(targets[strange][0])
             raise ValueError(
-                f"targets: {found} is outside 0 to {V - 1} and is not ignore_index ({criterion.ignore_index})"
+                f"targets: {wrong} is outside 0 to {V - 1} and is not ignore_index ({criterion.ignore_index})"
             )
 
 

@@ -332,20 +332,24 @@ class Tile(NamedTuple):
 CONSERVATIVE = Tile(32, 4, 2, 4)
 TILES = {
     80: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
+    86: {128: Tile(64, 8, 3, 2), 256: Tile(64, 8, 2, 2)},
     90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
-    100: {128: Tile(64, 4, 3, 4, 168), 256: Tile(64, 8, 2, 2, 168)},
+    100: {128: Tile(64, 4, 3, 4, 240), 256: Tile(64, 8, 2, 2, 240)},
 }
+# Where the bounds of a window take so many registers that the tiles above would spill 8 B.
+WINDOWED_TILES = {(100, 128): Tile(64, 8, 3, 4, 240), (100, 256): Tile(32, 8, 2, 2, 240)}
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
 PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
 COMBINED = 2048  # numbers of parts that a combination takes at once
 
 
-def tile(D: int, dtype: torch.dtype, arch: int) -> Tile:
+def tile(D: int, dtype: torch.dtype, arch: int, windowed: bool = False) -> Tile:
     """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
-    table = TILES.get(tile_arch(arch))
-    if table is None or dtype == torch.float32:
+    arch, width = tile_arch(arch), 128 if D <= 128 else 256
+    if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
-    return table[128 if D <= 128 else 256]
+    plain = TILES[arch][width]
+    return WINDOWED_TILES.get((arch, width), plain) if windowed else plain
 
 
 def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Tile, multiprocessors: int) -> int:
@@ -376,7 +380,7 @@ def launch(
         return out.zero_()
     if k.dtype == torch.float8_e4m3fn and arch(q) < 89:  # without an instruction to convert it, nor a Triton type
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    block, block_d = tile(D, q.dtype, arch(q)), max(16, triton.next_power_of_2(D))
+    block, block_d = tile(D, q.dtype, arch(q), window >= 0), max(16, triton.next_power_of_2(D))
     queries = T * (H // G)
     block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(queries)))
     places = B * G * triton.cdiv(queries, block_m)

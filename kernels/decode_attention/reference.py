@@ -92,7 +92,9 @@ def _cut(x: Tensor, pages: Tensor | None, batch: slice, first: int, length: int)
     """Positions first to length of some sequences: x (B, S, ...) -> (batch, length - first, ...)."""
     if pages is None:
         return x[batch, first:length]
-    return x[pages[batch, : -(-length // x.shape[1])]].flatten(1, 2)[:, first:length]
+    before, after = first // x.shape[1], -(-length // x.shape[1])
+    start = before * x.shape[1]
+    return x[pages[batch, before:after]].flatten(1, 2)[:, first - start : length - start]
 
 
 def _hidden(position: Tensor, S: int, window: int | None) -> Tensor:

@@ -1,12 +1,14 @@
-"""Compile every kernel of every op ahead of time for A100, H100 and B200, without a GPU, and hold the code to gates.
+"""Compile every kernel of every op ahead of time for seven architectures, without a GPU, and hold the code to gates.
 
     python -m kernels.proof.aot           compile what changed, print the table, fail on a broken gate or a stale report
     python -m kernels.proof.aot --update  the same, and write results/aot.json
     python -m kernels.proof.aot --parity  compile the small cases of the parity tests, for H100; failures are named
+    python -m kernels.proof.aot --rocm    compile, and no more, for AMD's gfx942 and gfx1100, where nothing ever ran
 
-Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, every launch that it
-makes is recorded, and each distinct one is compiled exactly as the launch would be. Registers, stack and spills come
-from the cubin, instruction counts from its disassembly, warnings from ptxas. All tools lie in the Triton wheel.
+Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, with its options combined
+by options.py, every launch that it makes is recorded, and each distinct one is compiled exactly as the launch would be.
+Registers, stack and spills come from the cubin, instruction counts from its disassembly, warnings from ptxas. All tools
+lie in the Triton wheel. Compilations share out over the cores, --workers of them.
 """
 
 import argparse
@@ -14,12 +16,14 @@ import collections
 import contextlib
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +38,39 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from .. import OPS, _command
-from .._triton import Launcher, launching
+from .._triton import Launcher, launching, tile_arch
 from ..op import Op
+from .options import combined, farthest_options
 
 REPORT = Path(__file__).resolve().parents[2] / "results" / "aot.json"
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Limits of one multiprocessor, from the CUDA C++ Programming Guide, table of technical specifications."""
+    """Limits of one multiprocessor, from the CUDA Programming Guide 13, table "Technical specifications per compute
+    capability", and how many there are: of the named card, which stands for the others of its architecture.
+    """
 
     name: str
     multiprocessors: int
     shared_per_sm: int  # bytes
     shared_per_program: int  # bytes
+    matrix: str  # how the names of its instructions for matrix products begin
+    others: str = ""
     registers: int = 65536
     warps: int = 64
     programs: int = 32
 
 
 CHIPS = {
-    80: Chip("A100", 108, 167936, 166912),
-    90: Chip("H100", 132, 233472, 232448),
-    100: Chip("B200", 148, 233472, 232448),
+    80: Chip("A100", 108, 167936, 166912, "HMMA", "A30, A800"),
+    86: Chip("A10", 72, 102400, 101376, "HMMA", "RTX 30, A40, A6000", warps=48, programs=16),
+    89: Chip("L40S", 142, 102400, 101376, "HMMA", "RTX 40, L4, L40", warps=48, programs=24),
+    90: Chip("H100", 132, 233472, 232448, "HGMMA", "H200, H800, GH200"),
+    100: Chip("B200", 148, 233472, 232448, "UTC", "B100, GB200"),
+    103: Chip("B300", 148, 233472, 232448, "UTC", "GB300"),
+    # The guide says 24 programs, the tuning guide 32. GB10, sm_121, has the same limits and takes the same code.
+    120: Chip("RTX 5080", 84, 102400, 101376, "HMMA", "RTX 50, RTX PRO 6000, GB10", warps=48, programs=24),
 }
 RESERVED_SHARED = 1024  # bytes a program costs beside what it asks for
 
@@ -101,9 +115,8 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
     if op.triton is None:
         return []
     found: list[Launch] = []
-    record = Launcher(
-        lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, CHIPS[arch].multiprocessors
-    )
+    fill = CHIPS[arch].multiprocessors if arch in CHIPS else 108
+    record = Launcher(lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, fill)
     arguments, keywords = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
@@ -123,10 +136,13 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
 # ---- compiling
 
 
+ROCM = {"gfx942": 64, "gfx1100": 32}  # MI300X and RX 7900, and how many lanes a wave of theirs has
+
+
 class _OfflineDriver(DriverBase):
     """As much of a driver as kernel.warmup needs, so that a kernel is specialized exactly as in a launch."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         self.arch = arch
 
     @classmethod
@@ -137,13 +153,15 @@ class _OfflineDriver(DriverBase):
         return ty
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.arch, str):
+            return GPUTarget("hip", self.arch, ROCM[self.arch])
         return GPUTarget("cuda", self.arch, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        return self.arch  # the kernel caches of the architectures stay apart
+        return self.arch if isinstance(self.arch, int) else -ROCM[self.arch]  # the caches of architectures stay apart
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -153,7 +171,7 @@ class _OfflineDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def _offline(arch: int) -> Iterator[None]:
+def _offline(arch: int | str) -> Iterator[None]:
     before = driver._active
     driver.set_active(_OfflineDriver(arch))
     try:
@@ -162,7 +180,7 @@ def _offline(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def compile_launch(launch: Launch, arch: int) -> Any:
+def compile_launch(launch: Launch, arch: int | str) -> Any:
     """The compiled kernel of a recorded launch: cubin, ptx, ttgir in `.asm`, shared bytes and warps in `.metadata`."""
     with _offline(arch), launching(None):
         return launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
@@ -221,6 +239,24 @@ def parity_failures(ops: list[str], check: Callable[[Launch, int], Any], arch: i
                     judge(tried, arch)
                 except Exception as error:  # a compiler that cannot do it may raise anything
                     failures.append(f"{case}{what}: {type(error).__name__}: {error}")
+    return failures
+
+
+def rocm_failures(ops: list[str]) -> list[str]:
+    """What an op launches at its first bench size and does not compile for AMD's GPUs, and why.
+
+    Of the most conservative tiles, which such a GPU takes. That code compiles says nothing of whether it is right.
+    """
+    failures = []
+    for name in ops:
+        op = OPS[name]
+        for launch in launches(op, dict(op.bench[0]), 0) if op.triton else ():
+            for target in ROCM:
+                try:
+                    compile_launch(launch, target)
+                except Exception as error:  # a compiler that cannot do it may raise anything
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    failures.append(f"{name} {target} {launch.kernel.__name__}: {reason[:200]}")
     return failures
 
 
@@ -283,7 +319,9 @@ def read_code(compiled: Any, arch: int) -> Code:
         usage = _run(_tool("cuobjdump", arch), "-res-usage", str(cubin))
         sass = _run(_tool("nvdisasm", arch), "-c", str(cubin))
         name = f"sm_{arch}" + ("a" if arch >= 90 else "")
-        verbose = _run(_tool("ptxas", arch), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "k.out")))
+        verbose = ""
+        if "wgmma" in compiled.asm["ptx"]:  # the only instruction that ptxas warns of
+            verbose = _run(_tool("ptxas", arch), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "k.out")))
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     listing = [m.group(1) for m in _INSTRUCTION.finditer(sass)]
     family = collections.Counter(op.split(".")[0] for op in listing)
@@ -348,7 +386,7 @@ def broken_gates(code: Code, arch: int) -> list[str]:
     if code.box_mismatch:
         broken.append("a bulk copy's box differs from its buffer")
     if code.has_dot:
-        wanted = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[arch]
+        wanted = CHIPS[arch].matrix
         if wanted not in code.matrix:
             broken.append(f"matrix product without {wanted}: {code.matrix or 'none'}")
         if code.programs_per_sm * code.warps < 8:
@@ -361,33 +399,55 @@ def broken_gates(code: Code, arch: int) -> list[str]:
 # ---- the report
 
 
-def _digest(launch: Launch) -> str:
+def digest(launch: Launch) -> str:
     """Changes when the source of the kernel, or what the compiler is told, changes."""
     text = f"{triton.__version__} {launch.kernel.cache_key} {launch.signature()}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def cases(op: Op, arch: int) -> list[dict[str, Any]]:
+    """What an op is compiled at: its bench sizes, and its options combined with those of them that differ in tiles.
+
+    On architectures that take the tiles of another one only such sizes, by default and with the most of the options.
+    """
+    if op.triton is None:
+        return []
+    unlike: dict[Any, dict[str, Any]] = {}
+    for dims in op.bench:
+        constants = {(x.kernel.__name__, str(sorted(x.kwargs.items()))) for x in launches(op, dict(dims), arch)}
+        unlike.setdefault(frozenset(constants), {letter: size for letter, size in dims.items() if letter.isupper()})
+    if tile_arch(arch) != arch:
+        return [{**dims, **options} for dims in unlike.values() for options in ({}, farthest_options(op))]
+    return [*map(dict, op.bench), *combined(op, list(unlike.values()))]
+
+
 def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
-    """(op, arch, kernel, signature) -> launch, over all bench sizes; sizes that give the same code fall together."""
+    """(kernel, arch, digest) -> launch: cases and ops that give the same code fall together."""
     wanted: dict[tuple, Launch] = {}
     for name in ops:
-        op = OPS[name]
-        for arch in archs if op.triton else ():
-            for dims in op.bench:
-                for launch in launches(op, dict(dims), arch):
-                    wanted.setdefault((name, arch, launch.kernel.__name__, launch.signature()), launch)
+        for arch in archs:
+            for case in cases(OPS[name], arch):
+                for launch in launches(OPS[name], case, arch):
+                    wanted.setdefault((launch.kernel.__name__, arch, digest(launch)), launch)
     return wanted
 
 
 def compiled_row(key: tuple, launch: Launch) -> dict[str, Any]:
-    """The report's row of one kernel: compiled, disassembled, judged."""
-    op, arch, kernel, signature = key
+    """The report's row of one kernel: compiled, disassembled, judged. `constants` are its tiles and flags."""
+    kernel, arch, known = key
     code = read_code(compile_launch(launch, arch), arch)
     return {
-        "op": op, "arch": arch, "kernel": kernel, "signature": signature, "digest": _digest(launch),
-        **asdict(code), "ptxas_warnings": list(code.ptxas_warnings), "bytes_in_flight": bytes_in_flight(code),
+        "kernel": kernel, "arch": arch, "digest": known, "constants": constants(launch), "registers": code.registers,
+        "shared_bytes": code.shared_bytes, "warps": code.warps, "programs_per_sm": code.programs_per_sm,
+        "matrix": code.matrix, "bulk_copies": code.bulk_copies, "bytes_in_flight": bytes_in_flight(code),
         "broken": broken_gates(code, arch),
     }  # fmt: skip
+
+
+def constants(launch: Launch) -> str:
+    """The compile-time arguments of a launch without the flags that are off: 'BLOCK_M=128 CAUSAL num_warps=4'."""
+    shown = {name: value for name, value in sorted(launch.kwargs.items()) if value is not False and value != 0}
+    return " ".join(name if value is True else f"{name}={value}" for name, value in shown.items())
 
 
 def read_report(path: Path = REPORT) -> list[dict[str, Any]]:
@@ -401,72 +461,96 @@ def report_version() -> str:
 
 
 def row_key(row: dict[str, Any]) -> tuple:
-    """What identifies a row: its op, architecture, kernel and signature."""
-    return row["op"], row["arch"], row["kernel"], row["signature"]
+    """What identifies a row: its kernel, its architecture, and a digest of its source and what the compiler is told."""
+    return row["kernel"], row["arch"], row["digest"]
 
 
-def stale(rows: list[dict[str, Any]], ops: list[str] | None = None) -> list[str]:
+def stale(rows: list[dict[str, Any]]) -> list[str]:
     """What the report lacks or has too much of, in words; found without compiling anything."""
-    reported = {row_key(r): r["digest"] for r in rows}
-    wanted = plan(ops or list(OPS), list(CHIPS))
-    lines = [f"missing: {_label(key)}" for key in wanted if key not in reported]
-    lines += [
-        f"changed: {_label(k)}" for k, launch in wanted.items() if k in reported and reported[k] != _digest(launch)
-    ]
-    return lines + [f"gone: {_label(key)}" for key in reported if key not in wanted and (not ops or key[0] in ops)]
+    reported, wanted = {row_key(row): row["constants"] for row in rows}, plan(list(OPS), list(CHIPS))
+    lines = [f"missing: {_label(key, constants(launch))}" for key, launch in wanted.items() if key not in reported]
+    return lines + [f"gone: {_label(key, constants)}" for key, constants in reported.items() if key not in wanted]
 
 
-def _label(key: tuple) -> str:
-    op, arch, kernel, signature = key
-    tiles = " ".join(p for p in signature.split() if p.split("=")[0].isupper() or p.startswith("num_"))
-    return f"{op} sm_{arch} {kernel} [{tiles}]"
+def _label(key: tuple, constants: str) -> str:
+    kernel, arch, _ = key
+    return f"sm_{arch} {kernel} [{constants}]"
+
+
+def compiled_rows(wanted: dict[tuple, Launch], workers: int) -> Iterator[dict[str, Any]]:
+    """Rows of the launches, in order. Workers are forked, since what is launched can be sent to no other process."""
+    global _queue
+    _queue = list(wanted.items())
+    if workers < 2:
+        yield from map(_compiled, range(len(_queue)))
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(_compiled, range(len(_queue)))
+
+
+_queue: list[tuple[tuple, Launch]] = []
+
+
+def _compiled(i: int) -> dict[str, Any]:
+    return compiled_row(*_queue[i])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 when every gate holds and the report is fresh, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m kernels.proof.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
-    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
-    parser.add_argument("--arch", action="append", type=int, choices=list(CHIPS), help="only this architecture")
+    parser.add_argument(
+        "--op", action="append", choices=list(OPS), help="only this op; may be repeated; writes nothing"
+    )
+    parser.add_argument(
+        "--arch", action="append", type=int, choices=list(CHIPS), help="only this architecture, as --op"
+    )
     parser.add_argument("--all", action="store_true", help="compile again what the report already has")
     parser.add_argument("--parity", action="store_true", help="compile the cases of the parity tests instead")
+    parser.add_argument("--rocm", action="store_true", help="compile for AMD's GPUs instead")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     args = parser.parse_args(argv)
     ops, archs = args.op or list(OPS), args.arch or list(CHIPS)
     if args.parity:
-        failures = parity_failures(ops, compile_launch)
-        print("\n".join([*failures, f"{len(failures)} cases of the parity tests do not compile for sm_90"]))
-        return 1 if failures else 0
-    before = {row_key(r): r for r in read_report()}
+        return _say_failures(parity_failures(ops, compile_launch), "cases of the parity tests do not compile for sm_90")
+    if args.rocm:
+        return _say_failures(rocm_failures(ops), f"launches do not compile for {', '.join(ROCM)}")
+    known = {} if args.all else {row_key(row): row for row in read_report()}
     wanted = plan(ops, archs)
-    rows, fresh = {}, 0
-    for i, (key, launch) in enumerate(wanted.items(), 1):
-        known = before.get(key)
-        if known and known["digest"] == _digest(launch) and not args.all:
-            rows[key] = known
-        else:
-            rows[key], fresh = compiled_row(key, launch), fresh + 1
-        row = rows[key]
-        verdict = "; ".join(row["broken"]) or "clean"
+    rows = {key: known[key] for key in wanted if key in known}
+    missing = {key: launch for key, launch in wanted.items() if key not in known}
+    for i, row in enumerate(compiled_rows(missing, args.workers), 1):
+        rows[row_key(row)] = row
         print(
-            f"[{i}/{len(wanted)}] {_label(key):<100} {row['registers']:>3} regs {row['shared_bytes']:>6} B shared "
-            f"{row['programs_per_sm']:>2}/SM {row['bytes_in_flight'] / 1024:6.1f} KiB in flight {row['matrix']:<10} "
-            f"{verdict}", flush=True,
-        )  # fmt: skip
+            f"[{i}/{len(missing)}] {_label(row_key(row), row['constants']):<110} {row['registers']:>3} regs "
+            f"{row['shared_bytes']:>6} B shared {row['programs_per_sm']:>2}/SM "
+            f"{row['bytes_in_flight'] / 1024:6.1f} KiB in flight {row['matrix']:<10} {'; '.join(row['broken'])}",
+            flush=True,
+        )
+        if args.update and i % 50 == 0:  # what was compiled is not lost if the rest is stopped
+            write_report([*{**known, **rows}.values()])
     broken = [row for row in rows.values() if row["broken"]]
-    kept = {key: row for key, row in before.items() if key[0] not in ops or key[1] not in archs}
-    changed = {**kept, **rows} != before
+    for row in broken:
+        print(f"{_label(row_key(row), row['constants'])}: {'; '.join(row['broken'])}")
+    some = args.op or args.arch
     if args.update:
-        write_report(list({**kept, **rows}.values()))
-    targets = ", ".join(f"sm_{a} ({CHIPS[a].name})" for a in archs)
-    print(f"{len(rows)} kernels for {targets}: {fresh} compiled, {len(broken)} broken")
+        write_report([*({**known, **rows} if some else rows).values()])
+    print(f"{len(rows)} kernels for {', '.join(f'sm_{a} ({CHIPS[a].name})' for a in archs)}: ", end="")
+    print(f"{len(missing)} compiled, {len(broken)} broken")
+    changed = bool(missing) or (not some and known.keys() != rows.keys())
     if changed and not args.update:
         print(f"{REPORT.parent.name}/{REPORT.name} is stale: run `python -m kernels.proof.aot --update` and commit it")
     return 1 if broken or (changed and not args.update) else 0
 
 
+def _say_failures(failures: list[str], what: str) -> int:
+    print("\n".join([*failures, f"{len(failures)} {what}"]))
+    return 1 if failures else 0
+
+
 def write_report(rows: list[dict[str, Any]]) -> None:
     """One row a line, sorted, so that a change reads well in a diff."""
-    rows = sorted(rows, key=lambda r: (r["op"], r["kernel"], r["signature"], r["arch"]))
+    rows = sorted(rows, key=lambda r: (r["kernel"], r["arch"], r["constants"], r["digest"]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')

@@ -287,11 +287,11 @@ class _Pointer:
     def places(self, mask: Tensor | None, program: _Program, what: str) -> Tensor:
         """Where the elements that are not masked lie in the tensor's storage."""
         offset = torch.as_tensor(self.offset)
-        found = offset if mask is None else offset[torch.as_tensor(mask).expand(offset.shape)]
+        offsets = offset if mask is None else offset[torch.as_tensor(mask).expand(offset.shape)]
         size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
-        if found.numel() and not 0 <= found.min() <= found.max() < size:
+        if offsets.numel() and not 0 <= offsets.min() <= offsets.max() < size:
             raise OutOfBounds(f"{what} out of bounds in program {program.index}")
-        return found
+        return offsets
 
     @property
     def flat(self) -> Tensor:
@@ -300,9 +300,9 @@ class _Pointer:
         return self.tensor.as_strided((size,), (1,))
 
     def values(self, mask: Tensor | None, other: Any, program: _Program) -> Tensor:
-        found = torch.full_like(torch.as_tensor(self.offset), other, dtype=self.tensor.dtype)
+        values = torch.full_like(torch.as_tensor(self.offset), other, dtype=self.tensor.dtype)
         there = self.flat[self.places(mask, program, "load")]
-        return there if mask is None else found.masked_scatter(torch.as_tensor(mask).expand(found.shape), there)
+        return there if mask is None else values.masked_scatter(torch.as_tensor(mask).expand(values.shape), there)
 
 
 class _Barriers:
@@ -464,8 +464,8 @@ class _Hopper:
                 raise ProtocolError("registers that a product of matrices reads are given up before it is waited for")
             product.compute()
             role.clock[product.agent] = 1
-        found = tuple(d.value if isinstance(d, _Product) and d.value is not None else d for d in deps)
-        return found[0] if len(found) == 1 else found
+        results = tuple(d.value if isinstance(d, _Product) and d.value is not None else d for d in deps)
+        return results[0] if len(results) == 1 else results
 
 
 def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:

@@ -43,6 +43,17 @@ def option_sets(op: Op) -> list[dict[str, Any]]:
     return pairwise(op.options)
 
 
+def farthest_options(op: Op) -> dict[str, Any]:
+    """Of the option sets the one with the fewest defaults, with which most of a kernel's code runs."""
+    return max(option_sets(op), key=lambda options: sum(v is not op.options[k][0] for k, v in options.items()))
+
+
+def varied(op: Op) -> list[dict[str, Any]]:
+    """The op's first bench size with each of its option sets but the defaults; what has its default is not named."""
+    sets = [{k: v for k, v in options.items() if v is not op.options[k][0]} for options in option_sets(op)]
+    return [{**op.bench[0], **options} for options in sets if options]
+
+
 def sized(dims: Mapping[str, Any]) -> bool:
     """Whether no size is 0; capital letters are sizes."""
     return all(size for letter, size in dims.items() if letter.isupper())

@@ -3,13 +3,13 @@
     python -m kernels.proof.traffic           count, print the table, fail if it is not what results/traffic.json says
     python -m kernels.proof.traffic --update  the same, and write results/traffic.json
 
-Each op runs forward and backward at its bench sizes in the interpreter, on the code and the tiles of an H100, and every
-access is counted, by the 32-byte sectors that DRAM moves. To be quick, M, N or B is divided until it stands for a share
-of the GPU, and multiprocessors and L2 are divided alike, so that partial sums weigh as they would. Within a launch a
-sector is fetched once, except that where the rows of all running programs overflow L2 a program that reads its own
-again fetches again what did not stay. What torch's own kernels read and write between launches counts too, and partial
-sums count as written and read though L2 may keep them. Only what needs less than half of the arithmetic that would keep
-an H100 busy is listed: of the rest memory is not the limit.
+Each op runs forward and backward in the interpreter at its bench sizes, and at the first of them with its options, on
+the code and the tiles of an H100, and every access is counted, by the 32-byte sectors that DRAM moves. To be quick, M,
+N or B is divided until it stands for a share of the GPU, and multiprocessors and L2 are divided alike, so that partial
+sums weigh as they would. Within a launch a sector is fetched once, except that where the rows of all running programs
+overflow L2 a program that reads its own again fetches again what did not stay. What torch's own kernels read and write
+between launches counts too, and partial sums count as written and read though L2 may keep them. Only what needs less
+than half of the arithmetic that would keep an H100 busy is listed: of the rest memory is not the limit.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from .. import OPS, _command
 from ..op import Cost, Op
 from .aot import CHIPS
 from .interpret import Guard, interpreting
+from .options import varied
 
 REPORT = Path(__file__).resolve().parents[2] / "results" / "traffic.json"
 ARCH = 90
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     stale = []
     for name in chosen:
         found = []
-        for dims in OPS[name].bench:
+        for dims in (*OPS[name].bench, *varied(OPS[name])):
             for row in rows(OPS[name], dict(dims)):
                 found.append(row)
                 sizes = " ".join(f"{letter}={size}" for letter, size in dims.items())

@@ -45,8 +45,8 @@ def judged(names: str) -> list[Task]:
     """The tasks of a list with commas, or all that can be judged. Raises UserError for one that cannot."""
     if names == "all":
         return [task for task in TASKS.values() if task.kind != "conversations"]
-    found = [find(name.strip()) for name in names.split(",") if name.strip()]
-    for task in found:
+    tasks = [find(name.strip()) for name in names.split(",") if name.strip()]
+    for task in tasks:
         if task.kind == "conversations":
             raise UserError(f"{task.name} has conversations to learn from and no judge; leave it out of --tasks")
-    return found
+    return tasks

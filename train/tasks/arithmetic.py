@@ -50,8 +50,8 @@ def _of_digits(index: int) -> Example:
 
 def passes(example: Example, text: str) -> bool:
     """Whether the last number of the answer is the right one."""
-    found = NUMBER.findall(text)
-    return bool(found) and found[-1] == NUMBER.findall(text_of(example.answer))[-1]
+    numbers = NUMBER.findall(text)
+    return bool(numbers) and numbers[-1] == NUMBER.findall(text_of(example.answer))[-1]
 
 
 ARITHMETIC = Task("arithmetic", "generative", by_calculator, passes)

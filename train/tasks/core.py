@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import random
 import zipfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 from train.download import download, sha256_of
 
@@ -34,10 +34,11 @@ SETTINGS, CHANCES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 SHUFFLE_SEED, EXAMPLES_SEED = 1337, 1234
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
-FIELDS: dict[str, dict[str, type]] = {
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
+TEXT = (str, int, float)  # an answer may be a number
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "multiple_choice": {"query": TEXT, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": TEXT, "gold": int},
+    "language_modeling": {"context": TEXT, "continuation": TEXT},
 }
 
 Folder = Path | zipfile.Path
@@ -67,7 +68,7 @@ def prompts(task: CoreTask, index: int) -> list[str]:
         return [f"{before}{item['query']}{mark}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
         return [f"{before}{beginning}{mark}{item['continuation']}" for beginning in item["context_options"]]
-    beginning = f"{before}{item['context'].strip()}{mark}"
+    beginning = f"{before}{str(item['context']).strip()}{mark}"
     # The space that `mark` ends with is in one token with the word after it: the beginning alone must not have it.
     return [beginning.strip(), f"{beginning}{item['continuation']}"]
 
@@ -86,7 +87,7 @@ def _told(task: CoreTask, item: dict[str, Any]) -> str:
         return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
     if task.kind == "schema":
         return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
-    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
+    return f"{str(item['context']).strip()}{task.delimiter}{item['continuation']}"
 
 
 # ---- the bundle
@@ -123,10 +124,11 @@ def _in_archive(path: Path) -> zipfile.Path:
 
 def _text(path: Folder) -> str:
     try:
+        if isinstance(path, Path):
+            return untrusted.text(path, untrusted.LARGEST_ROWS)
         return path.read_text(encoding="utf-8")
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} ({reason}); bring the bundle again") from None
+        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); bring the bundle again") from None
 
 
 def _settings(path: Folder) -> list[dict[str, Any]]:
@@ -136,40 +138,44 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
     except ImportError:
         raise UserError(f"reading {path} needs PyYAML: pip install pyyaml") from None
     try:
-        found = yaml.safe_load(_text(path))["icl_tasks"]
-        for task in found:
+        tasks = yaml.safe_load(_text(path))["icl_tasks"]
+        for task in tasks:
             if not (isinstance(task["label"], str) and isinstance(task["dataset_uri"], str)):
                 raise TypeError("a label and a dataset_uri are texts")
             if task["icl_task_type"] not in get_args(Kind):
                 raise ValueError(f"icl_task_type {task['icl_task_type']}: known are {', '.join(get_args(Kind))}")
-            if int(task["num_fewshot"][0]) < 0:
-                raise ValueError(f"num_fewshot {task['num_fewshot']}: must not be negative")
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            if not (isinstance(task["num_fewshot"][0], int) and task["num_fewshot"][0] >= 0):
+                raise ValueError(f"num_fewshot {task['num_fewshot']}: a list whose first is a number from 0 up")
+            if not isinstance(task.get("continuation_delimiter", " "), str):
+                raise TypeError("a continuation_delimiter is a text")
+    except UserError:
+        raise
+    except (yaml.YAMLError, *untrusted.STRANGE) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else untrusted.reason(error)
         raise UserError(f"{path}: {reason}; bring the bundle again") from None
-    return found
+    return tasks
 
 
 def _chances(path: Folder) -> dict[str, float]:
     """The share that guessing gets right, by task; the file has percent."""
     try:
         rows = list(csv.DictReader(_text(path).splitlines()))
-        found = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
-        if not all(0 <= chance < 1 for chance in found.values()):
+        chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+        if not all(0 <= chance < 1 for chance in chances.values()):
             raise ValueError("a random baseline is at least 0 and below 100")
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: no table of Eval Task and Random baseline ({error!r}); bring it again") from None
-    return found
+    return chances
 
 
 def _task(root: Folder, settings: dict[str, Any], chances: dict[str, float], max_examples: int) -> CoreTask:
-    name, shown = settings["label"], int(settings["num_fewshot"][0])
+    name, shown = settings["label"], settings["num_fewshot"][0]
     if name not in chances:
         raise UserError(f"{root / CHANCES} has no random baseline of {name}; add a line")
-    place = PurePosixPath(settings["dataset_uri"])
-    if place.is_absolute() or ".." in place.parts:
-        raise UserError(f"{root / SETTINGS}: dataset_uri {place} leads out of the bundle")
-    path = root / DATA / str(place)
+    within = PurePosixPath(settings["dataset_uri"])
+    if within.is_absolute() or ".." in within.parts:
+        raise UserError(f"{root / SETTINGS}: dataset_uri {within} leads out of the bundle")
+    path = root / DATA / str(within)
     text = _text(path)
     items = _items(path, text, settings["icl_task_type"])
     random.Random(SHUFFLE_SEED).shuffle(items)
@@ -188,13 +194,13 @@ def _items(path: Folder, text: str, kind: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = untrusted.parsed(line)
             wrong = [name for name, type_ in FIELDS[kind].items() if not isinstance(item[name], type_)]
             options = item.get("choices") or item.get("context_options") or ()
             if wrong or ("gold" in FIELDS[kind] and not 0 <= item["gold"] < len(options)):
                 raise ValueError(f"{' and '.join(wrong) or 'gold'} cannot be used")
-        except (ValueError, TypeError, KeyError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
+        except untrusted.STRANGE as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else untrusted.reason(error)
             raise UserError(f"{path}, line {number}: no item of {kind} ({reason}); bring the bundle again") from None
         items.append(item)
     return items

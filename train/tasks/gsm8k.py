@@ -26,15 +26,15 @@ def make(row: dict[str, Any]) -> Example:
 
 def parts(solution: str) -> list[dict[str, str]]:
     """A solution's text and calls, in order."""
-    found = []
+    pieces = []
     for piece in CALL.split(solution):
         if CALL.fullmatch(piece):
             call, equals, output = piece[2:-2].rpartition("=")
-            found.append({"type": "python", "text": call if equals else output})
-            found.append({"type": "python_output", "text": output if equals else ""})
+            pieces.append({"type": "python", "text": call if equals else output})
+            pieces.append({"type": "python_output", "text": output if equals else ""})
         else:
-            found.append({"type": "text", "text": piece})
-    return found
+            pieces.append({"type": "text", "text": piece})
+    return pieces
 
 
 def number(text: str) -> str | None:

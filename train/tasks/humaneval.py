@@ -36,13 +36,13 @@ def program(example: Example, text: str) -> str:
 
 def imports(prompt: str) -> str:
     """The import lines with which a prompt begins."""
-    found = []
+    lines = []
     for line in map(str.strip, prompt.split("\n")):
         if line.startswith(("import ", "from ")):
-            found.append(line)
+            lines.append(line)
         elif line and not line.startswith("#"):
             break
-    return "\n".join(found)
+    return "\n".join(lines)
 
 
 def code(text: str) -> str:

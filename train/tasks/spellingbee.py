@@ -39,9 +39,9 @@ def make(split: str, known: Sequence[str], index: int) -> Example:
 def solution(word: str, letter: str) -> list[dict[str, str]]:
     """Parts: letter by letter with a running count, the same by Python, and #### with the number."""
     count, lines = 0, [f"{word}:{','.join(word)}"]
-    for place, found in enumerate(word, 1):
-        count += found == letter
-        lines.append(f"{place}:{found}" + (f" yes, {count}" if found == letter else ""))
+    for place, here in enumerate(word, 1):
+        count += here == letter
+        lines.append(f"{place}:{here}" + (f" yes, {count}" if here == letter else ""))
     call = f"'{word}'.count('{letter}')"
     return [
         {"type": "text", "text": "\n".join([*lines, f"By hand: {count}. By Python: "])},

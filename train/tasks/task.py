@@ -6,7 +6,7 @@ A task's examples are conversations whose last message is the right answer; mult
 from __future__ import annotations
 
 import gzip
-import json
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 
 SHUFFLE_SEED = 42  # nanochat's, so that "the first 100 examples" are the same there and here
@@ -82,7 +83,8 @@ class Mapped(Sequence[Example]):
             return [self[place] for place in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        return self.make(self.rows[int(i) % len(self)])
+        with untrusted.expected(f"row {i} of the task's data", "bring its file again"):
+            return self.make(self.rows[int(i) % len(self)])
 
 
 class Shuffled(Sequence[Any]):
@@ -134,12 +136,13 @@ def _read(path: Path) -> list[Any]:
             from pyarrow import parquet
 
             return parquet.read_table(path).to_pylist()
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        with untrusted.opened(path) as opened:
+            content: Any = gzip.GzipFile(fileobj=opened) if path.suffix == ".gz" else opened
+            return [untrusted.parsed(line) for line in io.TextIOWrapper(content, "utf-8") if line.strip()]
     except ImportError:
         raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); bring it again") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); bring it again") from None
 
 
 def asked(question: str, answer: Any) -> list[dict[str, Any]]:

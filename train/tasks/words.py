@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from gptfast import untrusted
+from gptfast.errors import UserError
 from train.tasks.task import Where
 
 FILE = "words.txt"  # in the folder of tasks, one word a line; such as words_alpha.txt of dwyl/english-words
@@ -43,7 +45,12 @@ visitor voyage walnut water weather wedding whisper willow window winter wisdom 
 
 def words(where: Where) -> list[str]:
     path = Path(where.folder) / FILE if where.folder else None
-    return (path.read_text("utf-8") if path is not None and path.is_file() else COMMON).split()
+    if path is None or not path.exists():
+        return COMMON.split()
+    try:
+        return untrusted.text(path).split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); give a text of one word a line") from None
 
 
 def drawing(split: str, index: int) -> random.Random:

@@ -39,8 +39,8 @@ def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
     if launcher() is skip:
         return False
     if insisted:
-        found = obstacle(q, k, v, shape, cu_seqlens)
-        require(not found, f"attention by Gluon: {found}; leave the choice to attention_triton")
+        why_not = obstacle(q, k, v, shape, cu_seqlens)
+        require(not why_not, f"attention by Gluon: {why_not}; leave the choice to attention_triton")
     return (insisted or q.shape[3] == 128) and can_run(q, k, v, shape, cu_seqlens)
 
 

@@ -32,11 +32,11 @@ gluon_kernel = functools.partial(gluon_jit, do_not_specialize=SIZES)
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> str:
     """What keeps these kernels from running, in words that name the argument; '' if nothing does."""
-    (_, T, _, D), S, found, by = q.shape, k.shape[1], arch(q), launcher()
+    (_, T, _, D), S, capability, by = q.shape, k.shape[1], arch(q), launcher()
     if not HAS_GLUON or (by is not None and not by.gluon):
         return "Triton: this version, or the interpreter, has no Gluon of the kind that the kernel is written in"
-    if found != 90:
-        return f"q: the kernel is for sm_90, this is sm_{found}"
+    if capability != 90:
+        return f"q: the kernel is for sm_90, this is sm_{capability}"
     if q.dtype != torch.bfloat16 or D not in HEAD_DIMS:
         return f"q: needs bf16 and a head dim of 64 or 128, got {q.dtype} and {D}"
     if S < T:

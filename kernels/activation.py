@@ -23,7 +23,16 @@ from torch import Tensor
 
 from ._triton import jit, multiprocessors, tl
 from .op import Cost, Op, differentiable, require
-from .prims import LoopTile, check_rows, loop_tile, require_kernel_dtype, rows_of, sum_partial_rows
+from .prims import (
+    LoopTile,
+    activated,
+    check_rows,
+    loop_tile,
+    require_kernel_dtype,
+    rows_of,
+    sigmoid,
+    sum_partial_rows,
+)
 
 KINDS = ("gelu", "gelu_tanh", "relu2", "swiglu")
 
@@ -96,45 +105,20 @@ def _check(h: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tenso
 
 
 @jit
-def _sigmoid(x):
-    """The sigmoid of x and its derivative, which as s * (1 - s) would lose digits where s is near one."""
-    e = tl.exp(-tl.abs(x))
-    r = 1.0 / (1.0 + e)
-    return tl.where(x < 0.0, e * r, r), e * r * r
-
-
-@jit
-def _value(a, g, KIND: tl.constexpr):
-    """y of fp32 a, and for swiglu g."""
-    if KIND == "gelu":
-        y = a * (0.5 + 0.5 * tl.math.erf(a * 0.70710678118654752))
-    elif KIND == "gelu_tanh":
-        s, _ = _sigmoid(a * (1.5957691216057308 + 0.071354816272600 * a * a))
-        y = a * s
-    elif KIND == "relu2":
-        positive = tl.where(a < 0.0, 0.0, a)  # not maximum, which need not keep NaN
-        y = positive * positive
-    else:
-        s, _ = _sigmoid(g)
-        y = a * g * s
-    return y
-
-
-@jit
 def _slopes(a, g, KIND: tl.constexpr):
     """dy/da and for swiglu dy/dg, of fp32 a and g."""
     if KIND == "gelu":
         da = 0.5 + 0.5 * tl.math.erf(a * 0.70710678118654752) + a * 0.39894228040143268 * tl.exp(-0.5 * a * a)
         dg = da
     elif KIND == "gelu_tanh":
-        s, ds = _sigmoid(a * (1.5957691216057308 + 0.071354816272600 * a * a))
+        s, ds = sigmoid(a * (1.5957691216057308 + 0.071354816272600 * a * a))
         da = s + a * (1.5957691216057308 + 0.2140644488178 * a * a) * ds
         dg = da
     elif KIND == "relu2":
         da = 2.0 * tl.where(a < 0.0, 0.0, a)
         dg = da
     else:
-        s, ds = _sigmoid(g)
+        s, ds = sigmoid(g)
         da = g * s
         dg = a * (s + g * ds)
     return da, dg
@@ -168,7 +152,7 @@ def activation_fwd_kernel(
     g = a
     if KIND == "swiglu":
         g = _load_biased(gate_ptr + m * gate_stride_m + n, mask, _load_row(gate_bias_ptr + n, n < N, HAS_GATE_BIAS))
-    tl.store(y_ptr + m * N + n, _value(a, g, KIND).to(y_ptr.dtype.element_ty), mask)
+    tl.store(y_ptr + m * N + n, activated(a, g, KIND).to(y_ptr.dtype.element_ty), mask)
 
 
 @jit

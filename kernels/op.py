@@ -142,9 +142,12 @@ def differentiable(
     return apply
 
 
-def without_gradient(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`differentiable` for an op that has no derivative: its one result takes no gradient, whatever its inputs do."""
-    schema = torch.library.infer_schema(forward, mutates_args=())
+def without_gradient(name: str, forward: Callable[..., Tensor], writes: Sequence[str] = ()) -> Callable[..., Tensor]:
+    """`differentiable` for an op that has no derivative: its one result takes no gradient, whatever its inputs do.
+
+    `writes` names the arguments that the kernels write into.
+    """
+    schema = torch.library.infer_schema(forward, mutates_args=writes)
     operator, first = _operator(name, schema, forward), _tensor_slots(schema)[1][0]
 
     @torch.no_grad()

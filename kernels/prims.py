@@ -195,3 +195,28 @@ def softcapped(z, softcap):
     near = x + x * square * (-0.33333328 + square * inner)
     far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
     return softcap * tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0.0, -far, far))
+
+
+@jit
+def sigmoid(x):
+    """The sigmoid of x and its derivative, which as s * (1 - s) would lose digits where s is near one."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0.0, e * r, r), e * r * r
+
+
+@jit
+def activated(a, g, KIND: tl.constexpr):
+    """The nonlinearity of an MLP, as activation.py has it, of fp32 a, and for swiglu of a gate g."""
+    if KIND == "gelu":
+        y = a * (0.5 + 0.5 * tl.math.erf(a * 0.70710678118654752))
+    elif KIND == "gelu_tanh":
+        s, _ = sigmoid(a * (1.5957691216057308 + 0.071354816272600 * a * a))
+        y = a * s
+    elif KIND == "relu2":
+        positive = tl.where(a < 0.0, 0.0, a)  # not maximum, which need not keep NaN
+        y = positive * positive
+    else:
+        s, _ = sigmoid(g)
+        y = a * g * s
+    return y

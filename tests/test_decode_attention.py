@@ -21,9 +21,10 @@ from kernels.decode_attention import (
     quantize_kv,
     tile,
 )
+from kernels.decode_attention import reference as definition
 from kernels.proof.interpret import interpreting
 
-# A program for each tile of keys, so that a second kernel combines parts; and one that walks them all.
+# A program for each tile of keys, whose last combines the parts; and one that walks them all.
 SPLIT, WHOLE = 1000, 1
 SMALL = dict(H=2, G=1, D=16)
 
@@ -84,7 +85,7 @@ def test_the_reference_is_the_definition(T, softcap, window, monkeypatch):
     narrow = [a.float() if a.is_floating_point() else a for a in wide]
     found = decode_attention_reference(*narrow, window=window, softcap=softcap)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(page, "_on_host", lambda lengths: False)
+    monkeypatch.setattr(definition, "on_host", lambda lengths: False)
     torch.testing.assert_close(decode_attention_reference(*wide, window=window, softcap=softcap), expected)
 
 
@@ -194,8 +195,7 @@ def test_splits_fill_the_gpu_and_no_more(B, G, S, T, splits):
     q, k, v, lengths = inputs(B=B, T=T, S=S, H=G, G=G, D=64, dtype=torch.bfloat16, device="meta")[0]
     with launching(Launcher(lambda kernel, grid, *args, **kwargs: seen.append((kernel.__name__, grid)), 90, 132)):
         decode_attention_triton(q, k, v, lengths)
-    combine = [("decode_attention_fwd_kernel_combine", (B * T * G,))] if splits > 1 else []
-    assert seen == [("decode_attention_fwd_kernel_split", (B * G, splits)), *combine]
+    assert seen == [("decode_attention_fwd_kernel_split", (B * G, splits))]
 
 
 @pytest.mark.parametrize("keys, queries, itemsize, places, splits", [

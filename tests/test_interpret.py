@@ -165,6 +165,33 @@ def test_guard_sees_a_program_reading_what_another_wrote():
         _chained_kernel[(3,)](torch.zeros(256), BLOCK_N=64)
 
 
+@jit
+def _last_sums_kernel(parts_ptr, count_ptr, out_ptr, P, BARRIER: tl.constexpr, SEM: tl.constexpr):
+    """Each program stores its part; the last one to finish sums them all, and makes the count 0 again."""
+    tl.store(parts_ptr + tl.program_id(0), tl.program_id(0).to(tl.float32))
+    if BARRIER:
+        tl.debug_barrier()
+    if tl.atomic_add(count_ptr, 1, sem=SEM) == P - 1:
+        p = tl.arange(0, 8)
+        tl.store(out_ptr, tl.sum(tl.load(parts_ptr + p, p < P, other=0.0), axis=0))
+        tl.atomic_xchg(count_ptr, 0)
+
+
+def test_guard_lets_the_last_program_read_what_the_others_released():
+    parts, count, out = torch.empty(5), torch.zeros(1, dtype=torch.int32), torch.empty(1)
+    with interpreting():
+        for _ in range(2):
+            _last_sums_kernel[(5,)](parts, count, out, 5, BARRIER=True, SEM="acq_rel")
+            assert out.item() == 10 and count.item() == 0
+
+
+@pytest.mark.parametrize("without", [dict(BARRIER=False, SEM="acq_rel"), dict(BARRIER=True, SEM="relaxed")], ids=str)
+def test_guard_sees_a_read_of_what_was_not_released(without):
+    parts, count, out = torch.empty(5), torch.zeros(1, dtype=torch.int32), torch.empty(1)
+    with interpreting(), pytest.raises(Race, match="the first with a load"):
+        _last_sums_kernel[(5,)](parts, count, out, 5, **without)
+
+
 def test_guard_lets_atomics_meet():
     count = torch.zeros(1)
     with interpreting():

@@ -85,10 +85,10 @@ MUTANTS = {
         "later tokens seen": ("seen = (u < stop) & (u <= position)", "seen = u < stop"),
         "length taken from the cache": ("tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)", "S + T * 0"),
         "parts weigh the same": (
-            "weight = tl.exp2(lse - origin)\n        alpha", "weight = tl.exp2(lse - lse)\n        alpha"),
+            "weight, alpha = tl.exp2(lse - origin)", "weight, alpha = tl.exp2(lse - lse)"),
         "heads of another group": ("h = m // group, g * group + m % group", "h = m // group, m % group"),
         "values not scaled": ("p *= tl.load(v_scale_rows", "p += 0.0 * tl.load(v_scale_rows"),
-        "empty queries not zero": ("out = tl.where(sees, acc / total, 0.0)", "out = acc / total"),
+        "empty queries not zero": ("out = tl.where(total != 0.0, acc / total, 0.0)  # NaN", "out = acc / total  # NaN"),
     },
     "int8_linear": {
         "few rows: one scale for all": ("tl.load(scale_ptr + n, n < N", "tl.load(scale_ptr + 0 * n, n < N"),

@@ -25,7 +25,7 @@ from gptfast.config import GPTConfig
 from gptfast.engine.pages import Pages
 from gptfast.model import narrowed
 from kernels import Ops
-from kernels.decode_attention import QUANTIZED, quantize_kv
+from kernels.decode_attention.reference import QUANTIZED, quantize_kv
 from kernels.op import require
 
 # Positions of which a token shift's input is kept: two before the next token, and as many as may be taken back.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast.engine.cache import KVCache, Piece, to_device
+from gptfast.engine.fused import step_of
 from gptfast.model import GPT
 
 Result = TypeVar("Result")
@@ -25,10 +26,7 @@ class Decoder:
         """Go on with another model of the same config; a step is recorded anew."""
         self.model = model
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-
-        def logits(tokens: Tensor) -> Tensor:
-            return model.logits(tokens, cache=self.cache)
-
+        logits = step_of(model, self.cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
 

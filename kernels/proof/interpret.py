@@ -133,9 +133,15 @@ class _Builder(stock.InterpreterBuilder):
             self.guard.touch("store", ptrs, mask, self.grid_idx)
         return super().create_masked_store(ptrs, value, mask, *rest, **named)
 
+    def create_barrier(self) -> None:
+        if self.guard:
+            self.guard.meet_inside(self.grid_idx)
+
     def create_atomic_rmw(self, op: Any, ptr: Handle, value: Handle, mask: Handle, *rest: Any) -> Handle:
         if self.guard:
             self.guard.touch("atomic", ptr, mask, self.grid_idx)
+            if rest[0] == stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE:
+                self.guard.meet(ptr, mask, self.grid_idx)
         return super().create_atomic_rmw(op, ptr, value, mask, *rest)
 
     def create_atomic_cas(self, ptr: Handle, *rest: Any) -> Handle:
@@ -145,7 +151,12 @@ class _Builder(stock.InterpreterBuilder):
 
 
 class Guard:
-    """What one launch may touch, and who touched what."""
+    """What one launch may touch, and who touched what, and when.
+
+    A program may read what another stored, if the two met in between: the writer's barrier after the store, so that all
+    its threads are done, then its atomic on some address, then the reader's atomic on the same, both of them releasing
+    and acquiring, then the read.
+    """
 
     def __init__(self, kernel: str, arguments: Any) -> None:
         self.kernel = kernel
@@ -153,8 +164,11 @@ class Guard:
         self.low = np.array([a for a, _ in extents], dtype=np.uint64)
         # views of one storage may overlap or nest: an address is fine if any of those that start below it reaches it
         self.high = np.maximum.accumulate(np.array([b for _, b in extents], dtype=np.uint64))
-        self.seen: dict[str, list[tuple[np.ndarray, int]]] = {"load": [], "store": [], "atomic": []}
+        self.seen: dict[str, list[tuple[np.ndarray, int, int]]] = {"load": [], "store": [], "atomic": []}
         self.programs: list[tuple[int, ...]] = []
+        self.clock = 0
+        self.barriers: dict[int, list[int]] = {}  # by program: when
+        self.meetings: dict[int, list[tuple[int, int]]] = {}  # by address: program and when
 
     def touch(self, kind: str, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
@@ -168,40 +182,66 @@ class Guard:
             raise OutOfBounds(
                 f"{self.kernel}: {kind} out of bounds in program {program}: {outside.sum()} of {addresses.size} lanes"
             )
+        self._index(program)
+        self.accessed(kind, np.unique(addresses), size, program)
+
+    def _index(self, program: tuple[int, ...]) -> int:
         if not self.programs or self.programs[-1] != program:
             self.programs.append(program)
-        self.accessed(kind, np.unique(addresses), size, program)
+        self.clock += 1
+        return len(self.programs) - 1
+
+    def meet_inside(self, program: tuple[int, ...]) -> None:
+        """Take note that the threads of a program wait for each other."""
+        self.barriers.setdefault(self._index(program), []).append(self.clock)
+
+    def meet(self, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
+        """Take note of atomics that release what the program stored, and acquire what others did."""
+        index = self._index(program)
+        for address in ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].reshape(-1).tolist():
+            self.meetings.setdefault(address, []).append((index, self.clock))
 
     def accessed(self, kind: str, addresses: np.ndarray, size: int, program: tuple[int, ...]) -> None:
         """Take note of a program's access to elements of `size` bytes at these addresses."""
-        self.seen[kind].append((addresses, len(self.programs) - 1))
+        self.seen[kind].append((addresses, len(self.programs) - 1, self.clock))
 
     def finish(self) -> None:
         """Compare what the programs of the finished launch stored and loaded."""
-        stored, writer = self._joined("store")
+        stored, writer, written = self._joined("store")
         if stored.size == 0:
             return
-        order = np.lexsort((writer, stored))
-        stored, writer = stored[order], writer[order]
+        order = np.lexsort((written, writer, stored))
+        stored, writer, written = stored[order], writer[order], written[order]
         clash = (stored[1:] == stored[:-1]) & (writer[1:] != writer[:-1])
         if clash.any():
             i = int(np.flatnonzero(clash)[0])
             self._race("both store to one address", writer[i], writer[i + 1])
         for kind in ("load", "atomic"):
-            touched, reader = self._joined(kind)
-            at = np.minimum(np.searchsorted(stored, touched), stored.size - 1)
+            touched, reader, read = self._joined(kind)
+            at = np.maximum(np.searchsorted(stored, touched, side="right") - 1, 0)  # the last store there
             clash = (stored[at] == touched) & (writer[at] != reader)
-            if clash.any():
-                i = int(np.flatnonzero(clash)[0])
-                self._race(
-                    f"touch one address, the first with a {kind}, the second with a store", reader[i], writer[at[i]]
-                )
+            pairs = np.stack((reader, read, writer[at], written[at]), axis=1)[clash]
+            for i, when, j, before in np.unique(pairs, axis=0).tolist():
+                if kind == "atomic" or not self._met(j, before, i, when):
+                    self._race(f"touch one address, the first with a {kind}, the second with a store", i, j)
 
-    def _joined(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    def _met(self, writer: int, written: int, reader: int, read: int) -> bool:
+        """Whether what the writer stored had to be there when the reader read it."""
+        done = min((when for when in self.barriers.get(writer, ()) if when > written), default=read)
+        return any(
+            done < released < acquired < read
+            for meeting in self.meetings.values()
+            for program, released in meeting if program == writer
+            for other, acquired in meeting if other == reader
+        )  # fmt: skip
+
+    def _joined(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seen = self.seen[kind]
         if not seen:
-            return np.empty(0, np.uint64), np.empty(0, np.int64)
-        return np.concatenate([a for a, _ in seen]), np.concatenate([np.full(a.size, p) for a, p in seen])
+            return np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64)
+        sizes = [a.size for a, _, _ in seen]
+        programs, times = (np.repeat([x[i] for x in seen], sizes) for i in (1, 2))
+        return np.concatenate([a for a, _, _ in seen]), programs, times
 
     def _race(self, what: str, first: int, second: int) -> None:
         raise Race(f"{self.kernel}: programs {self.programs[first]} and {self.programs[second]} {what}")

@@ -1,0 +1,167 @@
+"""The linear map of a decoding step: which kernel runs, far memory, refusals, mutants, beside test_parity.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mutants import mutated
+from oracle import check_parity
+
+import kernels.decode_linear as page
+from kernels._triton import Launcher, launching
+from kernels.decode_linear import (
+    DECODE_LINEAR,
+    decode_linear_reference,
+    decode_linear_triton,
+    depth,
+    inputs,
+    rows_of_a_warp,
+)
+from kernels.proof.interpret import OutOfBounds, Overflow, Race, interpreting
+
+H100 = 132  # multiprocessors
+# Few rows of x in three rounds over K, and a tile that neither rows of x nor of the matrix fill.
+FEW, MANY = dict(M=3, N=18, K=300), dict(M=9, N=40, K=72)
+AROUND = dict(norm="layernorm", activation="swiglu", residual=True)
+
+
+def check(module: Any) -> None:
+    """The error rule for the cases above, x far from zero and its rows apart, in fp32 and with matrices in 8 bits."""
+
+    def run(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        with interpreting():
+            return module.decode_linear_triton(*arguments, **keywords)
+
+    torch.manual_seed(0)
+    for dims in (FEW, MANY):
+        for packed in (False, True):
+            (x, *rest), keywords = inputs(**dims, **AROUND, packed=packed, dtype=torch.float32)
+            apart = torch.cat((x + 6, x), dim=-1)[:, : x.shape[1]]
+            check_parity(DECODE_LINEAR, run, (apart, *rest), str(dims), **keywords)
+    (x, *rest), keywords = inputs(M=2, N=3, K=9, norm="rmsnorm", dtype=torch.float32)
+    check_parity(DECODE_LINEAR, run, (x * 1e-3, *rest), "a small x, where eps counts", **keywords)
+
+
+def test_the_page_as_it_is_passes_what_catches_mutants() -> None:
+    check(page)
+
+
+MUTANTS = {
+    "few rows: mask of K off by one": (
+        "tl.load(ptr + n * stride_n + k, (n < N) & (k < K)",
+        "tl.load(ptr + n * stride_n + k, (n < N) & (k <= K)",
+    ),
+    "few rows: rows past the end of the matrix": ("(n < N) & (k < K), other=0)", "k < K, other=0)"),
+    "few rows: mask of x forgotten": ("return tl.load(ptr + k, k < K, other=0.0)", "return tl.load(ptr + k)"),
+    "few rows: second numbers are the first": (
+        "_load_quarter(ptr, start, K, 1, WIDTH, EACH)",
+        "_load_quarter(ptr, start, K, 0, WIDTH, EACH)",
+    ),
+    "few rows: only the last round of K": ("added += (totals[i] + tl.sum(", "added += (0.0 * totals[i] + tl.sum("),
+    "few rows: the next part not taken": ("part, gate_part = after, gate_after", "gate_part = gate_after"),
+    "few rows: x taken as contiguous": (
+        "x = _load_row(x_ptr + tl.full((), m, tl.int64) * x_stride_m, here",
+        "x = _load_row(x_ptr + m * K, here",
+    ),
+    "few rows: mean not taken off": ("h -= mean * tl.sum(weight_sum", "h -= 0.0 * mean * tl.sum(weight_sum"),
+    "few rows: bias of the norm lost": ("h += tl.sum(bias_sum, axis=1)", "h += 0.0 * tl.sum(bias_sum, axis=1)"),
+    "few rows: columns past the end in the norm": (
+        "x = tl.where(_columns(here, WIDTH) < K, x - starts[m], 0.0)",
+        "x = x - starts[m]",
+    ),
+    "few rows: eps outside the root": (
+        "tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)",
+        "(tl.sqrt(tl.where(variance < 0.0, 0.0, variance)) + eps)",
+    ),
+    "few rows: scale lost": ("return h * scale + bias", "return h + bias"),
+    "few rows: residual of another row": ("y += residual[m * ROWS + r]", "y += residual[r]"),
+    "few rows: gate is the matrix": (
+        "gate_part = _load_part(gate_ptr, gate_stride_n, first, 0",
+        "gate_part = _load_part(weight_ptr, gate_stride_n, first, 0",
+    ),
+    "tiles: mask of K forgotten": (
+        "w = tl.load(weights, is_row & (k[None, :] < K - start)",
+        "w = tl.load(weights, is_row",
+    ),
+    "tiles: residual lost": ("acc += tl.load(here, is_row", "acc += 0.0 * tl.load(here, is_row"),
+    "tiles: mean of the padded row": ("mean = total / K", "mean = total / (K + 1)"),
+    "tiles: norm's bias lost": ("y += tl.load(norm_bias_ptr + start", "y += 0.0 * tl.load(norm_bias_ptr + start"),
+    "tiles: gate's scale lost": ("gate_acc *= tl.load(", "gate_acc *= 1.0 + 0.0 * tl.load("),
+    "tiles: bias of the first tile for all": ("tl.load(bias_ptr + first + n, is_row", "tl.load(bias_ptr + n, is_row"),
+}
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
+    module = mutated(page, *MUTANTS[mistake], tmp_path, monkeypatch)
+    with pytest.raises((AssertionError, OutOfBounds, Overflow, Race)):
+        check(module)
+
+
+@pytest.mark.parametrize("M, kernel", [(1, "rows"), (8, "rows"), (9, "tiles"), (64, "tiles")])
+def test_one_launch_whatever_is_around_the_product(M, kernel):
+    seen: list[str] = []
+    arguments, keywords = inputs(M=M, N=96, K=64, **AROUND, dtype=torch.bfloat16, device="meta")
+    with launching(Launcher(lambda kernel, grid, *rest, **flags: seen.append(kernel.__name__), 90, H100)):
+        y = decode_linear_triton(*arguments, **keywords)
+    assert seen == [f"decode_linear_fwd_kernel_{kernel}"] and y.shape == (M, 96)
+
+
+@pytest.mark.parametrize("M, N, width, gated, rows", [
+    (1, 768, 8, False, 1), (1, 2304, 8, False, 2), (1, 50304, 8, False, 4), (8, 50304, 8, False, 2),
+    (8, 50304, 8, True, 1), (1, 6400, 16, False, 4),
+])  # fmt: skip
+def test_rows_share_x_where_the_gpu_stays_full(M, N, width, gated, rows):
+    assert rows_of_a_warp(M, N, width, gated, H100) == rows
+
+
+@pytest.mark.parametrize("K, expected", [(768, 3), (1024, 4), (1600, 4), (3072, 4), (100, 1)])
+def test_rounds_over_k_are_alike(K, expected):
+    """Up to four loads of a lane at a time, and in the last round as many as in the others, but for one."""
+    assert depth(K, 1, 8, 1, False) == expected
+
+
+def test_a_mean_far_from_zero_loses_no_digits():
+    """A row around a million, in fp32: sums that cancel would leave none. The reference centres twice."""
+    x = torch.randn(2, 300) + 1e6
+    weight, norm_weight = torch.randn(5, 300) / 17, torch.ones(300)
+    expected = decode_linear_reference(x.double(), weight.double(), norm_weight=norm_weight.double(), norm="layernorm")
+    with interpreting():
+        found = decode_linear_triton(x, weight, norm_weight=norm_weight, norm="layernorm")
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_matrices_of_more_elements_than_32_bits_count():
+    x, weight = torch.randn(2, 16), torch.randint(-127, 128, (9, 16), dtype=torch.int8)
+    far = torch.empty(2**31 + 4096, dtype=torch.int8).as_strided((9, 16), (2**28, 1))
+    far.copy_(weight)
+    for rows in (x, x.repeat(6, 1)):
+        with interpreting():
+            near, apart = (decode_linear_triton(rows, w, scale=torch.ones(9)) for w in (weight, far))
+        assert torch.equal(near, apart)
+
+
+def test_logits_may_be_wider_than_x():
+    x, weight = torch.randn(2, 64).bfloat16(), torch.randn(9, 64).bfloat16()
+    with interpreting():
+        y = decode_linear_triton(x, weight, softcap=3.0, dtype=torch.float32)
+    expected = decode_linear_reference(x.double(), weight.double(), softcap=3.0)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_arguments_are_refused():
+    x, w = torch.randn(2, 8), torch.randn(4, 8)
+    for keywords, message in (
+        (dict(norm="batch"), "norm: expected one of"), (dict(activation="tanh"), "activation: expected one of"),
+        (dict(activation="swiglu"), "gate: swiglu needs one"), (dict(norm="layernorm"), "norm_weight: a layernorm"),
+        (dict(norm_weight=torch.ones(8)), "norm_weight: norm is 'none'"), (dict(bias=torch.ones(3)), "bias: expected"),
+        (dict(residual=torch.ones(2, 4).double()), "residual: dtype"), (dict(scale=torch.ones(4)), "weight: expected"),
+        (dict(gate_bias=torch.ones(4)), "gate_bias: goes with"), (dict(dtype=torch.float16), "dtype: expected"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message), interpreting():
+            decode_linear_triton(x, w, **keywords)
+    with pytest.raises(ValueError, match="x: up to 64 rows"), interpreting():
+        decode_linear_triton(torch.randn(65, 8), w)

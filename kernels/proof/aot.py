@@ -63,14 +63,14 @@ class Chip:
 
 
 CHIPS = {
-    80: Chip("A100", 108, 164 << 10, 163 << 10, "HMMA", "A30, A800"),
-    86: Chip("A10", 72, 100 << 10, 99 << 10, "HMMA", "RTX 30, A40, A6000", warps=48, programs=16),
-    89: Chip("L40S", 142, 100 << 10, 99 << 10, "HMMA", "RTX 40, L4, L40", warps=48, programs=24),
-    90: Chip("H100", 132, 228 << 10, 227 << 10, "HGMMA", "H200, H800, GH200"),
-    100: Chip("B200", 148, 228 << 10, 227 << 10, "UTC", "B100, GB200"),
-    103: Chip("B300", 148, 228 << 10, 227 << 10, "UTC", "GB300"),
+    80: Chip("A100", 108, 167936, 166912, "HMMA", "A30, A800"),
+    86: Chip("A10", 72, 102400, 101376, "HMMA", "RTX 30, A40, A6000", warps=48, programs=16),
+    89: Chip("L40S", 142, 102400, 101376, "HMMA", "RTX 40, L4, L40", warps=48, programs=24),
+    90: Chip("H100", 132, 233472, 232448, "HGMMA", "H200, H800, GH200"),
+    100: Chip("B200", 148, 233472, 232448, "UTC", "B100, GB200"),
+    103: Chip("B300", 148, 233472, 232448, "UTC", "GB300"),
     # The guide says 24 programs, the tuning guide 32. GB10, sm_121, has the same limits and takes the same code.
-    120: Chip("RTX 5090", 170, 100 << 10, 99 << 10, "HMMA", "RTX 50, RTX PRO 6000, GB10", warps=48, programs=24),
+    120: Chip("RTX 5080", 84, 102400, 101376, "HMMA", "RTX 50, RTX PRO 6000, GB10", warps=48, programs=24),
 }
 RESERVED_SHARED = 1024  # bytes a program costs beside what it asks for
 

@@ -136,7 +136,7 @@ def test_on_a_busy_machine_the_command_bounds_its_threads_before_torch_loads(
 ) -> None:
     flags = [f"--out_dir={out_dir}", "--device=cpu", "--start=a ", "--num_samples=1", "--max_new_tokens=3"]
     program = (
-        f"import gptfast.parallel as p; p.others_running = lambda: {others}\n"
+        f"import gptfast.runtime as r; r.others_running = lambda: {others}\n"
         f"import os, runpy, sys; sys.argv = ['sample', *{flags}]\n"
         "try: runpy.run_module('gptfast.sample', run_name='__main__', alter_sys=True)\n"
         "finally: print(os.environ.get('GOMP_SPINCOUNT'))"

@@ -86,7 +86,7 @@ def test_a_row_follows_from_its_times():
 
 
 def test_a_step_is_counted_without_a_gpu():
-    """Five launches a layer and two, whatever the matrices are in; torch's are of the loop alone, which draws tokens."""
+    """Five launches a layer and two, whatever the matrices are in; torch's are of the loop alone, which draws."""
     shallow, deep = (dataclasses.replace(CONFIG, n_layer=n) for n in (2, 4))
     one, two = step_work(shallow, 1, 16, "model"), step_work(deep, 1, 16, "model")
     packed = step_work(shallow, 1, 16, "int8")

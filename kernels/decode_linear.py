@@ -244,7 +244,8 @@ def decode_linear_fwd_kernel_rows(
     scale = _load_vectors(scale_ptr, 0, first, N, ROWS, HAS_SCALE, 1.0)
     gate_bias = _load_vectors(gate_bias_ptr, 0, first, N, ROWS, HAS_GATE_BIAS, 0.0)
     gate_scale = _load_vectors(gate_scale_ptr, 0, first, N, ROWS, HAS_SCALE and GATED, 1.0)
-    residual, starts = (), ()  # type: tuple
+    residual = ()  # type: tuple
+    starts = ()  # type: tuple
     for m in tl.static_range(M):
         row = tl.full((), m, tl.int64)
         residual += _load_vectors(residual_ptr, row * residual_stride_m, first, N, ROWS, HAS_RESIDUAL, 0.0)
@@ -273,7 +274,8 @@ def decode_linear_fwd_kernel_rows(
                 bias_sums = _add_products(bias_sums, part, d, norm_bias, 1, 0, ROWS)
                 if GATED:
                     gate_bias_sums = _add_products(gate_bias_sums, gate_part, d, norm_bias, 1, 0, ROWS)
-            new_sums, new_squares = (), ()  # type: tuple
+            new_sums = ()  # type: tuple
+            new_squares = ()  # type: tuple
             for m in tl.static_range(M):
                 x = _load_row(x_ptr + tl.full((), m, tl.int64) * x_stride_m, here, K, WIDTH)
                 if NORM == "layernorm":

@@ -111,7 +111,8 @@ def test_wrong_arguments_are_refused():
     arguments, _ = inputs(B=1, T=1, S=90, H=2, G=1, D=16, rotary=True, dtype=torch.float32)
     for wrong, message in (
         ({0: arguments[0][:, :, :2]}, "qkv: expected"), ({8: None}, "sin: cos and sin"),
-        ({7: arguments[7][:, :3]}, "cos: expected"), ({9: torch.ones(16)}, "q_norm: q_norm and k_norm"),
+        ({7: arguments[7][:, :3], 8: arguments[8][:, :3]}, "cos: expected"),
+        ({9: torch.ones(16)}, "q_norm: q_norm and k_norm"),
         ({11: torch.zeros(0, dtype=torch.int32)}, "counts: expected at least 1"),
     ):  # fmt: skip
         changed = [wrong.get(i, a) for i, a in enumerate(arguments)]

@@ -118,8 +118,9 @@ def test_five_launches_a_layer(config: GPTConfig, B: int, weights: str) -> None:
         model.dtype = torch.bfloat16
         model = converted(model, weights)
         step = Decoder(model, KVCache(config, ops, B, dtype=model.dtype), compile=False).logits
+        tokens = torch.zeros(B, 1, dtype=torch.int64)
         with seen:
-            step(torch.zeros(B, 1, dtype=torch.int64))
+            step(tokens)
     assert count.launches == 5 * config.n_layer + 2 and not seen.seen
     assert step_work(config, B, 32, weights).kernels == count.launches
 

@@ -83,7 +83,7 @@ MUTANTS = {
     },
     "decode_attention": {
         "later tokens seen": ("seen = (u < stop) & (u <= position)", "seen = u < stop"),
-        "length taken from the cache": ("tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), S)", "S + T * 0"),
+        "length taken from the cache": ("end = tl.minimum(length, S)", "end = S + T * 0"),
         "parts weigh the same": (
             "weight, alpha = tl.exp2(lse - origin)", "weight, alpha = tl.exp2(lse - lse)"),
         "heads of another group": ("h = m // group, g * group + m % group", "h = m // group, m % group"),

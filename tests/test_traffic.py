@@ -79,7 +79,9 @@ KNOWN = {
     ("add_layernorm", "backward", 65536): 2.2,
     ("rmsnorm", "backward", 65536): 2.0,
     ("add_rmsnorm", "backward", 65536): 1.95,
-    ("decode_attention", "forward", None): 1.08,  # of many queries, partial outputs in fp32 by every split
+    ("append_attention", "forward", None): 1.28,  # as decode_attention, and the angles of all positions
+    ("decode_linear", "forward", 11008): 1.2,  # rows of x read again for their norm by programs that share little L2
+    ("decode_attention", "forward", None): 1.24,  # of many queries, parts in fp32; of a small window, its table
 }
 
 

@@ -334,10 +334,10 @@ TILES = {
     80: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
     86: {128: Tile(64, 8, 3, 2), 256: Tile(64, 8, 2, 2)},
     90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
-    100: {128: Tile(64, 4, 3, 4, 240), 256: Tile(64, 8, 2, 2, 240)},
+    100: {128: Tile(64, 4, 3, 4, 255), 256: Tile(64, 8, 2, 2, 255)},
 }
 # Where the bounds of a window take so many registers that the tiles above would spill 8 B.
-WINDOWED_TILES = {(100, 128): Tile(64, 8, 3, 4, 240), (100, 256): Tile(32, 8, 2, 2, 240)}
+WINDOWED_TILES = {(100, 128): Tile(64, 8, 3, 4, 255), (100, 256): Tile(32, 8, 2, 2, 255)}
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
 PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
 COMBINED = 2048  # numbers of parts that a combination takes at once

@@ -103,10 +103,10 @@ def _check(
     T, D = qkv.shape[1], qkv.shape[3]
     q = qkv[:, :, : qkv.shape[2] - 2 * k.shape[2]]
     check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap, T)
-    if (cos is None) != (sin is None):
-        raise ValueError("sin: cos and sin go together")
+    if (cos is None) != (sin is None) or (cos is not None and sin is not None and cos.shape != sin.shape):
+        raise ValueError("sin: cos and sin go together, of one shape")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None and (table.dim() != 2 or table.shape[1] * 2 != D or table.shape != cos.shape):
+        if table is not None and (table.dim() != 2 or table.shape[1] * 2 != D):
             raise ValueError(f"{name}: expected (P, {D // 2}), got {tuple(table.shape)}")
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and not qk_norm):
         raise ValueError("q_norm: q_norm and k_norm go together, and with qk_norm")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -71,6 +71,12 @@ def differentiable(
     In eager mode this is an autograd.Function; under torch.compile a custom op whose shape function is `forward` with
     its launches left out. Raises RuntimeError when asked for second derivatives.
     """
+    for function in (forward, backward):
+        if len(get_args(get_type_hints(function)["return"])) == 1:
+            raise TypeError(
+                f"{name}: {function.__name__} returns a tuple of one tensor, for which torch.compile fixes all sizes; "
+                "return an empty tensor beside it, `y, y.new_empty(0)`"
+            )
     n = outputs
     schema, reverse_schema = (torch.library.infer_schema(f, mutates_args=()) for f in (forward, backward))
     inputs, tensors = _tensor_slots(schema)

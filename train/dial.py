@@ -156,7 +156,7 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
     model, reference = (
         model_of(d, vocab_size, context, config.head_dim, kind) for d in (config.depth, REFERENCE_DEPTH)
     )
-    found = recipe(
+    scaled = recipe(
         sizes(model, kind),
         sizes(reference, kind),
         model.n_embd,
@@ -165,9 +165,9 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
         target_flops=config.target_flops,
         batch_tokens=config.total_batch_size,
     )
-    if found.batch_tokens % (micro_batch * context):
+    if scaled.batch_tokens % (micro_batch * context):
         raise UserError(
-            f"an update has {found.batch_tokens:,} tokens, which micro-batches of {micro_batch} · {context} do not "
+            f"an update has {scaled.batch_tokens:,} tokens, which micro-batches of {micro_batch} · {context} do not "
             "divide; change --batch_size, --block_size or --total_batch_size"
         )
     shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if hasattr(config, f.name)}
@@ -175,18 +175,18 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
         shape["window"] = None
     derived = shape | dict(
         batch_size=micro_batch,
-        gradient_accumulation_steps=found.batch_tokens // (micro_batch * context),
-        max_iters=found.iterations,
-        lr_decay_iters=config.max_iters if "max_iters" in chosen else found.iterations,
+        gradient_accumulation_steps=scaled.batch_tokens // (micro_batch * context),
+        max_iters=scaled.iterations,
+        lr_decay_iters=config.max_iters if "max_iters" in chosen else scaled.iterations,
         optimizer="muon",
         cautious=True,
         decay_by_shape=True,
         normalize=True,
-        learning_rate=found.embedding_lr,
-        head_lr=found.head_lr,
-        matrix_lr=found.matrix_lr,
-        min_lr=FLOOR * (config.learning_rate if "learning_rate" in chosen else found.embedding_lr),
-        weight_decay=found.weight_decay,
+        learning_rate=scaled.embedding_lr,
+        head_lr=scaled.head_lr,
+        matrix_lr=scaled.matrix_lr,
+        min_lr=FLOOR * (config.learning_rate if "learning_rate" in chosen else scaled.embedding_lr),
+        weight_decay=scaled.weight_decay,
         beta1=0.8,
         beta2=0.96,
         grad_clip=0.0,
@@ -195,7 +195,7 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
     )
     if kind == "nanochat":
         derived |= dict(
-            rules="nanochat", scalar_lr=found.scalar_lr, equalize=True, normalize_beta2=NORMUON_BETA2
+            rules="nanochat", scalar_lr=scaled.scalar_lr, equalize=True, normalize_beta2=NORMUON_BETA2
         )  # fmt: skip
     return dataclasses.replace(config, **{name: value for name, value in derived.items() if name not in chosen})
 
@@ -241,8 +241,8 @@ def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretr
         rate = config.learning_rate * linear(iteration, config)
         for group in optimizer.param_groups:
             if group.get("name") == "matrices":
-                left = max(0.0, 1 - iteration / config.lr_decay_iters)
-                set_scheduled(group, "weight_decay", config.weight_decay * left)
+                remaining = max(0.0, 1 - iteration / config.lr_decay_iters)
+                set_scheduled(group, "weight_decay", config.weight_decay * remaining)
             if group.get("kind") == "muon":
                 rise = min(1.0, iteration / max(1, config.momentum_iters))
                 start = config.momentum_start
@@ -264,14 +264,14 @@ def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretr
 def trapezoid(
     iteration: int, end: int, warmup: int = WARMUP, warmdown: float = WARMDOWN, floor: float = FLOOR
 ) -> float:
-    """Returns the rate's factor: rises to 1 in `warmup` iterations, falls to `floor` in the last `warmdown` of `end`."""
+    """Returns the rate's factor: rises to 1 in `warmup` iterations, falls to `floor` in the last part of `end`."""
     down = round(warmdown * end)
     if iteration < warmup:
         return (iteration + 1) / warmup
     if iteration <= end - down:
         return 1.0
-    left = max(0, end - iteration) / max(1, down)
-    return left + (1 - left) * floor
+    remaining = max(0, end - iteration) / max(1, down)
+    return remaining + (1 - remaining) * floor
 
 
 def linear(iteration: int, config: Pretrain) -> float:

@@ -76,8 +76,8 @@ class Documents:
         kinds = {files.builder_of(file): file for file in reversed(taken)}
         if len(kinds) != 1 or None in kinds:
             examples = ", ".join(str(file.relative_to(path)) for file in kinds.values())
-            found = f"{len(kinds)} kinds of files, such as {examples}" if len(kinds) > 1 else "none"
-            raise UserError(f"{source} must hold files of one kind of {', '.join(files.BUILDERS)}; found {found}")
+            problem = f"{len(kinds)} kinds of files, such as {examples}" if len(kinds) > 1 else "none"
+            raise UserError(f"{source} must hold files of one kind of {', '.join(files.BUILDERS)}; found {problem}")
         if left_out:
             names = [str(file.relative_to(path)) for file in left_out]
             print(f"{source}: left out {', '.join(names[:10])}{f' and {len(names) - 10} more' * (len(names) > 10)}")
@@ -103,8 +103,8 @@ class Documents:
             stream = stream.select_columns([self.column]).batch(BATCH)
             if state is not None:
                 stream.load_state_dict(state)
-            for each in stream:
-                yield each[self.column], stream.state_dict()
+            for chunk in stream:
+                yield chunk[self.column], stream.state_dict()
 
     def count(self) -> int | None:
         """Returns an upper bound on the number of documents, or None where only reading them all would tell."""
@@ -173,7 +173,7 @@ def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[st
     Empty documents are left out, as a BOS alone teaches nothing; half of a surrogate pair, which JSON can hold and
     UTF-8 cannot, becomes U+FFFD. Raises UserError for what is no text.
     """
-    found: dict[str, list[int]] = {split: [] for split in SPLITS}
+    ids_of: dict[str, list[int]] = {split: [] for split in SPLITS}
     text_bytes = empty = mended = 0
     for number, text in enumerate(texts, first):
         if not text:
@@ -183,11 +183,11 @@ def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[st
             raise UserError(f"document {number} is no text but {type(text).__name__}; choose another --column")
         if HALF.search(text):
             mended, text = mended + 1, HALF.sub("\ufffd", text)
-        found["val" if number % every == 0 else "train"] += tokenizer.encode_document(text)
+        ids_of["val" if number % every == 0 else "train"] += tokenizer.encode_document(text)
         text_bytes += len(text.encode())
     dtype = f"<u{itemsize(tokenizer.vocab_size)}"
     return Tokenized(
-        {split: np.array(ids, dtype).tobytes() for split, ids in found.items()}, len(texts), text_bytes, empty, mended
+        {split: np.array(ids, dtype).tobytes() for split, ids in ids_of.items()}, len(texts), text_bytes, empty, mended
     )
 
 
@@ -296,10 +296,10 @@ class Job:
     def tokens(self, split: str) -> int:
         return self.parts[split].finished + self.parts[split].tokens
 
-    def add(self, found: Tokenized, state: dict[str, Any]) -> None:
+    def add(self, batch: Tokenized, state: dict[str, Any]) -> None:
         """Appends tokens, finishes a full file, and saves the progress if it is due."""
         is_full = False
-        for split, content in found.tokens.items():
+        for split, content in batch.tokens.items():
             part = self.parts[split]
             with part.path("part").open("ab") as file:
                 if file.tell() == 0:
@@ -307,10 +307,10 @@ class Job:
                 file.write(content)
             part.tokens += len(content) // self.itemsize
             is_full |= part.tokens >= self.shard_tokens
-        self.documents += found.documents
-        self.text_bytes += found.text_bytes
-        self.empty += found.empty
-        self.mended += found.mended
+        self.documents += batch.documents
+        self.text_bytes += batch.text_bytes
+        self.empty += batch.empty
+        self.mended += batch.mended
         self.state = state
         if is_full or time.monotonic() - self.saved_at > SAVED_EVERY_S:
             self.save()
@@ -448,16 +448,16 @@ def _but_for_files_to_come(progress: dict[str, Any], settings: dict[str, Any]) -
     So a file that stopped the reading can be fixed or removed; the reader itself checks that the file being read still
     has the last document that it read there.
     """
-    there, wanted = progress["settings"], settings["documents"]
-    old, state = there["documents"], progress["state"]
+    saved, wanted = progress["settings"], settings["documents"]
+    old, state = saved["documents"], progress["state"]
     if not old["files"] or not wanted["files"]:
-        return there
+        return saved
     done = 0 if state is None else state["file"]
     current = (
         [] if state is None or done >= len(wanted["files"]) else [[old["files"][done][0], wanted["files"][done][1]]]
     )
     files = [*old["files"][:done], *current, *wanted["files"][done + len(current) :]]
-    return there | {"documents": old | {"files": files}}
+    return saved | {"documents": old | {"files": files}}
 
 
 def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
@@ -473,18 +473,18 @@ def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
     with tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc=job.folder.name, mininterval=1) as bar:
         if shape.max_tokens and done >= shape.max_tokens:
             return
-        for found, state in tokenize_all(tasks, job.tokenizer, every, processes):
-            job.add(found, state)
-            now = job.tokens("train") if shape.max_tokens else job.documents
-            bar.update(now - done)
-            done = now
+        for tokenized, state in tokenize_all(tasks, job.tokenizer, every, processes):
+            job.add(tokenized, state)
+            reached = job.tokens("train") if shape.max_tokens else job.documents
+            bar.update(reached - done)
+            done = reached
             bar.set_postfix_str(f"{job.tokens('train') / 1e6:,.1f} M tokens", refresh=False)
             if shape.max_tokens and done >= shape.max_tokens:
                 return
 
 
-def _check_same(folder: Path, there: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    differing = [name for name in wanted if (there or {}).get(name) != wanted[name]]
+def _check_same(folder: Path, saved: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    differing = [name for name in wanted if (saved or {}).get(name) != wanted[name]]
     if differing:
         raise UserError(
             f"{folder} holds a data set of other {', '.join(differing)}; choose another name, or remove the folder"

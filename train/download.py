@@ -83,14 +83,14 @@ def _fetch(url: str, part: Path, has_sha256: bool) -> None:
         is_strong = new and not new.startswith("W/")
         with part.open("ab" if response.status == 206 else "wb") as file:
             tag_file.write_text(new if is_strong else "", "utf-8")
-            rest = int(response.headers.get("Content-Length", 0))
-            total = file.tell() + rest
+            remaining = int(response.headers.get("Content-Length", 0))
+            total = file.tell() + remaining
             done = file.tell()
             while chunk := response.read(2**16):
                 file.write(chunk)
                 done += len(chunk)
                 _progress(done, total)
-    if rest and done < total:
+    if remaining and done < total:
         raise ConnectionError(f"connection closed after {done:,} of {total:,} bytes")
 
 

@@ -164,28 +164,28 @@ def score_tasks(config: Evaluate, ops: Ops, dtype: torch.dtype, device: str) -> 
     """Prints each model's score on each task, and writes it to out_dir."""
     named = [name.strip() for name in config.tasks.split(",") if name.strip()]
     converse = [name for name in named if name != "core" and not name.startswith(core.PREFIX)]
-    asked = core_tasks(config, [name for name in named if name not in converse])
+    chosen = core_tasks(config, [name for name in named if name not in converse])
     examples = []
     for task in judged(",".join(converse)):
-        found = task.examples("test", Where(config.task_dir))
-        examples.append((task, found[: config.max_examples] if config.max_examples else found))
+        rows = task.examples("test", Where(config.task_dir))
+        examples.append((task, rows[: config.max_examples] if config.max_examples else rows))
     settings = score.Settings(config.samples, config.temperature, config.top_k, config.max_tokens, config.batch_size)
-    journal = core.Journal(_made(config.out_dir) / "core-progress.jsonl" if config.out_dir and asked else None)
+    journal = core.Journal(_made(config.out_dir) / "core-progress.jsonl" if config.out_dir and chosen else None)
     scores: dict[str, list[score.Score]] = {}
     for name in filter(None, map(str.strip, config.models.split(","))):
         scores[name] = []
         if examples:
             player = open_player(name, ops, dtype, device)
-            scores[name] += [score.measure(player, task, found, settings) for task, found in examples]
-        if asked:
+            scores[name] += [score.measure(player, task, rows, settings) for task, rows in examples]
+        if chosen:
             reader = open_reader(name, ops, dtype, device, config)
-            scores[name] += [core.measure(reader, task, config.batch_size, journal) for task in asked]
+            scores[name] += [core.measure(reader, task, config.batch_size, journal) for task in chosen]
     if not scores:
         raise UserError("--models is empty; name a folder with a model")
-    whole = [core.PREFIX + task.name for task in asked] if "core" in named else []
-    print(score.table(scores, whole))
+    core_names = [core.PREFIX + task.name for task in chosen] if "core" in named else []
+    print(score.table(scores, core_names))
     if config.out_dir:
-        write_scores(scores, whole, config.out_dir, device)
+        write_scores(scores, core_names, config.out_dir, device)
 
 
 def core_tasks(config: Evaluate, named: Sequence[str]) -> list[CoreTask]:
@@ -195,11 +195,11 @@ def core_tasks(config: Evaluate, named: Sequence[str]) -> list[CoreTask]:
     bundle = read_core(config.task_dir, config.data_dir, config.max_examples)
     if "core" in named:
         return list(bundle.values())
-    asked = [name.removeprefix(core.PREFIX) for name in named]
-    for name in asked:
+    names = [name.removeprefix(core.PREFIX) for name in named]
+    for name in names:
         if name not in bundle:
             raise UserError(f"unknown task {core.PREFIX}{name}{nearest(name, bundle)}; core means all")
-    return [bundle[name] for name in asked]
+    return [bundle[name] for name in names]
 
 
 def _made(folder: str) -> Path:
@@ -224,22 +224,22 @@ def write_scores(scores: dict[str, list[score.Score]], whole: Sequence[str], out
     """Writes tasks.md, and to tasks.jsonl a row per model and task; one for CORE if `whole` lists its tasks."""
     write_whole(Path(out_dir) / "tasks.md", score.table(scores, whole) + "\n")
     with unwritable(Path(out_dir)), Log(out_dir, name="tasks.jsonl") as log:
-        for name, found in scores.items():
-            for s in found:
+        for name, of_model in scores.items():
+            for s in of_model:
                 log.row(
                     "summary", name=name, task=s.task, accuracy=s.accuracy, accuracy_error=s.error, chance=s.chance,
                     examples=s.count, passed=s.passed, centred=s.centred, **facts(device),
                 )  # fmt: skip
-            mean = score.mean_centred(found)
+            mean = score.mean_centred(of_model)
             if mean is not None:
                 log.row(
                     "summary", name=name, task="ChatCORE", accuracy=mean[0], accuracy_error=mean[1], **facts(device)
                 )
-            mean = score.mean_centred(found, whole)
+            mean = score.mean_centred(of_model, whole)
             if mean is not None:
                 log.row(
                     "summary", name=name, core=mean[0], core_error=mean[1], tasks=len(whole),
-                    examples=sum(s.count for s in found if s.task in whole), **facts(device),
+                    examples=sum(s.count for s in of_model if s.task in whole), **facts(device),
                 )  # fmt: skip
     print(f"wrote {Path(out_dir) / 'tasks.md'} and {log.path}")
 
@@ -288,12 +288,12 @@ def encode(tokenizer: Encoder, documents: Iterable[str]) -> tuple[Tensor, Tensor
     counted: list[bool] = []
     size = 0
     for document in documents:
-        found = tokenizer.encode(document)
+        new_ids = tokenizer.encode(document)
         if tokenizer.bos is not None:
             ids.append(tokenizer.bos)
             counted.append(False)
-        ids += found
-        counted += [True] * len(found)
+        ids += new_ids
+        counted += [True] * len(new_ids)
         size += len(document.encode())
     if tokenizer.bos is None:
         counted[0] = False
@@ -346,10 +346,10 @@ def windows(ids: Tensor, counted: Tensor, context: int, stride: int, which: rang
     """
     number = torch.tensor(which)[:, None]
     offset = torch.arange(context)
-    place = (stride * number + offset).clamp(max=len(ids) - 1)  # of the input
-    following = (place + 1).clamp(max=len(ids) - 1)
+    index = (stride * number + offset).clamp(max=len(ids) - 1)  # of the input
+    following = (index + 1).clamp(max=len(ids) - 1)
     is_new = (stride * number + offset + 1 < len(ids)) & ((number == 0) | (offset >= context - stride))
-    return ids[place], torch.where(is_new & counted[following], ids[following], IGNORED)
+    return ids[index], torch.where(is_new & counted[following], ids[following], IGNORED)
 
 
 def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
@@ -372,9 +372,9 @@ def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str, *, cont
     """
     model, longest, tokenizer = _open(source, ops, dtype, device, context)
     if isinstance(model, GPT):
-        ours = model
-        parameters = ours.num_params(non_embedding=False)
-        return Subject(source, parameters, longest, tokenizer, lambda x, y: nats_per_row(ours, x, y))
+        gpt = model
+        parameters = gpt.num_params(non_embedding=False)
+        return Subject(source, parameters, longest, tokenizer, lambda x, y: nats_per_row(gpt, x, y))
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(tokens).logits
@@ -413,11 +413,11 @@ def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) 
     if not reason:
         model = hf.load(source, ops, dtype=dtype).to(device).eval()
         return model, model.config.block_size, Fitting(source, _tokenizer(source, folder), model.config.vocab_size)
-    theirs = _theirs(source, folder, reason, dtype, device)
-    longest = getattr(theirs.config, "max_position_embeddings", None) or context
+    loaded = _theirs(source, folder, reason, dtype, device)
+    longest = getattr(loaded.config, "max_position_embeddings", None) or context
     if not longest:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return theirs, longest, Fitting(source, _tokenizer(source, folder), theirs.get_input_embeddings().num_embeddings)
+    return loaded, longest, Fitting(source, _tokenizer(source, folder), loaded.get_input_embeddings().num_embeddings)
 
 
 class Fitting:

@@ -65,15 +65,15 @@ def exists(path: Path, *, folder: bool = False) -> bool:
 
 def listed(folder: Path) -> tuple[list[Path], list[Path]]:
     """Returns the files of documents below `folder`, in order, and the skipped ones."""
-    taken: list[Path] = []
+    selected: list[Path] = []
     left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         is_about = path.name.split(".")[0].lower() in NO_DOCUMENTS
-        (left_out if is_hidden or is_about or builder_of(path) is None else taken).append(path)
-    return taken, left_out
+        (left_out if is_hidden or is_about or builder_of(path) is None else selected).append(path)
+    return selected, left_out
 
 
 def read(paths: Sequence[str], builder: str, column: str, state: dict[str, Any] | None = None) -> Iterator[Row]:

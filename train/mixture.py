@@ -71,12 +71,12 @@ class Mixture:
         """Returns (len, 2) int64: the part, and the conversation within it, in the order of this epoch."""
         orders = []
         for number, part in enumerate(self.parts):
-            place = epoch * part.per_epoch + np.arange(part.per_epoch)
-            rounds, within = np.divmod(place, len(part.examples))
-            which = np.empty(len(place), np.int64)
-            for turn in np.unique(rounds):  # a round takes each conversation of the part once
-                shuffled = np.random.default_rng((self.seed, number, int(turn))).permutation(len(part.examples))
-                which[rounds == turn] = shuffled[within[rounds == turn]]
+            position = epoch * part.per_epoch + np.arange(part.per_epoch)
+            rounds, within = np.divmod(position, len(part.examples))
+            which = np.empty(len(position), np.int64)
+            for round_number in np.unique(rounds):  # a round takes each conversation of the part once
+                shuffled = np.random.default_rng((self.seed, number, int(round_number))).permutation(len(part.examples))
+                which[rounds == round_number] = shuffled[within[rounds == round_number]]
             orders.append(np.stack((np.full_like(which, number), which), axis=1))
         together = np.concatenate(orders)
         return together[np.random.default_rng((self.seed, len(self.parts), epoch)).permutation(len(together))]
@@ -209,11 +209,11 @@ class ConversationBatches:
         rows = np.empty((3, self.batch_size, self.block_size + 1), np.int64)
         for rank in range(self.ranks):
             rows[0], rows[1], rows[2] = self.chat.bos, IGNORED, 0
-            kept = rows if rank == self.rank else rows.copy()
+            filled = rows if rank == self.rank else rows.copy()
             for i in range(self.batch_size):
-                self._pack_row(*kept[:, i])
+                self._pack_row(*filled[:, i])
             if rank == self.rank:
-                mine = kept.copy()
+                mine = filled.copy()
         state = {
             "epoch": self._epoch, "place": self._place, "buffer": [list(piece) for piece in self._buffer],
             "counts": dict(self._counts),
@@ -285,7 +285,7 @@ class ConversationBatches:
 
     def _forget(self, piece: Piece) -> None:
         """Drops a rendered conversation once no piece of it waits in the buffer."""
-        if not any((other.part, other.which) == (piece.part, piece.which) for other in self._buffer):
+        if not any((waiting.part, waiting.which) == (piece.part, piece.which) for waiting in self._buffer):
             self._rendered.pop((piece.part, piece.which), None)
 
 

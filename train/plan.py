@@ -184,13 +184,13 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     for name, model, counted, recipe in _models(config):
         tokens = recipe.batch_tokens * recipe.iterations
         batch = _micro_batch(model, gpu, recipe.batch_tokens // config.n_gpu)
-        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
+        memory_gb = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
         flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
         spent = None if batch == 0 else _gpu_hours(flops, gpu, nearest_mfu(reached, model) or config.assumed_mfu)
         hours = spent and spent / config.n_gpu
         lines.append(
             f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
-            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
+            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(memory_gb, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
             f"{_or_na(spent and price and spent * price, ',.0f'):>10}"
         )
@@ -277,7 +277,7 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
     """Returns the text that `python -m train.pretrain ... --dry_run` prints."""
     counted = dial.sizes(model, config.architecture) if config.depth else dial.sizes(model)
     flops = mfu.flops_per_token(model, model.block_size)
-    held = memory(model, config.batch_size, optimizer=config.optimizer)
+    needed = memory(model, config.batch_size, optimizer=config.optimizer)
     per_update = config.gradient_accumulation_steps * config.batch_size * model.block_size
     tokens = per_update * config.max_iters
     positions = model.block_size * model.n_embd * (model.position == "learned")
@@ -291,7 +291,7 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
         "parameters": f"{counted.parameters:,}; {counted.parameters - positions:,} without positions; blocks "
         f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}{values}",
         **(_dialled(config, model, counted, per_update) if config.depth else {}),
-        "checkpoint": f"{(held.weights + held.optimizer) / 1e6:,.0f} MB",
+        "checkpoint": f"{(needed.weights + needed.optimizer) / 1e6:,.0f} MB",
         "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; by PaLM's count {flops.palm:.4e}, "
         f"{flops.palm / flops.mfu:.4f} times as many",
         "horizon": f"{config.max_iters:,} updates of {per_update:,} tokens = {tokens:,} tokens, "
@@ -299,9 +299,9 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
         "update": f"{config.gradient_accumulation_steps} micro-batches of {config.batch_size} sequences, over all GPUs",
         "rates": f"{config.optimizer}: {muon}{config.learning_rate:.4g}; weight decay {config.weight_decay:.4g}",
         "schedule": f"{config.schedule}, {config.warmup_iters:,} iterations up, down to {config.min_lr:.4g}{warmdown}",
-        "memory": f"{_gb(held.total)} on each GPU: weights {_gb(held.weights)}, gradients {_gb(held.gradients)}, "
-        f"optimizer {_gb(held.optimizer)}, copies {_gb(held.copies)}, activations {_gb(held.activations)}, "
-        f"loss {_gb(held.loss)}",
+        "memory": f"{_gb(needed.total)} on each GPU: weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
+        f"optimizer {_gb(needed.optimizer)}, copies {_gb(needed.copies)}, activations {_gb(needed.activations)}, "
+        f"loss {_gb(needed.loss)}",
     }
     return "\n".join(
         [*(f"{name:<12}{text}" for name, text in rows.items()), "", *_on_gpus(config, model, flops.mfu * tokens)]
@@ -312,14 +312,15 @@ def _dialled(config: Pretrain, model: GPTConfig, counted: Sizes, batch_tokens: i
     """Returns what the depth set: data, batch, and the factors applied to the rates of depth 12."""
     kind = config.architecture
     reference = dial.model_of(dial.REFERENCE_DEPTH, model.vocab_size, model.block_size, config.head_dim, kind)
-    found = dial.recipe(
+    derived = dial.recipe(
         counted, dial.sizes(reference, kind), model.n_embd, ratio=config.target_param_data_ratio,
         iterations=config.max_iters, batch_tokens=batch_tokens,
     )  # fmt: skip
     return {
         "dial": f"{kind}'s depth {config.depth}: {config.target_param_data_ratio:g} tokens for each of "
-        f"{counted.scaling:,} weights of blocks and head, {found.tokens:,}",
-        "scales": f"rates {found.batch_scale:.4f} for the batch, AdamW's {found.width_scale:.4f} besides for the width",
+        f"{counted.scaling:,} weights of blocks and head, {derived.tokens:,}",
+        "scales": f"rates {derived.batch_scale:.4f} for the batch, "
+        f"AdamW's {derived.width_scale:.4f} besides for the width",
     }
 
 

@@ -54,8 +54,8 @@ def roll_out(
 ) -> list[Rollout]:
     """Samples answers to one question, as many at once as the engine has slots, each with its own seed."""
     prompt = answers.chat.prompt(example.messages)
-    asked = [(prompt, replace(sampling, seed=seed_of(seed, i))) for i in range(samples)]
-    return [judged(answers, task, example, answer) for answer in answer_all(answers, asked)]
+    requests = [(prompt, replace(sampling, seed=seed_of(seed, i))) for i in range(samples)]
+    return [judged(answers, task, example, answer) for answer in answer_all(answers, requests)]
 
 
 def judged(answers: Answers, task: Task, example: Example, answer: Answer) -> Rollout:

@@ -210,8 +210,8 @@ class Drawing:
         was_training = self.model.training
         self.model.eval()
         for group in self.questions.draw(self.model, self.drawing, self.rank, self.ranks):
-            whole = policy.batch_of(group, self.questions.chat.bos, sigma=config.sigma)
-            for tensors in zip(*(tensor.split(config.batch_size) for tensor in whole), strict=True):
+            batch = policy.batch_of(group, self.questions.chat.bos, sigma=config.sigma)
+            for tensors in zip(*(tensor.split(config.batch_size) for tensor in batch), strict=True):
                 tokens, targets = (tensor.to(self.device) for tensor in tensors[:2])
                 more = []
                 with torch.no_grad():

@@ -103,18 +103,18 @@ def judge(player: Player, task: Task, batch: Sequence[Example], settings: Settin
     prompts = [player.chat.prompt(example.messages) for example in batch]
     if task.kind == "categorical":
         logits = player.logits(prompts)
-        said = [[letter_of(player.chat, example, row)] for example, row in zip(batch, logits, strict=True)]
+        answers = [[letter_of(player.chat, example, row)] for example, row in zip(batch, logits, strict=True)]
     else:
-        said = player.answers(prompts, settings)
-    return [any(task.passes(example, text) for text in texts) for example, texts in zip(batch, said, strict=True)]
+        answers = player.answers(prompts, settings)
+    return [any(task.passes(example, text) for text in texts) for example, texts in zip(batch, answers, strict=True)]
 
 
 def letter_of(chat: Chat, example: Example, logits: Tensor) -> str:
     """Returns the most likely of the example's letters by logits (V,)."""
     ids = [chat.tokenizer.encode(letter) for letter in example.letters]
-    if any(len(found) != 1 for found in ids):
+    if any(len(token_ids) != 1 for token_ids in ids):
         raise UserError(f"the tokenizer needs more than one token for a letter of {', '.join(example.letters)}")
-    return example.letters[int(logits[[found[0] for found in ids]].argmax())]
+    return example.letters[int(logits[[token_ids[0] for token_ids in ids]].argmax())]
 
 
 # ---- models
@@ -226,9 +226,9 @@ def table(scores: Mapping[str, Sequence[Score]], core: Collection[str] = ()) -> 
     lines = [f"| task | examples | chance | {' | '.join(scores)} |", "|---|---:|---:|" + "---:|" * len(scores)]
     for name in tasks:
         row = [next((score for score in mine if score.task == name), None) for mine in scores.values()]
-        one = next(score for score in row if score is not None)
+        first_score = next(score for score in row if score is not None)
         cells = ["-" if s is None else percent(s.accuracy, s.error) for s in row]
-        lines.append(f"| {name} | {one.count:,} | {100 * one.chance:.0f} % | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {first_score.count:,} | {100 * first_score.chance:.0f} % | {' | '.join(cells)} |")
     for title, names in (("ChatCORE", CHATCORE), (f"CORE ({len(core)} tasks)", core)):
         means = [mean_centred(mine, names) for mine in scores.values()]
         if any(means):

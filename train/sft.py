@@ -167,7 +167,7 @@ class Conversations:
         """Returns how many updates `epochs` take, estimated from the first SAMPLED conversations of an epoch."""
         order = self.mixture.order(0)[:SAMPLED]
         most = config.block_size + 1 if config.long == "drop" else sys.maxsize
-        lengths = [len(self.chat.render(self.mixture.example(*map(int, place)).messages).ids) for place in order]
+        lengths = [len(self.chat.render(self.mixture.example(*map(int, entry)).messages).ids) for entry in order]
         tokens = sum(length for length in lengths if length <= most) / len(order) * len(self.mixture)
         per_update = config.gradient_accumulation_steps * config.batch_size * config.block_size
         updates = max(1, math.ceil(config.epochs * tokens / per_update))
@@ -197,8 +197,8 @@ class Conversations:
             batches = list(self._first(Mixture(mixture.parts, EVAL_SEED), run))
             losses[split] = mean_loss(run.called, batches, run.team, run.recipe.objective).item()
         bits = self._bits_per_byte(run, batches)
-        said = f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        log.say(f"{said}, bits per byte {bits:.4f}")
+        summary = f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        log.say(f"{summary}, bits per byte {bits:.4f}")
         losses_row = dict(train_loss=losses["train"], val_loss=losses["val"], bits_per_byte=bits)
         log.row("eval", step=run.iteration, **losses_row)
         if not all(map(math.isfinite, losses.values())):

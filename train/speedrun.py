@@ -60,12 +60,12 @@ def configure(argv: list[str]) -> tuple[str, Pretrain]:
     """Returns the preset's name (the one given, else this machine's default) and its values with the typed flags."""
     words = [word for word in argv if not word.startswith("-")]
     typed = cli.typed(argv, Pretrain)
-    asked = cli.parse(Pretrain, argv, SPEEDRUN)
-    device = asked.device if words or "device" in typed else "cuda" if torch.cuda.is_available() else "cpu"
+    parsed = cli.parse(Pretrain, argv, SPEEDRUN)
+    device = parsed.device if words or "device" in typed else "cuda" if torch.cuda.is_available() else "cpu"
     device = runtime.choose_device(device, typed="device" in typed)
     name = words[0] if words else "cpu"
     if not words and device.startswith("cuda"):
-        name = "gpu" if (Path(asked.data_dir) / (typed.get("dataset") or GPU.dataset) / "train.bin").is_file() else ""
+        name = "gpu" if (Path(parsed.data_dir) / (typed.get("dataset") or GPU.dataset) / "train.bin").is_file() else ""
         name = name or ("gpu" if "dataset" in typed else "gpu-embedded")
     config = cli.parse(Pretrain, argv if words else [name, *argv], SPEEDRUN)
     if "max_iters" in typed and "lr_decay_iters" not in typed:
@@ -131,8 +131,8 @@ def sample(run: Run, log: Log) -> None:
     generator = torch.Generator(run.device).manual_seed(config.seed)
     drawn = generate(run.model, tokens, config.sample_tokens, temperature=0.8, top_k=200, generator=generator)
     for ids in drawn.tolist():
-        known = [i for i in ids if i < tokenizer.vocab_size]  # ids above are padding of the vocabulary
-        text = tokenizer.decode(known).strip("\n")
+        in_vocabulary = [i for i in ids if i < tokenizer.vocab_size]  # ids above are padding of the vocabulary
+        text = tokenizer.decode(in_vocabulary).strip("\n")
         log.say(f"---------------\n{text}")
         log.row("sample", text=text)
 

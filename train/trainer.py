@@ -258,9 +258,9 @@ def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
     with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
         config_then = dict(saved.meta["config"])
     for name, before in (("optimizer", "adamw"), ("documents", False)):  # name, and value in runs from before the flag
-        theirs = config_then.get(name, before)
-        if theirs != getattr(config, name):
-            raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
+        saved_value = config_then.get(name, before)
+        if saved_value != getattr(config, name):
+            raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={saved_value}")
 
 
 # ---- what survives a stop
@@ -465,10 +465,10 @@ def evaluate_whole_split(run: Run, log: Log) -> float:
 
 
 def diverged(run: Run, reason: str, post_mortem: Path | None = None) -> UserError:
-    kept = "" if post_mortem is None else f"the batch and the weights before it are in {post_mortem}; "
+    hint = "" if post_mortem is None else f"the batch and the weights before it are in {post_mortem}; "
     return UserError(
         f"{reason} at iteration {run.iteration}; lower --learning_rate, or lengthen --warmup_iters; "
-        f"{kept}checkpoints in {run.config.out_dir} are from before"
+        f"{hint}checkpoints in {run.config.out_dir} are from before"
     )
 
 
@@ -498,11 +498,11 @@ class Meter:
 
     def report(self, loss: float, rate: float, log: Log) -> None:
         """Logs a line and a row on the iterations since the last report; `loss` is that of the newest."""
-        now = time.perf_counter()
-        seconds = (self.seconds + now - self.started) / self.iterations
+        end = time.perf_counter()
+        seconds = (self.seconds + end - self.started) / self.iterations
         self.total_iterations += self.iterations
         self.total_seconds += seconds * self.iterations
-        self.started, self.seconds, self.iterations = now, 0.0, 0
+        self.started, self.seconds, self.iterations = end, 0.0, 0
 
         run, config = self.run, self.run.config
         block_size = run.model.config.block_size

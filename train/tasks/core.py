@@ -78,8 +78,8 @@ def shown(task: CoreTask, index: int) -> list[dict[str, Any]]:
     """Returns the few-shot examples for item `index`, drawn from the other items with `index` as the seed."""
     if not task.shown:
         return []
-    others = [i for i in range(len(task.items)) if i != index]
-    return [task.items[i] for i in random.Random(EXAMPLES_SEED + index).sample(others, task.shown)]
+    candidates = [i for i in range(len(task.items)) if i != index]
+    return [task.items[i] for i in random.Random(EXAMPLES_SEED + index).sample(candidates, task.shown)]
 
 
 def _told(task: CoreTask, item: dict[str, Any]) -> str:

@@ -48,13 +48,13 @@ def answers(who: Identity) -> dict[str, tuple[str, str]]:
 
 
 def examples(split: str, where: Where) -> Sequence[Example]:
-    said = answers(where.identity)
+    answer_of = answers(where.identity)
     asked_and_told = []
     for topic, questions in TOPICS.items():
         for number, parts in enumerate(itertools.product(questions, OPENINGS, CLOSINGS)):
             if (number % 5 == 4) == (split == "test"):
                 question, opening, closing = parts
-                text, needed = said[topic]
+                text, needed = answer_of[topic]
                 asked_and_told.append(Example(asked(opening + question + closing, text), (), {"needed": needed}))
     drawing(f"identity {split}", 0).shuffle(asked_and_told)
     return asked_and_told

@@ -1,4 +1,4 @@
-"""Models from Hugging Face and to it.
+"""Imports models from Hugging Face, and exports models to its layouts.
 
     python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium      a checkpoint that gptfast.sample and
                                                                            train.pretrain --init_from=DIR read
@@ -88,7 +88,7 @@ def run_export(argv: list[str]) -> None:
 
 
 def load(source: str) -> GPT:
-    model = hf.load(source, kernels.load("reference"))  # the weights pass through: no kernel runs
+    model = hf.load(source, kernels.load("reference"))  # only converts weights: no kernel runs
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters, {model.config}")
     return model
 

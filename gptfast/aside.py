@@ -1,4 +1,4 @@
-"""Files and folders written aside and then put in their place, so that nobody ever reads half of one."""
+"""Writes files and folders atomically: first under another name, then renamed, so that no reader sees half of one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pathlib import Path
 from gptfast.errors import UserError
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a file system without locks
 LONGEST_HOLDER = 300  # characters of what a lock says of its holder
 
-_held: dict[tuple[int, int], int] = {}  # folders, by device and inode, that this process holds: how often
-_holder = os.getpid()  # of which process that is; a fork holds nothing
+_held: dict[tuple[int, int], int] = {}  # folders locked by this process, by device and inode -> lock count
+_holder = os.getpid()  # the process that holds them; a fork holds nothing
 
 
 class Busy(UserError):
-    """A folder that another process writes; the message names it."""
+    """Raised for a folder that another process is writing; the message names that process."""
 
 
 def _umask() -> int:
@@ -36,18 +36,18 @@ def _umask() -> int:
 
 
 def aside_of(target: Path, pid: int | None = None) -> Path:
-    """Where this process (or `pid`) makes what becomes `target`: beside it, and its own even where no lock keeps order.
+    """Returns the path, beside `target`, at which this process (or `pid`) builds it; unique even without locks.
 
-    The target itself may be a link, to another disk perhaps: a rename then replaces the link and not what it names.
+    The target may be a link, perhaps to another disk: a rename then replaces the link and not the file it points to.
     """
     return target.with_name(f".tmp-{os.getpid() if pid is None else pid}-{target.name}")
 
 
 @contextmanager
 def file_aside(target: Path, *, flushed: bool = False) -> Iterator[Path]:
-    """A path to write to, which becomes `target` in one rename, or is removed if anything fails.
+    """Yields a path to write to; renames it to `target` at the end, or removes it if anything fails.
 
-    With `flushed` its bytes are on the disk before that rename.
+    With `flushed`, its bytes are on the disk before the rename.
     """
     building = aside_of(target)
     try:
@@ -61,7 +61,7 @@ def file_aside(target: Path, *, flushed: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file of text whole or not at all, and its folder; a link is replaced. Raises UserError if it cannot."""
+    """Writes a text file atomically, creating its folder; replaces a link. Raises UserError if it cannot."""
     with unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_aside(path) as building:
@@ -69,7 +69,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_writable(folder: Path) -> Path:
-    """Makes a folder, and returns it; before any work. Raises UserError where no file can be made in it."""
+    """Creates a folder and returns it; called before any work. Raises UserError if no file can be created in it."""
     with unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tried = aside_of(folder / "try")
@@ -80,7 +80,7 @@ def check_writable(folder: Path) -> Path:
 
 @contextmanager
 def unwritable(path: Path) -> Iterator[None]:
-    """What the disk refuses in the block is a UserError that names the path."""
+    """Turns an OSError in the block into a UserError that names the path."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def unwritable(path: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Returns when a file, or the list of names in a folder, is on the disk and not only in the kernel's memory."""
+    """Flushes a file, or a folder's list of names, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,11 +100,11 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def folder_aside(target: Path, *, first: str, stale: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder to fill, whose files come into `target` when all are there; nothing of it stays if anything fails.
+    """Yields a folder to fill; moves its files into `target` at the end, or removes them if anything fails.
 
-    A new or empty `target` comes to be in one rename. In one with files, those of the same names are replaced and the
-    `stale` ones removed, and the file `first`, without which nobody reads the others, is gone in between. Raises Busy
-    where another process is at that.
+    A new or empty `target` appears in one rename. In a `target` with files, those of the same names are replaced and
+    the `stale` ones removed; the file `first`, which readers require, is missing meanwhile. Raises Busy where another
+    process is writing it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     building = aside_of(target)
@@ -119,12 +119,12 @@ def folder_aside(target: Path, *, first: str, stale: tuple[str, ...] = ()) -> It
                 return
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise  # else another came first, and its files are replaced like those of before
+                    raise  # else another process created it meanwhile; replace its files too
         with locked(target):
             (target / first).unlink(missing_ok=True)
             for name in stale:
                 (target / name).unlink(missing_ok=True)
-            for path in sorted(building.iterdir(), key=lambda path: path.name == first):  # that one last
+            for path in sorted(building.iterdir(), key=lambda path: path.name == first):  # `first` comes last
                 os.replace(path, target / path.name)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -132,10 +132,10 @@ def folder_aside(target: Path, *, first: str, stale: tuple[str, ...] = ()) -> It
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Makes `folder` and holds it: another process that wants it meanwhile gets Busy, which names this one.
+    """Creates `folder` and locks it for the block: other processes get Busy, which names this one.
 
-    With `wait` it says so, and waits. The lock is the system's, and ends with the process however that ends; a process
-    may take it again while it holds it. On a file system without locks nothing is held.
+    With `wait`, prints that it waits, and waits for the lock. The lock is the system's, so it ends with the process; it
+    is reentrant within a process. On a file system without locks nothing is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     global _holder
@@ -161,10 +161,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the file `path`, whose text names this process."""
+    """Locks the file `path`, and writes a description of this process into it."""
     is_told = False
     while True:
-        # not followed if it is a link, nor waited for if it is a pipe
+        # does not follow a link, nor block on a pipe
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         with open(descriptor, "r+b", buffering=0) as file:
             try:
@@ -182,9 +182,9 @@ def _locked(path: Path, wait: bool) -> Iterator[None]:
                 if error.errno not in NO_LOCKS:
                     raise
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                continue  # its holder removed it as it left, between our opening and our locking
+                continue  # its holder removed it between our open and our lock
             os.ftruncate(file.fileno(), 0)
-            with contextlib.suppress(OSError):  # a full disk holds the lock all the same
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without its text
                 file.write(_myself().encode("utf-8", "replace"))
             try:
                 yield
@@ -199,6 +199,6 @@ def _myself() -> str:
 
 
 def _named(content: bytes) -> str:
-    """What a lock's text says of its holder, whoever wrote it, on one line."""
+    """Returns the holder that a lock's text names, sanitized to one line."""
     text = "".join(letter for letter in content.decode("utf-8", "replace") if letter.isprintable())
     return text[:LONGEST_HOLDER] or "another process"

@@ -1,13 +1,13 @@
-"""Checkpoints that survive a crash at any instant, and are never trusted when damaged.
+"""Checkpoints that survive a crash at any instant, and are verified before use.
 
     out/ckpt-000250/  model.safetensors
                       optimizer.json + optimizer.safetensors     any nesting of dicts, lists, tensors and plain values
                       meta.json [+ meta.safetensors]             likewise: configuration, RNG states, data position
                       manifest.json                              written last: size and sha256 of every other file
 
-A save is built in out/.tmp-*, flushed to the disk, and renamed into place; until that one rename the older checkpoints
-are all there is, and after it the new one is whole; the last k and the best stay. Nothing is pickled: structure is
-JSON, numbers are safetensors, and every tensor comes back with its exact bits and dtype.
+A save is built in out/.tmp-*, flushed to the disk, and renamed into place: before the rename only the older checkpoints
+exist, and after it the new one is complete. The last k and the best are kept. Nothing is pickled: structure is JSON,
+numbers are safetensors, and every tensor is restored with its exact bits and dtype.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from gptfast.aside import aside_of, flush, locked
 from gptfast.errors import UserError
 
 FORMAT = 2
-FIELDS = {  # of the manifest, by format
+FIELDS = {  # fields of the manifest, by format
     1: {"format", "serial", "step", "files", "sha256"},
     2: {"format", "serial", "step", "score", "files", "sha256"},
 }
 MANIFEST = "manifest.json"
-PARTS = "parts.json"  # in a checkpoint whose tensors stand in one file per rank
+PARTS = "parts.json"  # file in a checkpoint with one file of tensors per rank
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 FOLDER = re.compile(r"(?:\.replaced-)?ckpt-(\d{6,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` found. Tensors are on the CPU."""
+    """A loaded checkpoint. Tensors are on the CPU."""
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     meta: dict[str, Any]
     path: Path
-    skipped: tuple[str, ...] = field(default=())  # newer checkpoints that were not valid, and why
+    skipped: tuple[str, ...] = field(default=())  # newer but invalid checkpoints, with the reasons
 
 
 def save(
@@ -72,11 +72,11 @@ def save(
 ) -> Path:
     """Writes out_dir/ckpt-<step:06d>/ and removes all but the `keep` last saved and the best; returns its path.
 
-    `write_parts` puts tensors of a parallel run into the folder, in place of `model` (see gptfast/parallel/saving.py).
-    The best is the one of the lowest `score`, such as a validation loss; one without is never the best.
-    `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else is a
-    TypeError before a byte is written. Raises UserError where the disk is full or out_dir cannot be written, or another
-    process writes it, and the checkpoints that were there still are.
+    `write_parts` writes a parallel run's tensors into the folder, in place of `model` (see gptfast/parallel/saving.py).
+    The best has the lowest `score`, such as a validation loss; a checkpoint without a score is never the best.
+    `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else raises
+    TypeError before a byte is written. Raises UserError, and keeps the existing checkpoints, where the disk is full,
+    out_dir cannot be written, or another process writes it.
     """
     if keep < 1:
         raise UserError(f"cannot keep {keep} checkpoints; keep 1 or more")
@@ -112,10 +112,10 @@ def save(
 
 
 class Saver:
-    """`save`, with background=True on a thread of its own while training goes on.
+    """Saves checkpoints; with background=True on a thread, while training continues.
 
-    The thread writes a copy on the CPU, made before `save` returns. There is never more than one: the next `save` waits
-    for the last, and raises the UserError that it failed with. Leaving the `with` block waits too.
+    The thread writes a CPU copy, made before `save` returns. Only one save runs at a time: the next `save` waits for
+    the last, and raises its UserError if it failed. Leaving the `with` block waits too.
     """
 
     def __init__(self, *, background: bool) -> None:
@@ -124,7 +124,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, out_dir: str | Path, **parts: Any) -> Path:
-        """`checkpoint.save`; returns the path of the checkpoint that is, or will be, written."""
+        """Calls `checkpoint.save`; returns the path of the checkpoint that is, or will be, written."""
         self.wait()
         if not self.background:
             return save(out_dir, **parts)
@@ -133,7 +133,7 @@ class Saver:
         return Path(out_dir) / f"ckpt-{parts['step']:06d}"
 
     def wait(self) -> None:
-        """Returns when the last save is on the disk. Raises what it failed with."""
+        """Waits until the last save is on the disk. Raises its error if it failed."""
         if self._thread is not None:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
@@ -149,7 +149,7 @@ class Saver:
         except UserError as error:
             if kind is None:
                 raise
-            print(f"warning: {error}", file=sys.stderr)  # what ended the block is told first
+            print(f"warning: {error}", file=sys.stderr)  # the block's own exception matters more
 
     def _write(self, out_dir: str | Path, parts: dict[str, Any]) -> None:
         try:
@@ -159,7 +159,7 @@ class Saver:
 
 
 def _copy_to_cpu(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
-    """The same tree with every tensor copied; tensors that were one (tied weights) still are."""
+    """Returns the same tree with every tensor copied; tensors that share memory (tied weights) still do."""
     if isinstance(tree, Tensor):
         place = _place(tree)
         if place not in copies:
@@ -173,20 +173,20 @@ def _copy_to_cpu(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
 
 
 def building_of(out_dir: str | Path, step: int, pid: int | None = None) -> Path:
-    """The folder in which this process, or `pid`, makes the checkpoint of a step."""
+    """Returns the folder in which this process, or `pid`, builds the checkpoint of a step."""
     return aside_of(Path(out_dir) / f"ckpt-{step:06d}", pid)
 
 
 def exists(out_dir: str | Path) -> bool:
-    """Whether there is a checkpoint in `out_dir`, whole or not."""
+    """Returns whether there is a checkpoint in `out_dir`, valid or not."""
     return Path(out_dir).is_dir() and bool(_folders(Path(out_dir)))
 
 
 def load(out_dir: str | Path, step: int | None = None, *, best: bool = False) -> Checkpoint:
-    """The last saved checkpoint of `out_dir` that is whole, the one of `step`, or the best: that of the lowest score.
+    """Loads the last saved valid checkpoint of `out_dir`, the one of `step`, or the best (lowest score).
 
     Newer ones that are truncated, altered or unreadable are named on stderr and in `skipped`. Raises UserError where
-    there is none, none is whole, or the one of `step` is not.
+    there is none, none is valid, or the one of `step` is not.
     """
     out_dir = Path(out_dir)
     folders = _folders(out_dir) if out_dir.is_dir() else []
@@ -218,10 +218,10 @@ def load(out_dir: str | Path, step: int | None = None, *, best: bool = False) ->
 
 
 def _folders(out_dir: Path) -> list[Path]:
-    """The checkpoints of `out_dir`, the last saved first.
+    """Returns the checkpoints of `out_dir`, the last saved first.
 
-    By order of saving, not by step: a run started anew in an old folder must find its own. Those without a readable
-    manifest come first of all, so that `load` reports them; the replaced one of a step comes after its replacement.
+    They are ordered by time of saving, not by step, so that a run started anew in an old folder finds its own. Those
+    without a readable manifest come first, so that `load` reports them; a replaced checkpoint follows its replacement.
     """
     found = [path for path in out_dir.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
 
@@ -247,7 +247,7 @@ def _serial(folder: Path) -> int | None:
 
 
 def _score(folder: Path) -> float:
-    """What it was saved with; infinity if there is none or the manifest cannot be read."""
+    """Returns the score of a checkpoint; infinity if it has none or the manifest cannot be read."""
     try:
         score = _read_manifest(folder).get("score")
     except (OSError, ValueError):
@@ -256,10 +256,10 @@ def _score(folder: Path) -> float:
 
 
 def _move_into_place(building: Path, target: Path) -> None:
-    """Renames `building` to `target`. One of the same step stays loadable, under another name, until that is done."""
+    """Renames `building` to `target`. Until then a checkpoint of the same step stays loadable under another name."""
     replaced = target.with_name(f".replaced-{target.name}")
     if target.exists():
-        if replaced.exists():  # left by a crash after its replacement was in place
+        if replaced.exists():  # left by a crash after the rename
             _remove(replaced)
         os.rename(target, replaced)
     try:
@@ -274,9 +274,10 @@ def _move_into_place(building: Path, target: Path) -> None:
 
 
 def _prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` last saved and the best. What cannot be read stays: it may be of a newer gptfast."""
+    """Removes all but the `keep` last saved and the best. Unreadable ones stay: a newer gptfast may have written
+    them."""
     whole = [path for path in _folders(out_dir) if _serial(path) is not None]
-    best = min(whole, key=_score)  # the newest of equals
+    best = min(whole, key=_score)  # on a tie, the newest
     for path in whole[keep:]:
         if path != best or _score(path) == math.inf:
             _discard(path)
@@ -291,14 +292,14 @@ def _discard(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Renames before it removes, so that a crash half way leaves no checkpoint with files missing."""
+    """Removes a checkpoint; renames it first, so that a crash leaves no checkpoint with missing files."""
     doomed = folder.with_name(f".tmp-removed-{folder.name}")
     os.rename(folder, doomed)
     _erase(doomed)
 
 
 def _erase(path: Path) -> None:
-    """Removes a folder, or a link to one, as when checkpoints were moved to another disk: never what a link names."""
+    """Removes a folder, or a link to one (checkpoints moved to another disk), but never a link's target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -306,7 +307,7 @@ def _erase(path: Path) -> None:
 
 
 def _remove_leftovers(out_dir: Path) -> None:
-    """Removes what a crash left behind; nobody else writes here now."""
+    """Removes what a crash left behind. The caller holds the lock of out_dir."""
     for path in out_dir.glob(".tmp-*ckpt-*"):
         _erase(path)
 
@@ -329,7 +330,7 @@ def _save_error(error: Exception, target: Path, *groups: dict[str, Tensor]) -> U
 
 
 def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
-    """Checks every file against the manifest, then reads it. Raises ValueError or OSError that says what is wrong."""
+    """Checks every file against the manifest, then reads it. Raises ValueError or OSError with the reason."""
     manifest = _read_manifest(folder)
     listed = manifest["files"]
     _check_listed(folder, listed)
@@ -348,7 +349,7 @@ def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
 
 
 def _opened(folder: Path, name: str, expected: dict[str, Any]) -> BufferedReader:
-    """A file of a checkpoint, held to its manifest, open: what is read of it is what was checked, whoever renames."""
+    """Opens a file of a checkpoint and checks it against the manifest; a later rename does not change what is read."""
     try:
         file = untrusted.opened(folder / name)
     except FileNotFoundError:
@@ -369,12 +370,12 @@ def _opened(folder: Path, name: str, expected: dict[str, Any]) -> BufferedReader
 
 
 def _is_part(name: str) -> bool:
-    """Whether a file of a sharded checkpoint holds tensors of model or optimizer that the ranks shared."""
+    """Returns whether a file of a sharded checkpoint holds one rank's part of the tensors."""
     return name.endswith(".safetensors") and name not in ("meta.safetensors", "optimizer.safetensors")
 
 
 def _check_listed(folder: Path, listed: dict[str, Any]) -> None:
-    """What a checkpoint needs must be listed, and of what could be read nothing else be there."""
+    """Raises ValueError if a required file is not listed, or if the folder has an unlisted file that would be read."""
     needed = {"optimizer.json", "meta.json", *(() if PARTS in listed else ("model.safetensors",))}
     if not needed <= set(listed):
         raise ValueError(f"{MANIFEST} does not list {', '.join(sorted(needed - set(listed)))}")
@@ -393,7 +394,7 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError unless every byte is as `_write_manifest` put it and every field is there."""
+    """Reads the manifest. Raises ValueError unless it is exactly as `_write_manifest` wrote it, with every field."""
     try:
         content = untrusted.content(folder / MANIFEST)
     except FileNotFoundError:
@@ -420,13 +421,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:
-    """The only bytes that stand for these values; the manifest's own sha256 is among them."""
+    """Returns the unique serialization of a manifest, its own sha256 included."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, which is on the disk when this returns."""
+    """Flushes a file to the disk; returns its size and sha256."""
     flush(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
@@ -436,11 +437,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- tensors: safetensors, where names that share one tensor are stored once
+# ---- tensors: safetensors; a tensor with several names is stored once
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes the tensors. A name for one already written (tied weights) becomes an alias in the file's metadata."""
+    """Writes the tensors. A second name of the same tensor (tied weights) becomes an alias in the file's metadata."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}
@@ -458,11 +459,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         stored[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     safetensors.torch.save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it 0600; as readable as its folder is the custom
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it 0600; give it the folder's permissions
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are one and the same memory, read alike."""
+    """Returns a key that is equal for tensors with the same memory, shape, strides and dtype."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
@@ -472,11 +473,11 @@ def _read_tensors(file: BufferedReader) -> dict[str, Tensor]:
     return tensors | {name: tensors[other] for name, other in aliases.items()}
 
 
-# ---- trees: JSON for the structure, with {"$tensor": name} where a tensor stood
+# ---- trees: JSON for the structure, with {"$tensor": name} in place of each tensor
 
 
 def _flatten(tree: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
-    """A JSON value of the same structure, and the tensors by their path, `optimizer.state.0.exp_avg`."""
+    """Returns a JSON value of the same structure, and the tensors by path, such as `optimizer.state.0.exp_avg`."""
     tensors: dict[str, Tensor] = {}
 
     def encode(value: Any, path: str) -> Any:
@@ -486,7 +487,7 @@ def _flatten(tree: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
             return value if math.isfinite(value) else {"$float": str(value)}
         if isinstance(value, Tensor):
             name = path
-            while name in tensors:  # {"1": a} and {1: b} have one path
+            while name in tensors:  # {"1": a} and {1: b} have the same path
                 name += "'"
             tensors[name] = value
             return {"$tensor": name}
@@ -503,7 +504,7 @@ def _flatten(tree: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree that `_flatten` took apart."""
+    """Returns the tree that `_flatten` was given."""
     if isinstance(value, list):
         return [_unflatten(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Command lines: the fields of a dataclass are the flags, and a user's mistake is one line, never a traceback.
+"""Command lines: the fields of a dataclass are the flags, and a user's mistake prints one line, never a traceback.
 
     @dataclass(frozen=True)
     class Config:
@@ -35,8 +35,8 @@ from gptfast.errors import UserError, nearest
 Config = TypeVar("Config")
 
 
-# What a number may be, by the name of its flag, which means the same in every command; others may be anything that
-# 64 bits hold, and finite. Whatever depends on more than the number is the command's to check.
+# Ranges of numbers by flag name, which means the same in every command; others may be any finite number of 64 bits.
+# Each command checks whatever depends on more than the number itself.
 ANY_INT, ANY_FLOAT = (-(2**63), 2**63 - 1), (-(10.0**30), 10.0**30)
 COUNT, SHARE, POSITIVE = (1, 2**40), (0.0, 1.0), (10.0**-12, 10.0**18)
 LIMITS: dict[str, tuple[float, float]] = {
@@ -52,20 +52,20 @@ LIMITS: dict[str, tuple[float, float]] = {
     "hop_us": (0.0, 10.0**9), "memory_gbs": POSITIVE, "newton_schulz_tflops": POSITIVE,
     "budget_s": (0.0, float("inf")),
 }  # fmt: skip
-SHOWN = 80  # characters of what was typed that an error repeats
+SHOWN = 80  # characters of the user's input that an error repeats
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)` and returns the exit code: the int that it returns or exits with, or 0; 2 for a UserError and
-    130 for Ctrl-C, 1 where the output cannot be written; of these each is one line on stderr.
+    """Runs `main(argv)` and returns the exit code: the int that it returns or exits with, or 0; 2 for a UserError, 130
+    for Ctrl-C, 1 where stdout cannot be written; each of these errors prints one line on stderr.
     """
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stdout is None:  # closed; its descriptor must not become that of a file
+    if sys.stdout is None:  # closed; no file may get its descriptor
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
-            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is no reason to stop
+            stream.reconfigure(errors="backslashreplace")  # do not fail on a letter that the terminal lacks
     failures = _noted_failures(sys.stdout)
     try:
         try:
@@ -97,14 +97,14 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
         failure = failures[0] if failures else OSError(errno.EIO, "it is closed")
         if not isinstance(failure, BrokenPipeError):  # the reader, such as `| head`, has seen enough
             print(f"error: cannot write the output: {failure.strerror}", file=sys.stderr)
-        with contextlib.suppress(OSError, ValueError):  # or Python would try once more as it leaves
+        with contextlib.suppress(OSError, ValueError):  # or Python would try again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     return code if isinstance(code, int) else 0
 
 
 def _checked(argv: Sequence[str]) -> list[str]:
-    """`argv`. Raises UserError for `--name=--`, of which argparse makes an empty list."""
+    """Returns `argv`. Raises UserError for `--name=--`, which argparse turns into an empty list."""
     for argument in argv:
         if argument.startswith("--") and argument.endswith("=--"):
             raise UserError(f"{_shown(argument)}: -- is no value")
@@ -112,13 +112,13 @@ def _checked(argv: Sequence[str]) -> list[str]:
 
 
 def _on_one_line(text: str) -> str:
-    """`text`, whatever names are in it that others gave: line ends and the like are shown as such, long words cut."""
+    """Escapes line ends and control characters in `text`, which may contain names from outside; cuts long words."""
     text = re.sub(r"\S{1000,}", lambda word: _shown(word[0]), text)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _noted_failures(stream: Any) -> list[OSError]:
-    """A list that fills with what goes wrong when the real stdout is written: argparse, for one, keeps it to itself."""
+    """Returns a list that collects the errors of writing to the real stdout; argparse swallows them."""
     failures: list[OSError] = []
 
     def noted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,7 +138,7 @@ def _noted_failures(stream: Any) -> list[OSError]:
 
 
 def _is_broken(stream: Any) -> bool:
-    """Whether what was printed cannot be written."""
+    """Returns whether flushing the stream fails."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -176,7 +176,7 @@ def parse(
 
 
 def check_range(name: str, value: Any) -> None:
-    """Raises UserError for a number that no flag `name` can mean, such as infinity, or more threads than there are."""
+    """Raises UserError for a number outside the range of the flag `name`, such as infinity or too many threads."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     least, most = LIMITS.get(name, ANY_INT if isinstance(value, int) else ANY_FLOAT)
@@ -192,19 +192,19 @@ def check_range(name: str, value: Any) -> None:
 
 
 def check_ranges(arguments: argparse.Namespace) -> argparse.Namespace:
-    """`arguments`, all of whose numbers are in range. Raises UserError."""
+    """Returns `arguments` after `check_range` on every number in them."""
     for name, value in vars(arguments).items():
         check_range(name, value)
     return arguments
 
 
 def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
-    """The flags that the user typed, `{key: text}`, to tell a choice from a default."""
+    """Returns the flags that the user typed, `{key: text}`, to tell a choice from a default."""
     return dict(_split(argv, get_type_hints(config_type))[1])
 
 
 def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Bare words, and `(key, text)` for every flag, in the order typed."""
+    """Returns the bare words, and `(key, text)` for every flag, in the order typed."""
     words: list[str] = []
     flags: list[tuple[str, str]] = []
     rest = list(argv)
@@ -240,7 +240,7 @@ def _preset_name(word: str, presets: Mapping[str, Any]) -> str:
 
 
 def _convert(config_type: type, key: str, text: str) -> Any:
-    """The value that `--key=text` gives, by a parser of this one flag, so that an error knows what it is about."""
+    """Returns the value of `--key=text`; a parser of this one flag makes the error name it."""
     import tyro
 
     expected = get_type_hints(config_type)[key]

@@ -1,13 +1,13 @@
 """Token files and the batches drawn from them.
 
-A token file is one of three, told apart by its first bytes; all numbers are little-endian:
+A token file has one of three formats, told apart by its first bytes; all numbers are little-endian:
 
     ours       64 bytes (magic, version, bytes per token, count, sha256 of the tokenizer), then uint16 or uint32 ids
     llm.c's    256 int32 (magic 20240520, version, count), then uint16 ids; with magic 20240801 uint32 ids
     nanoGPT's  uint16 ids and nothing else
 
-`meta.json` beside it, if there is one, tells its size and sha256 (see train/prepare.py), so that a damaged file is
-refused instead of trained on. A large split is several files, `train-00000.bin` and so on.
+`meta.json` beside it, if there is one, lists its size and sha256 (see train/prepare.py), so that a damaged file is
+refused. A large split has several files, `train-00000.bin` and so on.
 
     tokens = load_tokens("data/shakespeare_char/train.bin", vocab_size=65, block_size=256)
     batches = Batches(tokens, batch_size=64, block_size=256, seed=1337, device="cuda")
@@ -31,8 +31,8 @@ from torch import Tensor
 from gptfast.errors import UserError
 from gptfast.tokenizer import LARGEST_VOCAB, read_meta
 
-IN_MEMORY_BYTES = 64 * 2**20  # a split up to this size is held as int64, 2 to 4 times its size; a larger one is mapped
-CHECKED_BLOCKS, CHECKED_BLOCK = 256, 16_384  # of a mapped file: blocks looked at, tokens in each (8 MiB in all)
+IN_MEMORY_BYTES = 64 * 2**20  # up to this size a split is loaded as int64 (2 to 4 times its size); beyond, it is mapped
+CHECKED_BLOCKS, CHECKED_BLOCK = 256, 16_384  # blocks checked in a mapped file, and tokens in each (8 MiB in all)
 
 MAGIC, VERSION = b"gptokens", 1
 HEADER = struct.Struct("<8sIIQ32s8x")  # magic, version, bytes per token, count, sha256 of the tokenizer
@@ -42,17 +42,17 @@ LLMC = {20240520: (1, 2), 20240801: (7, 4)}  # magic: version, bytes per token
 
 @dataclass(frozen=True)
 class Shards:
-    """The tokens of several files as one split, of len() tokens in all. No window crosses from one file to the next."""
+    """The tokens of several files as one split of len() tokens. No window crosses from one file to the next."""
 
     parts: Sequence[Tensor]  # each (len,), all of one dtype
-    paths: Sequence[Path] = ()  # of the parts, where not every id was checked when they were opened
-    vocab_size: int | None = None  # that their ids must be below
+    paths: Sequence[Path] = ()  # of the parts; empty if every id was checked on opening
+    vocab_size: int | None = None  # exclusive bound of their ids
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def check(self, ids: Tensor) -> None:
-        """Holds ids, which were just read of the parts, to vocab_size. Raises UserError that names the file."""
+        """Checks ids just read from the parts against vocab_size. Raises UserError that names the file."""
         if self.vocab_size is None or not self.paths or not ids.numel():
             return
         smallest, largest = (int(bound) for bound in ids.aminmax())
@@ -66,13 +66,13 @@ Tokens = Tensor | Shards
 
 
 def parts_of(tokens: Tokens) -> Sequence[Tensor]:
-    """The tensors (len,) that the tokens are made of."""
+    """Returns the tensors (len,) that the tokens consist of, one per file."""
     return tokens.parts if isinstance(tokens, Shards) else [tokens]
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """What the beginning of a token file says of it."""
+    """The header of a token file."""
 
     path: Path
     offset_bytes: int  # of the first token
@@ -81,24 +81,24 @@ class TokenFile:
     tokenizer: str | None  # fingerprint of the tokenizer, or None where the format states none
 
     def map(self) -> Tensor:
-        """Its tokens, (count,) mapped from the disk: uint16, or int32 for uint32 ids, none of which is past 2^31."""
+        """Returns its tokens (count,) mapped from the disk: uint16, or int32 for uint32 ids, all below 2^31."""
         dtype = torch.uint16 if self.itemsize == 2 else torch.int32
         skipped = self.offset_bytes // self.itemsize
         return torch.from_file(str(self.path), shared=False, size=skipped + self.count, dtype=dtype)[skipped:]
 
 
 def header(count: int, vocab_size: int, fingerprint: str) -> bytes:
-    """The first bytes of a token file of ours, 64 of them, for `count` tokens of the tokenizer of this fingerprint."""
+    """Returns the 64-byte header of our token files, for `count` tokens of the tokenizer with this fingerprint."""
     return HEADER.pack(MAGIC, VERSION, itemsize(vocab_size), count, bytes.fromhex(fingerprint))
 
 
 def itemsize(vocab_size: int) -> int:
-    """Bytes per token in a file: 2, or 4 where ids do not fit 16 bits."""
+    """Returns the bytes per token in a file: 2, or 4 where ids do not fit 16 bits."""
     return 2 if vocab_size <= LARGEST_VOCAB else 4
 
 
 def inspect(path: str | Path) -> TokenFile:
-    """Reads what a token file says of itself, and holds it to the file's size. Raises UserError."""
+    """Reads the header of a token file and checks it against the file's size. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no token file {path}; make it: {_prepare(path)}")
@@ -121,12 +121,12 @@ def inspect(path: str | Path) -> TokenFile:
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int | None = None) -> Tokens:
-    """The tokens of a split, named by its file `train.bin`; where there is none, of its files in order (see of_split).
+    """Loads the tokens of a split from `train.bin`, or if that is missing from its files in order (see of_split).
 
-    (len,) int64 in memory up to IN_MEMORY_BYTES, mapped from the disk beyond (see TokenFile.map). A split in memory is
-    checked whole: size and sha256 against meta.json where it lists them, every id against `vocab_size`, the length
-    against `block_size`. A mapped one by size and by ids of evenly spaced blocks, so that a large data set opens at
-    once, and by the ids of every batch as it is read. Raises UserError that names the file and the fix.
+    They are (len,) int64 in memory up to IN_MEMORY_BYTES, mapped from the disk beyond (see TokenFile.map). A split in
+    memory is checked completely: size and sha256 against meta.json if listed there, every id against `vocab_size`, the
+    length against `block_size`. Of a mapped one the size and the ids of evenly spaced blocks are checked, so that a
+    large data set opens at once, and the ids of every batch. Raises UserError that names the file and the fix.
     """
     path = Path(path)
     meta = (read_meta(path.parent) if path.parent.is_dir() else None) or {}
@@ -154,11 +154,11 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int
 class Batches:
     """An endless iterator of random windows: `x, y = next(batches)`, both (batch_size, block_size) int64 on `device`.
 
-    Windows start at `randint(len(tokens) - block_size, (batch_size,))`, as in nanoGPT, drawn from a generator of its
-    own: nothing else that draws random numbers changes the data, and `state_dict()` resumes at the exact next batch.
-    Of several files every window is drawn alike. On CUDA the batch travels from pinned memory without blocking the
-    host. Of `ranks` iterators with one seed, each takes every ranks-th batch of the stream that one alone would give;
-    they all have the same state, with which any number of them can go on.
+    Windows start at `randint(len(tokens) - block_size, (batch_size,))`, as in nanoGPT, from a generator of its own: no
+    other random numbers change the data, and `state_dict()` resumes at the exact next batch. With several files, every
+    window is equally likely. On CUDA the batch is copied from pinned memory without blocking the host. Each of `ranks`
+    iterators with one seed takes every ranks-th batch of the stream of a single iterator; all have the same state, from
+    which any number of them can continue.
     """
 
     def __init__(
@@ -191,16 +191,16 @@ class Batches:
         return to_device(x, self.device), to_device(y, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream of batches, as a tensor (5056,) uint8; for `load_state_dict`."""
+        """Returns the position in the stream of batches, as a tensor (5056,) uint8, for `load_state_dict`."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._generator.set_state(state["generator"])
 
     def _gather(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """The windows from `start` (batch_size,), counted over all files, and those one token further."""
+        """Returns the windows at `start` (batch_size,), counted over all files, and the windows one token later."""
         if len(self._windows) == 1:
-            # One gather of rows each: for two contiguous tensors this beats slicing one gather of block_size + 1.
+            # For two contiguous tensors, two gathers beat slicing one gather of block_size + 1.
             return self._windows[0].index_select(0, start), self._windows[0].index_select(0, start + 1)
         file = torch.bucketize(start, self._ends, right=True)
         first = torch.cat([self._ends.new_zeros(1), self._ends])[file]
@@ -210,7 +210,7 @@ class Batches:
 
 
 def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Token rows as `dtype` on `device`; to CUDA from pinned memory, without blocking the host."""
+    """Copies token rows to `device` as `dtype`; to CUDA from pinned memory, without blocking the host."""
     if device.type != "cuda":
         return rows.to(device, dtype)
     # Pinned pages come from torch's caching allocator, which reuses them only when the copy is over.
@@ -220,11 +220,11 @@ def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype = torch.int
 def whole_split(
     tokens: Tokens, block_size: int, *, batch_size: int = 1, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every window of a split once, in order and without overlap: x, y (b, block_size) int64.
+    """Yields every window of a split once, in order and without overlap: x, y (b, block_size) int64.
 
-    There are (len(tokens) - 1) // block_size windows, 1742 of 64 in tinyshakespeare's val. b is `batch_size` but for a
-    smaller last batch, so a mean over the split must weigh each batch by `len(x)`. Tokens after the last whole window
-    of a file are left out. Raises UserError if not one window fits.
+    There are (len(tokens) - 1) // block_size windows: 1742 of 64 in tinyshakespeare's val. b is `batch_size`, except
+    for a smaller last batch, so a mean over the split must weight each batch by `len(x)`. Tokens after the last
+    complete window of a file are left out. Raises UserError if no window fits.
     """
     _check_length(tokens, block_size, "the data")
     windows = [_in_order(part, block_size) for part in parts_of(tokens)]
@@ -239,7 +239,7 @@ def whole_split(
 
 
 def checked(tokens: Shards, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the tokens (B, T) as int64, held to their vocabulary."""
+    """Returns rows of the tokens (B, T) as int64, after checking them against the vocabulary."""
     x, y = x.to(torch.int64), y.to(torch.int64)
     tokens.check(x)
     tokens.check(y[:, -1])
@@ -247,19 +247,19 @@ def checked(tokens: Shards, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def count_windows(tokens: Tokens, block_size: int) -> int:
-    """How many windows `whole_split` gives in all."""
+    """Returns how many windows `whole_split` yields in all."""
     return sum(len(_in_order(part, block_size)[0]) for part in parts_of(tokens))
 
 
 def _in_order(tokens: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The windows of one file: x, y (count, block_size), views."""
+    """Returns the windows of one file: x, y (count, block_size), views."""
     count = max(len(tokens) - 1, 0) // block_size
     x = tokens[: count * block_size].view(count, block_size)
     return x, tokens[1 : count * block_size + 1].view(count, block_size)
 
 
 def _ours(path: Path, start: bytes) -> TokenFile | None:
-    """The file if it begins as ours do."""
+    """Returns the file if it has our header."""
     if not start.startswith(MAGIC):
         return None
     if len(start) < HEADER.size:
@@ -273,7 +273,7 @@ def _ours(path: Path, start: bytes) -> TokenFile | None:
 
 
 def _llmc(path: Path, start: bytes) -> TokenFile | None:
-    """The file if it begins as those of llm.c do."""
+    """Returns the file if it has llm.c's header."""
     if len(start) < LLMC_HEADER.size:
         return None
     magic, version, count = LLMC_HEADER.unpack(start)
@@ -286,7 +286,7 @@ def _llmc(path: Path, start: bytes) -> TokenFile | None:
 
 
 def _shard_paths(path: Path, meta: dict[str, Any]) -> list[Path]:
-    """The files of a split that has no file `path`; all those that meta.json lists must be there."""
+    """Returns the files of a split that has no file `path`; all those that meta.json lists must exist."""
     there = [name for name in meta.get("files", {}) if of_split(name, path.stem)]
     if not there and path.parent.is_dir():
         there = [each.name for each in path.parent.iterdir() if of_split(each.name, path.stem)]
@@ -297,15 +297,15 @@ def _shard_paths(path: Path, meta: dict[str, Any]) -> list[Path]:
 
 
 def of_split(name: str, split: str) -> bool:
-    """Whether a file of this name holds a part of the split: train-00000.bin, any_train.bin, fineweb_train_000001.bin.
+    """Returns whether a file name belongs to the split: train-00000.bin, any_train.bin, fineweb_train_000001.bin.
 
-    The split is a whole word and, but for a number, the last: retrieval_train.bin is of train, and not of val.
+    The split must be a whole word, and the last one except for a number: retrieval_train.bin belongs to train, not val.
     """
     return re.search(rf"(?:^|[^A-Za-z0-9]){re.escape(split)}(?:[-_.]?[0-9]+)?\.bin$", name) is not None
 
 
 def _check_manifest(file: TokenFile, meta: dict[str, Any]) -> None:
-    """Holds a file to what meta.json says of it and of its tokenizer."""
+    """Checks a file's size and tokenizer against meta.json."""
     if file.tokenizer is not None and not meta:
         raise UserError(f"{file.path.parent} has no meta.json: it is not finished; go on: {_prepare(file.path)}")
     if file.tokenizer not in (None, meta.get("fingerprint")):
@@ -320,7 +320,7 @@ def _check_manifest(file: TokenFile, meta: dict[str, Any]) -> None:
 
 
 def _read(file: TokenFile, meta: dict[str, Any]) -> Tensor:
-    """The tokens in memory, (count,) int64, held to the sha256 that meta.json lists."""
+    """Reads the tokens into memory, (count,) int64, after checking the sha256 that meta.json lists."""
     content = bytearray(file.path.read_bytes())
     digest = hashlib.sha256(content).hexdigest()
     if _expected(file.path, meta).get("sha256", digest) != digest:
@@ -330,25 +330,25 @@ def _read(file: TokenFile, meta: dict[str, Any]) -> Tensor:
 
 
 def _expected(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """What meta.json says of this file: `bytes`, `sha256` and maybe `tokens`, or nothing."""
+    """Returns the entry of this file in meta.json: `bytes`, `sha256` and perhaps `tokens`; empty without one."""
     files = meta.get("files", {})
     entry = files.get(path.name, {}) if isinstance(files, dict) else {}
     return entry if isinstance(entry, dict) else {}
 
 
 def _largest(part: Tensor) -> int:
-    """The largest id of tokens in memory; one past 2^31 was read as a negative number."""
+    """Returns the largest id of tokens in memory; an id of 2^31 or more was read as a negative number."""
     smallest = int(part.min())
     return _unsigned(smallest) if smallest < 0 else int(part.max())
 
 
 def _unsigned(token: int) -> int:
-    """An id of a uint32 file, which was read as an int32."""
+    """Returns the uint32 id that was read as an int32."""
     return token + 2**32 if token < 0 else token
 
 
 def _holds(part: Tensor, token: int) -> bool:
-    """Whether an id is in a file; looked for block by block, for the file may be larger than memory."""
+    """Returns whether an id is in a file; searches block by block, as the file may be larger than memory."""
     stored = token - 2**32 if token >= 2**31 else token
     return any(bool((block.to(torch.int64) == stored).any()) for block in part.split(2**24))
 
@@ -361,7 +361,7 @@ def _no_such_id(path: Path, token: int, vocab_size: int) -> UserError:
 
 
 def _sampled_largest(file: TokenFile) -> int:
-    """The largest id in evenly spaced blocks that include the file's both ends; read, which is faster than mapped."""
+    """Returns the largest id in evenly spaced blocks, both ends included; reads them, which is faster than mapping."""
     dtype = f"<u{file.itemsize}"
     places = np.linspace(0, max(file.count - CHECKED_BLOCK, 0), CHECKED_BLOCKS).astype(np.int64).tolist()
     return max(
@@ -386,6 +386,6 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _prepare(path: Path) -> str:
-    """The command that makes the data set of this file."""
+    """Returns the command that prepares the data set of this file."""
     root = "" if path.parent.parent == Path("data") else f" --data_dir {path.parent.parent}"
     return f"python -m train.prepare {path.parent.name}{root}"

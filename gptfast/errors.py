@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, and how they are told: one line that names the thing and the fix."""
+"""Errors that a user can fix, each with a one-line message that names the cause and the fix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line that names the thing and the fix."""
+    """An error that the user can fix. The message is one line that names the cause and the fix."""
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean "x"?` for the known word most like `word`, or the list of all when none is alike."""
+    """Returns `; did you mean "x"?` with the known word most similar to `word`, or the list of all if none is."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known) or 'none'}"

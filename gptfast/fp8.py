@@ -1,4 +1,4 @@
-"""Training in 8-bit floats: the large linear maps of the blocks multiply numbers of 8 bits, forward and backward.
+"""Training in 8-bit floats: the large linear layers of the blocks multiply in 8 bits, forward and backward.
 
     converted, left = convert(model, way("cuda"))   # before torch.compile; the parameters stay the same fp32 tensors
 
@@ -6,19 +6,19 @@
     dx = s_g s_w · g8 w8        g8 = e5m2(g / s_g)
     dw = s_g s_x · g8^T x8      x: (M, K)   w: (N, K)   y and its gradient g: (M, N)
 
-One scale for a whole tensor, of its numbers now ("tensorwise, dynamic"). e4m3 is the finer format, e5m2 the wider one,
-which gradients need (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433). Sums are in fp32. Nothing
-is read back from the device. NaN and Inf of an input make all of the result NaN, which the guard of training sees.
+Each tensor has one scale, from its current values ("tensorwise, dynamic"). e4m3 has more precision, e5m2 more range,
+which gradients need (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433). Sums are in fp32. The
+host never waits for the device. A NaN or Inf in an input makes the whole result NaN, which the training guard detects.
 
-Two ways, chosen by a value: "scaled_mm", cuBLAS on the tensor cores of sm_89 and newer, and "emulated", which rounds to
-the same 8 bits and multiplies in fp32, on any device: the definition that the first is held to. What is kept for the
-backward pass is 8 bits wide in both.
+Two implementations, chosen by `way`: "scaled_mm", cuBLAS on the tensor cores of sm_89 and newer; and "emulated", which
+rounds to the same 8 bits and multiplies in fp32 on any device, the reference for the first. Both save 8-bit tensors for
+the backward pass.
 
-How far off: rounding moves a number a by at most U |a| + s Q, where U is half a step of the mantissa, 2^-4 in e4m3 and
-2^-3 in e5m2, and Q half the smallest number, 2^-10 and 2^-17. A product of A and B^T is therefore off by no more than
-E_A |B|^T + |A| E_B^T + E_A E_B^T. As the roundings of independent numbers are independent, its relative error is in
-fact about the root of the summed squares of theirs, 0.036 for e4m3 and 0.072 for e5m2 at most: 2^-3 / sqrt(12) is the
-deviation of a rounding to a step of 2^-3, and a number is at least 1 where that is its step.
+Error bound: rounding moves a number a by at most U |a| + s Q, where U is half a step of the mantissa, 2^-4 in e4m3 and
+2^-3 in e5m2, and Q half the smallest number, 2^-10 and 2^-17. A product A B^T is therefore off by at most
+E_A |B|^T + |A| E_B^T + E_A E_B^T. In practice roundings are independent, so its relative error is about the root of the
+sum of squares of the factors' relative errors, at most 0.036 for e4m3 and 0.072 for e5m2: rounding to a step of 2^-3
+has the standard deviation 2^-3 / sqrt(12), and a number with that step is at least 1.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from .errors import UserError
 from .model import GPT, Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SMALLEST = 128  # of either size of a matrix: below, rounding and transposing cost more than the product saves
-MULTIPLE = 16  # of both sizes, in bytes: what the tensor cores' instruction takes
+SMALLEST = 128  # least size of either dimension: below, rounding and transposing cost more than the product saves
+MULTIPLE = 16  # of both dimensions, in bytes: required by the tensor cores' instruction
 OLDEST = (8, 9)  # compute capability with 8-bit floats
-FLOOR = 2.0**-100  # of the largest magnitude that a scale is made of: a tensor of zeros stays one
+FLOOR = 2.0**-100  # lower bound of the magnitude behind a scale, so that a tensor of zeros stays zero
 
 Way = Literal["scaled_mm", "emulated"]
 
 
 class Eighth(NamedTuple):
-    """scale * values: a tensor rounded to 8 bits, and its scale () fp32."""
+    """A tensor rounded to 8 bits and its scale () fp32; it stands for scale * values."""
 
     values: Tensor
     scale: Tensor
 
 
 def way(device: str) -> Way:
-    """How `device` multiplies numbers of 8 bits. Raises UserError for a GPU that cannot; a CPU emulates it."""
+    """Returns the implementation for `device`: a CPU emulates. Raises UserError for a GPU without 8-bit floats."""
     kind = torch.device(device).type
     if kind == "cpu":
         return "emulated"
@@ -68,16 +68,16 @@ def way(device: str) -> Way:
 
 
 def takes(linear: torch.nn.Linear) -> bool:
-    """Whether a linear map is large enough, and of sizes that the tensor cores take."""
+    """Returns whether a linear layer is large enough and has dimensions that the tensor cores support."""
     sizes = linear.in_features, linear.out_features
     return min(sizes) >= SMALLEST and all(size % MULTIPLE == 0 for size in sizes)
 
 
 def convert(model: GPT, way: Way) -> tuple[list[str], list[str]]:
-    """Makes the large linear maps of the blocks multiply in 8 bits while training, in place.
+    """Makes the large linear layers of the blocks multiply in 8 bits while training, in place.
 
-    Returns the names of those and of the ones that stay as they are, the head among them: the loss multiplies it, in
-    pieces, and never makes all of its logits.
+    Returns the names of the converted layers and of those left as they are. The head is among the latter: the loss
+    multiplies it in pieces and never holds all logits.
     """
     converted: list[str] = []
     left = ["lm_head"]
@@ -105,7 +105,7 @@ class Float8Linear(Linear):
 
 
 def linear(x: Tensor, weight: Tensor, way: Way) -> Tensor:
-    """x (M, K) times weight (N, K) transposed -> (M, N), x's dtype. Gradients are of the dtypes of x and weight."""
+    """Returns x (M, K) times weight (N, K) transposed: (M, N), x's dtype. Each gradient has its input's dtype."""
     return _Linear.apply(x, weight, way)
 
 
@@ -132,16 +132,16 @@ class _Linear(torch.autograd.Function):
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Eighth:
-    """x, rounded to `dtype` (E4M3 or E5M2) after division by one scale, by which its largest magnitude just fits."""
+    """Rounds x to `dtype` (E4M3 or E5M2) after dividing by one scale, with which its largest magnitude just fits."""
     wide = torch.promote_types(x.dtype, torch.float32)
     largest = torch.finfo(dtype).max
     scale = torch.linalg.vector_norm(x, math.inf, dtype=wide).clamp(min=FLOOR) / largest
-    # A quotient may be a rounding of fp32 above the largest number, but that is still the nearest of 8 bits.
+    # fp32 rounding may put a quotient just above the largest 8-bit number, which is still the nearest one.
     return Eighth((x.to(wide) / scale).to(dtype), scale.float())
 
 
 def product(a: Eighth, b: Eighth, dtype: torch.dtype, way: Way, *, fast: bool = False) -> Tensor:
-    """a (M, K) times b (N, K) transposed -> (M, N) of `dtype`, summed in fp32; `fast`: less exactly on a GPU."""
+    """Returns a (M, K) times b (N, K) transposed, (M, N) `dtype`, summed in fp32; `fast`: less exact sums on a GPU."""
     if way == "emulated":
         wide = torch.promote_types(dtype, torch.float32)
         return (a.values.to(wide) @ b.values.to(wide).t() * (a.scale * b.scale)).to(dtype)
@@ -152,7 +152,7 @@ def product(a: Eighth, b: Eighth, dtype: torch.dtype, way: Way, *, fast: bool = 
 
 
 def _in_rows(values: Tensor) -> Tensor:
-    """Rows of consecutive bytes, as the instruction wants both factors; zeros fill them up to a multiple of 16."""
+    """Returns contiguous rows, which the instruction needs, padded with zeros to a multiple of 16 bytes."""
     missing = -values.shape[1] % MULTIPLE
     if missing:
         values = F.pad(values.view(torch.uint8), (0, missing)).view(values.dtype)

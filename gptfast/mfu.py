@@ -1,4 +1,4 @@
-"""How much of the machine a run uses: peaks with sources, FLOPs per token, and the three named figures.
+"""Utilization of the hardware: peaks with sources, FLOPs per token, and three utilization figures.
 
     found = peak_of(torch.device("cuda"))              # or peak("H100 SXM"), Peak.given(989); None on a CPU
     utilization(tokens_per_s, config, T, peak=found)   # {"mfu": 0.41, "mfu_palm": 0.44, "hfu": 0.42}
@@ -10,8 +10,8 @@
               by `mfu` at T = 1024, 71% more at T = 32768
     hfu       `mfu` plus what the backward pass computes a second time
 
-Every peak is dense: figures with 2:4 sparsity were halved. Products of 16-bit numbers are summed in fp32, which GeForce
-cards do at half of the rate usually quoted for them. What is not known is None and prints as n/a; nothing is guessed.
+Every peak is dense: datasheet figures with 2:4 sparsity were halved. 16-bit products are summed in fp32, which GeForce
+cards do at half of the rate usually quoted for them. Unknown values are None and print as n/a; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DTYPE_OF_TORCH = {
 
 @dataclass(frozen=True)
 class Peak:
-    """What one device can do at most: dense FLOP/s by input dtype, and memory bytes/s. None where it is not known.
+    """The peak of one device: dense FLOP/s by input dtype, and memory bytes/s. None where unknown.
 
     `tf32` is fp32 matrices multiplied as TF32; `fp32` is full fp32. One device is what torch counts as one: a GCD of an
     MI250X, one of the four GPUs on an A16 board. `kind` says where the figures come from: a vendor's datasheet, the
@@ -57,7 +57,7 @@ class Peak:
     power_w: float | None = None
 
     def flops(self, dtype: str | torch.dtype) -> float | None:
-        """FLOP/s at `dtype`: one of DTYPES, or a torch dtype (float32 means full fp32; say "tf32" for TF32)."""
+        """Returns FLOP/s at `dtype`: one of DTYPES, or a torch dtype (float32 means full fp32; use "tf32" for TF32)."""
         name = _DTYPE_OF_TORCH.get(dtype) if isinstance(dtype, torch.dtype) else dtype
         if name not in DTYPES:
             raise ValueError(f"dtype {dtype}: peaks are known for {', '.join(DTYPES)}")
@@ -65,7 +65,7 @@ class Peak:
 
     @classmethod
     def given(cls, tflops: float, gb_per_s: float | None = None) -> Peak:
-        """The peak that the user typed, taken for whatever dtype the run uses."""
+        """Returns a peak given by the user, valid for whatever dtype the run uses."""
         if not tflops > 0:
             raise ValueError(f"peak_tflops {tflops}: must be above 0")
         figures = dict.fromkeys(DTYPES, tflops * 1e12)
@@ -74,7 +74,7 @@ class Peak:
 
     @classmethod
     def measured(cls, device: str, flops: Mapping[str, float], bytes_per_s: float | None, how: str) -> Peak:
-        """What this machine was seen to do. `flops`: FLOP/s by dtype name. `how`: the command, date and clocks."""
+        """Returns a peak measured on this machine. `flops`: FLOP/s by dtype name. `how`: command, date and clocks."""
         figures = {name: flops.get(name) for name in DTYPES}
         return cls(device, **figures, bytes_per_s=bytes_per_s, source=how, kind="measured")
 
@@ -139,7 +139,7 @@ SOURCES = {
     "from the Turing, GA102, Ada and RTX Blackwell architecture whitepapers; without sparsity",
 }
 
-# A device = the other names it goes by | GB, watts | TFLOP/s: bf16, fp16, tf32, fp32, fp8, int8 | GB/s | source.
+# A device = its other names | GB, watts | TFLOP/s: bf16, fp16, tf32, fp32, fp8, int8 | GB/s | source.
 # Names are compared as sets of words (see _words), so word order, vendor and "SXM4" against "SXM" do not matter.
 _DEVICES = """
 P100 SXM = P100 SXM 16GB                  |  16  300 |      -   21.2      -   10.6      -      - |  732 | pascal
@@ -268,7 +268,7 @@ _GEFORCE_RATES = {
     "Blackwell": {"fp32": 1, "fp16": 2, "bf16": 2, "tf32": 1, "fp8": 4, "int8": 8},
 }
 
-# Names that several devices share: only what they agree on is known, unless memory or power tells them apart.
+# Names that several devices share: only the values common to all are known, unless memory or power tells them apart.
 _SHARED = """
 P100                           : P100 SXM, P100 PCIe 16GB, P100 PCIe 12GB
 P100 PCIe                      : P100 PCIe 16GB, P100 PCIe 12GB
@@ -299,13 +299,13 @@ RTX 3060                       : RTX 3060 8GB, RTX 3060 12GB
 RTX 3080                       : RTX 3080 10GB, RTX 3080 12GB
 """
 
-# Words that never tell two of these devices apart.
+# Words that do not distinguish any two of these devices.
 _NOISE = {"nvidia", "amd", "tesla", "geforce", "instinct", "radeon", "gpu", "graphics", "generation"}
 _NOISE |= {"blackwell", "edition"}  # of RTX PRO cards
 
 
 def _words(name: str) -> frozenset[str]:
-    """The words of a name that matter: "NVIDIA A100-SXM4-80GB" and "A100 80 GB SXM" are both {a100, sxm, 80gb}."""
+    """Returns a name's distinctive words: "NVIDIA A100-SXM4-80GB" and "A100 80 GB SXM" both give {a100, sxm, 80gb}."""
     text = re.sub(r"\((?:r|tm)\)|[®™_]", " ", name.lower()).replace("pci-e", "pcie")
     text = re.sub(r"\b(\d+)\s+(gb?)\b", r"\1\2", text)  # "80 GB"
     text = re.sub(r"\b(\d{4})\s*(ti|super)\b", r"\1 \2", text)  # "3090Ti"
@@ -322,7 +322,7 @@ def _cells(table: str, separator: str) -> list[list[str]]:
 
 
 def _read_devices() -> list[tuple[Peak, list[str]]]:
-    """Every device of the two tables, with all its names."""
+    """Returns every device of the two tables, with all its names."""
     devices: list[tuple[Peak, list[str]]] = []
 
     def add(names: str, gb_per_s: str, **facts: Any) -> None:
@@ -343,7 +343,7 @@ def _read_devices() -> list[tuple[Peak, list[str]]]:
 
 
 def _claim_names(named: Sequence[tuple[str, tuple[Peak, ...]]]) -> dict[frozenset[str], tuple[Peak, ...]]:
-    """The words of every name -> the devices that bear it. ValueError if two rows claim one: order never decides."""
+    """Maps the words of every name to the devices that have it. Raises ValueError if two rows claim one name."""
     by_words: dict[frozenset[str], tuple[Peak, ...]] = {}
     for name, bearers in named:
         if _words(name) in by_words:
@@ -365,10 +365,10 @@ _BY_WORDS = _claim_names([*_NAMED, *_read_shared(DEVICES)])
 
 
 def peak(device_name: str, *, memory_gb: float | None = None, power_w: float | None = None) -> Peak | None:
-    """The datasheet peak of a device, or None when the name is not in the table.
+    """Returns the datasheet peak of a device, or None if the name is not in the table.
 
     `device_name`: as torch.cuda.get_device_name or nvidia-smi print it ("NVIDIA H100 80GB HBM3"), or short
-    ("H100 SXM"). A name that several products share ("NVIDIA H100") gives what they agree on, None where they do not;
+    ("H100 SXM"). For a name that several products share ("NVIDIA H100"), values that differ among them are None;
     `memory_gb` and `power_w`, the device's memory and default power limit, choose among them. A laptop's GPU, a MIG
     slice or a virtual GPU is never taken for the whole card of that name. See `why_unknown`.
     """
@@ -380,7 +380,7 @@ def peak(device_name: str, *, memory_gb: float | None = None, power_w: float | N
 
 
 def _agreement(owners: Sequence[Peak]) -> Peak:
-    """What all `owners` have in common."""
+    """Returns a peak with the values common to all `owners`."""
     if len(owners) == 1:
         return owners[0]
     common = {field: values.pop() for field in (*_FIGURES, "memory_gb", "power_w")
@@ -394,7 +394,7 @@ def _near(hint: float | None, listed: float | None, tolerance: float) -> bool:
 
 
 def why_unknown(device_name: str, dtype: str = "bf16") -> str:
-    """One line for the user whose device has no peak at `dtype`: why, and what to do."""
+    """Returns one line on why a device has no peak at `dtype`, and what to do."""
     words, override = _words(device_name), "give --peak_tflops (dense TFLOP/s at the dtype of the run)"
     owners = [owner.device for owner in _BY_WORDS.get(words, ())]
     if len(owners) == 1:
@@ -412,7 +412,7 @@ def why_unknown(device_name: str, dtype: str = "bf16") -> str:
 
 
 def peak_of(device: torch.device, peak_tflops: float | None = None) -> Peak | None:
-    """The peak for a run on `device`: the user's if given, else the datasheet's; None for a CPU or an unknown GPU."""
+    """Returns the peak of `device`: the user's if given, else the datasheet's; None for a CPU or unknown GPU."""
     if peak_tflops is not None:
         return Peak.given(peak_tflops)
     if device.type != "cuda":
@@ -426,7 +426,7 @@ def peak_of(device: torch.device, peak_tflops: float | None = None) -> Peak | No
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs to train on one token, forward and backward, by the three conventions of the module's docstring."""
+    """FLOPs per training token, forward and backward, by the three conventions of the module's docstring."""
 
     mfu: float
     palm: float
@@ -437,13 +437,13 @@ def flops_per_token(
     config: GPTConfig, T: int, *, causal: bool = True, window: int | None = None,
     recompute_attention: bool = True, recompute_blocks: bool = False, recompute_logits: bool = False,
 ) -> Flops:  # fmt: skip
-    """Training FLOPs per token of sequences of T tokens (a multiply-add is 2).
+    """Returns the training FLOPs per token for sequences of T tokens (a multiply-add counts 2).
 
     `window`: a query sees itself and at most `window` tokens before it, in every layer; by default each layer has the
-    config's. `causal=False` counts every pair, as torch's FlopCounterMode does. What hfu adds to mfu: with
-    `recompute_attention`, the scores once more, which a flash backward makes again (5 products instead of 4); with
+    config's. `causal=False` counts every pair, as torch's FlopCounterMode does. hfu adds to mfu: with
+    `recompute_attention`, the scores, which a flash backward recomputes (5 products instead of 4); with
     `recompute_blocks`, the forward pass of the blocks (activation checkpointing); with `recompute_logits`, the logits
-    (a fused loss that does not keep them).
+    (a fused loss does not store them).
     """
     if not causal and window is not None:
         raise ValueError("window: only causal attention has one")
@@ -466,7 +466,7 @@ def flops_per_token(
 
 
 def mean_keys(T: int, causal: bool = True, window: int | None = None) -> float:
-    """How many keys a query attends to, averaged over the T positions: (T + 1) / 2 when causal and without a window."""
+    """Returns the number of keys per query, averaged over T positions: (T + 1) / 2 when causal and without a window."""
     if not causal:
         if window is not None:
             raise ValueError("window: only causal attention has one")
@@ -476,8 +476,8 @@ def mean_keys(T: int, causal: bool = True, window: int | None = None) -> float:
 
 
 def block_params(config: GPTConfig) -> int:
-    """Weights of the blocks' linear layers: qkv, attention output, and the two of the MLP, or three with swiglu; and of
-    the gates of value embeddings."""
+    """Returns the number of weights in the blocks' linear layers: qkv, attention output, the two (swiglu: three) of the
+    MLP, and the gates of value embeddings."""
     C, Q, kv_width = config.n_embd, config.attention_width, config.kv_heads * config.head_dim
     layers = 3 if config.activation == "swiglu" else 2
     gates = len(config.value_layers) * VALUE_GATE_CHANNELS * config.kv_heads
@@ -489,12 +489,12 @@ def smear_params(config: GPTConfig) -> int:
 
 
 def value_params(config: GPTConfig) -> int:
-    """Numbers in the tables of value embeddings, which are looked up and multiply nothing."""
+    """Returns the size of the value embeddings, which are looked up and not multiplied."""
     return len(config.value_layers) * config.vocab_size * config.kv_heads * config.head_dim
 
 
 def scalar_params(config: GPTConfig) -> int:
-    """The scalars of the stream, the smear and the backout."""
+    """Returns the number of scalars of the residual stream, the smear and the backout."""
     return config.residual_scalars * 2 * config.n_layer + config.smear + config.backout
 
 
@@ -503,8 +503,8 @@ def lm_head_params(config: GPTConfig) -> int:
 
 
 def palm_params(config: GPTConfig) -> int:
-    """N of nanoGPT's and nanochat's 6N: every parameter but the scalars of the stream and what is only looked up, the
-    embeddings of positions and values; and of token embedding and lm_head one."""
+    """Returns the N of nanoGPT's and nanochat's 6N: all parameters except the scalars of the residual stream and the
+    embeddings of positions and values, which are only looked up; token embedding and lm_head count as one."""
     C, Q, kv_width = config.n_embd, config.attention_width, config.kv_heads * config.head_dim
     layernorm, hidden_layers = config.norm == "layernorm", 2 if config.activation == "swiglu" else 1
     per_norm = (layernorm or config.norm_weight) + (layernorm and config.bias)
@@ -521,9 +521,9 @@ def utilization(
     tokens_per_s: float, config: GPTConfig, T: int, *, peak: Peak | None, dtype: str | torch.dtype = "bf16",
     world_size: int = 1, flops: Flops | None = None,
 ) -> dict[str, float | None]:  # fmt: skip
-    """{"mfu", "mfu_palm", "hfu"} as fractions of the peak; all None where the peak at `dtype` is not known.
+    """Returns {"mfu", "mfu_palm", "hfu"} as fractions of the peak; all None where the peak at `dtype` is unknown.
 
-    `tokens_per_s`: of all `world_size` devices together. `flops`: what `flops_per_token` gave, if not by its defaults.
+    `tokens_per_s`: of all `world_size` devices together. `flops`: by default `flops_per_token` with its defaults.
     """
     rate = peak.flops(dtype) if peak is not None else None
     if rate is None:
@@ -536,7 +536,7 @@ def utilization(
 def decode_bytes(
     config: GPTConfig, context: int, batch: int = 1, *, weight_bytes: float = 2, kv_bytes: float = 2
 ) -> float:
-    """Bytes that one decode step must read: every weight that multiplies, once, and each sequence's keys and values.
+    """Returns the bytes that a decode step must read: each multiplied weight once, and each sequence's keys and values.
 
     `context`: tokens in the cache of each of `batch` sequences. `weight_bytes`, `kv_bytes`: per number (2 for bf16).
     """
@@ -546,12 +546,12 @@ def decode_bytes(
 
 
 def mbu(step_s: float, read_bytes: float, peak: Peak | None) -> float | None:
-    """Memory bandwidth utilization of a decode step of `step_s` seconds; None where the bandwidth is not known."""
+    """Returns the memory bandwidth utilization of a decode step of `step_s` seconds; None if it is unknown."""
     if peak is None or peak.bytes_per_s is None:
         return None
     return read_bytes / step_s / peak.bytes_per_s
 
 
 def format_mfu(fraction: float | None) -> str:
-    """A fraction as the log prints it, "41.27%"; None as "n/a"."""
+    """Formats a fraction for the log, "41.27%"; None becomes "n/a"."""
     return "n/a" if fraction is None else f"{100 * fraction:.2f}%"

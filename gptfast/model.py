@@ -1,4 +1,4 @@
-"""The GPT. One class, both the GPT-2 and the modern architecture, by config; the hot operations come in as `ops`.
+"""The GPT: one class whose config selects the GPT-2 or the modern architecture; `ops` has the hot operations.
 
 Weights are kept in fp32. Activations have one explicit dtype: each layer casts its weight to the dtype of its input,
 and there is no autocast. The model knows nothing of ranks; gptfast.parallel wraps it from outside.
@@ -20,35 +20,35 @@ from kernels import Ops
 from .config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 from .errors import UserError
 
-IGNORED = -1  # a target that counts for nothing
+IGNORED = -1  # a target that does not count in the loss
 
 
 class Cache(Protocol):
-    """What the model asks of a cache: the keys, values and activations of the tokens that came before, row by row.
+    """The interface of a cache: the keys, values and activations of earlier tokens, by row.
 
     A forward pass begins with `place`. Then all rows go through the model as one sequence, (1, B * T, ...).
     """
 
     def place(self, T: int) -> Tensor:
-        """Where the next T tokens of every row go: their positions (B, T) int64."""
+        """Reserves room for the next T tokens of every row; returns their positions (B, T) int64."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keeps k and v (1, B * T, G, D); the causal attention of q (1, B * T, H, D) to all that is kept, like q."""
+        """Stores k and v (1, B * T, G, D); returns causal attention of q (1, B * T, H, D) to all stored, like q."""
 
     def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
-        """Keeps x (1, B * T, C), the input numbered `place` of a token shift or the smear; it 1 ... `taps` earlier."""
+        """Stores x (1, B * T, C), input number `place` of a shift or smear; returns it 1 ... `taps` tokens earlier."""
 
 
 class Documents(NamedTuple):
-    """Sequences packed one after the other into a single one, (1, S), each of which is to be by itself."""
+    """Documents packed one after another into one sequence, (1, S), each of which attends to itself alone."""
 
-    cu_seqlens: Tensor  # (N + 1,) int: where each starts, and the end
-    position: Tensor  # (S,) int64: of each token in its own
-    longest: int  # no document has more tokens
+    cu_seqlens: Tensor  # (N + 1,) int: the start of each, and the end of the last
+    position: Tensor  # (S,) int64: position of each token in its document
+    longest: int  # upper bound of a document's length
 
     @staticmethod
     def at(cu_seqlens: Tensor, S: int, longest: int) -> Documents:
-        """Those that start at `cu_seqlens` in S tokens. On a CPU raises ValueError for one longer than `longest`."""
+        """Returns the documents that start at `cu_seqlens` in S tokens. On a CPU raises ValueError above `longest`."""
         place = torch.arange(S, device=cu_seqlens.device)
         position = place - cu_seqlens[torch.bucketize(place, cu_seqlens[1:], right=True)]
         if position.device.type == "cpu" and not torch.compiler.is_compiling() and S and position.max() >= longest:
@@ -65,7 +65,7 @@ class Linear(nn.Linear):
 
 
 class Gate(nn.Linear):
-    """sigmoid(x[..., :channels] @ weight^T) in x's dtype. So small that decoding leaves its weight as it is."""
+    """sigmoid(x[..., :channels] @ weight^T) in x's dtype. It is so small that decoding does not quantize its weight."""
 
     def __init__(self, channels: int, gates: int) -> None:
         super().__init__(channels, gates, bias=False)
@@ -86,7 +86,7 @@ class Norm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if bias else None)
 
     def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(h), h) with h = x + update: the residual sum and its norm in one pass over memory."""
+        """Returns (norm(h), h) with h = x + update: the residual sum and its norm in one pass over memory."""
         ops = self.ops
         if self.layernorm:
             parameters = self.weight, self.bias, self.epsilon
@@ -96,7 +96,7 @@ class Norm(nn.Module):
 
 
 class Shift(nn.Module):
-    """y[t] = x[t] + sum_i weight[i - 1] * x[t - i] for i = 1 ... taps: every channel looks a step or two back.
+    """y[t] = x[t] + sum_i weight[i - 1] * x[t - i] for i = 1 ... taps, channel by channel.
 
     The token shift of RWKV (Peng et al., arXiv:2305.13048), a causal depthwise convolution that starts as the identity.
     """
@@ -116,13 +116,13 @@ class Shift(nn.Module):
 
 
 def shifted(x: Tensor, taps: int) -> list[Tensor]:
-    """x (B, T, C) as it was 1 ... `taps` steps before, with zeros before the first."""
+    """Returns x (B, T, C) shifted right by 1 ... `taps` positions, with zeros at the start."""
     T = x.shape[1]
     return [F.pad(x, (0, 0, i, -i)) if i < T else torch.zeros_like(x) for i in range(1, taps + 1)]
 
 
 class NoShift(nn.Module):
-    """Every position keeps to itself."""
+    """The identity, in place of a Shift."""
 
     def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
         return x
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         dropout = config.dropout if self.training else 0.0
         if cache is not None:
             out = cache.attend(self.layer, q, k, v)
-        elif documents is not None:  # the window hides nothing; with it the reference computes and keeps far less
+        elif documents is not None:  # a window that hides nothing; with it the reference computes and stores far less
             longest = documents.longest - 1
             window = longest if self.window is None else min(longest, self.window)
             cu_seqlens = documents.cu_seqlens
@@ -183,14 +183,14 @@ class Attention(nn.Module):
 
 
 def narrowed(window: int | None, T: int) -> int | None:
-    """The window, or None where it hides nothing from T positions: attention without one may be faster."""
+    """Returns the window, or None where it hides nothing from T positions: attention without one may be faster."""
     return None if window is None or window >= T - 1 else window
 
 
 class MLP(nn.Module):
-    """Two layers, wider between them; with swiglu a third one gates those (Shazeer, arXiv:2002.05202).
+    """Two linear layers with a wider hidden one; with swiglu, a third layer gates it (Shazeer, arXiv:2002.05202).
 
-    Where the activation is a kernel it adds the first layer's bias, whose gradient then needs no pass of its own.
+    An activation kernel also adds the first layer's bias, so that the bias gradient needs no pass of its own.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops) -> None:
@@ -208,7 +208,7 @@ class MLP(nn.Module):
         return F.dropout(out, self.dropout) if self.training and self.dropout else out
 
     def _widen(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer's product with x, and the bias that is left to add."""
+        """Returns the layer's product with x, and the bias if it is still to be added."""
         if self.fuses_bias and isinstance(layer, Linear):
             return layer(x, with_bias=False), layer.bias
         return layer(x), None
@@ -217,7 +217,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each after a norm.
 
-    The stream x and its last update come in, and go out, not yet summed: the sum belongs to the norm that follows.
+    The residual stream x and its last update are passed in and returned unsummed: the next norm adds them.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
@@ -242,7 +242,7 @@ class Block(nn.Module):
         return x, self.mlp(self.shift_2(y, cache, documents))
 
 
-LARGEST_TABLE = 2**24  # numbers of cos and sin each, whatever the weights
+LARGEST_TABLE = 2**24  # rotary tables up to this size are accepted regardless of the weights
 
 
 class GPT(nn.Module):
@@ -275,14 +275,15 @@ class GPT(nn.Module):
         self.init_weights()
 
     def _scalars(self, name: str, count: int, neutral: float, *, there: bool) -> None:
-        """A parameter (count,), at the value at which it does nothing, or None."""
+        """Registers a parameter (count,) with the value at which it has no effect, or None."""
         self.register_parameter(name, nn.Parameter(torch.full((count,), neutral)) if there else None)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialization: N(0, 0.02), biases 0; projections into the residual stream smaller by sqrt(2L).
+        """Initializes as GPT-2: N(0, 0.02), biases 0; projections into the residual stream smaller by sqrt(2L).
 
-        Drawn in nanoGPT's order, a tied head a second time, so that equal seeds give equal weights. Or nanochat's.
+        Draws in nanoGPT's order, a tied head twice, so that equal seeds give equal weights. The config may ask for
+        nanochat's initialization instead.
         """
         if self.config.initialization == "nanochat":
             self._init_as_nanochat()
@@ -297,10 +298,10 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _init_as_nanochat(self) -> None:
-        """nanochat's: embedding N(0, 0.8), head N(0, 0.001), into the residual stream 0, other matrices uniform with
-        deviation 1 / sqrt(C), the MLP's first 0.4 of that; gates uniform up to 0.02; biases 0.
+        """Initializes as nanochat: embedding N(0, 0.8), head N(0, 0.001), projections into the residual stream 0, other
+        matrices uniform with deviation 1 / sqrt(C), the MLP's first 0.4 of that; gates uniform up to 0.02; biases 0.
 
-        The stream is scaled by 1.15 in the first layer down to 1.05 in the last, the embedding added 0.2 down to 0.05.
+        The stream's factor falls from 1.15 in the first layer to 1.05 in the last, the embedding's from 0.2 to 0.05.
         """
         L, bound = self.config.n_layer, (3.0 / self.config.n_embd) ** 0.5
         for name, p in self.named_parameters():
@@ -324,7 +325,7 @@ class GPT(nn.Module):
                 p.fill_(0.2)
 
     def _set_rotation(self) -> None:
-        """cos and sin (T, D/2) of RoPE's angles, position * base^(-2i / D), fp32; empty with learned positions."""
+        """Stores cos and sin (T, D/2) fp32 of RoPE's angles, position * base^(-2i / D); empty for learned positions."""
         rope, D = self.config.position == "rope", self.config.head_dim
         frequency = self.config.rope_base ** (torch.arange(0, D, 2, dtype=torch.float64) / -D)
         angle = torch.arange(self.config.block_size if rope else 0, dtype=torch.float64)[:, None] * frequency
@@ -336,7 +337,7 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, *, reduction: str = "mean"
     ) -> Tensor:
-        """Mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64; targets of -1 are ignored.
+        """Returns the mean cross-entropy () fp32 of tokens (B, T) against targets (B, T) int64, ignoring targets of -1.
 
         `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`. Raises ValueError where
         targets have another shape.
@@ -353,26 +354,26 @@ class GPT(nn.Module):
         )  # fmt: skip
 
     def logits(self, tokens: Tensor, last_only: bool = False, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`.
+        """Returns logits (B, T, V), or (B, 1, V) of the last position, for tokens (B, T) int64; `cache` as in `hidden`.
 
-        In the dtype of the activations; with a softcap in at least fp32.
+        They have the dtype of the activations; with a softcap, at least fp32.
         """
         x = self.hidden(tokens, cache)
         return self.logits_of(x[:, -1:] if last_only else x)
 
     def logits_of(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of the residual stream x (..., C) that `hidden` gives."""
+        """Returns the logits (..., V) of x (..., C), the output of `hidden`."""
         z, softcap = self.lm_head(x), self.config.softcap
         if softcap is None:
             return z
         return softcap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / softcap)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The normalized residual stream (B, T, C) that the head reads, for tokens (B, T) int64.
+        """Returns the normalized residual stream (B, T, C), the head's input, for tokens (B, T) int64.
 
-        With a cache they continue what its rows hold; its owner advances it, and it says how many it takes.
-        `cu_seqlens` (N + 1,) int32 says where N documents start in tokens.flatten(), and where the last ends: each is
-        as if it were alone, its positions counted from 0; none may be longer than block_size. Raises ValueError if
+        With a cache, the tokens continue its rows; the cache checks its capacity, and its owner advances it.
+        `cu_seqlens` (N + 1,) int32 holds the starts of N documents in tokens.flatten() and the end of the last: each is
+        computed as if alone, with positions from 0; none may be longer than block_size. Raises ValueError if
         T > block_size.
         """
         B, T = tokens.shape
@@ -383,11 +384,11 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             documents = Documents.at(cu_seqlens, B * T, self.config.block_size)
             tokens, positions = tokens.reshape(1, B * T), documents.position
-        if cache is not None:  # rows stand at different positions, so every token of the batch brings its own
+        if cache is not None:  # rows are at different positions, so every token has its own
             tokens, positions = tokens.reshape(1, B * T), cache.place(T).flatten()
         x, rotation = self.transformer["wte"](tokens), None
         if self.config.position == "learned":
-            wpe = self.transformer["wpe"]  # its own backward adds in a fixed order; that of indexing need not
+            wpe = self.transformer["wpe"]  # F.embedding's backward sums in a fixed order; indexing's need not
             x = x + (wpe.weight[positions] if documents is None else wpe(positions))
         else:
             rotation = self.cos[positions], self.sin[positions]
@@ -401,7 +402,7 @@ class GPT(nn.Module):
         return self.transformer["ln_f"](x, update)[0].view(B, T, self.config.n_embd)
 
     def _smeared(self, x: Tensor, cache: Cache | None, documents: Documents | None) -> Tensor:
-        """x with some of the embedding of the token before, if the config has the smear."""
+        """Returns x plus a gated part of the previous token's embedding, if the config has the smear."""
         if self.smear_gate is None:
             return x
         place = self.config.smear_place
@@ -418,7 +419,7 @@ class GPT(nn.Module):
         cache: Cache | None,
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream after all blocks, and its last update, not yet summed."""
+        """Returns the residual stream after all blocks and its last update, unsummed."""
         embedding, middle, update = x, None, None
         blocks: Any = self.transformer["h"]
         for layer, block in enumerate(blocks):
@@ -438,7 +439,7 @@ class GPT(nn.Module):
         return x, update
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """Parameters, a tied head counted once; `non_embedding` leaves out the position embedding, as nanoGPT does."""
+        """Counts parameters, a tied head once; `non_embedding` leaves out the position embedding, as nanoGPT does."""
         total = sum(p.numel() for p in self.parameters())
         wpe = self.transformer["wpe"].weight.numel() if self.config.position == "learned" else 0
         return total - wpe if non_embedding else total
@@ -447,10 +448,10 @@ class GPT(nn.Module):
     def of(
         cls, config: GPTConfig, weights: dict[str, Tensor], ops: Ops, dtype: torch.dtype = torch.float32, *, where: str
     ) -> GPT:
-        """The model of `config` that has these weights, copied, on the CPU.
+        """Builds the model of `config` on the CPU with copies of these weights.
 
-        Sizes are held to the weights before memory is taken for them. Raises UserError, which names `where`, for
-        weights that are missing, unknown, of another shape, or no numbers.
+        Sizes are checked against the weights before memory is allocated. Raises UserError, which names `where`, for
+        weights that are missing, unknown, of another shape, or not finite.
         """
         _check_weights(config, weights, ops, where)
         model = cls(config, ops, dtype)
@@ -458,7 +459,7 @@ class GPT(nn.Module):
         return model
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the longest sequence, for pretrained weights. Raises UserError if it would grow."""
+        """Shortens the context of pretrained weights. Raises UserError if it would grow."""
         if block_size > self.config.block_size:
             raise UserError(f"block_size cannot grow from {self.config.block_size} to {block_size}; give a smaller one")
         self.config = dataclasses.replace(self.config, block_size=block_size)
@@ -469,7 +470,7 @@ class GPT(nn.Module):
 
 
 def _check_weights(config: GPTConfig, weights: dict[str, Tensor], ops: Ops, where: str) -> None:
-    """Raises UserError unless these are all the weights of such a model, and numbers."""
+    """Raises UserError unless these are exactly the weights of such a model, and finite."""
 
     def refuse(reason: str) -> UserError:
         return UserError(f"the weights in {where} do not fit its config: {reason}; fetch it again, or train another")
@@ -477,7 +478,7 @@ def _check_weights(config: GPTConfig, weights: dict[str, Tensor], ops: Ops, wher
     total = sum(w.numel() for w in weights.values())
     if config.n_layer > len(weights):
         raise refuse(f"there are {len(weights)} tensors for {config.n_layer} layers")
-    if config.block_size * config.head_dim > max(LARGEST_TABLE, total):  # of rotary positions
+    if config.block_size * config.head_dim > max(LARGEST_TABLE, total):  # size of the rotary tables
         raise refuse(f"block_size is {config.block_size}, and all weights have {total:,} numbers")
     with torch.device("meta"):
         expected = GPT(config, ops).state_dict()
@@ -490,5 +491,5 @@ def _check_weights(config: GPTConfig, weights: dict[str, Tensor], ops: Ops, wher
         w = weights[name]
         if tuple(w.shape) != shape or not w.is_floating_point():
             raise refuse(f"{name} is {tuple(w.shape)} {str(w.dtype).removeprefix('torch.')}, not {shape} of floats")
-        if not w.float().sum().isfinite() and not w.float().isfinite().all():  # a sum is quick, and may overflow
+        if not w.float().sum().isfinite() and not w.float().isfinite().all():  # the sum is fast, but may overflow
             raise UserError(f"{where} has weights that are no numbers, the first in {name}; use an older checkpoint")

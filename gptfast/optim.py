@@ -1,4 +1,4 @@
-"""The optimizers: AdamW in nanoGPT's two groups; Muon for matrices with AdamW for the rest. And the gradient's norm.
+"""The optimizers: AdamW in nanoGPT's two groups, and Muon for matrices with AdamW for the rest. Also gradient norms.
 
 No step waits for the device, and each can be captured in a CUDA graph.
 """
@@ -25,10 +25,10 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
 class _Plain(torch.optim.Optimizer):
-    """torch.optim.Optimizer, which imports torch's compiler to keep it out of these: two seconds of every start.
+    """Base of the optimizers. It avoids torch.optim's import of torch's compiler, which costs two seconds at start.
 
-    A step may be refused on the device: while `found_inf` (() fp32, torch's name for it) holds 1, it changes neither
-    weights nor state, whatever the gradients are. The host need not know.
+    The device can refuse a step: while `found_inf` (() fp32, torch's name) holds 1, a step changes neither weights nor
+    state, whatever the gradients are, and without the host's knowledge.
     """
 
     found_inf: Tensor | None = None
@@ -39,7 +39,7 @@ class _Plain(torch.optim.Optimizer):
     _load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
 
     def make_capturable(self) -> None:
-        """Keep what a schedule changes as tensors on the device, so that a CUDA graph of a step sees new values."""
+        """Keeps scheduled hyperparameters as tensors on the device, so that a CUDA graph of a step sees new values."""
         for group in self.param_groups:
             device = group["params"][0].device
             for key in SCHEDULED & group.keys():
@@ -47,10 +47,10 @@ class _Plain(torch.optim.Optimizer):
                 if scheduled and not isinstance(group[key], Tensor):
                     group[key] = torch.tensor(float(group[key]), device=device)
             group["capturable"] = True
-        self._warned_capturable_if_run_uncaptured = True  # torch's: of the warm-up it need not warn
+        self._warned_capturable_if_run_uncaptured = True  # silences torch's warning about the warm-up
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with plain numbers where `make_capturable` keeps tensors."""
+        """Returns torch's state_dict, with plain numbers where `make_capturable` keeps tensors."""
         state = self._state_dict()
         for group in state["param_groups"]:
             for key in SCHEDULED & group.keys():
@@ -60,7 +60,7 @@ class _Plain(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state from `state_dict`; hyperparameters stay tensors where they are."""
+        """Loads the result of `state_dict`; hyperparameters that are tensors stay tensors."""
         capturable = any(group.get("capturable") for group in self.param_groups)
         self._load_state_dict(state_dict)
         if capturable:
@@ -71,7 +71,7 @@ SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # what a schedule may
 
 
 def set_scheduled(group: dict[str, Any], key: str, value: float) -> None:
-    """Set one of SCHEDULED in a parameter group, on the device where a CUDA graph reads it there."""
+    """Sets one of SCHEDULED in a parameter group, in place on the device where a CUDA graph reads it."""
     if isinstance(group[key], Tensor):
         group[key].fill_(value)
     elif group.get("capturable") and group[key] != value:
@@ -81,13 +81,13 @@ def set_scheduled(group: dict[str, Any], key: str, value: float) -> None:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give every group the rate `rate`, times the group's own `lr_scale` where it has one."""
+    """Sets every group's rate to `rate`, times the group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
         set_scheduled(group, "lr", rate * group.get("lr_scale", 1.0))
 
 
 class AdamW(_Plain, torch.optim.AdamW):
-    """torch.optim.AdamW, and not differentiable."""
+    """torch.optim.AdamW, whose step is not differentiable."""
 
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
@@ -95,7 +95,7 @@ class AdamW(_Plain, torch.optim.AdamW):
 def adamw(
     model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that want a gradient; those with two or more axes decay, biases and gains do not.
+    """Returns AdamW over the trainable parameters; those with two or more axes decay, biases and gains do not.
 
     One fused kernel updates all parameters where the device has it. Prints both groups, as nanoGPT does.
     """
@@ -111,12 +111,12 @@ def adamw(
 
 
 def grad_norm(gradients: list[Tensor]) -> Tensor:
-    """The joint 2-norm () of gradients, by a few calls for all of them."""
+    """Returns the joint 2-norm () of gradients, in a few calls for all of them."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """The factor () by which gradients of that norm are clipped to at most `max_norm`."""
+    """Returns the factor () that clips gradients with that norm to at most `max_norm`."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -128,24 +128,24 @@ class Muon(_Plain):
 
         M = lerp(M, G, 1 - momentum)                                       M: running mean of gradients
         O = newton_schulz(lerp(G, M, momentum) if nesterov else M)
-        with equalize, nanochat's: the rows of what is orthogonalized first scaled to their root mean square norm, and O
-            then to the norm of an orthogonal matrix, sqrt(min(m, n))
+        with equalize, nanochat's: first scales the rows of newton_schulz's input to their root mean square norm, and
+            then O to the norm of an orthogonal matrix, sqrt(min(m, n))
         with normalize, NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491), for each row, or column if more
             V = lerp(V, mean of O² over it, 1 - beta2)               V: running mean of squares, m or n numbers
-            O = O / sqrt(V), then scaled back to the norm that it had
+            O = O / sqrt(V), then scaled back to its norm before
         D = W where O and W have one sign, else 0, with cautious (Chen et al. 2025, https://arxiv.org/abs/2510.12402)
         W = W - lr weight_decay D - lr sqrt(max(1, m / n)) O               D is W without cautious
 
     That is KellerJordan's rule. nanochat decays by lr sqrt(max(1, m / n)) too: with decay_by_shape.
 
-    Matrices of one shape, or of that shape turned, in whatever layers, are stacked and orthogonalized together, so that
-    a step is a handful of batched products. A parameter that holds several matrices one above the other (queries, keys
-    and values in c_attn) names their row counts in the group's `rows`, and each is orthogonalized alone.
+    Matrices of one shape or its transpose, of all layers, are stacked and orthogonalized together, so that a step is a
+    handful of batched products. For a parameter that stacks several matrices (queries, keys and values in c_attn), the
+    group's `rows` lists their row counts, and each is orthogonalized alone.
 
     Momentum, rate and decay may be tensors on the device, as `make_capturable` leaves them.
 
-    A group with kind="adamw" holds anything, and steps as torch.optim.AdamW does. A parameter without a gradient is
-    left alone. The state is plain tensors per parameter: "momentum" and with normalize "square", or "step", "exp_avg"
+    A group with kind="adamw" holds any parameters, and steps as torch.optim.AdamW does. Parameters without a gradient
+    are skipped. The state is plain tensors per parameter: "momentum" and with normalize "square", or "step", "exp_avg"
     and "exp_avg_sq".
 
     newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in; None is
@@ -175,7 +175,7 @@ class Muon(_Plain):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no line search here: nobody passes a closure
-        """One step of every group, from the gradients that stand in the parameters."""
+        """Makes one step of every group from the parameters' gradients."""
         for group in self.param_groups:
             if group["kind"] == "muon":
                 self._step_matrices(group)
@@ -190,7 +190,7 @@ class Muon(_Plain):
         states = [self._state(p, **_matrix_state(p, rows, group["normalize"])) for p, rows in moved]
         means = [state["momentum"] for state in states]
         grads, rate, decay, allowed = [p.grad for p in params], group["lr"], group["weight_decay"], None
-        if self.found_inf is not None:  # where refused, the mean is lerped to itself and the rate is 0
+        if self.found_inf is not None:  # if refused, the momentum is lerped to itself and the rate is 0
             allowed = 1.0 - self.found_inf
             grads = [torch.where(allowed > 0, grad, mean) for grad, mean in zip(grads, means, strict=True)]
             rate = rate * allowed
@@ -226,7 +226,7 @@ class Muon(_Plain):
     def _orthogonalized(
         self, updates: dict[Shape, list[Tensor]], steps: int, equalize: bool = False
     ) -> dict[Shape, Tensor]:
-        """For each shape (m, n) the directions (B, m, n) of its updates; (n, m) goes the same way, turned."""
+        """Returns for each shape (m, n) the orthogonalized updates (B, m, n); (n, m) joins (m, n), transposed."""
         directions: dict[Shape, Tensor] = {}
         for (m, n), upright in updates.items():
             if (m, n) in directions:
@@ -263,7 +263,7 @@ class Muon(_Plain):
         )  # fmt: skip
 
     def _state(self, p: Tensor, **like: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter; at its first step, zeros shaped like the tensors named."""
+        """Returns the state of a parameter; at its first step, zeros shaped like the given tensors."""
         state = self.state[p]
         if not state:
             state.update({key: torch.zeros_like(t) for key, t in like.items()})
@@ -271,24 +271,24 @@ class Muon(_Plain):
 
 
 def _matrix_state(p: Tensor, rows: list[int], normalize: bool) -> dict[str, Tensor]:
-    """Tensors like those that Muon keeps for a parameter; NorMuon's has a number for each line of each matrix in it."""
+    """Returns tensors shaped like a parameter's Muon state; NorMuon's has one number per line of each matrix."""
     lines = sum(max(m, p.shape[1]) for m in rows)
     return {"momentum": p} | ({"square": p.new_empty(lines)} if normalize else {})
 
 
 def _lines(square: Tensor, rows: list[int], n: int) -> list[Tensor]:
-    """The running squares of each matrix (m, n) in a parameter: (m, 1), or (1, n) where its columns are the more."""
+    """Returns views of the running squares of each matrix (m, n) in a parameter: (m, 1), or (1, n) if n > m."""
     parts = square.split([max(m, n) for m in rows])
     return [part.unsqueeze(1 if m >= n else 0) for m, part in zip(rows, parts, strict=True)]
 
 
 def _lerp(starts: list[Tensor], targets: list[Tensor], weight: float | Tensor) -> list[Tensor]:
-    """Each tensor moved by `weight` of the way to its target; a weight on the device is not read by the host."""
+    """Interpolates each tensor by `weight` towards its target; the host does not read a weight on the device."""
     return list(torch._foreach_lerp(starts, targets, [weight] * len(starts) if isinstance(weight, Tensor) else weight))
 
 
 def _lerp_(moved: Tensors, targets: Tensors, weight: float | Tensor) -> None:
-    """`_lerp` in place."""
+    """Does `_lerp` in place."""
     if isinstance(weight, Tensor):
         torch._foreach_lerp_(moved, targets, [weight] * len(moved))
     else:
@@ -296,7 +296,7 @@ def _lerp_(moved: Tensors, targets: Tensors, weight: float | Tensor) -> None:
 
 
 def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tensor) -> None:
-    """Subtract factor * stack (B, m, n) from B matrices, in place."""
+    """Subtracts factor * stack (B, m, n) from B matrices, in place."""
     if isinstance(factor, Tensor):
         torch._foreach_sub_(matrices, (stack * factor).unbind())
     else:
@@ -304,16 +304,16 @@ def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tens
 
 
 def _equal_lines(stack: Tensor, axis: int) -> Tensor:
-    """stack (B, m, n) with every line along `axis` at the root mean square of the norms of its matrix's lines."""
+    """Scales every line of stack (B, m, n) along `axis` to the root mean square of its matrix's line norms."""
     norms = torch.linalg.vector_norm(stack, dim=axis, keepdim=True)
     other = -3 - axis  # of -1 and -2
     return stack * (norms.square().mean(other, keepdim=True).sqrt() / norms.clamp(min=1e-6))
 
 
 def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float, allowed: Tensor | None) -> Tensor:
-    """direction (B, m, n) with the lines divided by their running size, at its old norm; updates `squares` in place.
+    """Divides the lines of direction (B, m, n) by their running size, keeps its norm, and updates `squares` in place.
 
-    They stay as they are where `allowed` is 0.
+    Where `allowed` is 0, `squares` stay as they are.
     """
     axis = -1 if direction.shape[-2] >= direction.shape[-1] else -2
     fresh = direction.square().mean(axis, keepdim=True)
@@ -373,7 +373,7 @@ RULES: dict[str, dict[str, AdamWRule]] = {"plain": _PLAIN, "nanochat": _NANOCHAT
 
 
 def role_of(name: str, p: Tensor) -> str:
-    """What a parameter is to the optimizer: "matrices", or one of the roles in RULES."""
+    """Returns a parameter's role for the optimizer: "matrices", or one of the roles in RULES."""
     if name in ("resid_lambdas", "x0_lambdas"):
         return name
     if name.startswith("smear_") or name == "backout_lambda":
@@ -408,13 +408,13 @@ def muon(
     rules: str = "plain",
     newton_schulz: Callable[[Tensor, int], Tensor] = newton_schulz_reference,
 ) -> Muon:
-    """Muon for the matrices inside the blocks; AdamW for embeddings, head, and gains, biases, token shifts and scalars.
+    """Returns Muon for the blocks' matrices, with AdamW for embeddings, head, gains, biases, token shifts and scalars.
 
-    With matrix_kind="adamw" it is AdamW for the matrices too, at `matrix_lr`, to see what Muon buys. `rules` names
-    those of RULES for the rest.
+    With matrix_kind="adamw" the matrices use AdamW too, at `matrix_lr`, to measure the gain from Muon. `rules` selects
+    an entry of RULES for the other parameters.
 
-    A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows what went where.
-    Every group's own rate is its `lr_scale`, so that a schedule multiplies them all by one factor.
+    A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows the groups.
+    Every group's rate is stored as its `lr_scale`, so that a schedule multiplies all by one factor.
     """
     qkv_rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
     roles: dict[str, list[nn.Parameter]] = {"matrices": [], **{role: [] for role in RULES[rules]}}
@@ -451,7 +451,7 @@ def muon(
 
 
 def groups_table(optimizer: torch.optim.Optimizer) -> str:
-    """Which parameters are stepped how: one line per group."""
+    """Returns one line per group: its parameters and how they are stepped."""
     lines = [f"{'group':<18}{'rule':<8}{'tensors':>8}{'numbers':>13}{'lr':>10}{'decay':>8}"]
     for i, group in enumerate(optimizer.param_groups):
         numbers = sum(p.numel() for p in group["params"])

@@ -1,16 +1,16 @@
-"""Rows packed with whole documents, each of which attends to itself alone.
+"""Packs whole documents into rows, each document attending to itself alone.
 
     batches = PackedBatches(tokens, batch_size=32, block_size=2048, bos=tokenizer.bos, rank=0, ranks=8, device="cuda")
     x, y, cu_seqlens = next(batches)
     loss = model(x, y, cu_seqlens)
 
-A row of block_size + 1 tokens is filled with documents, each with its BOS in front: always the longest of a buffer of
-documents that still fits, and when none does, the shortest, cropped to what is left of the row. So every row begins
-with a BOS, none is padded, and at most the last document of each row lacks its end. Best-fit packing: Ding et al.,
-arXiv:2404.10830; crops in place of padding: nanochat.
+A row of block_size + 1 tokens is filled with documents, each after its BOS: always the longest of a buffer that still
+fits, and if none does, the shortest, cropped to the rest of the row. So every row begins with a BOS, none is padded,
+and at most the last document of a row is cropped. Best-fit packing: Ding et al., arXiv:2404.10830; cropping instead of
+padding: nanochat.
 
-A document longer than a row is cut into rows of its own first, each but the last full, with a BOS in front of each: all
-its tokens are targets once. Tokens that crops drop are counted in `cropped`.
+A document longer than a row is first split into pieces, each after a BOS and all but the last of a full row, so that
+each of its tokens is a target once. `cropped` counts the tokens that cropping drops.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from torch import Tensor
 from gptfast.data import Shards, Tokens, parts_of, to_device
 from gptfast.errors import UserError
 
-# Pieces to choose from. Of log-normal documents of 600 tokens on average, crops drop 4 % of the tokens at a block_size
-# of 1024 and 2 % at 2048; a tenth of the buffer drops a fifth more. One core packs 30 million tokens per second, and
-# plans the batches of other ranks at 50 million.
+# Pieces to choose from. With log-normal document lengths of mean 600 tokens, cropping drops 4 % of the tokens at a
+# block_size of 1024 and 2 % at 2048; a buffer of a tenth drops a fifth more. One core packs 30 million tokens per
+# second, and plans other ranks' batches at 50 million.
 BUFFER = 1000
-SCANNED = 2**20  # tokens looked at in one go for the BOS that ends a document
+SCANNED = 2**20  # tokens scanned at a time for the next BOS
 
 
 class PackedBatch(NamedTuple):
     x: Tensor  # (batch_size, block_size) int64
-    y: Tensor  # (batch_size, block_size) int64, the token that follows each of x; at a document's end, a BOS
-    cu_seqlens: Tensor  # (documents + 1,) int32: where each starts in x.flatten(), and batch_size * block_size
+    y: Tensor  # (batch_size, block_size) int64, the next token after each of x; at a document's end, a BOS
+    cu_seqlens: Tensor  # (documents + 1,) int32: the start of each in x.flatten(), and batch_size * block_size
 
 
 class Piece(NamedTuple):
-    """A document, or as much of one as fits a row: `length` tokens after a BOS. Sorts by length, then newest first."""
+    """A document, or a part of one that fits a row: `length` tokens after a BOS. Sorts by length, then newest first."""
 
     length: int
-    newness: int  # minus the number of pieces read before it
+    newness: int  # minus its ordinal among all pieces read
     part: int  # which file
-    start: int  # its first token there
+    start: int  # its first token in that file
 
 
 class PackedBatches:
-    """An endless iterator of PackedBatch over the documents of `tokens`, which a token `bos` separates.
+    """An endless iterator of PackedBatch over the documents of `tokens`, each of which begins with `bos`.
 
-    Of `ranks` loaders each takes every ranks-th batch of the stream that one alone would give; they all have the same
-    state, with which any number of them can go on. For that each plans the batches of all, and fills its own. A thread
-    prepares the next batches while the last one is in use. `state_dict()` is of plain ints and lists of them; a loader
-    that loads it gives the very next batch. Raises UserError if there is no document.
+    Each of `ranks` loaders takes every ranks-th batch of the stream of a single loader. All have the same state, from
+    which any number of them can continue: each plans the batches of all ranks, and fills its own. A thread prefetches
+    batches. `state_dict()` holds plain ints and lists of them; a loader that loads it gives the very next batch. Raises
+    UserError if there is no document.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class PackedBatches:
 
     @property
     def epoch(self) -> int:
-        """How often all documents had been read when the last batch was packed."""
+        """Returns the number of passes over all documents completed when the last batch was packed."""
         return self._state["epoch"]
 
     @property
     def cropped(self) -> int:
-        """How many tokens crops have dropped up to the last batch."""
+        """Returns how many tokens cropping has dropped up to the last batch."""
         return self._state["cropped"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was taken, however many are prepared."""
+        """Returns the position after the last batch that was taken, however many are prefetched."""
         buffer = [list(piece) for piece in self._state["buffer"]]
         return {**self._state, "buffer": buffer, **self._identity()}
 
@@ -117,13 +117,13 @@ class PackedBatches:
         self._begin({name: value for name, value in state.items() if name not in self._identity()})
 
     def _identity(self) -> dict[str, int]:
-        """What a state is valid for."""
+        """Returns the sizes that a state is valid for."""
         return {"tokens": self._size, "bos": self.bos, "block_size": self.block_size}
 
     # ---- from here on, all but _begin runs in the thread
 
     def _begin(self, state: dict[str, Any]) -> None:
-        """Starts over at `state`, and has the first batches prepared."""
+        """Restarts at `state`, and starts prefetching."""
         while self._waiting:  # the thread must be idle before what it works on is replaced
             future = self._waiting.popleft()
             if not future.cancel():
@@ -151,13 +151,13 @@ class PackedBatches:
         return torch.from_numpy(rows), state
 
     def _pack_row(self, row: np.ndarray | None) -> None:
-        """Chooses the documents of the next row, and puts them into `row` (block_size + 1,) int64 unless it is None."""
+        """Chooses the documents of the next row, and writes them to `row` (block_size + 1,) int64 unless it is None."""
         width, filled = self.block_size + 1, 0
         while filled < width:
             if row is not None:
                 row[filled] = self.bos
             space = width - filled - 1
-            if space == 0:  # the BOS of whatever comes next ends the row, so that no document is spent on it
+            if space == 0:  # a BOS alone ends the row, without using up a document
                 break
             while len(self._buffer) < BUFFER:
                 self._take()
@@ -170,14 +170,14 @@ class PackedBatches:
             filled += 1 + length
 
     def _take(self) -> None:
-        """Puts the next piece into the buffer, and notes where reading goes on."""
+        """Adds the next piece to the buffer, and records where reading continues."""
         piece = next(self._unread)
         self._part, self._offset = piece.part, piece.start + piece.length
         self._read += 1
         insort(self._buffer, piece)
 
     def _pieces(self) -> Iterator[Piece]:
-        """All pieces from the present place on, over and over."""
+        """Yields all pieces from the current position on, in endless passes."""
         begun, offset = self._part, self._offset
         while True:
             is_whole, read_before = (begun, offset) == (0, 0), self._read
@@ -193,7 +193,7 @@ class PackedBatches:
 
 
 def document_starts(x: Tensor, bos: int) -> Tensor:
-    """cu_seqlens (documents + 1,) int64 of rows x (B, T): one starts with each row, and with each `bos` in it."""
+    """Returns cu_seqlens (documents + 1,) int64 of rows x (B, T); a document starts at each row and at each `bos`."""
     starts = x == bos
     starts[:, 0] = True
     indices = starts.flatten().nonzero().flatten()
@@ -201,7 +201,7 @@ def document_starts(x: Tensor, bos: int) -> Tensor:
 
 
 def _bodies(tokens: np.ndarray, bos: int, offset: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each run of tokens without `bos`, from `offset` on."""
+    """Yields (start, stop) of each run of tokens without `bos`, from `offset` on."""
     start = offset
     for block in range(offset, len(tokens), SCANNED):
         for stop in (block + np.flatnonzero(tokens[block : block + SCANNED] == bos)).tolist():

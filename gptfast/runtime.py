@@ -1,4 +1,4 @@
-"""The machine that a run finds: threads and memory of the process, the device, and the dtype it computes in.
+"""Adapts a run to the machine: the process's threads and memory, the device, and the dtype to compute in.
 
 Nothing here imports torch at module level, because `bound_spinning` must run before torch loads its thread pool.
 """
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
     from kernels import Ops
 
-# Turns that a thread of GNU OpenMP, torch's pool, spins at a barrier before it sleeps. By default 300,000, some
-# milliseconds, and while another program has the core that a barrier waits for, each operation burns them all. On 2
-# cores beside four busy processes a training step of char-cpu takes 412 ms so, and 212 with 1,000 turns; but alone 52
-# and 82, for threads that sleep between operations have to be woken.
+# Spins of a GNU OpenMP thread (torch's pool) at a barrier before it sleeps. The default of 300,000 takes some
+# milliseconds, and all of them pass at each operation while another program has the core that the barrier waits for.
+# On 2 cores beside four busy processes, a training step of char-cpu takes 412 ms by default and 212 ms with 1,000
+# spins; on an idle machine 52 and 82 ms, because sleeping threads have to be woken.
 SPIN_TURNS = 1000
 
 
-# What of the freed memory glibc keeps (M_TRIM_THRESHOLD), and up to which size it hands out what it keeps
-# (M_MMAP_THRESHOLD, at most this much): by default little of either, so that activations are new pages at each step,
-# cleared one by one. A step of cpu-sprint has 900 page faults so and takes a fifth longer; without, none.
+# Freed memory that glibc keeps (M_TRIM_THRESHOLD), and the largest allocation that it serves from it (M_MMAP_THRESHOLD,
+# at most this much). Both defaults are small, so that activations get new pages at each step, cleared one by one: a
+# step of cpu-sprint then has 900 page faults and takes a fifth longer; with these settings it has none.
 KEPT_BYTES, M_TRIM_THRESHOLD = 2**29, -1
 
 
@@ -35,15 +35,15 @@ SERVED_BYTES, M_MMAP_THRESHOLD = 2**25, -3
 
 
 def set_up_process() -> None:
-    """What a command of this library does first, before it imports torch: threads and memory as training wants them."""
+    """Sets threads and memory for training; every command of this library calls it before it imports torch."""
     bound_spinning()
     keep_memory()
 
 
 def keep_memory() -> bool:
-    """Let freed memory stay with the process, for the next step to take. False where the C library has no such knob.
+    """Makes the process keep freed memory for the next step. Returns False where the C library has no such setting.
 
-    The user's own MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ stands, for both.
+    If the user has set MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_, neither is changed.
     """
     if "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return True
@@ -54,10 +54,10 @@ def keep_memory() -> bool:
 
 
 def bound_spinning() -> bool:
-    """On a busy machine, keep CPU threads from spinning while another program needs their core.
+    """Limits the spinning of CPU threads on a busy machine, where other programs need their cores.
 
-    To be called before torch loads its pool: True if it came in time. The user's own GOMP_SPINCOUNT or OMP_WAIT_POLICY
-    stands.
+    Must be called before torch loads its thread pool; returns True if it was. The user's own GOMP_SPINCOUNT or
+    OMP_WAIT_POLICY is respected.
     """
     if "OMP_WAIT_POLICY" not in os.environ and 2 * others_running() >= (os.cpu_count() or 1):
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_TURNS))
@@ -65,13 +65,13 @@ def bound_spinning() -> bool:
 
 
 def spin_turns() -> int | None:
-    """The bound that is in force, None where there is none."""
+    """Returns the bound in force, or None."""
     turns = os.environ.get("GOMP_SPINCOUNT", "")
     return int(turns) if turns.isdecimal() else None
 
 
 def others_running(loadavg: Path = Path("/proc/loadavg")) -> int:
-    """How many threads beside this one run, or want to, at this moment; 0 where the system (not Linux) does not say."""
+    """Returns how many other threads are runnable now; 0 where the system (not Linux) does not say."""
     try:
         running, _, _ = loadavg.read_text().split()[3].partition("/")
         return int(running) - 1
@@ -80,7 +80,7 @@ def others_running(loadavg: Path = Path("/proc/loadavg")) -> int:
 
 
 def made_current(name: str) -> torch.device:
-    """The device of that name; a numbered GPU, if it is here, as the current one: streams, events and launches are its.
+    """Returns the device of that name; makes an existing, numbered GPU the current one for streams and launches.
 
     Raises UserError for a name torch does not know.
     """
@@ -96,11 +96,11 @@ def made_current(name: str) -> torch.device:
 
 
 def choose_device(name: str, *, typed: bool) -> str:
-    """The device to run on: `name`, checked, and a GPU made the current one, as cuda without a number means it.
+    """Checks and returns the device to run on; makes a GPU the current device, so that plain "cuda" means it.
 
-    A GPU that is only the default and not here becomes the CPU, with a line.
+    If the default GPU is missing, falls back to the CPU and prints so.
 
-    Raises UserError for a device that the user typed and that is not here, and for a name torch does not know.
+    Raises UserError for a missing device that the user typed, and for a name torch does not know.
     """
     import torch
 
@@ -126,20 +126,20 @@ def choose_device(name: str, *, typed: bool) -> str:
 
 
 def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The dtype of activations that `--dtype=name` means on `device`, and why. auto: the fastest that trains well."""
+    """Returns the dtype of activations for `--dtype=name` on `device`, and why. auto: the fastest that trains well."""
     import torch
 
     return compute_dtype(device) if name == "auto" else (getattr(torch, name), "asked for")
 
 
 def choose_ops(name: str, device: str) -> Ops:
-    """The implementations that `--kernels=name` means on `device`. Raises UserError for a choice that cannot run."""
+    """Returns the implementations for `--kernels=name` on `device`. Raises UserError for a choice that cannot run."""
     import torch
 
     import kernels
 
     if name == "auto" and torch.cuda.is_available() and not device.startswith("cuda"):
-        name = "cpu"  # auto would choose for the GPU that this run does not use
+        name = "cpu"  # auto would choose for a GPU that this run does not use
     try:
         return kernels.load(name)
     except (RuntimeError, ValueError) as error:
@@ -147,7 +147,7 @@ def choose_ops(name: str, device: str) -> Ops:
 
 
 def compute_dtype(device: str) -> tuple[torch.dtype, str]:
-    """The fastest dtype of activations in which `device` trains well, and why: (dtype, one line for the log)."""
+    """Returns the fastest dtype of activations in which `device` trains well, and a line for the log that says why."""
     import torch
 
     kind = torch.device(device).type

@@ -40,9 +40,9 @@ class Sample:
     max_new_tokens: int = 500  # tokens in each
     temperature: float = 0.8  # below 1 more likely text, above 1 more varied; 0 always takes the likeliest token
     top_k: int = 200  # draw from the likeliest top_k tokens only; 0 draws from all
-    top_p: float = 1.0  # draw from the likeliest tokens only that sum to this probability; 1 draws from all
+    top_p: float = 1.0  # draw only from the likeliest tokens whose probabilities sum to this; 1 draws from all
     repetition_penalty: float = 1.0  # above 1, tokens that occurred become less likely
-    stop: str = ""  # a sample ends where this text would begin; empty: nowhere
+    stop: str = ""  # end a sample where this text would begin; empty: no such text
     seed: int = 1337  # of the draws
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
 
 
 def stream(engine: Engine, requests: list[Request], prompt: str) -> str:
-    """Prints the texts, one after another, the first as it comes; returns the line that says how fast that was."""
+    """Prints the texts one after another, streaming the first; returns a line with the speed."""
     start = first = time.perf_counter()
     shown = 0  # characters of the text that is being printed
     queue = deque(requests)
@@ -129,7 +129,7 @@ def stream(engine: Engine, requests: list[Request], prompt: str) -> str:
 
 
 def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """The model of the last checkpoint in `out_dir`, or a pretrained GPT-2, on the CPU; and its tokenizer."""
+    """Loads the model of the last checkpoint in `out_dir`, or a pretrained one, on the CPU; and its tokenizer."""
     if init_from != "resume":
         return hf.load(init_from, ops, dtype=dtype), hf.load_tokenizer(init_from)
     saved = checkpoint.load(out_dir)
@@ -138,7 +138,7 @@ def load_model(init_from: str, out_dir: str, ops: Ops, dtype: torch.dtype) -> tu
 
 
 def read_prompt(start: str) -> str:
-    """`start`, or the text of the file that `FILE:path` names."""
+    """Returns `start`, or the text of the file that `FILE:path` names."""
     if not start.startswith("FILE:"):
         return start
     path = start.removeprefix("FILE:")

@@ -1,18 +1,18 @@
-"""One update of the weights, the same for training and for the bench.
+"""One update of the weights, shared by training and bench.
 
     step = Step(language_model(model), optimizer, accumulation=4, clip=1.0, guard=guard)
     loss = step(batches)                      # the mean over all counted targets, () fp32, on the device
 
-An objective is a function of a batch that returns (sum of losses, how many targets count). The gradient is that of
-sum / count, both taken over all micro-batches and all ranks, so that how targets are spread over them changes nothing:
+An objective is a function of a batch that returns (sum of losses, number of counted targets). The gradient is that of
+sum / count over all micro-batches and ranks together, so that it does not depend on how targets are spread over them:
 
-    loss = sum_i / (A numel)                  of micro-batch i of A; numel is a batch's targets, counted or not
-    g    = A numel / count · sum_i d loss     exactly 1 · ... where every target counts
+    loss = sum_i / (A numel)                  for micro-batch i of A; numel counts all of a batch's targets
+    g    = A numel / count · sum_i d loss     the factor is exactly 1 if every target counts
     g    = min(1, clip / |g|) g
 
-Nothing here waits for the device. Whether an update may happen is decided there (loss and gradient are finite, the loss
-is no spike), and an optimizer with `found_inf` takes none that is refused. The host reads the verdict one update late.
-Meanwhile the device remembers: once the run is to stop, no update passes.
+Nothing here waits for the device. The device itself decides whether to take an update (loss and gradient are finite,
+the loss is no spike), and an optimizer with `found_inf` skips a refused one. The host reads the verdict one update
+late; until then the device refuses every update after one that must stop the run.
 
 With `graph` the update is one CUDA graph; see Capture.
 """
@@ -35,12 +35,12 @@ from gptfast.optim import clip_coefficient, grad_norm
 Batch = tuple[Tensor, ...]  # tokens, targets: (B, T) int64; where documents are packed, cu_seqlens
 Objective = Callable[..., tuple[Tensor, "Tensor | int"]]
 
-TRACE_GRAD = "trace_autograd_ops"  # torch 2.13's switch that lets a compiled graph hold its own backward
-WARM_UPS = 3  # updates before a capture, which change nothing: they compile, tune and allocate
+TRACE_GRAD = "trace_autograd_ops"  # torch 2.13's option to trace the backward pass into a compiled graph
+WARM_UPS = 3  # refused updates before a capture, which compile, tune and allocate
 
 
 def language_model(model: Callable[..., Tensor]) -> Objective:
-    """Next-token prediction by a GPT, or whatever wraps one."""
+    """Returns the objective of next-token prediction; `model` is a GPT or a wrapped one."""
 
     def objective(tokens: Tensor, targets: Tensor, *packed: Tensor) -> tuple[Tensor, Tensor]:
         return model(tokens, targets, *packed, reduction="sum"), (targets != IGNORED).sum()
@@ -49,24 +49,24 @@ def language_model(model: Callable[..., Tensor]) -> Objective:
 
 
 class Watch(Protocol):
-    """Who hears of every update, and says which may not happen; train.guard.Guard is one."""
+    """Sets the limits for updates and records their outcome; train.guard.Guard is one."""
 
-    in_a_row: int  # updates refused up to now
-    max_skips: int  # after more than so many in a row no more are taken
-    nonfinite: Literal["stop", "skip"]  # stop: after one loss or gradient that is not finite neither
+    in_a_row: int  # consecutive updates refused up to now
+    max_skips: int  # after more consecutive refusals than this, no update is taken
+    nonfinite: Literal["stop", "skip"]  # stop: nor after a single non-finite loss or gradient
 
     def limit(self, unread: int) -> float:
-        """The loss above which the next update is refused, while the verdicts on `unread` before it are not read."""
+        """Returns the loss above which the next update is refused; the last `unread` verdicts are not known yet."""
 
     def record(self, loss: float, norm: float, taken: bool, batches: list[Batch]) -> None:
-        """Hear of an update, in order. May raise, to stop the run."""
+        """Records the outcome of an update, in order. May raise, to stop the run."""
 
 
 class Capture:
-    """A function of no arguments, which reads and writes static tensors, as one CUDA graph; on a CPU, just called.
+    """Captures a function without arguments, on static tensors, as one CUDA graph; on a CPU, just calls it.
 
-    It must have run before on the current stream's device: compiled, with its memory and states allocated. Calls replay
-    what it launched then, on the same addresses.
+    The function must have run before, so that it is compiled and its memory and states are allocated. Calls replay the
+    captured launches on the same addresses.
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, pool: Any = None) -> None:
@@ -83,7 +83,7 @@ class Capture:
 
 @dataclass
 class Unread:
-    """An update whose verdict is on its way to the host."""
+    """An update whose verdict is being copied to the host."""
 
     verdict: Tensor  # (3,) fp32 on the host: loss, norm, 1 where the update was taken
     arrived: Any  # a CUDA event, or None
@@ -91,7 +91,7 @@ class Unread:
 
 
 def no_graph(device: str, *, ranks: int, dtype: torch.dtype, documents: bool) -> str | None:
-    """Why an update of such a run cannot be one CUDA graph; None if it can."""
+    """Returns why an update of such a run cannot be one CUDA graph; None if it can."""
     if not device.startswith("cuda"):
         return f"{device} is no CUDA GPU"
     if ranks > 1:
@@ -102,13 +102,13 @@ def no_graph(device: str, *, ranks: int, dtype: torch.dtype, documents: bool) ->
 
 
 class Step:
-    """Makes one update from the next `accumulation` micro-batches each time it is called.
+    """Makes one update from the next `accumulation` micro-batches per call.
 
-    clip: bound on the norm of the whole gradient; 0 leaves it alone. scaler: for fp16; gradients that overflow change
-    nothing but the scale. guard: see Watch. team: whose ranks share the update, `optimizer` being a ShardedOptimizer
-    then. compiled: by torch.compile. On a CPU, forward, backward and clipping are one graph, for at sizes that a CPU
-    trains much of an iteration passes between the kernels. before_update: called before anything changes the weights.
-    graph: capture; batches must have one shape, and neither a scaler nor ranks are possible.
+    clip: bound on the norm of the whole gradient; 0: none. scaler: for fp16; gradients that overflow change only the
+    scale. guard: see Watch. team: the ranks that share the update; `optimizer` is then a ShardedOptimizer. compiled:
+    by torch.compile; on a CPU, forward, backward and clipping are one graph, because at CPU sizes much of an iteration
+    passes between the kernels. before_update: called before anything changes the weights. graph: capture a CUDA
+    graph; batches must have one shape, without a scaler or ranks.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Step:
         )  # fmt: skip
         self._objective = torch.compile(objective) if compiled and not self._one_graph else objective
         self._differentiate = self._compile_whole(objective) if self._one_graph else None
-        # Static, so that a graph may read and write them.
+        # Static, so that a graph can read and write them.
         self._sum, self._count, self._mean, self._refused, self._in_a_row, self._limit = torch.zeros(
             6, device=self.device
         ).unbind()
@@ -153,11 +153,11 @@ class Step:
         self._gated = guard is not None or graph or scaler is not None
         self._unread: list[Unread] = []
         self._graph = graph
-        self._static: list[Tensor] = []  # the batch that a graph reads
-        self._captured: list[Capture] = []  # the update; or with accumulation a micro-batch, and the rest
+        self._static: list[Tensor] = []  # input batch of the graph
+        self._captured: list[Capture] = []  # the whole update; with accumulation, a micro-batch and `_rest`
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
-        """The next update. Returns its mean loss, () fp32 on the device; may raise what the guard does, of the last."""
+        """Makes the next update; returns its mean loss () fp32 on the device. May raise for the previous update."""
         taken = [tuple(batch) for batch in islice(batches, self.accumulation)]
         if self.guard is not None:
             self._limit.fill_(self.guard.limit(len(self._unread)))
@@ -169,7 +169,7 @@ class Step:
         return self._mean.clone()
 
     def finish(self) -> None:
-        """Wait for the device, and tell the guard of the last update."""
+        """Waits for the device, and reports the last update to the guard."""
         while self._unread:
             self._read()
 
@@ -194,9 +194,9 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch) -> None:
-        """Add the gradient of a micro-batch's share of the loss to what the parameters hold."""
+        """Accumulates the gradient of a micro-batch's share of the loss."""
         total, count = self._objective(*batch)
-        self._known = isinstance(count, int)  # how many targets count is known without the device
+        self._known = isinstance(count, int)  # the host knows the count of targets
         self._nominal = self.accumulation * (count if isinstance(count, int) else batch[1].numel())
         share = total if self._nominal == 1 else total / self._nominal
         (share if self.scaler is None else self.scaler.scale(share)).backward()
@@ -204,7 +204,7 @@ class Step:
         self._count += count
 
     def _update(self, batch: Batch) -> None:
-        """From the sums and gradients of all micro-batches: normalize, clip, decide, step."""
+        """Normalizes and clips the accumulated gradients, decides on the update, and steps."""
         total, count = self._sum, self._count
         if self.team:
             total, count = self.team.mean(torch.stack((total, count))).unbind()
@@ -233,13 +233,13 @@ class Step:
 
     @torch.no_grad()
     def _decide(self, mean: Tensor, norm: Tensor) -> None:
-        """Set `_refused`, and tell the host why."""
+        """Sets `_refused`, and sends the verdict to the host."""
         overflowed = ~norm.isfinite()
         allowed = self._in_a_row <= (self.guard.max_skips if self.guard is not None else 0)
         if self.guard is not None:
             finite = mean.isfinite() if self.scaler is not None else mean.isfinite() & ~overflowed
             allowed = allowed & finite & (mean <= self._limit)
-            refused = self._in_a_row + 1.0  # masked_fill and no torch.where, which copies its numbers from the host
+            refused = self._in_a_row + 1.0  # masked_fill, as torch.where would copy its scalars from the host
             if self.guard.nonfinite == "stop":
                 refused = refused.masked_fill(~finite, math.inf)
             self._in_a_row.copy_(refused.masked_fill(allowed, 0.0))
@@ -255,14 +255,14 @@ class Step:
 
     @property
     def _scale(self) -> Tensor | None:
-        """What fp16's losses are multiplied by, () fp32 on the device."""
+        """Returns the fp16 loss scale, () fp32 on the device."""
         return None if self.scaler is None else self.scaler._scale
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def _compile_whole(self, objective: Objective) -> Callable[..., tuple[Tensor, Tensor, list[Tensor]]]:
-        """From a batch its mean loss, and the gradient's norm before clipping, and the clipped gradients: one graph."""
+        """Compiles one graph: batch -> mean loss, the gradient's norm before clipping, and the clipped gradients."""
         setattr(torch._dynamo.config, TRACE_GRAD, True)
         trained, clip = self.parameters, self.clip
 
@@ -306,12 +306,12 @@ class Step:
         self._backward(tuple(self._static))
 
     def _rest(self) -> None:
-        """After all micro-batches; leaves sums and gradients at zero for the next."""
+        """Ends an update after all micro-batches; leaves sums and gradients at zero for the next."""
         self._update(tuple(self._static))
         torch._foreach_zero_([*self._gradients(), self._sum, self._count])
 
     def _capture(self, batch: Batch) -> None:
-        """Warm up, which compiles and allocates but is refused as an update; capture. Random streams stand still."""
+        """Warms up by refused updates, which compile and allocate; then captures. Random streams are restored."""
         self._static = [t.clone() for t in batch]
         self.optimizer.make_capturable()
         functions = [self._whole_update] if self.accumulation == 1 else [self._one_micro_batch, self._rest]
@@ -321,7 +321,7 @@ class Step:
             self._sum.zero_()
             self._count.zero_()
         before = self._in_a_row.clone()
-        self._in_a_row.fill_(math.nan)  # which is at most nothing: no update is taken
+        self._in_a_row.fill_(math.nan)  # nan is not <= any limit, so no update is taken
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with _side_stream(self.device):
                 for _ in range(WARM_UPS):
@@ -353,7 +353,7 @@ class Step:
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """A stream of its own on a GPU, as what is to be captured must not have run on the default one."""
+    """Uses a side stream on a GPU, since code to be captured must not have run on the default stream."""
     if device.type != "cuda":
         yield
         return
@@ -372,9 +372,9 @@ def evaluate(
     team: Any = None,
     objective: Callable[[torch.nn.Module], Objective] = language_model,
 ) -> Tensor:
-    """Mean loss over all counted targets of `batches`, () fp32, in eval mode; draws nothing from torch's generator.
+    """Returns the mean loss over all counted targets of `batches`, () fp32, in eval mode; uses no random numbers.
 
-    Every rank of a team is given all batches and evaluates its share of them, each equally many.
+    Every rank of a team is given all batches and evaluates its share of them, the same number on each rank.
     """
     was_training = model.training
     model.eval()
@@ -385,7 +385,7 @@ def evaluate(
     while turn := list(islice(stream, size)):
         batch = turn[min(rank, len(turn) - 1)]
         total, count = measure(*batch)
-        mine = float(rank < len(turn))  # the last turn may be short
+        mine = float(rank < len(turn))  # the last round may be short
         sums.append(total.float() * mine)
         counts.append(torch.as_tensor(count, device=total.device).float() * mine)
     model.train(was_training)

@@ -36,15 +36,15 @@ from gptfast.tokenizer_json import BYTE_LETTERS
 if TYPE_CHECKING:
     import tiktoken
 
-LARGEST_VOCAB = 2**16  # of ids that fit uint16
+LARGEST_VOCAB = 2**16  # largest vocabulary whose ids fit uint16
 
-# How text is cut before merging: GPT-4's, with numbers cut into at most 2 digits instead of 3, which spares a small
+# How text is split before merging: GPT-4's pattern, with numbers of at most 2 digits instead of 3, which saves a small
 # vocabulary hundreds of ids (as in nanochat).
 GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
-BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names under which a vocabulary may hold its BOS
+BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names that a BOS may have
 
 GPT2_VOCAB, GPT2_BOS = 50257, 50256
 COPY_AGAIN = "copy or train the tokenizer again"
@@ -52,44 +52,44 @@ RANKS, HUGGING_FACE, ENCODING = "ranks.tiktoken", "tokenizer.json", "encoding.js
 
 
 class Tokenizer(Protocol):
-    """What the model, the samplers and the data sets know of any tokenizer."""
+    """The interface of tokenizers for the model, the samplers and the data sets."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids are 0 ... vocab_size - 1."""
+        """Returns the number of ids, 0 ... vocab_size - 1."""
 
     def encode(self, text: str) -> list[int]:
-        """Raises UserError for text that has no tokens."""
+        """Encodes text. Raises UserError for text that has no tokens."""
 
     def encode_tensor(self, text: str) -> Tensor:
-        """The same ids as a tensor (len,), as a token file holds them: uint16, or int32 if vocab_size is past 2^16."""
+        """Returns the same ids as a tensor (len,): uint16, or int32 if vocab_size is above 2^16."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Raises UserError for an id outside the vocabulary."""
+        """Decodes ids. Raises UserError for an id outside the vocabulary."""
 
     @property
     def bos(self) -> int | None:
-        """The special token that begins a document, or None."""
+        """Returns the id of the special token that begins a document, or None."""
 
     def token_bytes(self) -> Tensor:
-        """How many bytes of UTF-8 each token stands for, (vocab_size,) int64; 0 for a special token.
+        """Returns how many bytes of UTF-8 each token stands for, (vocab_size,) int64; 0 for a special token.
 
-        Bits per byte is a loss over these bytes, and so compares models of different tokenizers.
+        Bits per byte divides the loss by these bytes, so it is comparable between tokenizers.
         """
 
     def holes(self) -> Tensor:
-        """The ids below vocab_size that no token has, in order, (len,) int64."""
+        """Returns the unused ids below vocab_size, in order, (len,) int64."""
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 in hex that two tokenizers share only if they give the same ids to every text."""
+        """Returns a sha256 in hex that two tokenizers share only if they give the same ids for every text."""
 
     def to_json(self) -> dict[str, Any]:
-        """A description of plain JSON values from which `from_json` makes an equal tokenizer."""
+        """Returns a description in plain JSON values, from which `from_json` makes an equal tokenizer."""
 
 
 def from_json(description: Any) -> Tokenizer:
-    """The tokenizer that `to_json` described. Raises UserError if it is no such description."""
+    """Returns the tokenizer that `to_json` described. Raises UserError for anything else."""
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind == "char" and isinstance(description.get("chars"), str):
         return CharTokenizer(description["chars"])
@@ -101,12 +101,12 @@ def from_json(description: Any) -> Tokenizer:
 
 
 def bos_of(description: Any) -> int | None:
-    """The `bos` of the tokenizer that `to_json` described; GPT-2's without its ranks, which may have to be fetched."""
+    """Returns the `bos` of the described tokenizer; GPT-2's without loading its ranks, which may need the network."""
     return GPT2_BOS if description == {"kind": "tiktoken", "name": "gpt2"} else from_json(description).bos
 
 
 def load_tokenizer(data_dir: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared data set, `data/<name>/`.
+    """Loads the tokenizer of a prepared data set, `data/<name>/`.
 
     A folder without meta.json holds GPT-2 tokens, which is nanoGPT's convention. Raises UserError for a missing folder,
     a meta.json that cannot be read, and a pickled meta.pkl, which could run code and is never opened.
@@ -130,7 +130,7 @@ def load_tokenizer(data_dir: str | Path) -> Tokenizer:
 
 
 def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
-    """`meta.json` of a prepared data set, or None where there is none; it has at least `vocab_size` and `tokenizer`.
+    """Reads `meta.json` of a prepared data set, with at least `vocab_size` and `tokenizer`; None where there is none.
 
     Raises UserError for a missing folder and for a file that cannot be read or lacks these.
     """
@@ -152,7 +152,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
 
 
 def check_vocab(meta: dict[str, Any], data_dir: Path) -> None:
-    """Raises UserError unless what `read_meta` gave states the vocabulary of its tokenizer, as no other file could."""
+    """Raises UserError if the result of `read_meta` states another vocabulary size than its tokenizer's."""
     tokenizer = meta["tokenizer"]
     size = GPT2_VOCAB if tokenizer == {"kind": "tiktoken", "name": "gpt2"} else from_json(tokenizer).vocab_size
     if size != meta["vocab_size"]:
@@ -164,7 +164,7 @@ def check_vocab(meta: dict[str, Any], data_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """One token per character: the id of a character is its place in `chars`."""
+    """One token per character: the id of a character is its index in `chars`."""
 
     chars: str
 
@@ -176,7 +176,7 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """The tokenizer whose vocabulary is the distinct characters of `text` in code point order."""
+        """Returns the tokenizer for the distinct characters of `text`, in code point order."""
         return cls("".join(sorted(set(text))))
 
     @property
@@ -190,7 +190,7 @@ class CharTokenizer:
             raise self._unknown(text, error.args[0]) from None
 
     def encode_tensor(self, text: str) -> Tensor:
-        """Ids of a long text (len,) uint16: one table look-up for all its characters."""
+        """Returns the ids of a long text (len,) uint16 by one table lookup."""
         if not text:
             return torch.empty(0, dtype=torch.uint16)
         codes, known = _code_points(text), _code_points(self.chars)
@@ -235,10 +235,10 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte pair encoding, run by tiktoken: by tiktoken's name of an encoding, such as gpt2, or of ranks of your own.
+    """Byte pair encoding, run by tiktoken: a named encoding such as gpt2, or one from your own ranks.
 
-    tiktoken fetches the ranks of a named encoding once from the network and caches them. Raises UserError where neither
-    is possible.
+    tiktoken downloads the ranks of a named encoding once and caches them. Raises UserError if they are neither cached
+    nor downloadable.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class BPETokenizer:
         normalization: str = "",
     ) -> None:
         self.name = name
-        self.is_named = encoding is None  # and so can be described by its name alone
+        self.is_named = encoding is None  # its name alone describes it
         self.written, self.normalization = tuple(sorted(written)), normalization
         self._encoding = encoding or _named_encoding(name)
         self._blanks = Blanks.of(self.pattern)
@@ -265,11 +265,11 @@ class BPETokenizer:
         written: Sequence[str] = (),
         normalization: str = "",
     ) -> BPETokenizer:
-        """`ranks`: the id of each token, in the order in which they are merged; all 256 single bytes are among them.
+        """Makes a tokenizer. `ranks`: each token's id, in merge order; all 256 single bytes must be among them.
 
-        `special_tokens` have ids that no rank has; text is encoded into those of them that are `written`, and into no
-        other. `normalization`: NFC composes characters first. Raises UserError if a byte is missing, an id is given
-        twice, or one of the others is none of these.
+        `special_tokens` have ids outside the ranks; text is encoded only into those listed in `written`.
+        `normalization`: NFC composes characters first. Raises UserError if a byte is missing, an id is used twice, or
+        another argument is invalid.
         """
         ids = [*ranks.values(), *special_tokens.values()]
         if any(bytes([byte]) not in ranks for byte in range(256)) or len(set(ids)) < len(ids) or min(ids) < 0:
@@ -297,12 +297,12 @@ class BPETokenizer:
 
     @property
     def pattern(self) -> str:
-        """The regular expression whose matches are merged, each by itself."""
+        """Returns the regular expression that splits text; merges happen within its matches."""
         return self._encoding._pat_str
 
     @cached_property
     def ranks(self) -> dict[bytes, int]:
-        """The id of every ordinary token, in ascending order."""
+        """Returns the id of every ordinary token, in ascending order."""
         return dict(sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1]))
 
     @property
@@ -314,16 +314,16 @@ class BPETokenizer:
         return next((self.special_tokens[name] for name in BEGINNINGS if name in self.special_tokens), None)
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens in `text` are encoded as ordinary text, so that a prompt cannot forge one, but for `written`.
+        """Encodes text; special tokens in it become ordinary text, so that a prompt cannot forge one, except `written`.
 
-        Half of a surrogate pair is no character and becomes U+FFFD. Raises UserError for text that the pattern of a
-        tokenizer of strangers cannot split.
+        Half of a surrogate pair is no character and becomes U+FFFD. Raises UserError for text that an untrusted
+        tokenizer's pattern cannot split.
         """
         if self.normalization:
             text = unicodedata.normalize("NFC", text)
         if self._at_written is None:
             return self._merged(text)
-        parts = self._at_written.split(text)  # at odd places the tokens, each by its name
+        parts = self._at_written.split(text)  # the parts at odd indices are names of tokens
         return [
             token
             for i, part in enumerate(parts)
@@ -341,7 +341,7 @@ class BPETokenizer:
                 for token in (encoding._encode_single_piece(piece) if is_whole else encoding.encode_ordinary(piece))
             ]
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # tiktoken's, which is no Exception
+            if type(error).__name__ != "PanicException":  # tiktoken's, not a subclass of Exception
                 raise
         raise UserError(
             f"the {self.name} tokenizer's pattern cannot split a text of {len(text):,} characters, perhaps for a "
@@ -349,7 +349,7 @@ class BPETokenizer:
         )
 
     def encode_document(self, text: str) -> list[int]:
-        """The ids of `text` with BOS in front. Raises UserError if the vocabulary has no BOS."""
+        """Returns the ids of `text` with BOS in front. Raises UserError if the vocabulary has no BOS."""
         if self.bos is None:
             raise UserError(f"the {self.name} tokenizer has no token to begin a document; use gpt2, or train one")
         return [self.bos, *self.encode(text)]
@@ -359,7 +359,7 @@ class BPETokenizer:
         return ids if self.vocab_size > LARGEST_VOCAB else ids.to(torch.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """Decodes ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         _check_ids(ids, self.vocab_size)
         try:
             return self._encoding.decode(list(ids))
@@ -391,7 +391,7 @@ class BPETokenizer:
         return description | self._extras() | {"tokens": self._tokens()}
 
     def _extras(self) -> dict[str, Any]:
-        """What few tokenizers have, and the description of the others does not mention."""
+        """Returns the optional fields of the description, which most tokenizers do not need."""
         extras = {"written": list(self.written), "normalization": self.normalization}
         return {name: value for name, value in extras.items() if value}
 
@@ -415,19 +415,19 @@ class BPETokenizer:
         (folder / ENCODING).write_text(json.dumps(encoding, indent=1), "utf-8")
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair of tokens that each longer token is merged from, in order; ranks alone determine it."""
+        """Returns the pair of tokens that each longer token is merged from, in order; the ranks determine it."""
         ranks = self.ranks
         return [tokenizer_json.halves(token, ranks) for token in ranks if len(token) > 1]
 
     def _tokens(self) -> str:
-        """Every ordinary token in base64 at the place of its id, apart by spaces; nothing at the place of others."""
+        """Returns the ordinary tokens in base64, separated by spaces, in order of id; empty at ids of other tokens."""
         tokens = [""] * (1 + max(self._encoding._mergeable_ranks.values()))
         for token, rank in self._encoding._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode()
         return " ".join(tokens)
 
     def _hugging_face(self) -> Any:
-        """The same as a tokenizers.Tokenizer. Raises UserError if its ids have gaps, which that cannot express."""
+        """Returns an equal tokenizers.Tokenizer. Raises UserError for gaps between ids, which that cannot express."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
         def written(token: bytes) -> str:
@@ -466,7 +466,7 @@ class BPETokenizer:
 
 
 def find_bpe(name: str) -> BPETokenizer:
-    """The tokenizer of the folder `name`, or tiktoken's of that name. Raises UserError if it is neither."""
+    """Returns the tokenizer in the folder `name`, or tiktoken's of that name. Raises UserError if there is neither."""
     if Path(name).is_dir():
         return load_bpe(name)
     known = _import_tiktoken(f"the {name} tokenizer").list_encoding_names()
@@ -476,7 +476,7 @@ def find_bpe(name: str) -> BPETokenizer:
 
 
 def load_bpe(folder: str | Path) -> BPETokenizer:
-    """The BPE tokenizer of a folder that `BPETokenizer.save` wrote, or that holds Hugging Face's tokenizer.json.
+    """Loads the BPE tokenizer of a folder written by `BPETokenizer.save` or with Hugging Face's tokenizer.json.
 
     Raises UserError for files that are missing, damaged, or of a kind that byte-level BPE cannot express.
     """
@@ -493,7 +493,7 @@ def load_bpe(folder: str | Path) -> BPETokenizer:
 
 
 def _from_hugging_face(path: Path) -> BPETokenizer:
-    """The tokenizer of a tokenizer.json whose model is byte-level BPE, as those of GPT-2, Llama 3 and ours are."""
+    """Loads a tokenizer.json with a byte-level BPE model, such as those of GPT-2, Llama 3 and ours."""
     content = untrusted.json_object(path, COPY_AGAIN)
     ranks, special_tokens, pattern, written, normalization = tokenizer_json.read(content, path)
     try:
@@ -505,7 +505,7 @@ def _from_hugging_face(path: Path) -> BPETokenizer:
 
 
 def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
-    """From what `to_json` gives: pattern, special tokens, and the tokens in base64 by id."""
+    """Builds the tokenizer from a description: pattern, special tokens, and the tokens in base64 by id."""
     pattern, specials, tokens = map(description.get, ("pattern", "special_tokens", "tokens"))
     written, normalization = description.get("written", []), description.get("normalization", "")
     if not (isinstance(written, list) and all(isinstance(name, str) for name in written)):
@@ -529,7 +529,7 @@ def _unknown_description(description: Any) -> UserError:
 
 
 def _read_ranks(path: Path) -> str:
-    """The tokens of a rank file, in the form of `to_json`."""
+    """Returns the tokens of a rank file, in the form of `to_json`."""
     try:
         rows = [line.split(" ") for line in untrusted.content(path).decode("ascii").splitlines()]
         ids = [int(rank) for _, rank in rows]
@@ -546,7 +546,7 @@ def _read_ranks(path: Path) -> str:
 
 
 def _largest_id(tokens: int) -> int:
-    """What ids may reach before the tables that they index are too large to be meant."""
+    """Returns a bound on ids for this many tokens; beyond it, tables indexed by id would be absurdly large."""
     return 4 * tokens + 1_000_000
 
 
@@ -574,7 +574,7 @@ def _sha256(content: Any) -> str:
 
 
 def _code_points(text: str) -> Tensor:
-    """The code point of every character, (len,) int32."""
+    """Returns the code point of every character, (len,) int32."""
     return torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
 
 

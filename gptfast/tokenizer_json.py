@@ -1,7 +1,7 @@
-"""Hugging Face's tokenizer.json: what of it is a byte-level BPE as tiktoken runs it, and a proof that it is.
+"""Reads byte-level BPE from Hugging Face's tokenizer.json, and verifies that tiktoken gives the same ids.
 
-A file that says anything else is refused, never read as something near. What it says is checked twice: field by field,
-and by a probe, a text whose ids must be those that the library `tokenizers` gives for it.
+Any other kind of file is refused, never approximated. A file is checked twice: field by field, and by a probe text
+whose ids must equal those of the library `tokenizers`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 
 ELSEWHERE = "gptfast reads plain byte-level BPE, as of GPT-2, Llama 3 and Qwen; use transformers for others"
 
-# Words, numbers, punctuation, blanks of all kinds, scripts, marks that may be composed, and what is no character.
+# Words, numbers, punctuation, all kinds of blanks, scripts, combining marks, and non-characters.
 PROBE = """The quick brown fox, it's 12345 years old (b, c) [d] {e} <f>: HE'LL say "don't"!?  x=y+1;
 \tdef f(a, b):\n\n\n        return a**2 // b  # 100% sure…\r\n\r\n   \n  ends here   \n\t\n
 Zażółć gęślą jaźń; ÄÖÜ ß; cafe\u0301 and caf\u00e9; \u212b; naïve — “quotes” ‘s; 1.5e-10, 3,000,000 €
@@ -29,17 +29,17 @@ https://example.org/a_b?c=d&e=%20#f  \u00a0\u2003\u3000 \x1c \x00 \ufeff ﬁ Ⅷ
 
 
 class Found(NamedTuple):
-    """What a tokenizer.json says."""
+    """The content of a tokenizer.json."""
 
     ranks: dict[bytes, int]
     special_tokens: dict[str, int]
     pattern: str
-    written: tuple[str, ...]  # of the special tokens, those that text is encoded into
+    written: tuple[str, ...]  # the special tokens that text may be encoded into
     normalization: str  # NFC, or empty
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in Hugging Face's files: itself if it prints, else one from 256 on."""
+    """Returns the letter for each byte in Hugging Face's files: itself if printable, else a code point from 256 on."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -49,7 +49,7 @@ BYTE_LETTERS = _byte_letters()
 
 
 def read(content: Mapping[str, Any], path: Path) -> Found:
-    """What `content`, the JSON of `path`, says. Raises UserError for what a byte-level BPE cannot express."""
+    """Interprets `content`, the JSON of `path`. Raises UserError for anything that byte-level BPE cannot express."""
     try:
         model = content["model"]
         pattern = _pattern(content, path)
@@ -67,10 +67,10 @@ def read(content: Mapping[str, Any], path: Path) -> Found:
 
 
 def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[int]]) -> None:
-    """Holds `encode` to what `tokenizers` makes of the file: each token of its merges, and the ids of the PROBE.
+    """Checks `encode` against the library `tokenizers`: on each token of the file's merges, and on the PROBE.
 
-    A merge that tiktoken would make and the file does not list would join the two halves of some token, so that the
-    file's own merges stop short of it: it is enough that they lead to every token. Raises UserError where they differ.
+    If tiktoken made a merge that the file does not list, the file's own merges could not build the resulting token; so
+    it is enough that they build every token. Raises UserError where the two differ.
     """
     try:
         from tokenizers import Tokenizer
@@ -87,7 +87,7 @@ def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[i
         if len(token) > 1 and token not in special and len(model.tokenize(token)) != 1:
             raise UserError(f"{path}: no merges lead to its token {token!r}, which tiktoken would make; {ELSEWHERE}")
     theirs = Tokenizer.from_str(json.dumps({**content, "truncation": None, "padding": None}))
-    theirs.encode_special_tokens = True  # as text: so that tokens in it are what ours makes of them
+    theirs.encode_special_tokens = True  # as text, which is how ours encodes special tokens
     written = [token["content"] for token in content.get("added_tokens") or [] if not token["special"]]
     for text in (PROBE, " ".join([f"a{name} b {name}c" for name in written]), "a", " ", "\n\n a  "):
         expected, ours = theirs.encode(text, add_special_tokens=False).ids, encode(text)
@@ -97,22 +97,22 @@ def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[i
 
 
 def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge gives `token`: what is left when all merges of a lower rank are done.
+    """Returns the two tokens that merge into `token`: what remains after all merges of a lower rank.
 
-    Raises UserError if no two are. Takes n log n steps for n bytes: a stranger's token may be long.
+    Raises UserError if more than two remain. Takes O(n log n) for n bytes, as an untrusted token may be long.
     """
-    ends = list(range(1, len(token) + 1))  # where the part that begins at a byte ends; 0 where none begins any more
-    begins = list(range(-1, len(token)))  # where the part before the one that begins at a byte begins
+    ends = list(range(1, len(token) + 1))  # end of the part that begins at each byte; 0 where none begins any more
+    begins = list(range(-1, len(token)))  # begin of the part before the one that begins at each byte
     waiting = [
         (rank, i) for i in range(len(token) - 1) if (rank := ranks.get(token[i : i + 2])) is not None
-    ]  # merges, by rank and then place
+    ]  # merges, by rank, then position
     heapq.heapify(waiting)
     count = len(token)
     while count > 2 and waiting:
         rank, i = heapq.heappop(waiting)
         middle = ends[i]
         if not middle or middle == len(token) or ranks.get(token[i : ends[middle]]) != rank:
-            continue  # one of the two has been merged since
+            continue  # stale: one of the two has been merged since
         if rank >= ranks[token]:
             break
         end = ends[i] = ends[middle]
@@ -129,7 +129,7 @@ def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def _pattern(content: Mapping[str, Any], path: Path) -> str:
-    """How text is cut before merging. A pattern that may leave characters out gets an alternative for these."""
+    """Returns the splitting pattern; adds an alternative for characters that it may leave out."""
     normalizer, step = content.get("normalizer"), content.get("pre_tokenizer") or {}
     steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
     if content["model"].get("type", "BPE") != "BPE":
@@ -151,7 +151,7 @@ def _pattern(content: Mapping[str, Any], path: Path) -> str:
     if first["behavior"] != "Isolated" or first.get("invert") or "Regex" not in first["pattern"]:
         raise UserError(f"{path} splits text by a Split of another kind ({first['behavior']}); {ELSEWHERE}")
     pattern = first["pattern"]["Regex"]
-    # Split keeps what lies between matches as pieces of their own; tiktoken drops it.
+    # `tokenizers` keeps the text between matches as pieces of their own; tiktoken drops it.
     return pattern if Blanks.of(pattern) else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
@@ -183,7 +183,7 @@ def _ranks(model: Mapping[str, Any], special_tokens: Mapping[str, int], path: Pa
 
 
 def _written(added: list[Mapping[str, Any]], path: Path) -> tuple[str, ...]:
-    """The added tokens that text is encoded into, because they are not special."""
+    """Returns the added tokens that text may be encoded into, because they are not special."""
     written = tuple(token["content"] for token in added if not token["special"])
     for token in added:
         odd = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]

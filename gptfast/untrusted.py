@@ -1,6 +1,6 @@
-"""Reading what somebody else may have written: regular files alone, of a size that is meant, and JSON of known shape.
+"""Reads untrusted files: only regular files, of bounded size, and JSON of a known shape.
 
-Whatever is wrong with a file is an OSError or a ValueError with one line; who reads it adds the name and the fix.
+Any fault of a file raises an OSError or a one-line ValueError; the caller adds the file's name and the fix.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from gptfast.errors import UserError
 
-LARGEST, LARGEST_ROWS = 2**28, 2**30  # bytes of a file of JSON or of a tokenizer, and of one of rows
+LARGEST, LARGEST_ROWS = 2**28, 2**30  # bytes: of a JSON or tokenizer file, and of a file of rows
 NO_FILE = "it is no regular file"
-# What reading a value raises that is missing, of another type, too large or too deep.
+# Exceptions from reading a value that is missing, of another type, too large or too deep.
 STRANGE = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError
 )  # fmt: skip
 
 
 def opened(path: str | Path) -> BufferedReader:
-    """The file of that name, to be read. Raises OSError, for a folder, pipe or device too, which nobody waits for."""
+    """Opens a file for reading. Raises OSError, also for a folder, pipe or device, without blocking on it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -37,7 +37,7 @@ def opened(path: str | Path) -> BufferedReader:
 
 
 def content(path: str | Path, largest: int = LARGEST) -> bytes:
-    """All bytes of a file. Raises OSError, and ValueError if there are more than `largest`."""
+    """Returns all bytes of a file. Raises OSError, and ValueError if there are more than `largest`."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
@@ -46,12 +46,12 @@ def content(path: str | Path, largest: int = LARGEST) -> bytes:
 
 
 def text(path: str | Path, largest: int = LARGEST) -> str:
-    """The text of a file in UTF-8, its line ends as they are. Raises OSError or ValueError."""
+    """Returns the text of a UTF-8 file, its line ends unchanged. Raises OSError or ValueError."""
     return content(path, largest).decode("utf-8")
 
 
 def parsed(content: bytes | str) -> Any:
-    """The value of a text of JSON. Raises ValueError, for one that is nested without end too."""
+    """Parses JSON. Raises ValueError, also for JSON that is nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -59,7 +59,7 @@ def parsed(content: bytes | str) -> Any:
 
 
 def json_object(path: str | Path, fix: str) -> dict[str, Any]:
-    """The object that a file of JSON holds. Raises UserError that names the file and the `fix`."""
+    """Returns the object in a JSON file. Raises UserError that names the file and the `fix`."""
     try:
         value = parsed(content(path))
     except (OSError, ValueError) as error:
@@ -70,10 +70,10 @@ def json_object(path: str | Path, fix: str) -> dict[str, Any]:
 
 
 def tensors(file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an open safetensors file, on the CPU, and its metadata: of this file, whatever has its name now.
+    """Returns the tensors of an open safetensors file, on the CPU, and its metadata, even if the file was renamed.
 
-    They lie in the file, each page of which is read when it is needed; to write to them changes no file. Raises
-    ValueError for a file that is none.
+    The tensors are mapped copy-on-write: pages are read on demand, and writing to them changes no file. Raises
+    ValueError for any other file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -87,9 +87,9 @@ def tensors(file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextlib.contextmanager
 def expected(what: str, fix: str) -> Iterator[None]:
-    """For a block that takes apart what a file holds, any value of which may be missing or of another type.
+    """Guards a block that reads fields of a file, any of which may be missing or of another type.
 
-    Raises UserError, of one line: what is not as expected, why, and the fix.
+    Raises a one-line UserError: what is not as expected, why, and the fix.
     """
     try:
         yield
@@ -102,11 +102,11 @@ def expected(what: str, fix: str) -> Iterator[None]:
 
 
 def plain_name(name: Any) -> bool:
-    """Whether it names a file of a folder, and none elsewhere."""
+    """Returns whether a name is a plain file name, without a path."""
     return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not {"/", "\\", "\0"} & {*name}
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """Returns the message of an error on one line."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.splitlines() or [type(error).__name__])[0][:200]

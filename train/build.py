@@ -1,4 +1,4 @@
-"""From a configuration to what is trained: the data's vocabulary, the model, its optimizer, its launches."""
+"""Builds what a run trains from its configuration: vocabulary, model, optimizer, and whether to use a CUDA graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_compiler(device: str) -> None:
 
 
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
-    """The vocabulary size and the tokenizer, as JSON, that meta.json states; without meta.json, None and GPT-2's."""
+    """Returns the vocabulary size and the tokenizer (as JSON) from meta.json; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
     if meta is not None:
         check_vocab(meta, folder)
@@ -48,7 +48,7 @@ def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
 
 
 def vocab_size_of(config: Pretrain) -> int:
-    """Of a new model: that of the data set if it is prepared, else the dial's or GPT-2's; rounded up."""
+    """Returns a new model's vocabulary size: the prepared data set's, else the dial's or GPT-2's; rounded up."""
     folder = Path(config.data_dir) / config.dataset
     meta = read_meta(folder) if folder.is_dir() else None
     if meta is not None:
@@ -57,7 +57,7 @@ def vocab_size_of(config: Pretrain) -> int:
 
 
 def rounded(vocab_size: int, tokenizer: Any, multiple: int) -> int:
-    """Up to a multiple: matrix products of odd sizes are slow. Characters are left alone, as nanoGPT does."""
+    """Rounds up to `multiple`, as odd sizes make matrix products slow; leaves characters alone, as nanoGPT does."""
     by_character = isinstance(tokenizer, dict) and tokenizer.get("kind") == "char"
     return vocab_size if by_character else -(-vocab_size // multiple) * multiple
 
@@ -66,7 +66,7 @@ def build_model(
     config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, tokenizer: dict[str, Any],
     saved: checkpoint.Checkpoint | None,
 ) -> GPT:  # fmt: skip
-    """The model that `init_from` asks for, on `device`, no longer than `config.block_size`."""
+    """Returns the model that `init_from` asks for, on `device`, its context cropped to `config.block_size`."""
     ops = runtime.choose_ops(config.kernels, device)
     print(f"kernels:\n{ops}")
     if saved is not None:
@@ -100,7 +100,7 @@ def build_model(
 
 
 def use_fp8(config: Pretrain, model: GPT, device: str) -> None:
-    """Makes the large linear maps of `model` multiply in 8 bits; says which, how, and by which peak MFU is reckoned."""
+    """Makes the large linear layers of `model` multiply in 8 bits; prints which, how, and the peak used for MFU."""
     way = fp8.way(device)
     converted, left = fp8.convert(model, way)
     if not converted:
@@ -121,7 +121,7 @@ def use_fp8(config: Pretrain, model: GPT, device: str) -> None:
 
 @torch.no_grad()
 def start_at_zero(model: GPT) -> None:
-    """Every block starts as the identity and every logit at zero: the first loss is ln V, and no warm-up is needed.
+    """Makes every block start as the identity and every logit at zero: the first loss is ln V; no warm-up is needed.
 
     Projections into the residual stream and the head are zero, other matrices uniform with deviation 0.5 / sqrt(C),
     embeddings N(0, 1). A tied head is a matrix like the others, and there the first loss is a little above ln V.
@@ -139,7 +139,7 @@ def start_at_zero(model: GPT) -> None:
 
 
 def build_optimizer(config: Pretrain, model: GPT, team: Team) -> tuple[torch.nn.Module, Any]:
-    """What to call, and the optimizer; both are the team's, if there is one."""
+    """Returns the module to call and the optimizer; under torchrun, the wrapped module and the sharded optimizer."""
     if team.size == 1:
         return model, make_optimizer(config, model)
     from gptfast.parallel.optimizer import ShardedOptimizer
@@ -151,7 +151,7 @@ def build_optimizer(config: Pretrain, model: GPT, team: Team) -> tuple[torch.nn.
 
 
 def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
-    """nanoGPT's AdamW; or Muon for the matrices in the blocks at `matrix_lr`, and AdamW for the rest. Prints groups."""
+    """Returns nanoGPT's AdamW, or Muon for the blocks' matrices and AdamW for the rest. Prints the groups."""
     rate, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
     if config.optimizer == "adamw":
         return adamw(model, learning_rate=rate, betas=betas, weight_decay=decay)
@@ -171,14 +171,14 @@ def make_optimizer(config: Pretrain, model: GPT) -> torch.optim.Optimizer:
 
 
 def architecture_of(config: Pretrain, vocab_size: int) -> GPTConfig:
-    """The fields that the flags and GPTConfig have in common."""
+    """Returns the GPTConfig that the flags describe: every field that both have."""
     flags = dataclasses.asdict(config)
     names = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
     return GPTConfig(vocab_size=vocab_size, **{name: flags[name] for name in names & flags.keys()})
 
 
 def choose_graph(asked: bool | None, device: str, team: Team, dtype: torch.dtype, *, documents: bool) -> bool:
-    """Whether an update is one CUDA graph; says so, and why. Raises UserError where it is asked for and cannot be."""
+    """Decides whether an update is one CUDA graph; prints the reason. Raises UserError if requested but impossible."""
     obstacle = no_graph(device, ranks=team.size, dtype=dtype, documents=documents)
     if asked and obstacle:
         raise UserError(f"--cuda_graph=True: {obstacle}; leave it out")

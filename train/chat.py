@@ -1,12 +1,12 @@
-"""An assistant from nothing, without a network: tokenizer, base model, SFT, RL, evaluation and a report card.
+"""Trains an assistant from scratch, offline: tokenizer, base model, SFT, RL, evaluation and a report card.
 
     python -m train.chat                           # `make chat`: ten minutes on two cores
     python -m train.chat --name=Ada --sft_iters=1200
 
 The base model reads the source of Python's standard library in byte pairs; SFT teaches it who it is, small sums with
-the calculator, spelling and counting letters, from templates (train/tasks). Sums of two digits it sees by heart, which
-it gets wrong, and with the calculator; by RL it finds out which is better. Everything lands in out_dir: tokenizer,
-data, base, sft, rl, and report.md.
+the calculator, spelling and counting letters, from templates (train/tasks). It sees two-digit sums answered both from
+memory, which it gets wrong, and with the calculator; RL teaches it which of the two to use. Everything lands in
+out_dir: tokenizer, data, base, sft, rl, and report.md.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from train.tokenizer import train_bpe
 
 MIXTURE = "identity*2,arithmetic,simplespelling*0.5,spellingbee*0.25,addition"
 TASKS = "identity,arithmetic,addition,simplespelling,spellingbee"
-TEXT_CHARACTERS = 1_000_000  # of the base's text that the tokenizer is trained on
-PER_TASK = 500  # conversations of each task that it is trained on
+TEXT_CHARACTERS = 1_000_000  # of the base model's text, for training the tokenizer
+PER_TASK = 500  # conversations of each task, for training the tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class ChatRun:
     block_size: int = 256  # tokens per sequence
     base_iters: int = 200  # updates of the base model
     sft_iters: int = 500  # of SFT
-    rl_iters: int = 20  # of RL; more of them cost other skills
+    rl_iters: int = 20  # of RL; more make other skills worse
     questions: int = 100  # of an evaluation of RL
-    examples: int = 60  # of each task, to be judged by
-    answer_tokens: int = 160  # of an answer that is judged, at most
+    examples: int = 60  # of each task, to evaluate on
+    answer_tokens: int = 160  # at most, in an evaluated answer
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     seed: int = 1337  # of weights, data and answers
 
@@ -75,14 +75,14 @@ def main(argv: list[str]) -> None:
 
 
 def make_data(config: ChatRun, out: Path, device: str) -> None:
-    """The base's text in byte pairs of a tokenizer that has seen conversations too."""
+    """Writes the base model's tokens, by a tokenizer trained on its text and on conversations."""
     code = pystdlib_text()[0][:TEXT_CHARACTERS]
     train_bpe([code, *conversations(config)], config.vocab_size).save(out / "tokenizer")
     prepare_as(PrepareConfig("pystdlib", tokenizer=str(out / "tokenizer"), data_dir=str(out / "data")))
 
 
 def conversations(config: ChatRun) -> Iterator[str]:
-    """What is said in the first conversations of each task."""
+    """Yields the text of the messages in the first conversations of each task."""
     where = Where(identity=Identity(config.name, config.maker, config.size, config.limits))
     for word in TASKS.split(","):
         for example in islice(find(word).examples("train", where), PER_TASK):

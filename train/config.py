@@ -22,6 +22,11 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 
 
+OptimizerName = Literal["adamw", "muon", "adamw_by_role"]
+ScheduleName = Literal["cosine", "trapezoid", "linear"]
+ArchitectureName = Literal["nanochat", "gptfast"]
+
+
 @dataclass(frozen=True)
 class Pretrain:
     out_dir: str = "out"  # where checkpoints and metrics.jsonl go
@@ -60,59 +65,52 @@ class Pretrain:
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # under torchrun: whole weights on each rank, or split over ranks
     fp8: bool = False  # train the blocks' large linear maps in 8-bit floats: on sm_89 and newer; a CPU emulates it
-    cuda_graph: bool | None = None  # launch an update as one CUDA graph; default: on one GPU where shapes are static
+    cuda_graph: bool | None = None  # run an update as one CUDA graph; default: on one GPU where shapes are static
     shard_size: int = 0  # hsdp: ranks that hold one copy of the weights together; 0: those of a node
     tensor_parallel: int = 1  # fsdp: ranks that share each matrix product
-    resume: str = ""  # go on from out_dir: latest (which starts anew where there is none), best, or a step's number
-    keep: int = 2  # last checkpoints to keep; the best is kept besides
-    async_save: bool = False  # train on while a checkpoint is written; holds one more copy of the state, on the CPU
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a loss or gradient that is no number: stop, or skip the update
+    resume: str = ""  # continue from out_dir: latest (starts anew where there is none), best, or a step's number
+    keep: int = 2  # number of last checkpoints to keep, besides the best
+    async_save: bool = False  # keep training while a checkpoint is written, from a copy of the state on the CPU
+    nonfinite: Literal["stop", "skip"] = "stop"  # on a loss or gradient that is not finite: stop, or skip the update
     spike: float = 0.0  # skip updates whose loss is this many standard deviations above the last 128; 0: never
     max_skips: int = 10  # updates skipped in a row before the run stops
     tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # service that evaluations are sent to
-    documents: bool = False  # rows of whole documents, each of which attends to itself alone; else random windows
+    documents: bool = False  # rows of whole documents, each attending to itself alone; else random windows
     vocab_multiple: int = 64  # from scratch, round the vocabulary of a BPE tokenizer up to a multiple; 1: as it is
     data_dir: str = "data"  # folder of the prepared data sets; the tokens are in <data_dir>/<dataset>
     seed: int = 1337  # of weights, batches and dropout
     kernels: Literal["auto", "cpu", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
     vocab_size: int = 0  # from scratch, rows of embedding and head; 0: as vocab_multiple says
-    optimizer: Literal["adamw", "muon", "adamw_by_role"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for all
-    # else; adamw_by_role: AdamW for the matrices too, with the groups and rates that go with Muon
-    matrix_lr: float = (
-        0.02  # the matrices' highest rate beside Muon; like the next two follows learning_rate's schedule
-    )
+    optimizer: OptimizerName = "adamw"  # muon: Muon for the blocks' matrices; adamw_by_role: AdamW in Muon's groups
+    matrix_lr: float = 0.02  # the matrices' highest rate unless optimizer=adamw; follows learning_rate's schedule
     head_lr: float | None = None  # AdamW's highest rate for an untied head; default learning_rate
     scalar_lr: float | None = None  # AdamW's highest rate for gains, biases and token shifts; default learning_rate
     momentum: float = 0.95  # Muon's
     momentum_start: float = 0.95  # Muon's at the first update, with schedule=linear
-    momentum_iters: int = 0  # updates until momentum is reached from there
+    momentum_iters: int = 0  # updates that it takes from momentum_start to momentum
     newton_schulz_steps: int = 5  # Muon's; small models can do with fewer
     cautious: bool = False  # Muon decays a weight only where the update shrinks it too
     decay_by_shape: bool = False  # Muon decays tall matrices by sqrt(rows / columns) more, as nanochat; --depth sets it
-    equalize: bool = False  # Muon evens out the rows of what it orthogonalizes, as nanochat; --depth sets it
-    normalize: bool = False  # Muon evens out the rows of its updates (NorMuon)
-    normalize_beta2: float = 0.95  # and over how many updates: decay of the squares
-    rules: Literal["plain", "nanochat"] = "plain"  # AdamW's betas, decay and shares of the rates, beside Muon
-    schedule: Literal["cosine", "trapezoid", "linear"] = "cosine"  # trapezoid: up, level, down to min_lr, with Muon's
-    # momentum and decay; linear: the same to zero, weight decay too, and momentum from momentum_start
-    warmdown_ratio: float = 0.65  # the part of lr_decay_iters in which trapezoid and linear go down
-    architecture: Literal["nanochat", "gptfast"] = (
-        "nanochat"  # whose model a depth means: nanochat's own, or ours of its
-    )
-    # width, without value embeddings, windows and scalars
-    depth: int = 0  # the one dial for size: shape, batch, horizon and rates follow from it (train/dial.py)
+    equalize: bool = False  # Muon scales rows to one norm before it orthogonalizes, as nanochat; --depth sets it
+    normalize: bool = False  # Muon scales the rows of its updates to one size (NorMuon)
+    normalize_beta2: float = 0.95  # NorMuon's decay of the running mean of squares
+    rules: Literal["plain", "nanochat"] = "plain"  # AdamW's betas, decay and rate factors beside Muon
+    schedule: ScheduleName = "cosine"  # trapezoid, linear: up, level, down to min_lr or 0, with momentum and decay
+    warmdown_ratio: float = 0.65  # the last part of lr_decay_iters, in which trapezoid and linear go down
+    architecture: ArchitectureName = "nanochat"  # model of a depth; gptfast: without value embeddings, windows, scalars
+    depth: int = 0  # size of the model; shape, batch, horizon and rates follow from it (train/dial.py)
     head_dim: int = 128  # size of a head, with depth
     target_param_data_ratio: float = 12.0  # horizon with depth, unless max_iters is given: tokens per scaling weight
     target_flops: float = 0.0  # horizon with depth, in FLOPs of the whole training
-    total_batch_size: int = 0  # tokens of an update with depth; 0: what the dial says
+    total_batch_size: int = 0  # tokens of an update with depth; 0: derived from the depth
     dry_run: bool = False  # print the plan (sizes, FLOPs, memory, time, cost) and train nothing
-    assumed_mfu: float = 0.4  # of the plan
-    prices: str = "H100 SXM=3"  # of the plan: dollars for an hour of a GPU, NAME=DOLLARS with commas between
+    assumed_mfu: float = 0.4  # MFU that the plan assumes
+    prices: str = "H100 SXM=3"  # for the plan: dollars for an hour of a GPU, NAME=DOLLARS with commas between
     num_samples: int = 2  # texts that train.speedrun draws at the end
-    sample_tokens: int = 300  # tokens in each
+    sample_tokens: int = 300  # tokens in each of these texts
     report: bool = True  # train.speedrun draws loss.png and throughput.png and writes report.md at the end
-    whole_val: bool = True  # end with the loss over the whole validation split, once through
-    peak_tflops: float | None = None  # dense peak to reckon MFU by, where the device's own is not known
+    whole_val: bool = True  # end with the loss over the whole validation split, each token once
+    peak_tflops: float | None = None  # dense peak to compute MFU with, where the device's own is not known
     n_kv_head: int | None = None  # key/value heads; default n_head
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # normalization
     norm_weight: bool = False  # rmsnorm has a weight; layernorm always has
@@ -128,14 +126,16 @@ class Pretrain:
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     norm_eps: float | None = None  # added to the mean squares of norms; default 1e-5 in layernorm, 1e-6 in rmsnorm
     embedding_norm: bool = False  # RMS-normalize the embedding
-    window_pattern: str = ""  # S and L, repeated over the layers, the last always L: those of S see only `window` back
-    window: int | None = None  # positions before its own that a query of an S layer sees
-    value_embeddings: bool = False  # every other layer adds embeddings of the tokens to its values
-    residual_scalars: bool = False  # every layer scales the stream and adds the embedding, by scalars of its own
-    smear: bool = False  # embeddings gain some of that of the token before
-    backout: bool = False  # what the middle layer gave is taken from the end, by a scalar
-    rope_sign: int = 1  # -1: rotary positions turn by minus the angle
-    qk_gain: float = 1.0  # of normalized queries and keys
+    window_pattern: str = ""  # S and L, repeated over the layers, the last always L; S layers see only `window` back
+    window: int | None = None  # earlier positions that a query of an S layer sees
+    value_embeddings: bool = False  # every other layer adds token embeddings to its values
+    residual_scalars: bool = (
+        False  # every layer scales the residual stream and adds the embedding, by scalars of its own
+    )
+    smear: bool = False  # add a gated part of the previous token's embedding to each embedding
+    backout: bool = False  # subtract the middle layer's output, times a scalar, from the last one's
+    rope_sign: int = 1  # -1: rotary positions rotate by minus the angle
+    qk_gain: float = 1.0  # factor of normalized queries and keys
     initialization: Literal["gpt2", "nanochat"] = "gpt2"  # of the weights
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class Pretrain:
 
 
 def check_rates(config: Pretrain) -> Pretrain:
-    """The config of a run that is new from here on, if its rate can fall as it says. Raises UserError."""
+    """Returns the config of a new run unchanged. Raises UserError if min_lr lies above learning_rate."""
     if config.decay_lr and config.min_lr > config.learning_rate:
         raise UserError(
             f"--min_lr={config.min_lr:g} is above --learning_rate={config.learning_rate:g}, so the rate would rise; "

@@ -18,13 +18,13 @@ from gptfast.tokenizer import load_bpe
 
 @dataclass
 class Counts:
-    """Of conversations that went through `prepare`."""
+    """Totals over the conversations that `prepare` read."""
 
     conversations: int = 0
     messages: int = 0
     characters: int = 0
     tokens: int = 0
-    supervised: int = 0  # tokens that the assistant learns to say
+    supervised: int = 0  # tokens that count as targets
     longest: int = 0  # tokens of the longest conversation
 
     def add(self, messages: list[dict[str, Any]], chat: Chat | None) -> None:
@@ -52,10 +52,10 @@ class Counts:
 def prepare(
     source: str, folder: Path, *, tokenizer: str = "", subset: str = "", split: str = "train", most: int = 0
 ) -> Counts:
-    """Checks and counts the conversations of `source`, a JSONL file or hf:user/name; tokens too with a tokenizer.
+    """Checks and counts the conversations, and with a tokenizer the tokens, of a JSONL file or hf:user/name.
 
-    Those of the hub are streamed into folder/<name>.jsonl, so that training needs no network; at most `most` of them,
-    unless it is 0. Raises UserError with the line and the reason for a malformed one.
+    Streams conversations of the hub into folder/<name>.jsonl, so that training needs no network; at most `most` of
+    them (0: all). Raises UserError with the line and the reason for a malformed conversation.
     """
     if not source:
         raise UserError("chat needs conversations: --source=FILE.jsonl, or --source=hf:user/name")
@@ -79,7 +79,7 @@ def prepare(
 
 
 def from_hub(name: str, subset: str, split: str) -> Iterator[list[dict[str, Any]]]:
-    """The conversations in the column `messages` of a data set on the hub, as a stream."""
+    """Streams the conversations in the column `messages` of a data set on the hub."""
     try:
         import datasets
 

@@ -1,11 +1,11 @@
-"""How well base models do at CORE: which continuation of a text they find the likeliest (train/tasks/core.py asks).
+"""Scores base models on CORE by the continuation that they find most likely; train/tasks/core.py makes the prompts.
 
     reader = Reader("gpt2", 1024, tokenizer, logits, identity)
     score = measure(reader, task, batch_size=8, journal=Journal(path))
 
-A choice is as likely as the mean over its own tokens: of choices those after what all begin with, of beginnings those
-of the ending that all have. The likeliest counts as said, the first of equals. A text longer than the model's context
-loses its beginning. CORE is the mean over all tasks of the accuracy above chance.
+Each choice is scored by the mean loss over its own tokens: in multiple choice the tokens after the common prefix, in
+schemas the tokens of the common suffix. The lowest loss is the model's answer; on a tie, the first. A text longer than
+the model's context loses its beginning. CORE is the mean over all tasks of the accuracy above chance.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from gptfast.errors import UserError
 from train.score import Encoder, Score
 from train.tasks.core import CoreTask, prompts
 
-PREFIX = "core:"  # of a task's name beside those of conversations, two of which have the same
-FORM = 1  # of what is judged how; another makes notes of before worthless
-SHORT = 4  # times as many sequences in a batch where they are short
-CHUNK = 8  # times batch_size: items that are sorted by length together, and make one line of the journal
+PREFIX = "core:"  # of a CORE task's name: two chat tasks have the same names
+FORM = 1  # version of the scoring; changing it invalidates every journal
+SHORT = 4  # a batch of short sequences holds at most this many times batch_size
+CHUNK = 8  # a chunk is this many times batch_size items, sorted by length together; one line of the journal
 
-# tokens (B, T) int64, rows and columns (N,) int64 -> logits (N, V) of what follows tokens[rows, columns]
+# tokens (B, T) int64, rows and columns (N,) int64 -> logits (N, V) for the token after tokens[rows, columns]
 LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that reads: `identity` says all that its figures depend on, its weights included."""
+    """A model to score. `identity` describes everything that its scores depend on, the weights included."""
 
     name: str
     context: int  # the longest sequence
@@ -49,7 +49,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Sequel:
-    """A sequence of tokens, of which those from `start` on are judged."""
+    """A token sequence; the tokens from `start` on are scored."""
 
     ids: list[int]
     start: int
@@ -57,7 +57,7 @@ class Sequel:
 
 @torch.no_grad()
 def measure(reader: Reader, task: CoreTask, batch_size: int, journal: Journal) -> Score:
-    """The score over all items; goes on where `journal` says that an earlier run came to. Shows progress."""
+    """Returns the score over all items, skipping the chunks that `journal` already holds. Shows progress."""
     from tqdm import tqdm
 
     key = _key(reader, task, batch_size)
@@ -74,7 +74,7 @@ def measure(reader: Reader, task: CoreTask, batch_size: int, journal: Journal) -
 
 
 def _key(reader: Reader, task: CoreTask, batch_size: int) -> str:
-    """Of everything that the outcome of a chunk depends on."""
+    """Returns a key of everything that a chunk's result depends on."""
     facts = [
         FORM, reader.name, reader.context, reader.identity, task.name, task.kind, task.shown,
         task.delimiter, len(task.items), task.sha256, batch_size,
@@ -83,7 +83,7 @@ def _key(reader: Reader, task: CoreTask, batch_size: int) -> str:
 
 
 def judge(reader: Reader, task: CoreTask, indices: Sequence[int], batch_size: int) -> list[bool]:
-    """Whether the model gets each of these items right."""
+    """Returns whether the model answers each of these items correctly."""
     sequels = [sequels_of(task, index, reader.tokenizer, reader.context) for index in indices]
     flat = [sequel for of_item in sequels for sequel in of_item]
     likely: dict[int, tuple[float, bool]] = {}
@@ -101,10 +101,10 @@ def judge(reader: Reader, task: CoreTask, indices: Sequence[int], batch_size: in
 
 
 def batches(lengths: Sequence[int], batch_size: int, context: int) -> Iterator[list[int]]:
-    """The places in `lengths`, in batches of no more tokens, padded, than `batch_size` sequences of a whole context.
+    """Yields batches of indices into `lengths`, each with at most `batch_size * context` tokens, padding included.
 
-    The longest come first, so that what does not fit into memory fails at once; and at most SHORT times as many
-    sequences as `batch_size`, because what is judged of each takes a row of logits.
+    The longest come first, so that a lack of memory shows at once. A batch holds at most SHORT * `batch_size`
+    sequences, because each scored token takes a row of logits.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     first = 0
@@ -115,9 +115,9 @@ def batches(lengths: Sequence[int], batch_size: int, context: int) -> Iterator[l
 
 
 def read(reader: Reader, batch: Sequence[Sequel]) -> list[tuple[float, bool]]:
-    """Of each sequel the mean nats of the tokens that are judged, and whether every one was the likeliest."""
+    """Returns for each sequel the mean loss in nats of its scored tokens, and whether each was the most likely."""
     longest = max(len(sequel.ids) for sequel in batch)
-    padding = batch[0].ids[0]  # after the end, where no token that is judged sees it
+    padding = batch[0].ids[0]  # after the end, where no scored token sees it
     tokens = torch.tensor([[*sequel.ids, *[padding] * (longest - len(sequel.ids))] for sequel in batch])
     counts = torch.tensor([len(sequel.ids) - sequel.start for sequel in batch])
     rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
@@ -126,7 +126,7 @@ def read(reader: Reader, batch: Sequence[Sequel]) -> list[tuple[float, bool]]:
     logits = reader.logits(tokens, rows, columns).float()
     nats = F.cross_entropy(logits, wanted.to(logits.device), reduction="none").double().cpu()
     missed = logits.argmax(-1).cpu() != wanted
-    # In fp64 sums of fp32 are exact: of a model that finds all alike the means are equal, whatever their lengths.
+    # fp64 sums of fp32 are exact, so a model with a uniform output gives equal means whatever the lengths.
     zero = torch.zeros(len(batch), dtype=torch.float64)
     means = zero.index_add(0, rows, nats) / counts
     misses = zero.index_add(0, rows, missed.double())
@@ -137,7 +137,7 @@ def read(reader: Reader, batch: Sequence[Sequel]) -> list[tuple[float, bool]]:
 
 
 def sequels_of(task: CoreTask, index: int, tokenizer: Encoder, context: int) -> list[Sequel]:
-    """What the model reads of item `index`, one for each choice or beginning, at most `context` tokens each."""
+    """Returns the sequences of item `index`, one for each choice or beginning, each of at most `context` tokens."""
     texts = prompts(task, index)
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     ids = [begin + tokenizer.encode(text) for text in texts]
@@ -152,9 +152,9 @@ def sequels_of(task: CoreTask, index: int, tokenizer: Encoder, context: int) -> 
 
 
 def _cut(task: CoreTask, ids: list[int], start: int, context: int) -> Sequel:
-    """The last `context` tokens; at least the last one is judged, and never the first, which nothing comes before.
+    """Keeps the last `context` tokens; scores at least the last one, and never the first, which has no predecessor.
 
-    A choice that another one begins with has no token of its own; there nanochat's mean is of nothing.
+    A choice that is a prefix of another has no token of its own; nanochat takes the mean of an empty slice there.
     """
     cut = max(0, len(ids) - context)
     if len(ids) - cut < 2:
@@ -163,7 +163,7 @@ def _cut(task: CoreTask, ids: list[int], start: int, context: int) -> Sequel:
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with."""
+    """Returns the length of the longest common prefix."""
     for i, tokens in enumerate(zip(*sequences, strict=False)):
         if any(token != tokens[0] for token in tokens):
             return i
@@ -174,7 +174,7 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class Journal:
-    """What was judged already, a line for each chunk: a run that was cut off goes on. Without a path, nothing."""
+    """The results so far, one line per chunk, so that an interrupted run can continue; nothing without a path."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -182,7 +182,7 @@ class Journal:
         if path is None or not path.is_file():
             return
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(*untrusted.STRANGE):  # the last may have been cut off
+            with contextlib.suppress(*untrusted.STRANGE):  # the last line may be truncated
                 row = untrusted.parsed(line)
                 self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
 
@@ -198,7 +198,7 @@ class Journal:
             with self.path.open("ab+") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # a line that was cut off must not spoil this one
+                    if file.read(1) != b"\n":  # a truncated line must not spoil this one
                         file.write(b"\n")
                 file.write(json.dumps(row).encode() + b"\n")
         except OSError as error:

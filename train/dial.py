@@ -1,4 +1,4 @@
-"""One dial for size: the depth of a model, from which its shape and the whole of its training follow.
+"""Derives a model's shape and its whole training recipe from one number, its depth.
 
     width = 64 · depth, rounded up to whole heads of 128            P = weights of the blocks and of the head
     D = ratio · P                                                   tokens to train on; Dref: those of depth 12
@@ -38,7 +38,7 @@ REFERENCE_BATCH, BATCH_EXPONENT, RATIO = 2**19, 0.383, 12.0
 WARMUP, WARMDOWN, FLOOR = 40, 0.65, 0.05
 EMBEDDING_LR, HEAD_LR, MATRIX_LR, SCALAR_LR, WEIGHT_DECAY = 0.3, 0.008, 0.02, 0.5, 0.28
 NORMUON_BETA2 = 0.9
-MOMENTUM = (0.85, 0.97, 0.90)  # at first, after MOMENTUM_WARMUP iterations, at the end
+MOMENTUM = (0.85, 0.97, 0.90)  # at the first update, after MOMENTUM_WARMUP iterations, at the end
 MOMENTUM_WARMUP = 400
 
 
@@ -56,8 +56,8 @@ def model_of(
     depth: int, vocab_size: int = VOCAB, context: int = CONTEXT, head_dim: int = HEAD_DIM,
     architecture: Architecture = "nanochat",
 ) -> GPTConfig:  # fmt: skip
-    """The model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head; and in
-    nanochat's architecture all its other parts."""
+    """Returns the model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head;
+    with the nanochat architecture also its value embeddings, windows and scalars."""
     if depth < 1:
         raise UserError(f"--depth={depth}: must be at least 1")
     width = _width(depth, head_dim)
@@ -72,7 +72,7 @@ def model_of(
 
 
 def sizes(config: GPTConfig, architecture: Architecture = "gptfast") -> Sizes:
-    """What any of our models counts."""
+    """Returns the scaling weights and FLOPs per token of a model."""
     lookups = (config.position == "learned") * config.block_size + (not config.tied) * config.vocab_size
     flops = mfu.flops_per_token(config, config.block_size)
     return Sizes(
@@ -92,11 +92,11 @@ def _width(depth: int, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    tokens: int  # that the ratio asks for; batch and weight decay follow from it, whatever the horizon
+    tokens: int  # tokens that the ratio asks for; batch and weight decay follow from them, whatever the horizon
     batch_tokens: int
     iterations: int
-    batch_scale: float  # of every rate
-    width_scale: float  # of AdamW's rates besides
+    batch_scale: float  # factor of every rate
+    width_scale: float  # further factor of AdamW's rates
     weight_decay: float
 
     @property
@@ -120,9 +120,9 @@ def recipe(
     model: Sizes, reference: Sizes, width: int, *, ratio: float = RATIO, iterations: int = 0, target_flops: float = 0.0,
     batch_tokens: int = 0,
 ) -> Recipe:  # fmt: skip
-    """How to train `model`, transferred from what suits `reference`, depth 12.
+    """Returns how to train `model`, transferred from the settings tuned for `reference`, depth 12.
 
-    The horizon is `iterations`, or else `target_flops`, or else `ratio` tokens for each scaling weight; 0 is not given.
+    The horizon is `iterations`, else `target_flops`, else `ratio` tokens per scaling weight; 0 means not given.
     `batch_tokens` overrides the batch. Raises UserError if not one update fits the horizon.
     """
     tokens, reference_tokens = int(ratio * model.scaling), ratio * reference.scaling
@@ -144,9 +144,9 @@ def recipe(
 
 
 def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pretrain:
-    """`config` with what follows from its depth, in all that neither the command line (`typed`) nor a preset chose.
+    """Returns `config` with every field that the depth determines, except those `typed` or chosen by a preset.
 
-    Raises UserError for a shape typed beside the depth, and for a batch that micro-batches do not divide.
+    Raises UserError for a shape typed together with a depth, and for a batch that micro-batches do not divide.
     """
     chosen = set(typed) | {
         f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(Pretrain(), f.name)
@@ -160,7 +160,7 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
     model, reference = (
         model_of(d, vocab_size, context, config.head_dim, kind) for d in (config.depth, REFERENCE_DEPTH)
     )
-    found = recipe(
+    scaled = recipe(
         sizes(model, kind),
         sizes(reference, kind),
         model.n_embd,
@@ -169,9 +169,9 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
         target_flops=config.target_flops,
         batch_tokens=config.total_batch_size,
     )
-    if found.batch_tokens % (micro_batch * context):
+    if scaled.batch_tokens % (micro_batch * context):
         raise UserError(
-            f"an update has {found.batch_tokens:,} tokens, which micro-batches of {micro_batch} · {context} do not "
+            f"an update has {scaled.batch_tokens:,} tokens, which micro-batches of {micro_batch} · {context} do not "
             "divide; change --batch_size, --block_size or --total_batch_size"
         )
     shape = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if hasattr(config, f.name)}
@@ -179,18 +179,18 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
         shape["window"] = None
     derived = shape | dict(
         batch_size=micro_batch,
-        gradient_accumulation_steps=found.batch_tokens // (micro_batch * context),
-        max_iters=found.iterations,
-        lr_decay_iters=config.max_iters if "max_iters" in chosen else found.iterations,
+        gradient_accumulation_steps=scaled.batch_tokens // (micro_batch * context),
+        max_iters=scaled.iterations,
+        lr_decay_iters=config.max_iters if "max_iters" in chosen else scaled.iterations,
         optimizer="muon",
         cautious=True,
         decay_by_shape=True,
         normalize=True,
-        learning_rate=found.embedding_lr,
-        head_lr=found.head_lr,
-        matrix_lr=found.matrix_lr,
-        min_lr=FLOOR * (config.learning_rate if "learning_rate" in chosen else found.embedding_lr),
-        weight_decay=found.weight_decay,
+        learning_rate=scaled.embedding_lr,
+        head_lr=scaled.head_lr,
+        matrix_lr=scaled.matrix_lr,
+        min_lr=FLOOR * (config.learning_rate if "learning_rate" in chosen else scaled.embedding_lr),
+        weight_decay=scaled.weight_decay,
         beta1=0.8,
         beta2=0.96,
         grad_clip=0.0,
@@ -199,7 +199,7 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
     )
     if kind == "nanochat":
         derived |= dict(
-            rules="nanochat", scalar_lr=found.scalar_lr, equalize=True, normalize_beta2=NORMUON_BETA2
+            rules="nanochat", scalar_lr=scaled.scalar_lr, equalize=True, normalize_beta2=NORMUON_BETA2
         )  # fmt: skip
     return dataclasses.replace(config, **{name: value for name, value in derived.items() if name not in chosen})
 
@@ -208,7 +208,7 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
 
 
 class Schedule(Protocol):
-    """What `learning_rate` reads; any configuration with these fields will do."""
+    """The fields that `learning_rate` reads from a configuration."""
 
     @property
     def decay_lr(self) -> bool: ...
@@ -223,7 +223,7 @@ class Schedule(Protocol):
 
 
 def learning_rate(iteration: int, schedule: Schedule) -> float:
-    """Linear warm-up to `learning_rate`, half a cosine down to `min_lr` (Loshchilov & Hutter 2017), then `min_lr`."""
+    """Returns the rate: linear warm-up, half a cosine down to `min_lr` (Loshchilov & Hutter 2017), then `min_lr`."""
     peak, floor = schedule.learning_rate, schedule.min_lr
     warmup, end = schedule.warmup_iters, schedule.lr_decay_iters
     if not schedule.decay_lr:
@@ -237,7 +237,7 @@ def learning_rate(iteration: int, schedule: Schedule) -> float:
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretrain) -> float:
-    """Sets what changes from update to update; returns the learning rate.
+    """Sets the scheduled hyperparameters for this iteration; returns the learning rate.
 
     The cosine changes the rates alone; trapezoid and linear also Muon's momentum and the matrices' weight decay.
     """
@@ -245,8 +245,8 @@ def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretr
         rate = config.learning_rate * linear(iteration, config)
         for group in optimizer.param_groups:
             if group.get("name") == "matrices":
-                left = max(0.0, 1 - iteration / config.lr_decay_iters)
-                set_scheduled(group, "weight_decay", config.weight_decay * left)
+                remaining = max(0.0, 1 - iteration / config.lr_decay_iters)
+                set_scheduled(group, "weight_decay", config.weight_decay * remaining)
             if group.get("kind") == "muon":
                 rise = min(1.0, iteration / max(1, config.momentum_iters))
                 start = config.momentum_start
@@ -268,18 +268,18 @@ def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Pretr
 def trapezoid(
     iteration: int, end: int, warmup: int = WARMUP, warmdown: float = WARMDOWN, floor: float = FLOOR
 ) -> float:
-    """Linearly up to 1 in `warmup` iterations; 1; linearly down to `floor` in the last `warmdown` of `end`."""
+    """Returns the rate's factor: rises to 1 in `warmup` iterations, falls to `floor` in the last part of `end`."""
     down = round(warmdown * end)
     if iteration < warmup:
         return (iteration + 1) / warmup
     if iteration <= end - down:
         return 1.0
-    left = max(0, end - iteration) / max(1, down)
-    return left + (1 - left) * floor
+    remaining = max(0, end - iteration) / max(1, down)
+    return remaining + (1 - remaining) * floor
 
 
 def linear(iteration: int, config: Pretrain) -> float:
-    """Linearly up to 1 in `warmup_iters`; 1; linearly down to 0 at `lr_decay_iters`, in that part of it."""
+    """Returns the rate's factor: rises to 1 in `warmup_iters`, falls to 0 in the last part of `lr_decay_iters`."""
     end = config.lr_decay_iters
     rise = (iteration + 1) / config.warmup_iters if iteration + 1 < config.warmup_iters else 1.0
     down = config.warmdown_ratio * end
@@ -287,7 +287,7 @@ def linear(iteration: int, config: Pretrain) -> float:
 
 
 def momentum(iteration: int, end: int, warmdown: float = WARMDOWN) -> float:
-    """Muon's: up over the first MOMENTUM_WARMUP iterations, down again as the rates fall."""
+    """Returns Muon's momentum: rising over the first MOMENTUM_WARMUP iterations, falling as the rates fall."""
     first, highest, last = MOMENTUM
     down = round(warmdown * end)
     if iteration < MOMENTUM_WARMUP:
@@ -299,5 +299,5 @@ def momentum(iteration: int, end: int, warmdown: float = WARMDOWN) -> float:
 
 
 def half_cosine(iteration: int, end: int) -> float:
-    """From 1 to 0 at `end`."""
+    """Returns the factor that falls from 1 to 0 at `end` along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, iteration / max(1, end))))

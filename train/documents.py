@@ -1,14 +1,14 @@
-"""Documents from files or the Hugging Face hub, as a stream that can stop and go on, and token shards made of them.
+"""Reads documents from files or the Hugging Face hub as a resumable stream, and writes them as token shards.
 
     documents = Documents.find("texts/")          # .parquet, .jsonl or .txt files; hf:user/name for the hub
-    for texts, state in documents.read():         # some documents, and where the next ones begin
+    for texts, state in documents.read():         # a batch of documents, and where the next batch begins
         ...
     make_shards(Path("data/mine"), documents, BPETokenizer("gpt2"), Shape())
 
-A folder is filled in the order of the documents: BOS and tokens of each are appended to `train-00000.part`, every so
-many-th document to `val-00000.part`. Now and then the parts are flushed and progress.json says how much of them counts
-and where reading goes on; so a run that was killed is continued by the same command, with the same bytes as a result.
-A part that is full becomes `train-00000.bin`. meta.json, with the sha256 of all files, is written last.
+Documents are written in order: each one's BOS and tokens are appended to `train-00000.part`, and every n-th document
+to `val-00000.part` instead. Now and then the parts are flushed, and progress.json records their valid length and where
+reading continues; so the same command continues a killed run, and ends with the same bytes.
+A full part becomes `train-00000.bin`. meta.json, with the sha256 of all files, is written last.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from gptfast.tokenizer import BPETokenizer, from_json, read_meta
 from train import files
 from train.download import sha256_of
 
-BATCH = 64  # documents that are tokenized in one go; of the web 200 kB of text
+BATCH = 64  # documents tokenized at a time; about 200 kB of web text
 SAVED_EVERY_S = 30.0
 
 PROGRESS, MANIFEST = "progress.json", "meta.json"
 SPLITS = ("train", "val")
-HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, by itself: no character
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which alone is no character
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents come from: files on this disk, or a data set on the Hugging Face hub."""
+    """A source of documents: files on this disk, or a data set on the Hugging Face hub."""
 
     name: str  # of the hub's data set, or of the folder or file
     files: tuple[tuple[str, int], ...] = ()  # path and size in bytes; none: it is on the hub
@@ -61,7 +61,7 @@ class Documents:
 
     @classmethod
     def find(cls, source: str, *, subset: str = "", split: str = "train", column: str = "text") -> Documents:
-        """`source`: hf:user/name, a file, or a folder with files of one kind; what is left out of it is printed.
+        """Returns the documents of `source`: hf:user/name, a file, or a folder of one kind; prints what it leaves out.
 
         Raises UserError if it is none of these.
         """
@@ -76,8 +76,8 @@ class Documents:
         kinds = {files.builder_of(file): file for file in reversed(taken)}
         if len(kinds) != 1 or None in kinds:
             examples = ", ".join(str(file.relative_to(path)) for file in kinds.values())
-            found = f"{len(kinds)} kinds of files, such as {examples}" if len(kinds) > 1 else "none"
-            raise UserError(f"{source} must hold files of one kind of {', '.join(files.BUILDERS)}; found {found}")
+            problem = f"{len(kinds)} kinds of files, such as {examples}" if len(kinds) > 1 else "none"
+            raise UserError(f"{source} must hold files of one kind of {', '.join(files.BUILDERS)}; found {problem}")
         if left_out:
             names = [str(file.relative_to(path)) for file in left_out]
             print(f"{source}: left out {', '.join(names[:10])}{f' and {len(names) - 10} more' * (len(names) > 10)}")
@@ -86,9 +86,9 @@ class Documents:
         return cls(source, sized, builder, column="text" if builder == "text" else column)
 
     def read(self, state: dict[str, Any] | None = None) -> Iterator[tuple[list[str | None], dict[str, Any]]]:
-        """Up to BATCH documents at a time, from where `state` says, each time with the state of what follows.
+        """Yields up to BATCH documents at a time, from `state` on, each time with the state of the next batch.
 
-        None stands for a row without a document. Raises UserError that says why it stopped.
+        None stands for a row without a document. Raises UserError with the reason where reading fails.
         """
         if self.files:
             rows = files.read([path for path, _ in self.files], self.builder, self.column, state)
@@ -103,11 +103,11 @@ class Documents:
             stream = stream.select_columns([self.column]).batch(BATCH)
             if state is not None:
                 stream.load_state_dict(state)
-            for each in stream:
-                yield each[self.column], stream.state_dict()
+            for chunk in stream:
+                yield chunk[self.column], stream.state_dict()
 
     def count(self) -> int | None:
-        """How many documents there are at most, or None where only reading them all would tell."""
+        """Returns an upper bound on the number of documents, or None where only reading them all would tell."""
         if self.files:
             return files.count([path for path, _ in self.files], self.builder)
         with self._explained():
@@ -115,7 +115,7 @@ class Documents:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Makes a UserError of whatever ends the reading of the hub."""
+        """Turns any error while reading from the hub into a UserError."""
         try:
             yield
         except UserError:
@@ -158,22 +158,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The tokens of some documents, and how many they are, by split."""
+    """The tokens of a batch of documents, and the number of documents, by split."""
 
     tokens: dict[str, bytes]
     documents: int
     text_bytes: int
-    empty: int = 0  # of the documents: rows without text, which are left out
-    mended: int = 0  # of the documents: those in which halves of surrogate pairs became U+FFFD
+    empty: int = 0  # rows without text, which are left out
+    mended: int = 0  # documents in which halves of surrogate pairs became U+FFFD
 
 
 def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[str | None]) -> Tokenized:
-    """BOS and tokens of each document; those whose number, from `first` on, `every` divides are for val.
+    """Tokenizes documents, each after a BOS; every `every`-th, by an ordinal that starts at `first`, goes to val.
 
     Empty documents are left out, as a BOS alone teaches nothing; half of a surrogate pair, which JSON can hold and
     UTF-8 cannot, becomes U+FFFD. Raises UserError for what is no text.
     """
-    found: dict[str, list[int]] = {split: [] for split in SPLITS}
+    ids_of: dict[str, list[int]] = {split: [] for split in SPLITS}
     text_bytes = empty = mended = 0
     for number, text in enumerate(texts, first):
         if not text:
@@ -183,11 +183,11 @@ def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[st
             raise UserError(f"document {number} is no text but {type(text).__name__}; choose another --column")
         if HALF.search(text):
             mended, text = mended + 1, HALF.sub("\ufffd", text)
-        found["val" if number % every == 0 else "train"] += tokenizer.encode_document(text)
+        ids_of["val" if number % every == 0 else "train"] += tokenizer.encode_document(text)
         text_bytes += len(text.encode())
     dtype = f"<u{itemsize(tokenizer.vocab_size)}"
     return Tokenized(
-        {split: np.array(ids, dtype).tobytes() for split, ids in found.items()}, len(texts), text_bytes, empty, mended
+        {split: np.array(ids, dtype).tobytes() for split, ids in ids_of.items()}, len(texts), text_bytes, empty, mended
     )
 
 
@@ -197,7 +197,7 @@ Task = tuple[int, list[str | None], dict[str, Any]]  # number of the first docum
 def tokenize_all(
     tasks: Iterable[Task], tokenizer: BPETokenizer, every: int, processes: int
 ) -> Iterator[tuple[Tokenized, dict[str, Any]]]:
-    """The results of all tasks in order, each with its state; read ahead are at most two tasks per process."""
+    """Yields the results of all tasks in order, each with its state; reads ahead at most two tasks per process."""
     if processes == 1:
         for first, texts, state in tasks:
             yield tokenize(tokenizer, every, first, texts), state
@@ -223,7 +223,7 @@ def tokenize_all(
 
 
 def _context() -> Any:
-    """How processes are started: forked from a clean one that has imported torch once, where the system can."""
+    """Returns how to start processes: where possible, forked from a clean server that has imported torch once."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -238,7 +238,7 @@ def _start_worker(description: dict[str, Any], every: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it was killed: a pool's workers would wait for ever."""
+    """Ends this worker when its parent is killed; otherwise it would wait for work for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -257,7 +257,7 @@ _worker: Callable[[int, Sequence[str | None]], Tokenized]
 
 @dataclass
 class Part:
-    """The file of a split that is being filled."""
+    """The file of a split that is being written."""
 
     folder: Path
     split: str
@@ -274,14 +274,14 @@ class Part:
 
 @dataclass
 class Job:
-    """A data set in the making: what is done, and how to go on."""
+    """A data set being written: what is done, and how to continue."""
 
     folder: Path
-    settings: dict[str, Any]  # what the bytes depend on
+    settings: dict[str, Any]  # everything that the output bytes depend on
     tokenizer: BPETokenizer
     shard_tokens: int
     parts: dict[str, Part]
-    state: dict[str, Any] | None = None  # where reading goes on
+    state: dict[str, Any] | None = None  # where reading continues
     documents: int = 0
     text_bytes: int = 0
     empty: int = 0
@@ -296,21 +296,21 @@ class Job:
     def tokens(self, split: str) -> int:
         return self.parts[split].finished + self.parts[split].tokens
 
-    def add(self, found: Tokenized, state: dict[str, Any]) -> None:
-        """Appends tokens, ends a file that is full, and saves the progress if it is time."""
+    def add(self, batch: Tokenized, state: dict[str, Any]) -> None:
+        """Appends tokens, finishes a full file, and saves the progress if it is due."""
         is_full = False
-        for split, content in found.tokens.items():
+        for split, content in batch.tokens.items():
             part = self.parts[split]
             with part.path("part").open("ab") as file:
                 if file.tell() == 0:
-                    file.write(bytes(HEADER.size))  # the header proper when the count is known
+                    file.write(bytes(HEADER.size))  # the real header is written when the count is known
                 file.write(content)
             part.tokens += len(content) // self.itemsize
             is_full |= part.tokens >= self.shard_tokens
-        self.documents += found.documents
-        self.text_bytes += found.text_bytes
-        self.empty += found.empty
-        self.mended += found.mended
+        self.documents += batch.documents
+        self.text_bytes += batch.text_bytes
+        self.empty += batch.empty
+        self.mended += batch.mended
         self.state = state
         if is_full or time.monotonic() - self.saved_at > SAVED_EVERY_S:
             self.save()
@@ -319,7 +319,7 @@ class Job:
                 self.finish(part)
 
     def save(self) -> None:
-        """Has the parts on the disk, and then the file that vouches for them."""
+        """Flushes the parts to the disk, then writes progress.json, which records them."""
         for part in self.parts.values():
             if part.path("part").exists():
                 flush(part.path("part"))
@@ -332,7 +332,7 @@ class Job:
         self.saved_at = time.monotonic()
 
     def finish(self, part: Part) -> None:
-        """Makes a .bin of a part, and begins the next."""
+        """Turns a part into a .bin file, and begins the next part."""
         path = part.path("bin")
         with part.path("part").open("r+b") as file:
             file.write(header(part.tokens, self.tokenizer.vocab_size, self.tokenizer.fingerprint))
@@ -343,7 +343,7 @@ class Job:
         self.save()
 
     def rewind(self) -> None:
-        """Brings the files to what progress.json vouches for: a crash may have left them further."""
+        """Truncates the files to what progress.json records, as a crash may have left more in them."""
         for part in self.parts.values():
             path, size = part.path("part"), HEADER.size + part.tokens * self.itemsize
             if part.path("bin").exists():
@@ -361,11 +361,11 @@ class Job:
 def make_shards(
     folder: Path, documents: Documents, tokenizer: BPETokenizer, shape: Shape, *, processes: int = 1
 ) -> dict[str, Any]:
-    """Fills `folder` with the tokens of all documents, and returns what its meta.json says; prints progress.
+    """Writes the tokens of all documents to `folder`, and returns the content of its meta.json; prints progress.
 
-    Goes on with what an earlier call of the same arguments left. A folder that is whole is checked by the sha256 of
-    every file and left as it is. Raises UserError for a folder of other arguments, a damaged file, a source that ends
-    early (after saving how far it came), and documents too few for two splits.
+    Continues an interrupted call with the same arguments. A complete folder is checked by the sha256 of every file and
+    left as it is. Raises UserError for a folder made with other arguments, a damaged file, a source that ends early
+    (after saving the progress), and documents too few for two splits.
     """
     tokenizer.encode_document("")
     with locked(folder):
@@ -412,13 +412,13 @@ def _make_shards(
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it is, at every instant, wholly the old one or wholly the new one."""
+    """Replaces a file atomically."""
     with file_aside(path, flushed=True) as building:
         building.write_bytes(content)
 
 
 def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shard_tokens: int) -> Job:
-    """A new job, or the one that progress.json tells of."""
+    """Returns a new job, or the one that progress.json records."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PROGRESS
     if not path.exists():
@@ -426,7 +426,7 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
             raise UserError(f"{folder} holds token files already; choose another name, or remove it")
         job = Job(folder, settings, tokenizer, shard_tokens, {split: Part(folder, split) for split in SPLITS})
         job.rewind()
-        job.save()  # so that no file is there that it does not tell of, whenever this ends
+        job.save()  # first, so that progress.json always covers every file that exists
         return job
     fix = f"remove {folder} and begin again"
     progress = untrusted.json_object(path, fix)
@@ -443,25 +443,25 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
 
 
 def _but_for_files_to_come(progress: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a job with those files of `settings` that it has not come to, and the size of the one it is in.
+    """Returns the saved settings, updated with the unread files of `settings` and the size of the one being read.
 
-    So a file that stopped the reading can be mended or removed; the reader holds the file that it is in to the last
-    document that it read there.
+    So a file that stopped the reading can be fixed or removed; the reader itself checks that the file being read still
+    has the last document that it read there.
     """
-    there, wanted = progress["settings"], settings["documents"]
-    old, state = there["documents"], progress["state"]
+    saved, wanted = progress["settings"], settings["documents"]
+    old, state = saved["documents"], progress["state"]
     if not old["files"] or not wanted["files"]:
-        return there
+        return saved
     done = 0 if state is None else state["file"]
     current = (
         [] if state is None or done >= len(wanted["files"]) else [[old["files"][done][0], wanted["files"][done][1]]]
     )
     files = [*old["files"][:done], *current, *wanted["files"][done + len(current) :]]
-    return there | {"documents": old | {"files": files}}
+    return saved | {"documents": old | {"files": files}}
 
 
 def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
-    """Tokenizes what is left."""
+    """Tokenizes the remaining documents."""
     from tqdm import tqdm
 
     total = shape.max_tokens or documents.count()
@@ -473,18 +473,18 @@ def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
     with tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc=job.folder.name, mininterval=1) as bar:
         if shape.max_tokens and done >= shape.max_tokens:
             return
-        for found, state in tokenize_all(tasks, job.tokenizer, every, processes):
-            job.add(found, state)
-            now = job.tokens("train") if shape.max_tokens else job.documents
-            bar.update(now - done)
-            done = now
+        for tokenized, state in tokenize_all(tasks, job.tokenizer, every, processes):
+            job.add(tokenized, state)
+            reached = job.tokens("train") if shape.max_tokens else job.documents
+            bar.update(reached - done)
+            done = reached
             bar.set_postfix_str(f"{job.tokens('train') / 1e6:,.1f} M tokens", refresh=False)
             if shape.max_tokens and done >= shape.max_tokens:
                 return
 
 
-def _check_same(folder: Path, there: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    differing = [name for name in wanted if (there or {}).get(name) != wanted[name]]
+def _check_same(folder: Path, saved: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    differing = [name for name in wanted if (saved or {}).get(name) != wanted[name]]
     if differing:
         raise UserError(
             f"{folder} holds a data set of other {', '.join(differing)}; choose another name, or remove the folder"

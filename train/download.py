@@ -1,4 +1,4 @@
-"""Files from the network that appear only when whole, and go on where they stopped."""
+"""Downloads that appear only when complete, and resume where they stopped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gptfast.errors import UserError
 def download(
     url: str, path: Path, sha256: str | None, *, otherwise: str, attempts: int = 3, wait_s: float = 1.0
 ) -> None:
-    """Fetches `url` to `path`, which appears only when whole and, where one is given, of this sha256.
+    """Downloads `url` to `path`, which appears only when complete and, where one is given, of this sha256.
 
-    What has come so far stays in <path>.part, and the next attempt, or the next run, continues there. Raises UserError
-    that ends with `otherwise`, what the user can do, and Busy where another process writes the folder.
+    A partial download stays in <path>.part, and the next attempt or run resumes it. Raises UserError that ends with
+    `otherwise`, the way out for the user, and Busy where another process writes the folder.
     """
     with locked(path.parent):
         _download(url, path, sha256, otherwise, attempts, wait_s)
@@ -54,10 +54,10 @@ def sha256_of(path: Path) -> str:
 
 
 def _fetch(url: str, part: Path, has_sha256: bool) -> None:
-    """Appends the rest of `url` to `part`, or all of it if what is there is not the beginning of the same file.
+    """Appends the rest of `url` to `part`, or fetches all of it if `part` is not the beginning of the same file.
 
-    Whether it is tells the server's tag of the file, kept in <part>.tag; without a tag, only a sha256 that is known
-    could tell in the end. Raises urllib's errors, and ConnectionError, after which another attempt may succeed.
+    The server's ETag, stored in <part>.tag, tells whether it is; without a tag, `part` is trusted only if a sha256 will
+    be checked. Raises urllib's errors and ConnectionError, after which another attempt may succeed.
     """
     tag_file = part.with_name(f"{part.name}.tag")
     tag = tag_file.read_text("utf-8") if tag_file.exists() else ""
@@ -69,7 +69,7 @@ def _fetch(url: str, part: Path, has_sha256: bool) -> None:
         if error.code != 416 or not have:
             raise
         stated = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
-        if (int(stated[1]) == have) if stated else has_sha256:  # there is no more than we have
+        if (int(stated[1]) == have) if stated else has_sha256:  # already complete
             return
         part.unlink()
         raise ConnectionError(f"the file has changed: it ends before the {have:,} bytes that came earlier") from None
@@ -83,14 +83,14 @@ def _fetch(url: str, part: Path, has_sha256: bool) -> None:
         is_strong = new and not new.startswith("W/")
         with part.open("ab" if response.status == 206 else "wb") as file:
             tag_file.write_text(new if is_strong else "", "utf-8")
-            rest = int(response.headers.get("Content-Length", 0))
-            total = file.tell() + rest
+            remaining = int(response.headers.get("Content-Length", 0))
+            total = file.tell() + remaining
             done = file.tell()
             while chunk := response.read(2**16):
                 file.write(chunk)
                 done += len(chunk)
                 _progress(done, total)
-    if rest and done < total:
+    if remaining and done < total:
         raise ConnectionError(f"connection closed after {done:,} of {total:,} bytes")
 
 

@@ -1,4 +1,4 @@
-"""How well models predict a text: loss, perplexity and bits per byte over all of it, ours and others' side by side.
+"""Evaluates models on a text (loss, perplexity, bits per byte) or on tasks; ours and others' side by side.
 
     python -m train.evaluate --models=out --text=book.txt
     python -m train.evaluate --models=out-owt-30m,gpt2,gpt2-medium,gpt2-large,gpt2-xl --dataset=openwebtext
@@ -8,13 +8,13 @@
     python -m train.evaluate --models=out,gpt2 --tasks=core --out_dir=core     CORE, by which base models are compared;
                                                                the same command goes on where it stopped (train/core.py)
 
-Each model reads the text through its own tokenizer, so losses and perplexities compare only where that is the same one;
-bits per byte compare always. Every token of the text is predicted once, in windows of the model's own context.
+Each model uses its own tokenizer, so losses and perplexities are comparable only between models with the same one;
+bits per byte always are. Every token of the text is predicted once, in windows of the model's own context.
 
     loss = nats / tokens        perplexity = exp(loss)        bits per byte = nats / (ln 2 · bytes of UTF-8)
 
-± is the standard error: windows are taken for independent draws and nats / tokens for the ratio of two sums over them
-(Cochran, "Sampling Techniques", section 2.11).
+± is the standard error of nats / tokens as a ratio estimator, with windows as independent draws (Cochran, "Sampling
+Techniques", section 2.11).
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Evaluate:
     split: str = "val"  # its split
     data_dir: str = "data"  # folder of the prepared data sets
     context: int = 0  # tokens in a window; 0: as many as each model takes
-    stride: int = 0  # tokens from one window to the next, of which each predicts so many; 0: they do not overlap
-    batch_size: int = 8  # windows at once; of CORE, as many tokens as they have
+    stride: int = 0  # tokens between the starts of two windows, which is how many each predicts; 0: no overlap
+    batch_size: int = 8  # windows at once; for CORE, as many tokens as these windows hold
     tasks: str = ""  # in place of a text, tasks of train/tasks: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
-    samples: int = 1  # answers to each problem, of which one must pass
+    samples: int = 1  # answers to each problem; it is solved if one passes
     temperature: float = 0.0  # of answers; 0 takes the likeliest token
     top_k: int = 50  # tokens that an answer is drawn from, at a temperature above 0
     max_tokens: int = 512  # of an answer
@@ -106,13 +106,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """What `measure` found; ± are standard errors, nan where one window is all there is."""
+    """The figures of `measure`, with standard errors, which are nan where there is only one window."""
 
     name: str
     parameters: int
     context: int
     tokens: int  # predicted
-    bytes: int  # of UTF-8 that they stand for
+    bytes: int  # of UTF-8 in these tokens
     loss: float  # nats per token
     loss_error: float
 
@@ -161,45 +161,45 @@ def main(argv: list[str]) -> None:
 
 
 def score_tasks(config: Evaluate, ops: Ops, dtype: torch.dtype, device: str) -> None:
-    """Prints, and writes to out_dir, how well each model does at each task."""
+    """Prints each model's score on each task, and writes it to out_dir."""
     named = [name.strip() for name in config.tasks.split(",") if name.strip()]
     converse = [name for name in named if name != "core" and not name.startswith(core.PREFIX)]
-    asked = core_tasks(config, [name for name in named if name not in converse])
+    chosen = core_tasks(config, [name for name in named if name not in converse])
     examples = []
     for task in judged(",".join(converse)):
-        found = task.examples("test", Where(config.task_dir))
-        examples.append((task, found[: config.max_examples] if config.max_examples else found))
+        rows = task.examples("test", Where(config.task_dir))
+        examples.append((task, rows[: config.max_examples] if config.max_examples else rows))
     settings = score.Settings(config.samples, config.temperature, config.top_k, config.max_tokens, config.batch_size)
-    journal = core.Journal(_made(config.out_dir) / "core-progress.jsonl" if config.out_dir and asked else None)
+    journal = core.Journal(_made(config.out_dir) / "core-progress.jsonl" if config.out_dir and chosen else None)
     scores: dict[str, list[score.Score]] = {}
     for name in filter(None, map(str.strip, config.models.split(","))):
         scores[name] = []
         if examples:
             player = open_player(name, ops, dtype, device)
-            scores[name] += [score.measure(player, task, found, settings) for task, found in examples]
-        if asked:
+            scores[name] += [score.measure(player, task, rows, settings) for task, rows in examples]
+        if chosen:
             reader = open_reader(name, ops, dtype, device, config)
-            scores[name] += [core.measure(reader, task, config.batch_size, journal) for task in asked]
+            scores[name] += [core.measure(reader, task, config.batch_size, journal) for task in chosen]
     if not scores:
         raise UserError("--models is empty; name a folder with a model")
-    whole = [core.PREFIX + task.name for task in asked] if "core" in named else []
-    print(score.table(scores, whole))
+    core_names = [core.PREFIX + task.name for task in chosen] if "core" in named else []
+    print(score.table(scores, core_names))
     if config.out_dir:
-        write_scores(scores, whole, config.out_dir, device)
+        write_scores(scores, core_names, config.out_dir, device)
 
 
 def core_tasks(config: Evaluate, named: Sequence[str]) -> list[CoreTask]:
-    """Those of CORE that are asked for: all, for `core`."""
+    """Returns the CORE tasks among the names: all for `core`, one for `core:NAME`."""
     if not named:
         return []
     bundle = read_core(config.task_dir, config.data_dir, config.max_examples)
     if "core" in named:
         return list(bundle.values())
-    asked = [name.removeprefix(core.PREFIX) for name in named]
-    for name in asked:
+    names = [name.removeprefix(core.PREFIX) for name in named]
+    for name in names:
         if name not in bundle:
             raise UserError(f"unknown task {core.PREFIX}{name}{nearest(name, bundle)}; core means all")
-    return [bundle[name] for name in asked]
+    return [bundle[name] for name in names]
 
 
 def _made(folder: str) -> Path:
@@ -211,7 +211,7 @@ def _made(folder: str) -> Path:
 
 
 def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score.Player:
-    """The model of `source` as one that can be asked; its tokenizer needs the special tokens of conversations."""
+    """Opens the model of `source` for tasks; its tokenizer needs the special tokens of conversations."""
     folder = hf.find(source)
     chat = Chat(_tokenizer(source, folder))  # type: ignore[arg-type]
     reason = hf.why_not(folder)
@@ -221,25 +221,25 @@ def open_player(source: str, ops: Ops, dtype: torch.dtype, device: str) -> score
 
 
 def write_scores(scores: dict[str, list[score.Score]], whole: Sequence[str], out_dir: str, device: str) -> None:
-    """tasks.md, and a row for each model and task in tasks.jsonl; one of CORE where `whole` lists its tasks."""
+    """Writes tasks.md, and to tasks.jsonl a row per model and task; one for CORE if `whole` lists its tasks."""
     write_whole(Path(out_dir) / "tasks.md", score.table(scores, whole) + "\n")
     with unwritable(Path(out_dir)), Log(out_dir, name="tasks.jsonl") as log:
-        for name, found in scores.items():
-            for s in found:
+        for name, of_model in scores.items():
+            for s in of_model:
                 log.row(
                     "summary", name=name, task=s.task, accuracy=s.accuracy, accuracy_error=s.error, chance=s.chance,
                     examples=s.count, passed=s.passed, centred=s.centred, **facts(device),
                 )  # fmt: skip
-            mean = score.mean_centred(found)
+            mean = score.mean_centred(of_model)
             if mean is not None:
                 log.row(
                     "summary", name=name, task="ChatCORE", accuracy=mean[0], accuracy_error=mean[1], **facts(device)
                 )
-            mean = score.mean_centred(found, whole)
+            mean = score.mean_centred(of_model, whole)
             if mean is not None:
                 log.row(
                     "summary", name=name, core=mean[0], core_error=mean[1], tasks=len(whole),
-                    examples=sum(s.count for s in found if s.task in whole), **facts(device),
+                    examples=sum(s.count for s in of_model if s.task in whole), **facts(device),
                 )  # fmt: skip
     print(f"wrote {Path(out_dir) / 'tasks.md'} and {log.path}")
 
@@ -248,7 +248,7 @@ def write_scores(scores: dict[str, list[score.Score]], whole: Sequence[str], out
 
 
 def read_documents(config: Evaluate) -> list[str]:
-    """The text file as one document; or the documents of a split, decoded."""
+    """Returns the text file as one document, or the decoded documents of a split."""
     if config.text:
         try:
             documents = [decoded(untrusted.content(config.text, TEXT_BYTES), Path(config.text))]
@@ -268,7 +268,7 @@ def read_documents(config: Evaluate) -> list[str]:
 
 
 def _between(tokens: Tensor, bos: int | None) -> Iterator[list[int]]:
-    """The ids between tokens that begin a document."""
+    """Yields the ids of each document, split at `bos`."""
     if bos is None:
         yield tokens.tolist()
         return
@@ -279,21 +279,21 @@ def _between(tokens: Tensor, bos: int | None) -> Iterator[list[int]]:
 
 
 def encode(tokenizer: Encoder, documents: Iterable[str]) -> tuple[Tensor, Tensor, int]:
-    """ids (N,), whether each is predicted (N,) bool, and the bytes of UTF-8 that the predicted ones stand for.
+    """Returns ids (N,) int64, whether each is predicted (N,) bool, and the UTF-8 bytes of the predicted ones.
 
-    Each document comes after a token that says so, which is not predicted itself. A tokenizer that has none cannot
-    begin: the very first token is not predicted.
+    Each document follows a BOS, which is not predicted itself. Without a BOS in the tokenizer, the very first token is
+    not predicted.
     """
     ids: list[int] = []
     counted: list[bool] = []
     size = 0
     for document in documents:
-        found = tokenizer.encode(document)
+        new_ids = tokenizer.encode(document)
         if tokenizer.bos is not None:
             ids.append(tokenizer.bos)
             counted.append(False)
-        ids += found
-        counted += [True] * len(found)
+        ids += new_ids
+        counted += [True] * len(new_ids)
         size += len(document.encode())
     if tokenizer.bos is None:
         counted[0] = False
@@ -308,7 +308,7 @@ def encode(tokenizer: Encoder, documents: Iterable[str]) -> tuple[Tensor, Tensor
 def measure(
     subject: Subject, documents: Sequence[str], device: str, *, context: int = 0, stride: int = 0, batch: int = 8
 ) -> Result:
-    """The loss of `subject` over all of `documents`. Shows progress."""
+    """Returns the loss of `subject` over all of `documents`. Shows progress."""
     from tqdm import tqdm
 
     if context > subject.context:
@@ -334,26 +334,26 @@ def measure(
 
 
 def count_windows(length: int, context: int, stride: int) -> int:
-    """How many windows predict all of `length` ids but the first."""
+    """Returns how many windows it takes to predict all of `length` ids but the first."""
     return 1 + max(0, math.ceil((length - 1 - context) / stride))
 
 
 def windows(ids: Tensor, counted: Tensor, context: int, stride: int, which: range) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (len(which), context) int64. Over all windows each counted id but the first is a target once.
+    """Returns inputs and targets (len(which), context) int64. Over all windows a counted id is a target once.
 
-    Windows begin `stride` apart; of one that overlaps the one before only the new targets count, the others are
-    IGNORED. Inputs after the end repeat the last id, and nothing that counts sees them.
+    Windows begin `stride` apart; where one overlaps the previous one, only its new targets count, and the others are
+    IGNORED. Inputs after the end repeat the last id; no counted target sees them.
     """
     number = torch.tensor(which)[:, None]
     offset = torch.arange(context)
-    place = (stride * number + offset).clamp(max=len(ids) - 1)  # of the input
-    following = (place + 1).clamp(max=len(ids) - 1)
+    index = (stride * number + offset).clamp(max=len(ids) - 1)  # of the input
+    following = (index + 1).clamp(max=len(ids) - 1)
     is_new = (stride * number + offset + 1 < len(ids)) & ((number == 0) | (offset >= context - stride))
-    return ids[place], torch.where(is_new & counted[following], ids[following], IGNORED)
+    return ids[index], torch.where(is_new & counted[following], ids[following], IGNORED)
 
 
 def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """sum(sums) / sum(counts), and its standard error, of independent pairs."""
+    """Returns sum(sums) / sum(counts) and its standard error, for independent pairs."""
     n, total = len(sums), counts.sum()
     value = sums.sum() / total
     residual = (sums - value * counts).square().sum()
@@ -365,16 +365,16 @@ def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str, *, context: int = 0) -> Subject:
-    """The model and tokenizer of `source`: ours, or of a layout that ours takes; any other through transformers.
+    """Opens the model and tokenizer of `source`: ours, or of a layout that we can load; any other through transformers.
 
-    `context` is taken for that of a model that states none. Weights are safetensors and no code of an author's runs:
-    raises UserError for a model that has nothing else.
+    `context` is used for a model that states none. Only safetensors are read and no code of the author's runs: raises
+    UserError for a model that needs anything else.
     """
     model, longest, tokenizer = _open(source, ops, dtype, device, context)
     if isinstance(model, GPT):
-        ours = model
-        parameters = ours.num_params(non_embedding=False)
-        return Subject(source, parameters, longest, tokenizer, lambda x, y: nats_per_row(ours, x, y))
+        gpt = model
+        parameters = gpt.num_params(non_embedding=False)
+        return Subject(source, parameters, longest, tokenizer, lambda x, y: nats_per_row(gpt, x, y))
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(tokens).logits
@@ -385,7 +385,7 @@ def open_subject(source: str, ops: Ops, dtype: torch.dtype, device: str, *, cont
 
 
 def open_reader(source: str, ops: Ops, dtype: torch.dtype, device: str, config: Evaluate) -> core.Reader:
-    """The model and tokenizer of `source`, as `open_subject` finds them, to be asked for logits."""
+    """Opens the model and tokenizer of `source`, as `open_subject` does, to read logits from."""
     model, longest, tokenizer = _open(source, ops, dtype, device, config.context)
     if config.context > longest:
         raise UserError(f"--context={config.context}: {source} takes {longest} tokens at most")
@@ -401,29 +401,29 @@ def open_reader(source: str, ops: Ops, dtype: torch.dtype, device: str, config: 
 
 
 def _weights(folder: Path) -> list[tuple[str, int, int]]:
-    """What tells one state of the weights, settings and tokenizer in a folder from another, without reading them."""
+    """Returns names, sizes and times of the files in a folder: enough to notice a change without reading them."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) -> tuple[Any, int, Encoder]:
-    """The model on `device`, a GPT or one of transformers; its longest sequence; its tokenizer."""
+    """Returns the model on `device` (a GPT or one of transformers), its longest sequence, and its tokenizer."""
     folder = hf.find(source)
     reason = hf.why_not(folder)
     if not reason:
         model = hf.load(source, ops, dtype=dtype).to(device).eval()
         return model, model.config.block_size, Fitting(source, _tokenizer(source, folder), model.config.vocab_size)
-    theirs = _theirs(source, folder, reason, dtype, device)
-    longest = getattr(theirs.config, "max_position_embeddings", None) or context
+    loaded = _theirs(source, folder, reason, dtype, device)
+    longest = getattr(loaded.config, "max_position_embeddings", None) or context
     if not longest:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
-    return theirs, longest, Fitting(source, _tokenizer(source, folder), theirs.get_input_embeddings().num_embeddings)
+    return loaded, longest, Fitting(source, _tokenizer(source, folder), loaded.get_input_embeddings().num_embeddings)
 
 
 class Fitting:
-    """A tokenizer whose ids its model of `vocabulary` tokens has. Raises UserError, before the model sees it, for more.
+    """A tokenizer that raises UserError for an id that its model, of `vocabulary` tokens, does not have.
 
-    On a GPU a lookup beyond the table ends the process.
+    On a GPU a lookup beyond the embedding would end the process.
     """
 
     def __init__(self, source: str, tokenizer: Encoder, vocabulary: int) -> None:
@@ -447,7 +447,7 @@ class Fitting:
 
 
 def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss (B,) fp32 of each row of targets (B, T)."""
+    """Returns the summed loss (B,) fp32 of each row of targets (B, T)."""
     h = model.hidden(tokens)
     weight = model.lm_head.weight.to(h.dtype)
     settings: dict[str, Any] = {"ignore_index": IGNORED, "softcap": model.config.softcap, "reduction": "sum"}
@@ -456,14 +456,14 @@ def nats_per_row(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def _theirs(source: str, folder: Path, reason: str, dtype: torch.dtype, device: str) -> Any:
-    """The model of transformers, because of `reason` not ours."""
+    """Loads a model through transformers; `reason` says why it cannot be one of ours."""
     print(f"{source} runs through transformers: {reason}")
     auto = _import_transformers().AutoModelForCausalLM
     return _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
 
 
 def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:
-    """What transformers makes of the folder's data alone."""
+    """Calls auto.from_pretrained on the folder's data alone, without any code from it."""
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
@@ -519,7 +519,7 @@ def _import_transformers() -> Any:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table."""
+    """Returns the results as a Markdown table."""
     head = ("model", "parameters", "context", "tokens", "loss", "perplexity", "bits per byte")
     lines = [head, ("---", *["---:"] * 6)]
     for r in results:
@@ -539,7 +539,7 @@ def _plus_minus(error: float, digits: int) -> str:
 
 
 def write(results: Sequence[Result], out_dir: str, device: str) -> None:
-    """evaluation.md, and a row for each model in evaluation.jsonl."""
+    """Writes evaluation.md, and a row for each model to evaluation.jsonl."""
     write_whole(Path(out_dir) / "evaluation.md", table(results) + "\n")
     with unwritable(Path(out_dir)), Log(out_dir, name="evaluation.jsonl") as log:
         for r in results:

@@ -1,13 +1,13 @@
-"""Files of documents on this disk: which of a folder's are read, and what is read of them, document by document.
+"""Reads documents from files on this disk: chooses a folder's files, and yields their documents one by one.
 
-A folder holds files of one kind: .parquet, .jsonl or .json, .txt or .md, these also packed (.gz, .zst, .xz, .bz2), in
-capitals or not. Left out, and named, are files and folders whose names begin with a dot, READMEs and LICENSEs, what the
-hub adds to a data set, and files of other endings.
+A folder holds files of one kind: .parquet, .jsonl or .json, .txt or .md, in upper or lower case; all but .parquet may
+be compressed (.gz, .zst, .xz, .bz2). Skipped, and printed, are names that begin with a dot, READMEs and LICENSEs,
+files that the hub adds to a data set, and other extensions.
 
-Of a parquet file or a file of JSON rows one column is read, and nothing else of a row is looked at; a row in which it
-is missing, null or empty is no document, but counted. A text file is one document, without its byte order mark. What
-is no text ends the reading with an error that names the file and the line or row. Reading goes on from there when
-it is mended or removed: what came before is not read again, and is held to the last document that was.
+Only one column of a parquet or JSON file is read; a row in which it is missing, null or empty is counted but holds no
+document. A text file is one document, without its byte order mark. Anything that is not text raises an error that names
+the file and the line or row. Once that is fixed or removed, reading resumes there: documents already read are not read
+again, but the last one of them must be unchanged.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "t
 PACKED = (".gz", ".zst", ".xz", ".bz2")
 NO_DOCUMENTS = ("readme", "license", "dataset_info", "dataset_infos")
 GO_ON = "mend or remove it; the same command goes on from there"
-TEXT_BYTES = 2**30  # a text is read into memory, where it takes some times its size
+TEXT_BYTES = 2**30  # a text is read into memory, where it takes several times its size
 ROWS_AT_ONCE = 64  # of parquet
 
 
 class Row(NamedTuple):
-    """A document, None where a row has none, and where it is."""
+    """A document (None where its row has none) and its position."""
 
     text: str | None
     file: int  # number of the file
     row: int  # in the file, from 0 on
-    at: int  # byte of the file at which it begins, where that is known, so that it can be found at once; else 0
+    at: int  # byte offset of its beginning, for seeking; 0 where unknown
 
     def state(self) -> dict[str, Any]:
-        """From which `read` goes on after it."""
+        """Returns the state from which `read` continues after this row."""
         digest = hashlib.sha256((self.text or "").encode("utf-8", "surrogatepass")).hexdigest()
         return {"file": self.file, "row": self.row, "at": self.at, "sha256": digest}
 
 
 def builder_of(path: Path) -> str | None:
-    """What reads the documents of a file of this name: parquet, json or text; None for others."""
+    """Returns the reader for a file of this name: parquet, json or text; None for others."""
     ending = path.suffix.lower()
     if ending not in PACKED:
         return BUILDERS.get(ending)
@@ -56,7 +56,7 @@ def builder_of(path: Path) -> str | None:
 
 
 def exists(path: Path, *, folder: bool = False) -> bool:
-    """Whether there is such a file or folder, or a folder; not, if the name is too long for any or has a NUL in it."""
+    """Returns whether the path exists (with `folder`, as a folder); False too for overlong names and NULs."""
     try:
         return path.is_dir() if folder else path.exists()
     except (OSError, ValueError):
@@ -64,20 +64,20 @@ def exists(path: Path, *, folder: bool = False) -> bool:
 
 
 def listed(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of documents below `folder`, in order, and those left out."""
-    taken: list[Path] = []
+    """Returns the files of documents below `folder`, in order, and the skipped ones."""
+    selected: list[Path] = []
     left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         is_about = path.name.split(".")[0].lower() in NO_DOCUMENTS
-        (left_out if is_hidden or is_about or builder_of(path) is None else taken).append(path)
-    return taken, left_out
+        (left_out if is_hidden or is_about or builder_of(path) is None else selected).append(path)
+    return selected, left_out
 
 
 def read(paths: Sequence[str], builder: str, column: str, state: dict[str, Any] | None = None) -> Iterator[Row]:
-    """All documents of the files, or those after `state`. Raises UserError that names the file and the line."""
+    """Yields all documents of the files, or those after `state`. Raises UserError that names the file and the line."""
     first = 0 if state is None else state["file"]
     if state is not None and first >= len(paths):
         raise UserError("files that were read are gone; remove the data set and begin again")
@@ -103,16 +103,16 @@ Rows = Iterator[tuple[str | None, int, int]]
 
 
 def _is_same(rows: Rows, number: int, after: dict[str, Any]) -> bool:
-    """Whether the first of `rows` is the one that `after` is the state of."""
+    """Returns whether the first of `rows` is the row that the state `after` was taken at."""
     try:
         last = next(rows, None)
-    except UserError:  # in what is another line now
+    except UserError:  # the line has changed
         return False
     return last is not None and Row(last[0], number, *last[1:]).state() == after
 
 
 def _rows(path: Path, builder: str, column: str, after: dict[str, Any] | None) -> Rows:
-    """(text, row, at) of one file, from the row of `after` on, itself included."""
+    """Yields (text, row, byte offset) of one file, from the row of `after` on, included."""
     if builder == "parquet":
         return _of_parquet(path, column, 0 if after is None else after["row"])
     if builder == "text":
@@ -125,7 +125,7 @@ def _of_text(path: Path) -> Rows:
 
 
 def decoded(content: bytes, path: Path) -> str:
-    """The text of a file, its line ends \\n and without a byte order mark. Raises UserError if it is not UTF-8."""
+    """Returns the text of a file with \\n line ends and no byte order mark. Raises UserError if it is not UTF-8."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -136,7 +136,7 @@ def decoded(content: bytes, path: Path) -> str:
 def _of_parquet(path: Path, column: str, first: int) -> Rows:
     from pyarrow import parquet
 
-    if path.stat().st_size == 0:  # what a writer leaves that had nothing to write
+    if path.stat().st_size == 0:  # as left by a writer without rows
         return
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
@@ -159,7 +159,7 @@ def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
     first = 0 if after is None else after["row"]
     with _unpacked(path) as file:
         start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if start.startswith(b"["):  # one array; the rows of others are lines
+        if start.startswith(b"["):  # one array; otherwise one row per line
             for row, value in enumerate(_parsed(file.read(), f"{path}")):
                 if row >= first:
                     yield _of_row(value, f"{path}, row {row}", column, row == 0), row, 0
@@ -171,7 +171,7 @@ def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
         for line in file:
             where = f"{path}:{row + 1}"
             if row >= first:
-                # A blank line is a row without a document, so that rows and lines have the same numbers.
+                # A blank line counts as a row without a document, so that row and line numbers agree.
                 value = _parsed(line, where) if line.strip(b"\xef\xbb\xbf \t\r\n") else {column: None}
                 yield _of_row(value, where, column, row == 0), row, at
             row, at = row + 1, at + len(line)
@@ -204,7 +204,7 @@ def _no_column(where: str, column: str, names: Sequence[str]) -> UserError:
 
 
 def _unpacked(path: Path) -> Any:
-    """The content of a file, to be read as a binary file with `peek`."""
+    """Opens a file, decompressing it if need be, as a binary file with `peek`."""
     kind = path.suffix.lower()
     if kind == ".gz":
         return gzip.open(path, "rb")
@@ -220,7 +220,7 @@ def _unpacked(path: Path) -> Any:
 
 
 def count(paths: Sequence[str], builder: str) -> int | None:
-    """How many documents there are at most, or None where only reading them all would tell."""
+    """Returns an upper bound on the number of documents, or None where only reading them all would tell."""
     if builder == "text":
         return len(paths)
     if builder == "parquet":
@@ -230,7 +230,7 @@ def count(paths: Sequence[str], builder: str) -> int | None:
         for path in paths:
             try:
                 total += parquet.read_metadata(path).num_rows if Path(path).stat().st_size else 0
-            except Exception:  # the reading says it, with all that came before done
+            except Exception:  # reading reports it, after the documents before it
                 return None
         return total
     return sum(map(_count_lines, paths)) if all(path.lower().endswith(".jsonl") for path in paths) else None

@@ -1,4 +1,4 @@
-"""What stops a run, or an update: a signal, a loss or gradient that is no number, a loss far above its neighbours."""
+"""Stops a run on a signal, and refuses an update on a non-finite loss or gradient or on a loss spike."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any, Literal, Self
 from gptfast.errors import UserError
 from gptfast.step import Batch
 
-# Schedulers warn by SIGTERM or SIGUSR1, people by SIGINT, and a terminal that is closed by SIGHUP.
+# Schedulers send SIGTERM or SIGUSR1, people SIGINT, and a closing terminal SIGHUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 WINDOW = 128  # accepted losses that a spike is measured against
-WARM_WINDOW = 16  # as few as these already tell a spike
+WARM_WINDOW = 16  # accepted losses needed before spikes are looked for
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to save and leave. Not an Exception, so that no compiler or tracker swallows it."""
+    """Raised when a signal asks the run to save and exit. Not an Exception, so no compiler or tracker swallows it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -32,15 +32,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopper:
-    """Turns a signal into `Stopped`, raised at once while nothing is being changed, or at `release` while held.
+    """Turns a signal into `Stopped`, raised at once, or, while held, at `release`.
 
         with Stopper() as stopper:
             ...                    # a signal raises here
             stopper.hold()         # weights change, a checkpoint is written: a signal waits
             stopper.release()      # until here
 
-    The second SIGINT leaves at once, without saving. `deferred`: signals are only noted in `signum`, for
-    ranks that must agree to leave together. Outside the main thread, where Python delivers no signals, it does nothing.
+    The second SIGINT exits at once, without saving. `deferred`: signals are only noted in `signum`, for
+    ranks that must agree to exit together. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self, *, deferred: bool = False) -> None:
@@ -61,11 +61,11 @@ class Stopper:
             signal.signal(number, handler)
 
     def hold(self, *_: object) -> None:
-        """From now on a signal waits. Takes and ignores arguments, to be an optimizer's hook before its step."""
+        """Makes signals wait. Ignores its arguments, so that it can be an optimizer's pre-step hook."""
         self._held = True
 
     def release(self, agreed: int = 0) -> None:
-        """From now on a signal raises at once; raises Stopped for one that came while held, or, deferred, `agreed`."""
+        """Lets signals raise at once again; raises Stopped for one that came while held or, deferred, for `agreed`."""
         self._held = self.deferred
         signum = agreed if self.deferred else self.signum
         if signum:
@@ -79,20 +79,20 @@ class Stopper:
         self.signum = signum
         tell(f"{signal.Signals(signum).name}: saving, then leaving")
         if not self._held:
-            self._held = True  # what is done about this one is not to be interrupted by the next
+            self._held = True  # the next signal must not interrupt the handling of this one
             raise Stopped(signum)
 
 
 def tell(text: str) -> None:
-    """Says it on stderr, if that is still there; print may be what a signal interrupts."""
+    """Writes to stderr if it is still open. Not by print, which a signal may have interrupted."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 class Output(io.TextIOBase):
-    """Stdout while training: where it cannot be written, as after `| head`, the run saves and leaves as by a signal.
+    """Stdout while training: once it cannot be written, as after `| head`, the run saves and exits as on a signal.
 
-    So the update that is being made is finished first. What is printed from then on goes nowhere.
+    So the current update is finished first. Whatever is printed after that is dropped.
     """
 
     def __init__(self, stream: Any, stopper: Stopper) -> None:
@@ -120,7 +120,7 @@ class Output(io.TextIOBase):
 
 
 class Refused(UserError):
-    """The update that would have spoilt the weights, which are as before it. `batches` holds what it was made from."""
+    """Raised for a refused update that stops the run; the weights are unchanged. `batches` holds its micro-batches."""
 
     def __init__(self, reason: str, batches: list[Batch]) -> None:
         super().__init__(reason)
@@ -128,12 +128,12 @@ class Refused(UserError):
 
 
 class Guard:
-    """Judges updates by their loss and the norm of their gradient, and hears which were taken (gptfast/step.py).
+    """Judges updates by loss and gradient norm, and is told which were taken (gptfast/step.py).
 
-    One that is not finite stops the run, or with nonfinite="skip" is passed over and counted. With spike > 0 an update
-    is passed over whose loss lies more than `spike` standard deviations above the mean of the last WINDOW accepted
-    ones, the newest left out, since the next update begins before its loss is known here. Refused losses never enter
-    that window, so neither a NaN nor a spike can move it. More than `max_skips` updates passed over in a row stop the
+    A non-finite update stops the run, or with nonfinite="skip" is skipped and counted. With spike > 0 an update is
+    skipped if its loss lies more than `spike` standard deviations above the mean of the last WINDOW accepted losses.
+    The newest is left out of that window, since the next update begins before its loss is known here. Losses of skipped
+    updates never enter it, so neither a NaN nor a spike can move it. More than `max_skips` skips in a row stop the
     run.
     """
 
@@ -142,24 +142,24 @@ class Guard:
         self.spike, self.max_skips = spike, max_skips
         self.skipped = 0  # in the whole run
         self.in_a_row = 0
-        self.heard = 0  # updates that this process has heard of
-        self.news: list[tuple[int, str]] = []  # ordinals among those, and reasons, of updates passed over
+        self.heard = 0  # updates reported to this process
+        self.news: list[tuple[int, str]] = []  # ordinal and reason of each skipped update
         self._losses: deque[float] = deque(maxlen=WINDOW + 1)
 
     def limit(self, unread: int = 0) -> float:
-        """The loss above which the next update is a spike, whether the one before it is `unread` (1) or not (0)."""
+        """Returns the loss above which the next update is a spike; `unread`: 1 if the previous loss is not read yet."""
         mean, deviation = self._measure(newest=unread > 0 or self.in_a_row > 0)
         return mean + self.spike * deviation
 
     def _measure(self, newest: bool) -> tuple[float, float]:
-        """Mean and standard deviation of the accepted losses; infinite where there are too few, or nobody asks."""
+        """Returns mean and deviation of the accepted losses; an infinite mean if they are too few or `spike` is 0."""
         losses = list(self._losses)[: None if newest else -1][-WINDOW:]
         if self.spike == 0 or len(losses) < WARM_WINDOW:
             return math.inf, 0.0
         return statistics.fmean(losses), statistics.pstdev(losses)
 
     def record(self, loss: float, norm: float, taken: bool, batches: list[Batch]) -> None:
-        """Hear of an update. Raises Refused where the run must stop."""
+        """Records the outcome of an update. Raises Refused where the run must stop."""
         self.heard += 1
         if taken:
             self._losses.append(loss)

@@ -1,16 +1,16 @@
-"""What a stage of fine-tuning learns from: conversations of several tasks, each so often, in rows without cropping.
+"""Mixes the conversations of several tasks for fine-tuning, each repeated as asked, and packs them uncropped in rows.
 
     mixture = Mixture([Part("gsm8k", examples, 4.0), Part("identity", others, 1.0)], seed=1)
     batches = ConversationBatches(mixture, chat, batch_size=8, block_size=2048, device="cuda", rank=0, ranks=8)
-    x, y, cu_seqlens = next(batches)                   # as those of gptfast.packing; y is -1 where nothing is learnt
+    x, y, cu_seqlens = next(batches)                   # as in gptfast.packing; y is -1 where there is no target
 
-An epoch takes `repeats` times the conversations of each part, in an order that seed and epoch determine. A part whose
-repeats are no whole number goes on where the epoch before stopped, so that no conversation falls behind.
+An epoch takes the conversations of each part `repeats` times, in an order that seed and epoch determine. With
+fractional repeats, a part continues where the previous epoch stopped, so that every conversation is used equally often.
 
-Rows are packed best-fit: after the oldest conversation of a buffer always the longest that still fits, and in the end
-padding, a BOS at a time, from which nothing is learnt. None is cropped. A conversation longer than a row is split over
-rows, each but the first with a BOS in front, or dropped; which, is stated and counted. One from which nothing is learnt
-is left out and counted, so that no batch is without a target and no loss 0 / 0. cu_seqlens keep conversations apart.
+Rows are packed best-fit: first the oldest conversation of a buffer, then always the longest that still fits, then BOS
+tokens as padding, which are no targets. None is cropped. A conversation longer than a row is either dropped or split
+over rows, each but the first with a BOS in front; `counts` tells how many. A conversation without a target is left out
+and counted, so that every batch has targets and no loss is 0 / 0. cu_seqlens keep conversations apart.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Long = Literal["split", "drop"]
 
 @dataclass(frozen=True)
 class Part:
-    """Conversations, and how often an epoch takes each of them: 2.0 is twice, 0.5 every other one."""
+    """Conversations, and how often an epoch takes each of them: 2.0 takes each twice, 0.5 every other one."""
 
     name: str
     examples: Sequence[Example]
@@ -56,7 +56,7 @@ class Part:
 
 
 class Mixture:
-    """Parts, as one order of conversations for every epoch."""
+    """Several parts, merged into one order of conversations per epoch."""
 
     def __init__(self, parts: Sequence[Part], seed: int = 0) -> None:
         if not parts:
@@ -68,15 +68,15 @@ class Mixture:
         return sum(part.per_epoch for part in self.parts)
 
     def order(self, epoch: int) -> np.ndarray:
-        """(len, 2) int64: which part, and which of its conversations, in the order of this epoch."""
+        """Returns (len, 2) int64: the part, and the conversation within it, in the order of this epoch."""
         orders = []
         for number, part in enumerate(self.parts):
-            place = epoch * part.per_epoch + np.arange(part.per_epoch)
-            rounds, within = np.divmod(place, len(part.examples))
-            which = np.empty(len(place), np.int64)
-            for turn in np.unique(rounds):  # each conversation once in every round through the part
-                shuffled = np.random.default_rng((self.seed, number, int(turn))).permutation(len(part.examples))
-                which[rounds == turn] = shuffled[within[rounds == turn]]
+            position = epoch * part.per_epoch + np.arange(part.per_epoch)
+            rounds, within = np.divmod(position, len(part.examples))
+            which = np.empty(len(position), np.int64)
+            for round_number in np.unique(rounds):  # a round takes each conversation of the part once
+                shuffled = np.random.default_rng((self.seed, number, int(round_number))).permutation(len(part.examples))
+                which[rounds == round_number] = shuffled[within[rounds == round_number]]
             orders.append(np.stack((np.full_like(which, number), which), axis=1))
         together = np.concatenate(orders)
         return together[np.random.default_rng((self.seed, len(self.parts), epoch)).permutation(len(together))]
@@ -85,7 +85,7 @@ class Mixture:
         return self.parts[part].examples[index]
 
     def describe(self) -> str:
-        """A line for each part: its share of an epoch."""
+        """Returns a line for each part with its share of an epoch."""
         return "\n".join(
             f"  {part.name}: {len(part.examples):,} conversations x {part.repeats:g}, "
             f"{100 * part.per_epoch / len(self):.1f} % of an epoch"
@@ -94,7 +94,7 @@ class Mixture:
 
 
 def read_mixture(text: str, where: Where, seed: int, split: str = "train") -> Mixture:
-    """The mixture that `gsm8k*4,identity,jsonl:mine.jsonl*2` names. Raises UserError for what is no such list."""
+    """Parses a mixture such as `gsm8k*4,identity,jsonl:mine.jsonl*2`. Raises UserError for a malformed list."""
     parts = []
     for word in filter(None, map(str.strip, text.split(","))):
         name, star, times = word.rpartition("*")
@@ -108,19 +108,19 @@ def read_mixture(text: str, where: Where, seed: int, split: str = "train") -> Mi
 
 
 class Piece(NamedTuple):
-    """What goes into a row as one: a conversation or, if that is longer than a row, a part of it."""
+    """A unit of packing: a conversation or, if that is longer than a row, a part of it."""
 
     part: int
-    which: int  # of its conversations
+    which: int  # of the conversations
     number: int  # which piece of the conversation
     length: int  # tokens
 
 
 class ConversationBatches:
-    """An endless iterator of batches over a mixture; of `ranks`, each takes every ranks-th batch of one stream.
+    """An endless iterator of batches over a mixture; each of `ranks` takes every ranks-th batch of one stream.
 
-    `state_dict` is of plain ints and lists, the same on every rank; a loader that loads it, with any number of ranks,
-    gives the very next batch. Raises UserError if there is nothing to learn from.
+    `state_dict` holds plain ints and lists, the same on every rank; a loader that loads it, with any number of ranks,
+    gives the very next batch. Raises UserError if there is no target at all.
     """
 
     def __init__(
@@ -160,22 +160,22 @@ class ConversationBatches:
 
     @property
     def epoch(self) -> int:
-        """How often all conversations had been taken into rows when the last batch was packed."""
+        """Returns the number of epochs completed when the last batch was packed."""
         return self._state["epoch"]
 
     @property
     def progress(self) -> float:
-        """Epochs up to the last batch, as a fraction too."""
+        """Returns the epochs up to the last batch, as a fraction."""
         return self._state["epoch"] + self._state["place"] / len(self.mixture)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Up to the last batch, of all ranks: conversations taken, split, dropped, without anything to learn
+        """Returns counts up to the last batch, over all ranks: conversations taken, split, dropped, without a target
         (unlearnt); targets; rows."""
         return dict(self._state["counts"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was taken, however many are prepared."""
+        """Returns the position after the last batch that was taken, however many are prefetched."""
         return {**json.loads(json.dumps(self._state)), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -205,15 +205,15 @@ class ConversationBatches:
         self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
 
     def _pack_batch(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """ids, targets, 1 where a document starts (3, batch_size, block_size + 1) int64; and the state after them."""
+        """Returns ids, targets, 1 at document starts (3, batch_size, block_size + 1) int64; and the state after."""
         rows = np.empty((3, self.batch_size, self.block_size + 1), np.int64)
         for rank in range(self.ranks):
             rows[0], rows[1], rows[2] = self.chat.bos, IGNORED, 0
-            kept = rows if rank == self.rank else rows.copy()
+            filled = rows if rank == self.rank else rows.copy()
             for i in range(self.batch_size):
-                self._pack_row(*kept[:, i])
+                self._pack_row(*filled[:, i])
             if rank == self.rank:
-                mine = kept.copy()
+                mine = filled.copy()
         state = {
             "epoch": self._epoch, "place": self._place, "buffer": [list(piece) for piece in self._buffer],
             "counts": dict(self._counts),
@@ -221,14 +221,14 @@ class ConversationBatches:
         return mine, state
 
     def _pack_row(self, ids: np.ndarray, targets: np.ndarray, starts: np.ndarray) -> None:
-        """Fills a row (block_size + 1,), which holds padding, with what fits best; the padding is a document too."""
+        """Fills a padded row (block_size + 1,) best-fit; what remains of the padding counts as a document too."""
         filled = 0
         while True:
             self._fill_buffer()
             fitting = [piece for piece in self._buffer if piece.length <= len(ids) - filled]
             if not fitting:
                 break
-            # The oldest begins a row, so that short ones do not wait for gaps alone, and are seen with nothing before.
+            # The oldest begins a row, else short pieces would only ever fill gaps and never stand without context.
             piece = max(fitting, key=lambda piece: piece.length) if filled else self._buffer[0]
             self._buffer.remove(piece)
             tokens, mask = self._pieces(piece.part, piece.which)[piece.number]
@@ -245,7 +245,7 @@ class ConversationBatches:
         self._counts["rows"] += 1
 
     def _fill_buffer(self) -> None:
-        """Takes conversations until there is a choice, or the epoch is over; the next begins with an empty buffer."""
+        """Fills the buffer, up to the end of the epoch; the next epoch begins with an empty buffer."""
         if not self._buffer and self._place == len(self._order):
             self._epoch, self._place = self._epoch + 1, 0
             self._order = self.mixture.order(self._epoch)
@@ -268,10 +268,10 @@ class ConversationBatches:
                     f"nothing to learn in {len(self._order):,} conversations: none has an assistant's words that fit "
                     f"a row of {self.block_size} tokens; give others, a larger --block_size, or --long=split"
                 )
-            self._fill_buffer()  # the end of the epoch had nothing
+            self._fill_buffer()  # the rest of the epoch had no targets
 
     def _pieces(self, part: int, index: int) -> list[tuple[list[int], list[int]]]:
-        """Ids and mask of each piece of a conversation. Over all pieces, each id that is learnt is a target once."""
+        """Returns ids and mask of each piece of a conversation. Over all pieces, each learnt id is a target once."""
         pieces = self._rendered.get((part, index))
         if pieces is None:
             ids, mask = self.chat.render(self.mixture.example(part, index).messages)
@@ -284,8 +284,8 @@ class ConversationBatches:
         return pieces
 
     def _forget(self, piece: Piece) -> None:
-        """Keeps what was rendered only as long as a piece of it waits."""
-        if not any((other.part, other.which) == (piece.part, piece.which) for other in self._buffer):
+        """Drops a rendered conversation once no piece of it waits in the buffer."""
+        if not any((waiting.part, waiting.which) == (piece.part, piece.which) for waiting in self._buffer):
             self._rendered.pop((piece.part, piece.which), None)
 
 
@@ -293,7 +293,7 @@ class ConversationBatches:
 
 
 def sft_multiplier(progress: float, *, warmup: float = 0.0, warmdown: float = 0.5, final: float = 0.0) -> float:
-    """What a rate is multiplied by at `progress` 0 ... 1: linearly up, 1, and linearly down to `final`, never below."""
+    """Returns the rate's factor at `progress` 0 ... 1: linear warm-up, 1, and linear decay to `final`, never below."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
         return (progress + 1e-8) / warmup
@@ -304,10 +304,10 @@ def sft_multiplier(progress: float, *, warmup: float = 0.0, warmdown: float = 0.
 
 
 def sft_momentum(iteration: int) -> float:
-    """Muon's, from 0.85 to 0.95 over 300 updates."""
+    """Returns Muon's momentum, which rises from 0.85 to 0.95 over 300 updates."""
     return 0.85 + 0.1 * min(iteration / 300, 1.0)
 
 
 def rl_multiplier(iteration: int, iterations: int) -> float:
-    """What a rate is multiplied by: linearly from 1 to 0."""
+    """Returns the rate's factor, which falls linearly from 1 to 0."""
     return max(0.0, 1.0 - iteration / iterations)

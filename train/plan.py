@@ -1,4 +1,4 @@
-"""What fits on a GPU, and how long and how dear its training is. Nothing runs: all is counted.
+"""Plans training on a GPU: memory, time and cost, all computed by formula without running anything.
 
     python -m train.plan                                    the models of the dial on the GPU here, or on an H100
     python -m train.plan "RTX 4090" --n_gpu=2 --prices="RTX 4090=0.4"
@@ -13,9 +13,9 @@ Memory of one GPU, in bytes, with P weights of which Pm are Muon's, activations 
 
 of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 3 with swiglu, else 2;
 s = 2 statistics of a row in LayerNorm, 1 in RMSNorm; nanochat's parts: `_nanochats_bytes`. Dropout's masks
-and activation checkpointing are left out. It is what the Triton kernels keep from forward to backward, to the byte
-(tests/test_plan.py); 10% of the GPU's memory stay free for CUDA itself and fragmentation. Several GPUs each hold
-everything.
+and activation checkpointing are left out. The formula is exact, to the byte, for what the Triton kernels save for the
+backward pass (tests/test_plan.py); 10% of the GPU's memory stay free for CUDA itself and fragmentation. With several
+GPUs, each holds everything.
 
 Time = FLOPs / (GPUs · peak · MFU), exact FLOPs and dense bf16 peaks (gptfast/mfu.py) at an MFU that you assume.
 """
@@ -53,8 +53,8 @@ class Plan:
     context: int = dial.CONTEXT  # tokens in a sequence; a GPT-2 takes 1024 at most
     vocab_size: int = dial.VOCAB  # of the dial's models
     ratio: float = dial.RATIO  # tokens to train on for each weight of the blocks and the head
-    assumed_mfu: float = 0.4  # the part of the peak that training reaches
-    measured: str = ""  # folder of rows, as results/nvidia-h200: what training reached there, in place of assumed_mfu
+    assumed_mfu: float = 0.4  # the fraction of the peak that training reaches
+    measured: str = ""  # folder of rows, as results/nvidia-h200: use the MFU measured there, not assumed_mfu
     prices: str = "H100 SXM=3"  # dollars for an hour of a GPU, NAME=DOLLARS with commas between; n/a for all others
     architecture: dial.Architecture = "nanochat"  # whose model of a depth to count
 
@@ -88,7 +88,7 @@ class Memory:
 
 
 def memory(config: GPTConfig, batch: int, *, optimizer: str, itemsize: int = 2) -> Memory:
-    """What a training step of `batch` sequences holds at most, by the formula of this page."""
+    """Returns the peak memory of a training step of `batch` sequences, by the formula in the module's docstring."""
     parameters, blocks = dial.sizes(config).parameters, mfu.block_params(config)
     momenta = blocks if optimizer == "muon" else 0
     tokens = batch * config.block_size
@@ -103,7 +103,7 @@ def memory(config: GPTConfig, batch: int, *, optimizer: str, itemsize: int = 2) 
 
 
 def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
-    """What is kept for the backward pass, the gradient of the hidden state from the loss included."""
+    """Returns the bytes saved for the backward pass, including the loss's gradient of the hidden state."""
     L, C, K = config.n_layer, config.n_embd, config.kv_heads * config.head_dim
     Q = config.attention_width
     rotated = (Q + K) * ((config.position == "rope") + config.qk_norm_weight)
@@ -114,17 +114,17 @@ def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
 
 
 def _nanochats_bytes(config: GPTConfig, itemsize: int) -> int:
-    """The same of a token in nanochat's parts: what each scales, adds and gates."""
+    """Returns the bytes per token that nanochat's parts save: the inputs of each scale, sum and gate."""
     L, C, K, G = config.n_layer, config.n_embd, config.kv_heads * config.head_dim, config.kv_heads
     numbers = config.residual_scalars * L * C + config.smear * (2 * C + 2)
     numbers += len(config.value_layers) * 2 * (K + G)
-    numbers += config.backout * C * (L // 2 == L - 1)  # elsewhere the next layer keeps it anyway
+    numbers += config.backout * C * (L // 2 == L - 1)  # at other depths the next layer saves it anyway
     numbers += config.embedding_norm * C
     return itemsize * numbers + 4 * config.embedding_norm
 
 
 def largest_batch(config: GPTConfig, memory_bytes: float, *, optimizer: str) -> int:
-    """The most sequences of a micro-batch that fit; 0 where not one does."""
+    """Returns the largest micro-batch, in sequences, that fits; 0 if none does."""
     low, high = 0, 2**16
     while low < high:
         middle = (low + high + 1) // 2
@@ -148,7 +148,7 @@ def _gpu_here() -> str:
 
 
 def gpu_named(name: str) -> mfu.Peak:
-    """The GPU of that name. Raises UserError for one whose peak is not known."""
+    """Returns the peak of the GPU of that name. Raises UserError where it is not known."""
     peak = mfu.peak(name)
     if peak is None or peak.bf16 is None:
         raise UserError(f"{name}: {mfu.why_unknown(name)}")
@@ -156,7 +156,7 @@ def gpu_named(name: str) -> mfu.Peak:
 
 
 def prices_of(text: str) -> dict[str, float]:
-    """Dollars for an hour of a GPU, by the name of its row in mfu.DEVICES; of 'H100 SXM=3,RTX 4090=0.5'."""
+    """Parses 'H100 SXM=3,RTX 4090=0.5': dollars per GPU hour, by the name of the GPU's row in mfu.DEVICES."""
     prices = {}
     for entry in filter(None, text.split(",")):
         name, _, dollars = entry.partition("=")
@@ -169,7 +169,7 @@ def prices_of(text: str) -> dict[str, float]:
 
 
 def tabulate(config: Plan, gpu: mfu.Peak) -> str:
-    """A line for each model: what it counts, the largest micro-batch that fits, and time and price of its training."""
+    """Returns a line for each model: its sizes, the largest micro-batch that fits, and training time and price."""
     price = prices_of(config.prices).get(gpu.device)
     reached = measured_mfu(config.measured, gpu) if config.measured else {}
     at = ", ".join(f"{share:.0%} ({name})" for name, share in reached.items())
@@ -184,13 +184,13 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
     for name, model, counted, recipe in _models(config):
         tokens = recipe.batch_tokens * recipe.iterations
         batch = _micro_batch(model, gpu, recipe.batch_tokens // config.n_gpu)
-        held = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
+        memory_gb = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
         flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
         spent = None if batch == 0 else _gpu_hours(flops, gpu, nearest_mfu(reached, model) or config.assumed_mfu)
         hours = spent and spent / config.n_gpu
         lines.append(
             f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
-            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(held, '.1f'):>7}"
+            f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(memory_gb, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
             f"{_or_na(spent and price and spent * price, ',.0f'):>10}"
         )
@@ -199,7 +199,7 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
 
 
 def measured_mfu(folder: str, gpu: mfu.Peak) -> dict[str, float]:
-    """By preset, the most that a training step reached on this GPU, from the rows of `bench model` and `bench profile`.
+    """Returns the highest MFU of a training step on this GPU, by preset, from `bench model` and `bench profile` rows.
 
     Raises UserError where the folder has no such row, or rows of another GPU.
     """
@@ -228,14 +228,14 @@ def measured_mfu(folder: str, gpu: mfu.Peak) -> dict[str, float]:
 
 
 def nearest_mfu(reached: Mapping[str, float], model: GPTConfig) -> float | None:
-    """What the model nearest in size reached."""
+    """Returns the MFU of the model nearest in size."""
     size = math.log(dial.sizes(model).parameters)
     distance = lambda name: abs(math.log(dial.sizes(PRESETS[name]).parameters) - size)
     return reached[min(reached, key=distance)] if reached else None
 
 
 def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
-    """Name, model, what it counts and how to train it."""
+    """Returns each model's name, config, sizes and training recipe."""
     rows: list[tuple[str, GPTConfig, Sizes, Recipe]] = []
     for depth in (config.depth,) if config.depth else DEPTHS:
         model, reference = (
@@ -259,7 +259,7 @@ def _optimizer(model: GPTConfig) -> str:
 
 
 def _micro_batch(model: GPTConfig, gpu: mfu.Peak, tokens: int) -> int | None:
-    """The largest that fits, and no larger than `tokens` ask for; None where the memory is not known."""
+    """Returns the largest micro-batch that fits, at most `tokens` tokens; None where the memory is not known."""
     if gpu.memory_gb is None:
         return None
     return min(largest_batch(model, gpu.memory_gb * 2**30, optimizer=_optimizer(model)), tokens // model.block_size)
@@ -274,10 +274,10 @@ def _gpu_hours(flops: float, gpu: mfu.Peak, assumed_mfu: float) -> float:
 
 
 def describe(config: Pretrain, model: GPTConfig) -> str:
-    """The plan of `python -m train.pretrain ... --dry_run`."""
+    """Returns the text that `python -m train.pretrain ... --dry_run` prints."""
     counted = dial.sizes(model, config.architecture) if config.depth else dial.sizes(model)
     flops = mfu.flops_per_token(model, model.block_size)
-    held = memory(model, config.batch_size, optimizer=config.optimizer)
+    needed = memory(model, config.batch_size, optimizer=config.optimizer)
     per_update = config.gradient_accumulation_steps * config.batch_size * model.block_size
     tokens = per_update * config.max_iters
     positions = model.block_size * model.n_embd * (model.position == "learned")
@@ -291,7 +291,7 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
         "parameters": f"{counted.parameters:,}; {counted.parameters - positions:,} without positions; blocks "
         f"{mfu.block_params(model):,}, head {mfu.lm_head_params(model):,}{values}",
         **(_dialled(config, model, counted, per_update) if config.depth else {}),
-        "checkpoint": f"{(held.weights + held.optimizer) / 1e6:,.0f} MB",
+        "checkpoint": f"{(needed.weights + needed.optimizer) / 1e6:,.0f} MB",
         "FLOPs": f"{flops.mfu:.4e} per token, {flops.mfu * tokens:.4e} in all; by PaLM's count {flops.palm:.4e}, "
         f"{flops.palm / flops.mfu:.4f} times as many",
         "horizon": f"{config.max_iters:,} updates of {per_update:,} tokens = {tokens:,} tokens, "
@@ -299,9 +299,9 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
         "update": f"{config.gradient_accumulation_steps} micro-batches of {config.batch_size} sequences, over all GPUs",
         "rates": f"{config.optimizer}: {muon}{config.learning_rate:.4g}; weight decay {config.weight_decay:.4g}",
         "schedule": f"{config.schedule}, {config.warmup_iters:,} iterations up, down to {config.min_lr:.4g}{warmdown}",
-        "memory": f"{_gb(held.total)} on each GPU: weights {_gb(held.weights)}, gradients {_gb(held.gradients)}, "
-        f"optimizer {_gb(held.optimizer)}, copies {_gb(held.copies)}, activations {_gb(held.activations)}, "
-        f"loss {_gb(held.loss)}",
+        "memory": f"{_gb(needed.total)} on each GPU: weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
+        f"optimizer {_gb(needed.optimizer)}, copies {_gb(needed.copies)}, activations {_gb(needed.activations)}, "
+        f"loss {_gb(needed.loss)}",
     }
     return "\n".join(
         [*(f"{name:<12}{text}" for name, text in rows.items()), "", *_on_gpus(config, model, flops.mfu * tokens)]
@@ -309,17 +309,18 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
 
 
 def _dialled(config: Pretrain, model: GPTConfig, counted: Sizes, batch_tokens: int) -> dict[str, str]:
-    """What the dial turned: data, batch, and by what the rates of depth 12 are multiplied."""
+    """Returns what the depth set: data, batch, and the factors applied to the rates of depth 12."""
     kind = config.architecture
     reference = dial.model_of(dial.REFERENCE_DEPTH, model.vocab_size, model.block_size, config.head_dim, kind)
-    found = dial.recipe(
+    derived = dial.recipe(
         counted, dial.sizes(reference, kind), model.n_embd, ratio=config.target_param_data_ratio,
         iterations=config.max_iters, batch_tokens=batch_tokens,
     )  # fmt: skip
     return {
         "dial": f"{kind}'s depth {config.depth}: {config.target_param_data_ratio:g} tokens for each of "
-        f"{counted.scaling:,} weights of blocks and head, {found.tokens:,}",
-        "scales": f"rates {found.batch_scale:.4f} for the batch, AdamW's {found.width_scale:.4f} besides for the width",
+        f"{counted.scaling:,} weights of blocks and head, {derived.tokens:,}",
+        "scales": f"rates {derived.batch_scale:.4f} for the batch, "
+        f"AdamW's {derived.width_scale:.4f} besides for the width",
     }
 
 

@@ -1,4 +1,4 @@
-"""Learning from rewards: answers drawn by the model itself, judged, and made more or less likely.
+"""Policy-gradient learning: samples answers from the model, judges them, and makes them more or less likely.
 
     rollouts = roll_out(answers, task, example, samples=16, sampling=Sampling(256, 1.0, 50), seed=seed_of(...))
     tokens, targets, advantages = batch_of(rollouts, padding=chat.bos)
@@ -35,33 +35,33 @@ SMALLEST_SIGMA = 1e-6  # below it all rewards are alike
 
 @dataclass(frozen=True)
 class Rollout:
-    """An answer that was drawn, and what it earned."""
+    """A sampled answer and its reward."""
 
     prompt: list[int]
-    ids: list[int]  # of the answer, with the end of the turn where it came to one
-    drawn: list[int]  # 1 where the model chose the id; tool outputs were not
+    ids: list[int]  # of the answer, with the end-of-turn token if it was reached
+    drawn: list[int]  # 1 where the model sampled the id, 0 for tool output
     text: str
     reward: float
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that depends on all of the numbers, such as step, question and answer; the same in every process."""
+    """Hashes numbers such as step, question and answer into a seed, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def roll_out(
     answers: Answers, task: Task, example: Example, *, samples: int, sampling: Sampling, seed: int
 ) -> list[Rollout]:
-    """`samples` answers to one question, as many at once as the engine has slots; each draws by a seed of its own."""
+    """Samples answers to one question, as many at once as the engine has slots, each with its own seed."""
     prompt = answers.chat.prompt(example.messages)
-    asked = [(prompt, replace(sampling, seed=seed_of(seed, i))) for i in range(samples)]
-    return [judged(answers, task, example, answer) for answer in answer_all(answers, asked)]
+    requests = [(prompt, replace(sampling, seed=seed_of(seed, i))) for i in range(samples)]
+    return [judged(answers, task, example, answer) for answer in answer_all(answers, requests)]
 
 
 def judged(answers: Answers, task: Task, example: Example, answer: Answer) -> Rollout:
-    """The rollout of an answer, its reward 1 if it passes, else 0.
+    """Returns the rollout of an answer, with reward 1 if it passes, else 0.
 
-    The end of the turn is among what is learnt, where nanochat leaves it out: to stop is a choice too.
+    Unlike in nanochat, the end-of-turn token is a target too: the model also chooses where to stop.
     """
     text = text_of(answers.chat.parse_answer(answer.ids))
     ended = [answers.chat.end_of_turn] if answer.finish_reason == "stop" else []
@@ -73,7 +73,7 @@ def judged(answers: Answers, task: Task, example: Example, answer: Answer) -> Ro
 
 
 def advantages_of(rewards: Tensor, *, sigma: bool = False) -> Tensor:
-    """rewards (n,) of the answers to one question -> (n,): minus their mean; with `sigma` over their deviation."""
+    """Returns rewards (n,) of one question's answers minus their mean; with `sigma`, over their standard deviation."""
     centred = rewards - rewards.mean()
     if not sigma:
         return centred
@@ -82,9 +82,9 @@ def advantages_of(rewards: Tensor, *, sigma: bool = False) -> Tensor:
 
 
 def batch_of(rollouts: Sequence[Rollout], padding: int, *, sigma: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all answers to one question: tokens, targets (B, T) int64 and advantages (B,) fp32.
+    """Returns tokens and targets (B, T) int64 and advantages (B,) fp32 of all answers to one question.
 
-    Targets are -1 (IGNORED) in the prompt, in what tools have put in, and in the padding after an answer.
+    Targets are -1 (IGNORED) in the prompt, in tool output, and in the padding after an answer.
     """
     longest = max(len(r.prompt) + len(r.ids) for r in rollouts)
     tokens = torch.full((len(rollouts), longest), padding)
@@ -99,7 +99,7 @@ def batch_of(rollouts: Sequence[Rollout], padding: int, *, sigma: bool = False) 
 
 
 def nll(model: Callable[..., Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
-    """-log p (B, T) fp32 of each target, 0 where it is IGNORED, by a GPT or what wraps one."""
+    """Returns -log p (B, T) fp32 of each target, 0 where it is IGNORED; `model` is a GPT or a wrapped one."""
     return model(tokens, targets, reduction="none").view(targets.shape)
 
 
@@ -107,10 +107,10 @@ def objective(
     nlls: Tensor, targets: Tensor, advantages: Tensor, *, old: Tensor | None = None, clip: float = 0.0,
     reference: Tensor | None = None, kl: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The summed loss () and the number of targets (): their quotient is the loss.
+    """Returns the summed loss () and the number of targets (); their quotient is the loss.
 
-    nlls, targets (B, T); advantages (B,). `old`: -log p (B, T) under the policy that drew, for the ratio that `clip`
-    keeps within 1 - clip ... 1 + clip; `reference`: -log q (B, T) under the model that `kl` holds to.
+    nlls, targets (B, T); advantages (B,). `old`: -log p (B, T) under the sampling policy, for the ratio that is clipped
+    to 1 - clip ... 1 + clip; `reference`: -log q (B, T) under the reference model of the `kl` penalty.
     """
     valid = targets != IGNORED
     weight = advantages[:, None]
@@ -127,7 +127,7 @@ def objective(
 
 
 def pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> float:
-    """The chance that at least one of k answers passes, mean over questions, from n >= k answers to each.
+    """Estimates the chance that at least one of k answers passes, averaged over questions, from n >= k answers each.
 
     Unbiased: 1 - C(n - c, k) / C(n, k) with c of n passing (Chen et al., arXiv:2107.03374).
     """

@@ -1,4 +1,4 @@
-"""Makes a data set in data/<name>/: token files for train and val, and meta.json.
+"""Prepares a data set in data/<name>/: token files for train and val, and meta.json.
 
     python -m train.prepare shakespeare_char                       characters of tinyshakespeare, downloaded and checked
     python -m train.prepare shakespeare_char --source=input.txt    the same from a file; needs no network
@@ -14,19 +14,19 @@
     python -m train.prepare chat --source=FILE.jsonl               checks and counts conversations, with --tokenizer=
                                                                    folder their tokens; hf:user/name fetches them
 
-A text: the vocabulary of characters is the distinct ones in code point order; the first 90% of the characters are
-train.bin, the rest val.bin, each uint16 little-endian and nothing else. For tinyshakespeare the files are nanoGPT's,
-byte for byte.
+Texts: the vocabulary is the distinct characters in code point order; the first 90% of the characters go to train.bin,
+the rest to val.bin, as uint16, little-endian, without a header. For tinyshakespeare the files equal nanoGPT's byte for
+byte.
 
-Documents: read as a stream, tokenized by all cores, each with a BOS in front, one of 2000 for val. The files,
-train-00000.bin and so on, begin with a header (gptfast/data.py). The same command goes on after a stop, and checks the
-sha256 of every file when all is done.
+Documents: read as a stream and tokenized on all cores, each with a BOS in front; one of 2000 goes to val. The files,
+train-00000.bin and so on, begin with a header (gptfast/data.py). The same command continues an interrupted run, and
+checks the sha256 of every file of a complete one.
 
-pystdlib joins, with a newline between, the .py files of the standard library's importable modules, in the order of the
-sha256 of their paths (such as json/decoder.py): a fixed shuffle, so that val.bin is of the same kind as train.bin. Left
-out are files with any character but newline and printable ASCII, so that the vocabulary has at most 96; tests, tables
-(encodings, pydoc_data), idlelib, turtledemo, lib2to3 and ensurepip; and all from the first file that would make the
-text longer than 8,000,000 characters. Unmodified Pythons of one version give the same bytes.
+pystdlib joins, with a newline between, the .py files of the standard library's importable modules, ordered by the
+sha256 of their paths (such as json/decoder.py): a fixed shuffle, so that val.bin resembles train.bin. It leaves out
+files with any character but newline and printable ASCII, so that the vocabulary has at most 96; tests, tables
+(encodings, pydoc_data), idlelib, turtledemo, lib2to3 and ensurepip; and everything from the first file on that would
+make the text longer than 8,000,000 characters. Unmodified Pythons of one version give the same bytes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ON_THE_HUB = {  # name: data set, subset
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "climbmix": ("karpathy/climbmix-400b-shuffle", ""),
 }
-READY = {  # name: data set, beginning of its files' names, number of those for train
+READY = {  # name: data set, prefix of its file names, number of train files
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
@@ -101,16 +101,16 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(name: str, data_root: str | Path, source: str | Path | None = None) -> Path:
-    """Makes the data set in data_root/<name>/ with the default flags, and returns that folder."""
+    """Prepares the data set in data_root/<name>/ with the default flags; returns that folder."""
     return prepare_as(PrepareConfig(name, str(source or ""), data_dir=str(data_root)))
 
 
 def prepare_as(config: PrepareConfig) -> Path:
-    """Makes the data set in data_dir/<name>/ and returns that folder; prints what was read and written.
+    """Prepares the data set in data_dir/<name>/ and returns that folder; prints what was read and written.
 
-    Every file is replaced in one rename, and meta.json, written last, carries the sha256 of all token files, so that a
-    half-done job is never taken for a whole one. Raises UserError for an unknown name, a source or download that cannot
-    be had, or a folder that cannot be written.
+    Every file is replaced by a rename, and meta.json, written last, holds the sha256 of all token files, so that an
+    incomplete data set is never taken for a complete one. Raises UserError for an unknown name, an unavailable source
+    or download, or a folder that cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise UserError(f"{config.name!r} cannot name a data set; use letters, digits, - and _, such as my_text")
@@ -147,7 +147,7 @@ def _no_flags(config: PrepareConfig, meant_for: str, *names: str) -> None:
 
 
 def _is_text(config: PrepareConfig) -> bool:
-    """Whether it is one text, split by characters, and not documents."""
+    """Returns whether the source is a single text, to be split by characters, rather than documents."""
     if not config.source:
         return config.name not in ON_THE_HUB
     is_remote = config.source.startswith("hf:") or "://" in config.source
@@ -184,7 +184,7 @@ def _prepare_documents(folder: Path, config: PrepareConfig) -> None:
 
 
 def _fetch_ready(name: str, folder: Path, max_tokens: int) -> None:
-    """Downloads token files of llm.c's layout, as many as hold `max_tokens`, and lists them in meta.json."""
+    """Downloads as many token files of llm.c's layout as `max_tokens` needs, and lists them in meta.json."""
     repository, stem, count = READY[name]
     count = min(count, -(-max_tokens // READY_TOKENS)) if max_tokens else count
     names = [f"{stem}_val_000000.bin", *(f"{stem}_train_{i:06d}.bin" for i in range(1, count + 1))]
@@ -207,7 +207,7 @@ def _fetch_ready(name: str, folder: Path, max_tokens: int) -> None:
 
 
 def hub_file(repository: str, name: str, endpoint: str | None = None) -> tuple[str, str]:
-    """URL and sha256 of a large file of a data set on the Hugging Face hub."""
+    """Returns URL and sha256 of a large file of a data set on the Hugging Face hub."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(repository, name, repo_type="dataset", endpoint=endpoint)
@@ -225,7 +225,7 @@ def hub_file(repository: str, name: str, endpoint: str | None = None) -> tuple[s
 
 
 def _text(name: str, folder: Path, source: str | Path | None) -> tuple[str, str, str]:
-    """The text of a data set, one line that says where it is from, and the sha256 of the file, or of what was made."""
+    """Returns the text of a data set, a line on its origin, and the sha256 of its file or generated text."""
     if name == "pystdlib":
         if source is not None:
             raise UserError("pystdlib reads the running Python; for a text file choose another name than pystdlib")
@@ -260,7 +260,7 @@ def _read_text(path: Path, origin: str) -> tuple[str, str, str]:
 
 
 def pystdlib_text() -> tuple[str, str, str]:
-    """The text that this module's docstring describes, where it is from, and its sha256."""
+    """Returns the text that this module's docstring describes, a line on its origin, and its sha256."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     wanted = [path for path in paths if _is_importable(path) and not PYSTDLIB_LEFT_OUT.intersection(path.parts)]
@@ -283,12 +283,12 @@ def pystdlib_text() -> tuple[str, str, str]:
 
 
 def _is_importable(path: Path) -> bool:
-    """Whether a path below the library's root is of a documented module, and not site-packages or a build record."""
+    """Returns whether a path below the library's root belongs to an importable module of the standard library."""
     return path.parts[0].removesuffix(".py") in sys.stdlib_module_names
 
 
 def _write_text(folder: Path, text: str, origin: str, sha256: str, tokenizer_name: str) -> None:
-    """Tokenizes, splits and writes; prints the counts that nanoGPT's prepare prints."""
+    """Tokenizes, splits and writes a text; prints the same counts as nanoGPT."""
     cut = int(len(text) * TRAIN_FRACTION)
     if cut < 1 or len(text) - cut < 2:
         raise UserError(f"{origin} has {len(text)} characters, too few to train on; give a longer text")

@@ -1,5 +1,5 @@
-"""Runs as typed values: nanoGPT's configuration files, of the same names and numbers (github.com/karpathy/nanoGPT);
-a 30M model of OpenWebText; and runs of the dial, of nanochat's sizes (github.com/karpathy/nanochat)."""
+"""Presets as typed values: nanoGPT's configuration files (github.com/karpathy/nanoGPT) with the same names and numbers;
+a 30M model on OpenWebText; and models by depth, of nanochat's sizes (github.com/karpathy/nanochat)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHAKESPEARE_CHAR = Pretrain(
     out_dir="out-shakespeare-char",
     eval_interval=250,
     log_interval=10,
-    always_save_checkpoint=False,  # a small set overfits: keep the best, not the last
+    always_save_checkpoint=False,  # a small data set overfits: keep the best checkpoint, not the last
     wandb_project="shakespeare-char",
     wandb_run_name="mini-gpt",
     dataset="shakespeare_char",
@@ -92,7 +92,7 @@ D6_CPU = Pretrain(
 )
 
 
-# What train.speedrun runs: our modern GPT by Muon, on text that every Python carries
+# What train.speedrun runs: our modern GPT with Muon, on the standard library's source, which every Python has
 CPU = Pretrain(
     out_dir="out-speedrun", dataset="pystdlib", device="cpu", compile=False, eval_interval=200, eval_iters=20,
     max_iters=600, lr_decay_iters=600, warmup_iters=0, schedule="linear", warmdown_ratio=1.0, grad_clip=0.0,
@@ -103,13 +103,13 @@ CPU = Pretrain(
     newton_schulz_steps=4,  # the last of five buys nothing at this size
 )  # fmt: skip
 
-# Two ways to the loss of nanoGPT's CPU command on tinyshakespeare, 1.898 over the whole validation split, tuned with
-# seeds 1, 2 and 3 on a CPU without bfloat16. First with a model of its size, 803,328 parameters for its 804,096;
+# Two presets that reach the loss of nanoGPT's CPU command on tinyshakespeare (1.898 over the whole validation split),
+# tuned with seeds 1, 2 and 3 on a CPU without bfloat16. First a model of the same size, 803,328 parameters to 804,096;
 CPU_PLAIN = dataclasses.replace(
     CPU, max_iters=95, lr_decay_iters=95, batch_size=24, block_shift=False, matrix_lr=0.06, learning_rate=0.2,
     head_lr=0.03, scalar_lr=0.08, momentum_iters=20, eval_interval=0,
 )  # fmt: skip
-# then with one of any size, where small and narrow takes the fewest seconds
+# then a model of any size, where small and narrow is fastest
 CPU_SPRINT = dataclasses.replace(
     CPU, max_iters=185, lr_decay_iters=185, batch_size=24, n_layer=1, n_head=2, n_embd=64, qk_norm=False,
     matrix_lr=0.07, learning_rate=0.2, head_lr=0.03, scalar_lr=0.08, momentum_iters=25, newton_schulz_steps=3,
@@ -129,7 +129,7 @@ SPEEDRUN: dict[str, Pretrain] = {
     "cpu-plain": CPU_PLAIN,
     "cpu-sprint": CPU_SPRINT,
     "gpu": GPU,
-    # the same model where FineWeb is not at hand: for throughput and MFU, since the text is soon known by heart
+    # the same model without FineWeb: for throughput and MFU only, since it soon memorizes the text
     "gpu-embedded": dataclasses.replace(GPU, dataset="pystdlib", max_iters=100, lr_decay_iters=100, eval_interval=50),
 }
 

@@ -4,9 +4,9 @@
         --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 \\
         --dropout=0.0
 
-`--init_from=resume` goes on where the last checkpoint of out_dir stands, bit for bit on a CPU; `--resume=latest` does
-too, and starts anew where there is none, so that one command starts and restarts a job. Ctrl-C, SIGTERM, SIGUSR1,
-SIGHUP and an output that nobody reads any more save and leave; a second Ctrl-C leaves at once.
+`--init_from=resume` continues from the last checkpoint of out_dir, bit for bit on a CPU; `--resume=latest` does too,
+and starts anew where there is none, so that one command starts and restarts a job. Ctrl-C, SIGTERM, SIGUSR1, SIGHUP
+and a closed stdout save and exit; a second Ctrl-C exits at once.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Reinforcement learning on tasks whose answers can be judged: nanochat's simplified GRPO (train/policy.py).
+"""Reinforcement learning on tasks with a judge for answers: nanochat's simplified GRPO (train/policy.py).
 
     python -m train.rl --init_from=out-sft --task=gsm8k
     python -m train.rl --init_from=out-sft --task=addition --examples_per_step=8 --samples=16 --max_iters=60
 
-Every update draws `samples` answers to each of `examples_per_step` questions by the engine, with tools, and learns from
-their rewards. `--sigma`, `--clip` with `--passes`, and `--kl` are the usual additions. Checkpoints, `--resume=latest`,
-signals and the log are those of train.pretrain; answers depend on seed, update, question and number alone, so that a
-resumed run draws the same, and so do several ranks of torchrun (ddp), each of which draws the answers to some of an
-update's questions.
+Every update samples `samples` answers to each of `examples_per_step` questions with the engine and its tools, and
+learns from their rewards. `--sigma`, `--clip` with `--passes`, and `--kl` are the usual additions. Checkpoints,
+`--resume=latest`, signals and the log are those of train.pretrain. Answers depend only on seed, update, question and
+ordinal, so a resumed run samples the same ones. Under torchrun (ddp) each rank samples the answers to its share of an
+update's questions, and all ranks together sample the same answers as one process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from train.sft import Finetune, inherit, open_chat
 from train.tasks import judged
 from train.trainer import Recipe, Run, started, train
 
-# An update's time goes into drawing too, and answers differ in length: tokens/s and MFU of training say nothing here.
+# An update includes sampling, and answers differ in length, so tokens/s and MFU of training are meaningless here.
 UNKNOWN = dict.fromkeys(("tokens_per_s", "mfu", "mfu_palm", "hfu"))
 MOST_SLOTS = 32  # answers at once; others wait
 
@@ -48,16 +48,16 @@ class Rl(Finetune):
     init_from: str = "out-sft"  # the model to begin with
     out_dir: str = "out-rl"  # where checkpoints and metrics.jsonl go
     stage: str = "rl"  # what the report card calls it
-    task: str = "gsm8k"  # whose answers earn the reward
+    task: str = "gsm8k"  # task that rewards the answers
     examples_per_step: int = 16  # questions of an update
     samples: int = 16  # answers to each
     max_new_tokens: int = 256  # of an answer
     temperature: float = 1.0  # of answers
     top_k: int = 50  # tokens that an answer is drawn from
     lr_frac: float = 0.05  # of inherited rates
-    sigma: bool = False  # advantages over their standard deviation
-    passes: int = 1  # updates from the answers of one drawing
-    clip: float = 0.0  # PPO's bound on the ratio to the policy that drew; 0: none
+    sigma: bool = False  # divide advantages by their standard deviation
+    passes: int = 1  # updates per set of sampled answers
+    clip: float = 0.0  # PPO's bound on the ratio to the sampling policy; 0: none
     kl: float = 0.0  # weight of the divergence from the model of init_from
     eval_interval: int = 60  # iterations between evaluations; 0: only at the end
     eval_examples: int = 400  # questions of an evaluation
@@ -74,7 +74,7 @@ class Rl(Finetune):
 
     @property
     def groups(self) -> int:
-        """Micro-batches that the answers to one question take."""
+        """Returns the number of micro-batches that the answers to one question take."""
         return -(-self.samples // self.batch_size)
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 class Questions:
-    """The data of a run of RL: what trainer.py asks a recipe for."""
+    """The questions of an RL run: the Data of its Recipe (train/trainer.py)."""
 
     def __init__(self, config: Rl) -> None:
         resumed = config.resume and checkpoint.exists(config.out_dir)
@@ -111,9 +111,9 @@ class Questions:
             config = dataclasses.replace(config, max_iters=max(1, updates))
             print(f"max_iters: {config.max_iters:,}, for {config.epochs:g} epochs of {len(self.examples):,} questions")
         self.config = dataclasses.replace(config, gradient_accumulation_steps=per_update)
-        self.reward = 0.0  # mean of the answers that were drawn last
-        self.tokens = 0  # that the model has drawn in this process
-        self._answers: dict[int, Answers] = {}  # by slots
+        self.reward = 0.0  # mean over the answers sampled last
+        self.tokens = 0  # sampled by the model in this process
+        self._answers: dict[int, Answers] = {}  # by number of slots
 
     def recipe(self) -> Recipe:
         return Recipe(
@@ -134,7 +134,7 @@ class Questions:
         return Sampling(config.max_new_tokens, config.temperature, config.top_k)
 
     def answers(self, model: GPT, slots: int) -> Answers:
-        """An engine over the weights as they are now: made once for each number of slots, and then told of new ones."""
+        """Returns an engine with the current weights; made once per number of slots, then refreshed."""
         slots = min(slots, MOST_SLOTS)
         if slots in self._answers:
             self._answers[slots].engine.load_weights(model)
@@ -144,7 +144,7 @@ class Questions:
         return self._answers[slots]
 
     def draw(self, model: GPT, drawing: int, rank: int = 0, ranks: int = 1) -> list[list[Rollout]]:
-        """The answers of one drawing to this rank's questions, a list for each."""
+        """Samples the answers to this rank's questions; returns a list of rollouts for each question."""
         config, n = self.config, len(self.examples)
         answers = self.answers(model, config.samples)
         groups = []
@@ -160,7 +160,7 @@ class Questions:
         return groups
 
     def evaluate(self, run: Run, log: Log) -> dict[str, float]:
-        """pass@k of `eval_samples` answers to each question of the test split, drawn as in training."""
+        """Logs pass@k of `eval_samples` answers to each question of the test split; returns the failure rates."""
         config = self.config
         answers = self.answers(run.model, config.eval_samples)
         passed = []
@@ -175,21 +175,21 @@ class Questions:
             f"Step {run.iteration} | " + ", ".join(f"{name.title()}: {share:.4f}" for name, share in shares.items())
         )
         log.row("eval", step=run.iteration, task=self.task.name, questions=len(passed), **shares)
-        return {"train": 1 - self.reward, "val": 1 - shares["pass@1"]}  # the share that fails
+        return {"train": 1 - self.reward, "val": 1 - shares["pass@1"]}  # failure rates
 
 
 class Drawing:
-    """An endless iterator of micro-batches, drawn by `model` as it is when they are needed.
+    """An endless iterator of micro-batches, sampled from the current `model` when they are needed.
 
-    (tokens, targets, advantages), and with `clip` or more than one pass also what each target cost when it was drawn,
-    and with `kl` what it costs the reference. `state_dict` holds what was drawn and is not used up.
+    (tokens, targets, advantages); with `clip` or more than one pass also each target's loss when it was sampled, and
+    with `kl` its loss under the reference. `state_dict` holds the samples that are not used yet.
     """
 
     def __init__(self, questions: Questions, model: GPT, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
         self.questions, self.model, self.device, self.rank, self.ranks = questions, model, device, rank, ranks
         self.drawing = 0  # the next one
-        self._drawn: list[list[Tensor]] = []  # micro-batches of the last drawing, on the CPU
-        self._left: deque[int] = deque()  # which of them are to come
+        self._drawn: list[list[Tensor]] = []  # micro-batches sampled last, on the CPU
+        self._left: deque[int] = deque()  # indices of those still to be used
         self._reference: GPT | None = None
         if questions.config.kl:
             self._reference = hf.load(questions.config.init_from, model.ops, dtype=model.dtype).to(device).eval()
@@ -210,8 +210,8 @@ class Drawing:
         was_training = self.model.training
         self.model.eval()
         for group in self.questions.draw(self.model, self.drawing, self.rank, self.ranks):
-            whole = policy.batch_of(group, self.questions.chat.bos, sigma=config.sigma)
-            for tensors in zip(*(tensor.split(config.batch_size) for tensor in whole), strict=True):
+            batch = policy.batch_of(group, self.questions.chat.bos, sigma=config.sigma)
+            for tensors in zip(*(tensor.split(config.batch_size) for tensor in batch), strict=True):
                 tokens, targets = (tensor.to(self.device) for tensor in tensors[:2])
                 more = []
                 with torch.no_grad():
@@ -241,7 +241,7 @@ class Drawing:
 
 
 def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
-    """The policy gradient over the micro-batches of Drawing."""
+    """Returns the policy-gradient objective over the micro-batches of Drawing."""
 
     def make(model: torch.nn.Module) -> Objective:
         def objective(tokens: Tensor, targets: Tensor, advantages: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ def objective_of(config: Rl) -> Callable[[torch.nn.Module], Objective]:
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
-    """Sets the rates of an update, which fall linearly to 0; returns the learning rate."""
+    """Sets this update's learning rates, which fall linearly to 0; returns the learning rate."""
     rate = config.learning_rate * rl_multiplier(iteration, max(1, config.max_iters))
     set_learning_rate(optimizer, rate)
     return rate

@@ -1,12 +1,12 @@
-"""How well a model does at tasks: by the likeliest letter, or by judging what it writes; with standard errors.
+"""Scores a model on tasks, by its most likely letter or by judging its answer, with standard errors.
 
     player = Ours(model, chat)                     # or Theirs, a model of transformers
     score = measure(player, find("gsm8k"), examples, Settings())
     print(table({"out": [score, ...]}))
 
-Multiple choice: the letter whose token is the likeliest after the prompt. Else the model answers, with its tools, and a
-problem counts as solved if any of `samples` answers passes. ChatCORE is the mean over its five tasks of the accuracy
-above chance, (accuracy - chance) / (1 - chance), where all five were run. Models that do not converse: train/core.py.
+In multiple choice the letter with the most likely token after the prompt is the answer. In other tasks the model writes
+answers, with its tools, and solves a problem if any of `samples` answers passes. ChatCORE is the mean accuracy above
+chance, (accuracy - chance) / (1 - chance), over its five tasks, where all were run. For base models see train/core.py.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from train.tasks import CHATCORE, Example, Task
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
-    samples: int = 1  # answers to each problem, of which one must pass
+    samples: int = 1  # answers to each problem; it is solved if one passes
     temperature: float = 0.0
     top_k: int = 50
     max_tokens: int = 512  # of an answer
@@ -42,7 +42,7 @@ class Settings:
 
 
 class Encoder(Protocol):
-    """What is needed of a tokenizer, ours or another's."""
+    """The part of a tokenizer that scoring needs, ours or another's."""
 
     @property
     def bos(self) -> int | None: ...
@@ -51,7 +51,7 @@ class Encoder(Protocol):
 
 
 class Player(Protocol):
-    """A model that takes part. `logits` (n, V) fp32 are those of what follows each prompt."""
+    """A model to score. `logits` returns (n, V) fp32: the next-token logits after each prompt."""
 
     chat: Chat
 
@@ -61,7 +61,7 @@ class Player(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """The share of examples that were passed, and its standard error, nan for a single example."""
+    """The share of passed examples and its standard error, which is nan for a single example."""
 
     task: str
     passed: int
@@ -79,12 +79,12 @@ class Score:
 
     @property
     def centred(self) -> float:
-        """0 for guessing, 1 for all right."""
+        """Returns the accuracy above chance: 0 for guessing, 1 if every example is passed."""
         return (self.accuracy - self.chance) / (1 - self.chance)
 
 
 def measure(player: Player, task: Task, examples: Sequence[Example], settings: Settings) -> Score:
-    """The score over all `examples`. Shows progress."""
+    """Returns the score over all `examples`. Shows progress."""
     from tqdm import tqdm
 
     if not len(examples):
@@ -99,22 +99,22 @@ def measure(player: Player, task: Task, examples: Sequence[Example], settings: S
 
 
 def judge(player: Player, task: Task, batch: Sequence[Example], settings: Settings) -> list[bool]:
-    """Whether the model passes each example."""
+    """Returns whether the model passes each example."""
     prompts = [player.chat.prompt(example.messages) for example in batch]
     if task.kind == "categorical":
         logits = player.logits(prompts)
-        said = [[letter_of(player.chat, example, row)] for example, row in zip(batch, logits, strict=True)]
+        answers = [[letter_of(player.chat, example, row)] for example, row in zip(batch, logits, strict=True)]
     else:
-        said = player.answers(prompts, settings)
-    return [any(task.passes(example, text) for text in texts) for example, texts in zip(batch, said, strict=True)]
+        answers = player.answers(prompts, settings)
+    return [any(task.passes(example, text) for text in texts) for example, texts in zip(batch, answers, strict=True)]
 
 
 def letter_of(chat: Chat, example: Example, logits: Tensor) -> str:
-    """The likeliest of the letters by logits (V,)."""
+    """Returns the most likely of the example's letters by logits (V,)."""
     ids = [chat.tokenizer.encode(letter) for letter in example.letters]
-    if any(len(found) != 1 for found in ids):
+    if any(len(token_ids) != 1 for token_ids in ids):
         raise UserError(f"the tokenizer needs more than one token for a letter of {', '.join(example.letters)}")
-    return example.letters[int(logits[[found[0] for found in ids]].argmax())]
+    return example.letters[int(logits[[token_ids[0] for token_ids in ids]].argmax())]
 
 
 # ---- models
@@ -130,7 +130,7 @@ class Ours:
 
     @torch.no_grad()
     def logits(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Prompts longer than the model's context count by their end."""
+        """Returns next-token logits (n, V); prompts longer than the model's context lose their beginning."""
         most, device = self.model.config.block_size, self.model.lm_head.weight.device
         tokens, last = _padded([prompt[-most:] for prompt in prompts], self.chat.bos)
         h = self.model.hidden(tokens.to(device))[torch.arange(len(tokens)), last]
@@ -170,7 +170,7 @@ class Theirs:
 
     @torch.no_grad()
     def _answer(self, prompt: list[int], settings: Settings, number: int) -> str:
-        """One answer; generation stops at the end of a call too, so that it can be run."""
+        """Returns one answer; pauses generation at the end of each tool call to run it."""
         torch.manual_seed(settings.seed + number)
         ids: list[int] = []
         first, last = (self.chat.ids[name] for name in PYTHON)
@@ -195,7 +195,7 @@ class Theirs:
 
 
 def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Tokens (n, T) int64 padded after the end, which no token before it sees; and the last place (n,) of each."""
+    """Returns tokens (n, T) int64, padded on the right, and the index (n,) of each prompt's last token."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([[*prompt, *[padding] * (longest - len(prompt))] for prompt in prompts])
     return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
@@ -205,9 +205,9 @@ def _padded(prompts: Sequence[list[int]], padding: int) -> tuple[Tensor, Tensor]
 
 
 def mean_centred(scores: Sequence[Score], names: Collection[str] = CHATCORE) -> tuple[float, float] | None:
-    """The mean over the tasks `names` of the accuracy above chance, and its standard error; None unless all were run.
+    """Returns the mean accuracy above chance over the tasks `names`, with its standard error; None unless all were run.
 
-    ChatCORE by default; CORE, of the names of its tasks.
+    By default this is ChatCORE; with the names of CORE's tasks, CORE.
     """
     by_name = {score.task: score for score in scores}
     if not names or not set(names) <= by_name.keys():
@@ -218,17 +218,17 @@ def mean_centred(scores: Sequence[Score], names: Collection[str] = CHATCORE) -> 
 
 
 def table(scores: Mapping[str, Sequence[Score]], core: Collection[str] = ()) -> str:
-    """Accuracy in percent, a row for each task and a column for each model, in Markdown; - where it was not run.
+    """Returns accuracies in percent as Markdown, a row per task and a column per model; - where a task was not run.
 
-    Below them ChatCORE, and CORE over the tasks `core`, where all that they are the mean of were run.
+    Below them ChatCORE, and CORE over the tasks `core`, each where all of its tasks were run.
     """
     tasks = list(dict.fromkeys(score.task for row in scores.values() for score in row))
     lines = [f"| task | examples | chance | {' | '.join(scores)} |", "|---|---:|---:|" + "---:|" * len(scores)]
     for name in tasks:
         row = [next((score for score in mine if score.task == name), None) for mine in scores.values()]
-        one = next(score for score in row if score is not None)
+        first_score = next(score for score in row if score is not None)
         cells = ["-" if s is None else percent(s.accuracy, s.error) for s in row]
-        lines.append(f"| {name} | {one.count:,} | {100 * one.chance:.0f} % | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {first_score.count:,} | {100 * first_score.chance:.0f} % | {' | '.join(cells)} |")
     for title, names in (("ChatCORE", CHATCORE), (f"CORE ({len(core)} tasks)", core)):
         means = [mean_centred(mine, names) for mine in scores.values()]
         if any(means):

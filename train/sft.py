@@ -1,11 +1,12 @@
-"""Fine-tunes a model on conversations: midtraining and SFT, a stage each.
+"""Fine-tunes a model on conversations: one run for midtraining, one for SFT.
 
     python -m train.sft --init_from=out --stage=mid --out_dir=out-mid --mixture=smoltalk,mmlu*3,gsm8k*4
     python -m train.sft --init_from=out-mid --mixture=jsonl:mine.jsonl*2,identity,spellingbee --eval_tasks=gsm8k
 
-What is not typed is inherited from the checkpoint in `init_from`, and printed: batch, context, optimizer and its rates,
-the latter times `init_lr_frac`. The loop is that of train.pretrain, with its checkpoints, `--resume=latest`, signals,
-ranks and log. The rate is level, and in the last `warmdown_ratio` of the updates goes down to `final_lr_frac`.
+Settings that are not typed are inherited from the checkpoint in `init_from` and printed: batch, context, optimizer and
+its rates, the latter times `init_lr_frac`. The loop is that of train.pretrain, with its checkpoints,
+`--resume=latest`, signals, ranks and log. The rate is constant, then decays to `final_lr_frac` in the last
+`warmdown_ratio` of the updates.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from train.mixture import ConversationBatches, Mixture, Part, read_mixture, sft_
 from train.tasks import Identity, Where, judged
 from train.trainer import EVAL_SEED, Recipe, Run, diverged, started, train
 
-SAMPLED = 1000  # conversations that tell how many tokens an epoch has
+SAMPLED = 1000  # conversations from which the tokens of an epoch are estimated
 INHERITED = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate", "matrix_lr", "head_lr", "scalar_lr",
     "weight_decay", "beta1", "beta2", "grad_clip", "momentum", "cautious", "decay_by_shape", "equalize", "normalize",
@@ -49,7 +50,7 @@ RATES = ("learning_rate", "matrix_lr", "head_lr", "scalar_lr")
 
 @dataclass(frozen=True)
 class Finetune(Pretrain):
-    """What SFT and RL have in common."""
+    """The flags that SFT and RL share."""
 
     init_from: str = "out"  # the model to begin with: a checkpoint of ours, or one whose tokenizer can chat
     compile: bool = False  # rows of whole conversations differ in shape
@@ -73,15 +74,15 @@ class Sft(Finetune):
     out_dir: str = "out-sft"  # where checkpoints and metrics.jsonl go
     stage: str = "sft"  # what the report card calls it: mid or sft
     mixture: str = "smoltalk,mmlu*3,gsm8k*4"  # tasks and files, NAME*REPEATS with commas between; jsonl:PATH is a file
-    val_mixture: str = ""  # what is evaluated on; empty: the test splits of the mixture's tasks, once each
-    long: Literal["split", "drop"] = "split"  # what becomes of conversations longer than block_size
-    isolate: bool = True  # no conversation of a row sees another; slow on a CPU
+    val_mixture: str = ""  # mixture to evaluate on; empty: the test splits of the mixture's tasks, once each
+    long: Literal["split", "drop"] = "split"  # split or drop conversations longer than block_size
+    isolate: bool = True  # each conversation of a row attends to itself alone; slow on a CPU
     init_lr_frac: float = 0.8  # of inherited rates
     warmup_ratio: float = 0.0  # of the updates
     warmdown_ratio: float = 0.5  # of the updates
     final_lr_frac: float = 0.0  # of the rates, at the end
     eval_iters: int = 20  # batches of each split per evaluation
-    eval_tasks: str = ""  # tasks to be judged by at evaluations
+    eval_tasks: str = ""  # tasks to score at evaluations
     eval_examples: int = 24  # of each
     eval_tokens: int = 256  # of an answer, at most
 
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> None:
 
 
 def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -> Any:
-    """`config` with what the model of `init_from` was trained with, unless typed; prints what and why."""
+    """Returns `config` with the settings that the model of `init_from` was trained with, unless typed; prints them."""
     fraction = config.init_lr_frac if fraction is None else fraction
     folder = hf.find(config.init_from)
     base: dict[str, Any] = {}
@@ -135,7 +136,7 @@ def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -
 
 
 def open_chat(source: str) -> tuple[BPETokenizer, Chat]:
-    """The tokenizer of a model, and conversations by it. Raises UserError if it cannot write any."""
+    """Returns a model's tokenizer and its Chat. Raises UserError if the tokenizer lacks the special tokens."""
     tokenizer = hf.load_tokenizer(source)
     chat = Chat(tokenizer)  # type: ignore[arg-type]
     assert isinstance(tokenizer, BPETokenizer)  # no other has special tokens
@@ -143,7 +144,7 @@ def open_chat(source: str) -> tuple[BPETokenizer, Chat]:
 
 
 class Conversations:
-    """The data of a run of SFT: what trainer.py asks a recipe for."""
+    """The conversations of an SFT run: the Data of its Recipe (train/trainer.py)."""
 
     def __init__(self, config: Sft) -> None:
         resumed = config.resume and checkpoint.exists(config.out_dir)
@@ -163,10 +164,10 @@ class Conversations:
         return Mixture([Part(part.name, find_test(part.name, config.where)) for part in self.mixture.parts], EVAL_SEED)
 
     def updates(self, config: Sft) -> int:
-        """How many updates `epochs` take, by the tokens of the first conversations of an epoch."""
+        """Returns how many updates `epochs` take, estimated from the first SAMPLED conversations of an epoch."""
         order = self.mixture.order(0)[:SAMPLED]
         most = config.block_size + 1 if config.long == "drop" else sys.maxsize
-        lengths = [len(self.chat.render(self.mixture.example(*map(int, place)).messages).ids) for place in order]
+        lengths = [len(self.chat.render(self.mixture.example(*map(int, entry)).messages).ids) for entry in order]
         tokens = sum(length for length in lengths if length <= most) / len(order) * len(self.mixture)
         per_update = config.gradient_accumulation_steps * config.batch_size * config.block_size
         updates = max(1, math.ceil(config.epochs * tokens / per_update))
@@ -190,14 +191,14 @@ class Conversations:
     # ---- evaluation
 
     def evaluate(self, run: Run, log: Log) -> dict[str, float]:
-        """Loss of each split, bits per byte of the validation's texts, and the accuracy at `eval_tasks`."""
+        """Returns each split's loss; also logs the validation's bits per byte and the accuracy on `eval_tasks`."""
         losses = {}
         for split, mixture in (("train", self.mixture), ("val", self.validation)):
             batches = list(self._first(Mixture(mixture.parts, EVAL_SEED), run))
             losses[split] = mean_loss(run.called, batches, run.team, run.recipe.objective).item()
         bits = self._bits_per_byte(run, batches)
-        said = f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        log.say(f"{said}, bits per byte {bits:.4f}")
+        summary = f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        log.say(f"{summary}, bits per byte {bits:.4f}")
         losses_row = dict(train_loss=losses["train"], val_loss=losses["val"], bits_per_byte=bits)
         log.row("eval", step=run.iteration, **losses_row)
         if not all(map(math.isfinite, losses.values())):
@@ -218,7 +219,7 @@ class Conversations:
         batches.close()
 
     def _bits_per_byte(self, run: Run, batches: list[Batch]) -> float:
-        """Over targets that stand for bytes; special tokens do not."""
+        """Returns bits per byte over the targets that stand for text; special tokens do not count."""
         sizes = self._tokenizer.token_bytes().to(run.device)
         texts: list[Batch] = []
         size = count = 0
@@ -249,7 +250,7 @@ def find_test(name: str, where: Where) -> Any:
 
 
 def objective_of(config: Sft) -> Callable[[torch.nn.Module], Objective]:
-    """Next-token prediction over what the assistant says."""
+    """Returns the objective: next-token prediction over the assistant's messages."""
     if config.isolate:
         return language_model
 
@@ -261,7 +262,7 @@ def objective_of(config: Sft) -> Callable[[torch.nn.Module], Objective]:
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) -> float:
-    """Sets the rates and Muon's momentum of an update; returns the learning rate."""
+    """Sets this update's learning rates and Muon's momentum; returns the learning rate."""
     rate = config.learning_rate * sft_multiplier(
         iteration / max(1, config.max_iters), warmup=config.warmup_ratio, warmdown=config.warmdown_ratio,
         final=config.final_lr_frac,
@@ -274,7 +275,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, iteration: int, config: Any) 
 
 
 def tell(run: Run, log: Log) -> None:
-    """What became of the conversations."""
+    """Prints and logs how many conversations were taken, split and dropped."""
     counts = run.batches.counts
     text = (
         f"conversations taken {counts['taken']:,}, split {counts['split']:,}, dropped as too long "

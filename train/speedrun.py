@@ -1,4 +1,4 @@
-"""The speedrun: from nothing to a trained, sampled, plotted GPT in one command.
+"""The speedrun: data, training, samples and plots of a GPT in one command.
 
     python -m train.speedrun                                             the preset for this machine, on embedded text
     python -m train.speedrun cpu-sprint --dataset=shakespeare_char
@@ -8,11 +8,11 @@
 
 Prepares the data where it is missing, trains, and leaves in out_dir: metrics.jsonl (the rows), a checkpoint that
 `python -m gptfast.sample` reads, loss.png, throughput.png and report.md. The flags are those of train.pretrain, and
-so are logging, resuming, guarding and stopping (train/trainer.py). Ctrl-C saves, and reports on what is there.
+so are logging, resuming, guarding and stopping (train/trainer.py). Ctrl-C saves, and reports on the run so far.
 
 The recipe: rotary positions, normalized queries and keys, RMSNorm, ReLU², no biases, an untied head that starts at
 zero, token shift; Muon for the matrices, Adam for the rest, rates that fall linearly to zero. Every ingredient has a
-flag that leaves it out; `python -m bench speedrun` tells what each is worth.
+flag that turns it off; `python -m bench speedrun` measures the effect of each.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def main(argv: list[str]) -> None:
 
 
 def configure(argv: list[str]) -> tuple[str, Pretrain]:
-    """The name of the preset of this machine, or of the one given, and its values under every flag typed."""
+    """Returns the preset's name (the one given, else this machine's default) and its values with the typed flags."""
     words = [word for word in argv if not word.startswith("-")]
     typed = cli.typed(argv, Pretrain)
-    asked = cli.parse(Pretrain, argv, SPEEDRUN)
-    device = asked.device if words or "device" in typed else "cuda" if torch.cuda.is_available() else "cpu"
+    parsed = cli.parse(Pretrain, argv, SPEEDRUN)
+    device = parsed.device if words or "device" in typed else "cuda" if torch.cuda.is_available() else "cpu"
     device = runtime.choose_device(device, typed="device" in typed)
     name = words[0] if words else "cpu"
     if not words and device.startswith("cuda"):
-        name = "gpu" if (Path(asked.data_dir) / (typed.get("dataset") or GPU.dataset) / "train.bin").is_file() else ""
+        name = "gpu" if (Path(parsed.data_dir) / (typed.get("dataset") or GPU.dataset) / "train.bin").is_file() else ""
         name = name or ("gpu" if "dataset" in typed else "gpu-embedded")
     config = cli.parse(Pretrain, argv if words else [name, *argv], SPEEDRUN)
     if "max_iters" in typed and "lr_decay_iters" not in typed:
@@ -76,12 +76,12 @@ def configure(argv: list[str]) -> tuple[str, Pretrain]:
 
 
 def make_data(config: Pretrain) -> None:
-    """Prepares the data set where it is missing; where another process is just doing so, waits for it."""
+    """Prepares the data set if it is missing; if another process is preparing it, waits for that."""
     folder = Path(config.data_dir) / config.dataset
     is_there = False
     while not is_there:
         if folder.is_dir():
-            with contextlib.suppress(OSError), locked(folder, wait=True):  # one that nobody can write is nobody's
+            with contextlib.suppress(OSError), locked(folder, wait=True):  # a read-only folder needs no lock
                 pass
             is_there = (folder / "train.bin").is_file()
         if not is_there:
@@ -91,7 +91,7 @@ def make_data(config: Pretrain) -> None:
 
 
 def progress(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
-    """`iter 50/230: loss 2.4213, 24.10 ms, 31,867 tokens/s, mfu n/a, eta 0:04`, CONSOLE_LINES times a run."""
+    """Returns `iter 50/230: loss 2.4213, 24.10 ms, 31,867 tokens/s, mfu n/a, eta 0:04`, CONSOLE_LINES times a run."""
     done, iters = row["step"] + 1, config.max_iters
     if row["step"] % math.ceil(iters / CONSOLE_LINES) and done != iters:
         return None
@@ -103,7 +103,7 @@ def progress(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
 
 
 def finish(run: Run, log: Log, preset: str) -> None:
-    """The summary row, and samples."""
+    """Logs the summary row and samples."""
     config = run.config
     if run.whole_loss is not None:
         log.row(
@@ -119,20 +119,20 @@ def finish(run: Run, log: Log, preset: str) -> None:
 
 
 def sample(run: Run, log: Log) -> None:
-    """Prints and logs texts that the model writes from a newline on."""
+    """Prints and logs texts that the model writes after a newline."""
     config = run.config
     try:
         tokenizer = load_tokenizer(Path(config.data_dir) / config.dataset)
         prompt = tokenizer.encode("\n")
-    except UserError as error:  # no ranks for GPT-2's tokens, or no newline in the text: the run is done all the same
+    except UserError as error:  # no ranks for GPT-2's tokens, or no newline in the text: samples are optional
         log.say(f"no samples: {error}")
         return
     tokens = torch.tensor([prompt] * config.num_samples, device=run.device)
     generator = torch.Generator(run.device).manual_seed(config.seed)
     drawn = generate(run.model, tokens, config.sample_tokens, temperature=0.8, top_k=200, generator=generator)
     for ids in drawn.tolist():
-        known = [i for i in ids if i < tokenizer.vocab_size]  # the rest is padding of the vocabulary
-        text = tokenizer.decode(known).strip("\n")
+        in_vocabulary = [i for i in ids if i < tokenizer.vocab_size]  # ids above are padding of the vocabulary
+        text = tokenizer.decode(in_vocabulary).strip("\n")
         log.say(f"---------------\n{text}")
         log.row("sample", text=text)
 

@@ -1,11 +1,11 @@
-"""Trains a byte-level BPE tokenizer, or measures how well tokenizers compress.
+"""Trains a byte-level BPE tokenizer, or compares how well tokenizers compress.
 
     python -m train.tokenizer train --source=folder --vocab_size=32768     .parquet, .jsonl or .txt; hf:user/name
     python -m train.tokenizer eval --tokenizer=tokenizer --source=folder   bytes per token beside gpt2 and cl100k_base
 
-Text is cut by GPT-4's pattern, with numbers of at most 2 digits; within each cut the most frequent pair of tokens is
-merged, over and over, ties in favour of the smaller ids, until the vocabulary is full. The special tokens have the ids
-after all others, and no text is ever encoded into one. `train` writes a folder that train.prepare takes as
+Text is split by GPT-4's pattern, with numbers of at most 2 digits; within the pieces the most frequent pair of tokens
+is merged, again and again, until the vocabulary is full; on ties, the pair with the smaller ids. The special tokens
+have the last ids, and no text is ever encoded into one. `train` writes a folder that train.prepare takes as
 --tokenizer=FOLDER, and that tiktoken, tokenizers and transformers read (see gptfast/tokenizer.py).
 """
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: TokenizerConfig) -> BPETokenizer:
-    """Trains on `config.source` and writes the folder `config.tokenizer`; prints what came of it."""
+    """Trains on `config.source` and writes the folder `config.tokenizer`; prints the result."""
     folder = Path(config.tokenizer)
     if not config.source:
         raise UserError("--source: name a file, a folder or hf:user/name to train on")
@@ -83,7 +83,7 @@ def train(config: TokenizerConfig) -> BPETokenizer:
     started = time.perf_counter()
     text = Text(config, for_training=True)
     try:
-        with folder_aside(folder, first=ENCODING) as building:  # made before the work, if it can be
+        with folder_aside(folder, first=ENCODING) as building:  # created before the training, so that it fails early
             tokenizer = train_bpe(text, config.vocab_size)
             seconds = time.perf_counter() - started
             tokenizer.save(building)
@@ -96,7 +96,7 @@ def train(config: TokenizerConfig) -> BPETokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A tokenizer of `vocab_size` ids trained on `texts`. Raises UserError if they hold too little for so many."""
+    """Trains a tokenizer of `vocab_size` ids on `texts`. Raises UserError if they have too few distinct pairs."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
@@ -122,10 +122,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 class Text:
-    """The documents that the flags name, counted as they are read; a progress bar tells how far.
+    """The documents that the flags name, counted as they are read, with a progress bar.
 
-    For training, a document with thousands of blanks in a row comes in parts: merging within such a run, one piece,
-    would take minutes, and teach nothing that its parts do not.
+    For training, a run of thousands of blanks is split: merging within such a piece would take minutes, and teach
+    nothing that its parts do not.
     """
 
     def __init__(self, config: TokenizerConfig, *, for_training: bool = False) -> None:
@@ -152,7 +152,7 @@ class Text:
 
 
 def evaluate(config: TokenizerConfig) -> None:
-    """Prints bytes per token on a few texts, for ours and for known tokenizers; n/a where their ranks are not here."""
+    """Prints bytes per token on a few texts for ours and known tokenizers; n/a where ranks cannot be had."""
     texts = dict(SAMPLES)
     if config.source:
         texts[Path(config.source).name] = "".join(Text(config))
@@ -174,7 +174,7 @@ def _cell(tokenizer: BPETokenizer | None, text: str, size_bytes: int) -> str:
 
 
 def _known(name: str) -> BPETokenizer | None:
-    """tiktoken's encoding of this name, or None where its ranks can neither be found nor fetched."""
+    """Returns tiktoken's encoding of this name, or None where its ranks are neither cached nor downloadable."""
     try:
         return BPETokenizer(name)
     except UserError:

@@ -1,6 +1,6 @@
-"""The loop around an update, for every command that trains: data, evaluation, checkpoints, signals, log, guard, ranks.
+"""The training loop that every command shares: data, evaluation, checkpoints, signals, log, guard and ranks.
 
-A recipe is a configuration (train/config.py) and the little that is no flag: the objective, and what the console shows.
+A Recipe holds what is not a flag of train/config.py: above all the objective, the data and the console line.
 
     with started(config, Recipe(), typed) as (run, log):
         train(run, log)
@@ -40,45 +40,45 @@ from train.build import build_model, build_optimizer, check_compiler, choose_gra
 from train.config import Pretrain
 from train.guard import Guard, Output, Refused, Stopped, Stopper, tell
 
-EVAL_SEED = 0  # every evaluation of every run sees the same windows, so that two figures differ by the model alone
-WARM_UP = 5  # iterations before MFU is reckoned
+EVAL_SEED = 0  # every evaluation of every run uses the same windows, so that two losses differ by the model alone
+WARM_UP = 5  # iterations before MFU is measured
 
 Line = Callable[[Row, Pretrain, "float | None"], "str | None"]
 
 
 def nanogpt_line(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
-    """nanoGPT's line, of every row. Its MFU is a running average in the PaLM convention."""
+    """Returns nanoGPT's console line for a row. Its MFU is a running average in the PaLM convention."""
     return log_line(row["step"], row["loss"], row["ms"], mfu_palm)
 
 
 class Data(Protocol):
-    """What a recipe trains on, where that is not the token files of a data set."""
+    """Training data other than the token files of a data set."""
 
     vocab_size: int | None
     tokenizer: dict[str, Any]  # described as JSON
 
     def batches(self, config: Any, model: GPT, *, device: str, rank: int, ranks: int) -> Any:
-        """An endless iterator of batches that the recipe's objective takes, with state_dict and load_state_dict."""
+        """Returns an endless iterator of batches for the recipe's objective, with state_dict and load_state_dict."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a command decides beyond its flags."""
+    """The choices of a command that are not flags."""
 
-    name: str | None = None  # of the run's rows; None: the data set's
+    name: str | None = None  # name of the run in its rows; None: the data set's
     objective: Callable[[torch.nn.Module], Objective] = language_model
-    line: Line = nanogpt_line  # for the console, of a row; None for silence
-    after_last: bool = True  # one update more after the last evaluation, as nanoGPT makes
-    stage: str | None = None  # what a report card calls the run: base, mid, sft or rl; None: base
+    line: Line = nanogpt_line  # console line for a row; it returns None to print nothing
+    after_last: bool = True  # make one more update after the last evaluation, as nanoGPT does
+    stage: str | None = None  # the run's name in a report card: base, mid, sft or rl; None: base
     data: Data | None = None  # instead of token files
-    set_schedule: Callable[[Any, int, Any], float] = dial.set_schedule  # of the rates of an update; returns the first
-    evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # instead of the loss of both splits of token files
-    fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # in the row of an update, besides or instead
+    set_schedule: Callable[[Any, int, Any], float] = dial.set_schedule  # sets the rates; returns the first
+    evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # replaces the loss on train and val
+    fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # added to the row of an update, overriding its fields
 
 
 @dataclass
 class Run:
-    """A training run: what it works with and, from `model` on, what must survive a stop."""
+    """A training run: its fixed parts and, from `model` on, the state that checkpoints save."""
 
     config: Pretrain
     recipe: Recipe
@@ -91,22 +91,23 @@ class Run:
     optimizer: Any  # torch.optim.Optimizer, or ShardedOptimizer
     scaler: torch.amp.GradScaler | None  # for fp16
     guard: Guard
-    bos: int | None  # what begins a document, where they are packed
+    bos: int | None  # token that begins a document, where documents are packed
     batches: Any  # Batches, PackedBatches, or those of the recipe's data
     iteration: int = 0  # the next one
     best_val_loss: float = math.inf
-    position: dict[str, Any] = field(default_factory=dict)  # of the random streams, where `iteration` begins
-    position_before: dict[str, Any] = field(default_factory=dict)  # and where the one before it began
+    position: dict[str, Any] = field(default_factory=dict)  # state of the random streams at the start of `iteration`
+    position_before: dict[str, Any] = field(default_factory=dict)  # the same at the start of the iteration before
     cuda_graph: bool = False
-    whole_loss: float | None = None  # over the whole validation split, at the end
-    seconds: float = 0.0  # that updates took
+    whole_loss: float | None = None  # final loss over the whole validation split
+    seconds: float = 0.0  # spent in updates
     step: Step | None = None
-    saved: int = -1  # the iteration that the last checkpoint stands at
+    saved: int = -1  # iteration of the last checkpoint
 
 
 @contextlib.contextmanager
 def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Iterator[tuple[Run, Log]]:
-    """A run before its first update, alone or as a rank of torchrun's, and its log. Only the first rank prints."""
+    """Yields a run before its first update, and its log; alone or as a rank of torchrun's. Only the first rank
+    prints."""
     device = runtime.choose_device(config.device, typed="device" in typed)
     mode, degrees = config.parallel, dict(tensor=config.tensor_parallel, shard_size=config.shard_size)
     with (
@@ -131,14 +132,14 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Whatever is printed goes nowhere, save for errors."""
+    """Suppresses stdout in the block."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
 
 @contextlib.contextmanager
 def held(out_dir: str, team: Team) -> Iterator[None]:
-    """out_dir is this run's alone; the first rank holds it for all. Raises UserError that names another run there."""
+    """Locks out_dir for this run, on the first rank for all. Raises UserError that names another run using it."""
     with contextlib.ExitStack() as stack:
         if team.is_main:
             with unwritable(Path(out_dir)):
@@ -147,7 +148,7 @@ def held(out_dir: str, team: Team) -> Iterator[None]:
 
 
 def open_log(out_dir: str, team: Team) -> Log:
-    """out_dir/metrics.jsonl, of the first rank. Raises UserError where it cannot be written, before any computing."""
+    """Opens out_dir/metrics.jsonl on the first rank. Raises UserError where it cannot be written, before any work."""
     if not team.is_main:
         return Log(None, console=False)
     with unwritable(Path(out_dir)):
@@ -158,7 +159,7 @@ def open_log(out_dir: str, team: Team) -> Log:
 
 
 def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
-    """Everything up to the first step: data, model, optimizer, state to resume. Prints what it chose, and why."""
+    """Sets up a run to its first step: data, model, optimizer, resumed state. Prints its choices and the reasons."""
     torch.manual_seed(config.seed)
     device, dtype = team.device, settings_of_torch(config, team)
     folder = Path(config.data_dir) / config.dataset
@@ -177,7 +178,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     model = build_model(config, device, dtype, vocab_size, tokenizer, saved)
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     block_size = model.config.block_size
-    ids = min(vocab_size or model.config.vocab_size, model.config.vocab_size)  # the rest of the model's are padding
+    ids = min(vocab_size or model.config.vocab_size, model.config.vocab_size)  # larger ids of the model are padding
     names = ("train", "val") if recipe.data is None else ()
     splits = {split: load_tokens(folder / f"{split}.bin", ids, block_size) for split in names}
     if team.size > 1 and (dtype == torch.float16 or config.async_save):
@@ -201,13 +202,13 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     )
     if saved is not None:
         restore(run, saved)
-    if team.size > 1:  # each draws dropout of its own, tensor ranks the same
+    if team.size > 1:  # each data rank has its own dropout masks; tensor ranks share them
         torch.manual_seed(hash((config.seed, run.iteration, team.data_rank)))
     return run
 
 
 def settings_of_torch(config: Pretrain, team: Team) -> torch.dtype:
-    """Sets torch up for the device; returns the dtype of the activations. Prints what it chose, and why."""
+    """Sets torch up for the device; returns the dtype of the activations. Prints its choice and the reason."""
     print(f"running on {team}")
     team.share(config.gradient_accumulation_steps)
     tokens_per_iteration = config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -217,7 +218,7 @@ def settings_of_torch(config: Pretrain, team: Team) -> torch.dtype:
     dtype, why = runtime.choose_dtype(config.dtype, team.device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}; the weights are float32")
     if team.device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: what is left in fp32 multiplies as TF32
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in nanoGPT: the remaining fp32 products use TF32
         torch.backends.cudnn.allow_tf32 = True
     return dtype
 
@@ -225,7 +226,7 @@ def settings_of_torch(config: Pretrain, team: Team) -> torch.dtype:
 def open_batches(
     config: Pretrain, recipe: Recipe, model: GPT, tokens: Tokens | None, bos: int | None, team: Team
 ) -> Any:
-    """The iterator of this rank's micro-batches: the recipe's own, or of `tokens`, with `bos` packed by documents."""
+    """Returns this rank's micro-batches: the recipe's own, or windows of `tokens`, or with `bos` packed documents."""
     settings: dict[str, Any] = dict(device=team.device, rank=team.data_rank, ranks=team.data_size)
     if recipe.data is not None:
         return recipe.data.batches(config, model, **settings)
@@ -236,7 +237,7 @@ def open_batches(
 
 
 def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
-    """What `--resume` or `--init_from=resume` asks to go on from; None to start anew."""
+    """Returns the checkpoint that `--resume` or `--init_from=resume` asks for; None to start anew."""
     if config.resume == "latest" and not checkpoint.exists(config.out_dir):
         print(f"--resume=latest: no checkpoint in {config.out_dir} yet")
         return None
@@ -248,7 +249,7 @@ def find_checkpoint(config: Pretrain) -> checkpoint.Checkpoint | None:
 
 
 def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
-    """Raises UserError where the state of `saved` means nothing to this run."""
+    """Raises UserError where `saved` is a checkpoint of an incompatible run."""
     if "batches" not in saved.meta:
         raise UserError(
             f"{saved.path} holds no position in the data, so no run goes on from it; train anew in another --out_dir, "
@@ -256,17 +257,17 @@ def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
         )
     with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
         config_then = dict(saved.meta["config"])
-    for name, before in (("optimizer", "adamw"), ("documents", False)):  # and what a run without the flag had
-        theirs = config_then.get(name, before)
-        if theirs != getattr(config, name):
-            raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={theirs}")
+    for name, before in (("optimizer", "adamw"), ("documents", False)):  # name, and value in runs from before the flag
+        saved_value = config_then.get(name, before)
+        if saved_value != getattr(config, name):
+            raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={saved_value}")
 
 
 # ---- what survives a stop
 
 
 def described(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds beside the tensors of model and optimizer: the run where `iteration` begins."""
+    """Returns a checkpoint's metadata: the run's state, besides model and optimizer, at the start of `iteration`."""
     return {
         "config": dataclasses.asdict(run.config),
         "model": dataclasses.asdict(run.model.config),
@@ -279,7 +280,7 @@ def described(run: Run) -> dict[str, Any]:
 
 
 def save_run(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
-    """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, where it was just evaluated."""
+    """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, if it was just evaluated."""
     print(f"saving checkpoint to {run.config.out_dir}")
     write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score)
     run.saved = run.iteration
@@ -297,9 +298,9 @@ def write(run: Run, saver: checkpoint.Saver, folder: str | Path, meta: dict[str,
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Puts back all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
+    """Restores all but the weights: optimizer, loss scale, data position, torch's generators, iteration, best loss."""
     with untrusted.expected(f"the state in {saved.path}", "train anew in another --out_dir"):
-        run.optimizer.load_state_dict(saved.optimizer)  # a sharded one takes its part
+        run.optimizer.load_state_dict(saved.optimizer)  # a sharded optimizer takes its share
         run.batches.load_state_dict(saved.meta["batches"])
         if run.scaler is not None and saved.meta["scaler"]:
             run.scaler.load_state_dict(saved.meta["scaler"])
@@ -311,7 +312,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
 
 
 def generator_state() -> dict[str, torch.Tensor]:
-    """The state of torch's generators, by device: uint8 tensors, to be saved beside the weights."""
+    """Returns the state of torch's generators, by device, as uint8 tensors for the checkpoint."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -319,7 +320,7 @@ def generator_state() -> dict[str, torch.Tensor]:
 
 
 def set_generator_state(state: dict[str, Any]) -> None:
-    """Puts back what `generator_state` gave; a CUDA state is passed over where there is no GPU."""
+    """Restores the result of `generator_state`; ignores a CUDA state where there is no GPU."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -329,7 +330,7 @@ def set_generator_state(state: dict[str, Any]) -> None:
 
 
 def train(run: Run, log: Log) -> None:
-    """Iterations `run.iteration ... max_iters`. A signal saves and raises; so does an update that may not happen."""
+    """Runs the iterations `run.iteration ... max_iters`. A signal or a refused update saves the run and raises."""
     with (
         Stopper(deferred=run.team.size > 1) as stopper,
         checkpoint.Saver(background=run.config.async_save) as saver,
@@ -356,7 +357,7 @@ def train(run: Run, log: Log) -> None:
                 raise
             sys.exit(128 + stop.signum)
         except Refused as refusal:
-            if first + run.guard.heard - 1 < run.iteration:  # heard one update late, and no other was taken since
+            if first + run.guard.heard - 1 < run.iteration:  # known one update late; no update was taken since
                 run.iteration, run.position = run.iteration - 1, run.position_before
             folder = Path(run.config.out_dir) / "post-mortem"
             refused = {"reason": str(refusal), "batches": refusal.batches}
@@ -366,7 +367,7 @@ def train(run: Run, log: Log) -> None:
 
 
 def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track: Tracker) -> None:
-    """One update for each iteration, and before it an evaluation where one is due."""
+    """Makes one update per iteration, after an evaluation where one is due."""
     config = run.config
     first = run.iteration
     meter = Meter(run)
@@ -416,7 +417,7 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
 
 
 def tell_skipped(run: Run, log: Log, first: int) -> list[int]:
-    """Say which iterations were passed over, as far as the guard has heard of them and not told; returns them."""
+    """Reports the skipped iterations that the guard knows of and that were not reported yet; returns them."""
     skipped = []
     while run.guard.news:
         ordinal, reason = run.guard.news.pop(0)
@@ -428,7 +429,7 @@ def tell_skipped(run: Run, log: Log, first: int) -> list[int]:
 
 
 def evaluate(run: Run, log: Log) -> dict[str, float]:
-    """Mean loss of `eval_iters` batches of each split. Training's weights and random streams stay as they were."""
+    """Returns the mean loss of `eval_iters` batches of each split; leaves weights and random streams unchanged."""
     losses = {}
     for split, tokens in run.splits.items():
         sizes = run.config.batch_size, run.model.config.block_size
@@ -450,7 +451,7 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
 
 
 def evaluate_whole_split(run: Run, log: Log) -> float:
-    """The loss over every window of the validation split, of the weights that the last checkpoint holds."""
+    """Returns the loss of the last checkpoint's weights over every window of the validation split."""
     tokens, block_size = run.splits["val"], run.model.config.block_size
     windows: Iterable[Batch] = whole_split(tokens, block_size, batch_size=run.config.batch_size, device=run.device)
     if run.bos is not None:
@@ -464,17 +465,17 @@ def evaluate_whole_split(run: Run, log: Log) -> float:
 
 
 def diverged(run: Run, reason: str, post_mortem: Path | None = None) -> UserError:
-    kept = "" if post_mortem is None else f"the batch and the weights before it are in {post_mortem}; "
+    hint = "" if post_mortem is None else f"the batch and the weights before it are in {post_mortem}; "
     return UserError(
         f"{reason} at iteration {run.iteration}; lower --learning_rate, or lengthen --warmup_iters; "
-        f"{kept}checkpoints in {run.config.out_dir} are from before"
+        f"{hint}checkpoints in {run.config.out_dir} are from before"
     )
 
 
 class Meter:
-    """The clock of training: times steps, not evaluations, and prints a line.
+    """Times updates (not evaluations) and reports them on the console and in the log.
 
-    The host runs ahead of a GPU, so time is read only where the device has just been waited for.
+    The host runs ahead of a GPU, so the clock is read only after a synchronization.
     """
 
     def __init__(self, run: Run) -> None:
@@ -482,7 +483,7 @@ class Meter:
         self.peak = mfu.peak_of(torch.device(run.device), run.config.peak_tflops)
         self.mfu_palm: float | None = None  # running average
         self.iterations = 0  # since the last line
-        self.seconds = 0.0  # of them, up to the last pause
+        self.seconds = 0.0  # time of these iterations up to the last pause
         self.total_iterations = 0
         self.total_seconds = 0.0
         self.started = time.perf_counter()
@@ -496,12 +497,12 @@ class Meter:
         self.started = time.perf_counter()
 
     def report(self, loss: float, rate: float, log: Log) -> None:
-        """One line and one row on the iterations since the last, whose `loss` is that of the newest."""
-        now = time.perf_counter()
-        seconds = (self.seconds + now - self.started) / self.iterations
+        """Logs a line and a row on the iterations since the last report; `loss` is that of the newest."""
+        end = time.perf_counter()
+        seconds = (self.seconds + end - self.started) / self.iterations
         self.total_iterations += self.iterations
         self.total_seconds += seconds * self.iterations
-        self.started, self.seconds, self.iterations = now, 0.0, 0
+        self.started, self.seconds, self.iterations = end, 0.0, 0
 
         run, config = self.run, self.run.config
         block_size = run.model.config.block_size
@@ -523,12 +524,12 @@ class Meter:
 
 
 def log_line(iteration: int, loss: float, ms: float, mfu_palm: float | None) -> str:
-    """nanoGPT's line. Its MFU is the PaLM convention, 6N + 12·L·H·Q·T FLOPs per token."""
+    """Returns nanoGPT's line. Its MFU follows the PaLM convention, 6N + 12·L·H·Q·T FLOPs per token."""
     return f"iter {iteration}: loss {loss:.4f}, time {ms:.2f}ms, mfu {mfu.format_mfu(mfu_palm)}"
 
 
 def tracker(config: Pretrain) -> Tracker:
-    """The service that evaluations are sent to; nanoGPT's `wandb_log` names the same one."""
+    """Returns the tracker that evaluations are sent to; nanoGPT's `wandb_log` means --tracker=wandb."""
     kind, flag = config.tracker, f"--tracker={config.tracker}"
     if config.wandb_log and kind == "none":
         kind, flag = "wandb", "--wandb_log=True"
@@ -539,6 +540,6 @@ def tracker(config: Pretrain) -> Tracker:
 
 
 def wandb_row(iteration: int, losses: dict[str, float], rate: float, mfu_palm: float | None) -> dict[str, Any]:
-    """nanoGPT's five keys."""
+    """Returns a row of nanoGPT's five wandb keys."""
     percent = None if mfu_palm is None else 100 * mfu_palm
     return {"iter": iteration, "train/loss": losses["train"], "val/loss": losses["val"], "lr": rate, "mfu": percent}

@@ -1,4 +1,4 @@
-"""Models from Hugging Face and to it: GPT-2, Llama, Qwen3 and nanochat in and out, nanochat's own files too; GGUF out.
+"""Imports and exports models: GPT-2, Llama, Qwen3 and nanochat layouts of Hugging Face, nanochat's own files; to GGUF.
 
     model = hf.load("gpt2")                       a name on the hub, a folder in its layout, or one of our checkpoints
     hf.save(model, "exported", tokenizer)         AutoModelForCausalLM.from_pretrained("exported") reads it
@@ -8,8 +8,8 @@
     python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium
     python -m gptfast.hf export out --to=exported --layout=llama
 
-Weights are safetensors, or tensors in torch's files and nothing else there; settings and tokenizer are JSON. No code of
-a model's author runs.
+Weights are read from safetensors, or from torch's files if they hold only tensors; settings and tokenizer are JSON. No
+code of a model's author runs.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ FETCHED = ("*config.json", "*.safetensors", INDEX, "tokenizer*", "vocab*", "merg
 
 
 def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of `source`, on the CPU, its parameters fp32 and its activations `dtype`.
+    """Loads the model of `source` on the CPU, with fp32 parameters and activations of `dtype`.
 
     `source`: a folder with a checkpoint of ours, a folder written by save_pretrained, or a name on the hub. `ops`:
-    kernels.load("auto") by default. Raises UserError for what is not there, damaged, or not expressible as a GPT.
+    kernels.load("auto") by default. Raises UserError for a model that is missing, damaged, or not expressible as a GPT.
     """
     folder = find(source)
     if _is_ours(folder):
@@ -58,7 +58,7 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
         settings, theirs = read_settings(folder), _read_tensors(folder)
         config = read_config(folder, settings)
         layout = layout_of(settings)
-        if config.n_layer > len(theirs):  # before each layer is looked for
+        if config.n_layer > len(theirs):  # before looking for each layer
             raise UserError(
                 f"the {len(theirs)} tensors in {folder} do not fit its config.json: {config.n_layer} layers"
             )
@@ -74,7 +74,7 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of what `load` loads. Raises UserError where there is none."""
+    """Loads the tokenizer of a `source` as in `load`. Raises UserError where there is none."""
     folder = find(source)
     if _is_ours(folder):
         return from_json(checkpoint.load(folder).meta.get("tokenizer"))
@@ -89,7 +89,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def why_not(folder: Path) -> str:
-    """Why our model cannot take what config.json describes, in one line; empty if it can."""
+    """Returns in one line why our model cannot express the config.json in `folder`; empty if it can."""
     if _is_ours(folder) or nanochat.newest(folder):
         return ""
     settings = read_settings(folder)
@@ -108,12 +108,12 @@ def save(
     layout: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Writes `model` as transformers keeps it: config.json, model.safetensors, generation_config.json, the tokenizer's.
+    """Writes `model` for transformers: config.json, model.safetensors, generation_config.json and tokenizer files.
 
-    `layout`: gpt2, llama, qwen3 or nanochat; auto takes the first that can express the model. `dtype` is that of the
-    stored weights. What the model's vocabulary has beyond the tokenizer's is padding, and is left out. Returns the
-    folder, which is at every instant wholly the old model, wholly the new one, or none. Raises UserError, before a byte
-    is written, for a model that the layout cannot express, and for a folder of checkpoints.
+    `layout`: gpt2, llama, qwen3 or nanochat; auto takes the first that can express the model. `dtype`: of the stored
+    weights. Ids beyond the tokenizer's vocabulary are padding, and are left out. Returns the folder, which holds at any
+    instant the complete old model, the complete new one, or none. Raises UserError, before a byte is written, for a
+    model that the layout cannot express, and for a folder of checkpoints.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -140,9 +140,9 @@ def save(
 def exported(
     model: GPT, layout: str, vocab_size: int | None = None, among: Collection[str] | None = None
 ) -> tuple[dict[str, Any], Weights]:
-    """config.json and the tensors of `model` in `layout`, its vocabulary cut to `vocab_size` tokens if it has more.
+    """Returns config.json and the tensors of `model` in `layout`, its vocabulary cropped to `vocab_size` tokens.
 
-    `among` as in `layout_for`. Raises UserError for what the layout cannot express.
+    `among` as in `layout_for`. Raises UserError for a model that the layout cannot express.
     """
     config, chosen = model.config, layout_for(model.config, layout, among)
     ours: Weights = model.state_dict()
@@ -157,7 +157,7 @@ def exported(
 
 
 def find(source: str | Path) -> Path:
-    """The folder of `source`: itself if it is one, else the hub's files in Hugging Face's cache, fetched where needed.
+    """Returns the folder of `source`: itself if it is one, else Hugging Face's cache, downloading what is missing.
 
     Raises UserError for a name that is neither, and where it is not cached and the hub cannot be reached.
     """
@@ -192,7 +192,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def read_settings(folder: Path) -> Settings:
-    """config.json. Raises UserError where there is none, or no JSON object in it."""
+    """Reads config.json. Raises UserError if it is missing or holds no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds neither a checkpoint of ours nor config.json; give a folder with a model")
@@ -200,13 +200,13 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_config(folder: Path, settings: Settings) -> GPTConfig:
-    """What config.json means as a config of ours. Raises UserError where it is none."""
+    """Converts config.json to a GPTConfig. Raises UserError if that is not possible."""
     with untrusted.expected(str(folder / "config.json"), "fetch it again"):
         return layout_of(settings).config(settings)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the parts that its index lists."""
+    """Reads every tensor of model.safetensors, or of the parts that its index lists."""
     index = folder / INDEX
     parts: list[Any] = [SINGLE]
     if index.is_file():
@@ -231,7 +231,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _unshared(tensors: Weights) -> Weights:
-    """safetensors stores no two names for one memory: the second becomes a copy."""
+    """Copies tensors that share memory with an earlier one, which safetensors cannot store."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():

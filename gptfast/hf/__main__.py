@@ -1,4 +1,4 @@
-"""Models from Hugging Face and to it.
+"""Imports models from Hugging Face, and exports models to its layouts.
 
     python -m gptfast.hf import gpt2-medium --out_dir=out-gpt2-medium      a checkpoint that gptfast.sample and
                                                                            train.pretrain --init_from=DIR read
@@ -26,11 +26,14 @@ from gptfast.hf import gguf, nanochat
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 
+LayoutName = Literal["auto", "gpt2", "llama", "qwen3", "nanochat", "nanochat_pt"]
+
 
 @dataclass(frozen=True)
 class Import:
-    source: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, a folder in its layout, or one of
-    # nanochat's with model_*.pt, or such a file
+    source: str = (
+        ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, a folder, or nanochat's model_*.pt
+    )
     out_dir: str = ""  # where the checkpoint goes
     tokenizer: bool = True  # read the tokenizer too; without one the model can be trained on, but makes no text
 
@@ -39,8 +42,7 @@ class Import:
 class Export:
     source: str = "out"  # a folder with a checkpoint, or anything that import takes
     to: str = ""  # a folder for transformers, or a file that ends in .gguf for llama.cpp
-    layout: Literal["auto", "gpt2", "llama", "qwen3", "nanochat", "nanochat_pt"] = "auto"  # of transformers; auto: the
-    # first that can express the model; nanochat_pt: nanochat's own files
+    layout: LayoutName = "auto"  # auto: transformers' first that can express the model; nanochat_pt: nanochat's files
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored weights
     tokenizer: bool = True  # write the tokenizer too
     gelu_as_tanh: bool = False  # accept llama.cpp's approximate GELU for a model with the exact one
@@ -86,7 +88,7 @@ def run_export(argv: list[str]) -> None:
 
 
 def load(source: str) -> GPT:
-    model = hf.load(source, kernels.load("reference"))  # the weights pass through: no kernel runs
+    model = hf.load(source, kernels.load("reference"))  # only converts weights: no kernel runs
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters, {model.config}")
     return model
 

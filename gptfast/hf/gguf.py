@@ -1,7 +1,8 @@
-"""A model in one GGUF file, as llama.cpp reads it: settings, tokenizer and weights.
+"""Exports a model to one GGUF file for llama.cpp: settings, tokenizer and weights.
 
-The tensors are those of the Hugging Face layout under llama.cpp's names. Two are turned: GPT-2's matrices back to
-(out, in), and Llama's queries and keys, whose heads llama.cpp rotates in neighbouring pairs instead of halves.
+The tensors are those of the Hugging Face layout under llama.cpp's names. Two kinds are rearranged: GPT-2's matrices are
+transposed back to (out, in), and the rows of Llama's queries and keys are permuted, because llama.cpp rotates
+neighbouring pairs of a head instead of its halves.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -24,14 +25,15 @@ from gptfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gptfast.tokenizer_json import BYTE_LETTERS, GPT2_PATTERN
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # llama.cpp's names
-# llama.cpp splits text by code of its own, under a name for each pattern: GPT-2's, and Llama 3's. cl100k_base's is not
-# among them: tiktoken takes the white space that ends a text in one piece, Llama 3's pattern breaks it at a line's end.
+# llama.cpp splits text by its own code, selected by a pattern name, such as GPT-2's and Llama 3's. It lacks
+# cl100k_base's: tiktoken takes white space at the end of a text as one piece, Llama 3's pattern splits it after a line
+# break.
 LLAMA3_PATTERN = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-LAYOUTS = ("gpt2", "llama", "qwen3")  # that llama.cpp knows
-NEVER = b"\xff"  # a byte that is nowhere in UTF-8
+LAYOUTS = ("gpt2", "llama", "qwen3")  # supported by llama.cpp
+NEVER = b"\xff"  # a byte that never occurs in UTF-8
 SPLITS = {GPT2_PATTERN: "gpt-2", LLAMA3_PATTERN: "llama-bpe"}
 
 
@@ -49,7 +51,7 @@ def write(
 
     Without a tokenizer, llama.cpp takes and gives token ids only. llama.cpp has one GELU, by tanh: a model with the
     exact one is refused unless `gelu_as_tanh` accepts logits that differ by some 1e-3. Raises UserError, before a byte
-    is written, for a model or tokenizer that llama.cpp has not.
+    is written, for a model or tokenizer that llama.cpp does not support.
     """
     if dtype not in KINDS:
         raise UserError(f"dtype {dtype}: a GGUF file holds float32, float16 or bfloat16 here")
@@ -121,7 +123,7 @@ def _add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
 
 
 def _turned(weights: Weights, config: GPTConfig, arch: str) -> Weights:
-    """The tensors as llama.cpp multiplies with them."""
+    """Returns the tensors in llama.cpp's arrangement."""
     turned = {}
     for name, w in weights.items():
         if arch == "gpt2" and ".h." in name and w.ndim == 2:
@@ -135,12 +137,12 @@ def _turned(weights: Weights, config: GPTConfig, arch: str) -> Weights:
 
 
 def neighbours_from_halves(w: Tensor, heads: int) -> Tensor:
-    """Rows (heads · D, ...) so that the pairs of a head that are D/2 apart stand side by side."""
+    """Permutes rows (heads · D, ...) so that the pairs of a head that were D/2 apart become neighbours."""
     return w.view(heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
 def _describe_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, Any]:
-    """What the writer must add, {its method: value}. Ids of the model past the tokenizer's are marked unused."""
+    """Returns the writer's calls for a tokenizer, {method: value}. Ids beyond the tokenizer's are marked unused."""
     if tokenizer is None:
         return {"add_tokenizer_model": "no_vocab"}
     if tokenizer.vocab_size > vocab_size:
@@ -161,7 +163,7 @@ def _describe_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> dict[st
         ordinary = {i: _written(token) for token, i in tokenizer.ranks.items()}
         special = {i: token for token, i in tokenizer.special_tokens.items()}
     elif isinstance(tokenizer, CharTokenizer) and tokenizer.chars.isascii():
-        split, special = "gpt-2", {}  # nothing merges, however text is split; but llama.cpp wants to see merges
+        split, special = "gpt-2", {}  # no merges, so the split is irrelevant; but llama.cpp requires one
         merges = [f"{_written(NEVER)} {_written(NEVER)}"]
         ordinary = {i: _written(char.encode()) for i, char in enumerate(tokenizer.chars)}
     else:

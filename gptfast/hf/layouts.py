@@ -1,14 +1,14 @@
-"""Hugging Face's model layouts: what config.json and the names of the tensors mean, both ways.
+"""Hugging Face's model layouts: converts config.json and tensors to ours and back.
 
     gpt2      GPT-2: learned positions, LayerNorm with biases, two-layer MLP
     llama     Llama: rotary positions, RMSNorm with a weight, gated MLP, grouped key/value heads
-    qwen3     Llama's, with an RMS norm of every query and key, which has a weight, and heads of any size
-    nanochat  nanochat of 2025: RMSNorm without a weight, of the embedding too, ReLU², normalized queries and keys,
-              softcapped logits; the later one has files of its own (nanochat.py)
+    qwen3     Llama's, with a weighted RMS norm of queries and keys, and heads of any size
+    nanochat  nanochat of 2025: RMSNorm without a weight, also of the embedding, ReLU², normalized queries and keys,
+              softcapped logits; later nanochat has its own files (nanochat.py)
 
-Half of the work is that one function has several descriptions. relu(x)² is a gated MLP whose gate is ReLU and whose two
-matrices are one, so ours with ReLU² is a Llama too. nanochat rotates by minus the angle, which is plus the angle after
-the two halves of every head change places. A gain of queries and keys is a Qwen3 norm's weight.
+The same function can have several descriptions. relu(x)² is a gated MLP with a ReLU gate and twice the same matrix, so
+our model with ReLU² is also a Llama. nanochat rotates by minus the angle, which equals plus the angle with the two
+halves of every head swapped. A gain of queries and keys is the weight of Qwen3's norm.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Layout:
 
     name: str  # model_type in config.json
     architecture: str  # transformers' class
-    config: Callable[[Settings], GPTConfig]  # of their settings; raises UserError for what our model has not
-    take: Callable[[GPTConfig, Weights], Weights]  # their tensors by our names; uses up what it understands
-    needs: Callable[[GPTConfig], dict[str, tuple]]  # values it can express, of the fields it cares for
-    settings: Callable[[GPTConfig], dict[str, Any]]  # ours as config.json
-    give: Callable[[GPTConfig, Weights], Weights]  # our tensors by their names
+    config: Callable[[Settings], GPTConfig]  # from their settings; raises UserError for settings that our model lacks
+    take: Callable[[GPTConfig, Weights], Weights]  # their tensors under our names; removes those that it converts
+    needs: Callable[[GPTConfig], dict[str, tuple]]  # field -> values that the layout can express
+    settings: Callable[[GPTConfig], dict[str, Any]]  # our config as config.json
+    give: Callable[[GPTConfig, Weights], Weights]  # our tensors under their names
 
     def misfits(self, config: GPTConfig) -> list[str]:
-        """The fields of `config` that this layout cannot express, as 'field=value'."""
+        """Returns the fields of `config` that this layout cannot express, as 'field=value'."""
         values = {field: getattr(config, field) for field in self.needs(config)}
         return [f"{field}={values[field]}" for field, fits in self.needs(config).items() if values[field] not in fits]
 
 
 def layout_of(settings: Settings) -> Layout:
-    """The layout that config.json names. Raises UserError for one that is not known."""
+    """Returns the layout that config.json names. Raises UserError for an unknown one."""
     name = settings.get("model_type")
     if name not in LAYOUTS:
         raise UserError(f"config.json says model_type {name!r}; gptfast reads {', '.join(LAYOUTS)}")
@@ -54,9 +54,9 @@ def layout_of(settings: Settings) -> Layout:
 
 
 def layout_for(config: GPTConfig, name: str = "auto", among: Collection[str] | None = None) -> Layout:
-    """The layout to export `config` in: the one named, or the first that fits, of all or of those `among`.
+    """Returns the layout for exporting `config`: the named one, or the first that fits, of all or of `among`.
 
-    Raises UserError where none does, with the fields that stand in the way.
+    Raises UserError if none fits, with the fields that prevent it.
     """
     names = [known for known in LAYOUTS if among is None or known in among]
     if name != "auto" and name not in names:
@@ -79,7 +79,7 @@ def _setting(settings: Settings, key: str) -> Any:
 
 
 def _only(settings: Settings, **allowed: Any) -> None:
-    """Refuse a setting that changes the function in a way that ours does not; absent is as good as allowed."""
+    """Raises UserError for a setting that our model cannot reproduce; a missing setting is allowed."""
     for key, value in allowed.items():
         if settings.get(key, value) not in (None, value):
             raise UserError(f"config.json says {key}={settings[key]}; gptfast has only {key}={value}")
@@ -93,7 +93,7 @@ def _one_of(settings: Settings, key: str, default: str, known: Mapping[str, Any]
 
 
 def _rope_base(settings: Settings) -> float:
-    """transformers 4 keeps rope_theta and rope_scaling, transformers 5 both in rope_parameters."""
+    """Returns the rotary base: transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -101,7 +101,7 @@ def _rope_base(settings: Settings) -> float:
     return float(rope.get("rope_theta") or settings.get("rope_theta") or 10000.0)
 
 
-# What no layout of transformers has, at the value that leaves it out; each layout below says what it has of it.
+# Fields that no layout of transformers has, at their neutral values; each layout below overrides those that it has.
 _WITHOUT: dict[str, tuple] = {
     "token_shift": (False,), "embedding_norm": (False,), "window": (None,), "value_embeddings": (False,),
     "residual_scalars": (False,), "smear": (False,), "backout": (False,), "rope_sign": (1,), "qk_gain": (1.0,),
@@ -163,7 +163,7 @@ def _gpt2_settings(config: GPTConfig) -> dict[str, Any]:
 
 def _give_gpt2(config: GPTConfig, ours: Weights) -> Weights:
     theirs = {name: w.t() if name.endswith(_CONV1D) else w for name, w in ours.items()}
-    if not config.bias:  # GPT-2 has them all; those of a model without are 0
+    if not config.bias:  # GPT-2 has all biases; for a model without they are 0
         for name in list(theirs):
             part = name.removesuffix(".weight")
             if part.endswith(("ln_1", "ln_2", "ln_f", "c_attn", "c_proj", "c_fc")):
@@ -186,7 +186,7 @@ _GATES = {"silu": "swiglu", "relu": "relu2"}  # of a gated MLP; relu: only where
 
 
 def _blocks(config: GPTConfig) -> list[tuple[str, str]]:
-    """The prefix of each block, ours and theirs."""
+    """Returns the prefix of each block, ours and theirs."""
     return [(f"transformer.h.{i}.", f"model.layers.{i}.") for i in range(config.n_layer)]
 
 
@@ -199,7 +199,7 @@ def _llama_config(settings: Settings) -> GPTConfig:
     bias = bool(settings.get("attention_bias"))
     _only(settings, partial_rotary_factor=1.0, use_sliding_window=False)
     qk_norm = settings["model_type"] == "qwen3"
-    if bias != bool(settings.get("mlp_bias")):  # Qwen3 has none in its MLP, and does not say so
+    if bias != bool(settings.get("mlp_bias")):  # Qwen3 has no MLP bias, without a setting for it
         raise UserError(
             f"config.json says attention_bias={bias} and mlp_bias={bool(settings.get('mlp_bias'))}; gptfast has biases "
             "in all linear layers or in none; run the model through transformers"
@@ -245,7 +245,7 @@ def _take_llama(config: GPTConfig, theirs: Weights) -> Weights:
             for kind in ("weight", "bias"):
                 if f"{block}{name}.{kind}" in theirs:
                     ours[f"{mine}{part}.{kind}"] = theirs.pop(f"{block}{name}.{kind}")
-        theirs.pop(f"{block}self_attn.rotary_emb.inv_freq", None)  # a table, in files of old
+        theirs.pop(f"{block}self_attn.rotary_emb.inv_freq", None)  # a table, in old files
     return ours
 
 
@@ -369,7 +369,7 @@ def _give_nanochat(config: GPTConfig, ours: Weights) -> Weights:
 
 
 def halves_swapped(w: Tensor, config: GPTConfig) -> Tensor:
-    """Rows (heads · D, C) with the two halves of every head in each other's place."""
+    """Returns rows (heads · D, C) with the two halves of every head swapped."""
     return w.view(-1, 2, config.head_dim // 2, config.n_embd).flip(1).reshape(w.shape)
 
 

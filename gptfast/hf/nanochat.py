@@ -1,14 +1,14 @@
-"""nanochat's own checkpoints: a folder with model_001234.pt and meta_001234.json, in and out.
+"""Reads and writes nanochat's own checkpoints: a folder with model_001234.pt and meta_001234.json.
 
     model = hf.load("base_checkpoints/d12")                     the newest step there; or the path of one model_*.pt
     nanochat.write(model, "exported", step=1234)                 nanochat's load_model reads it
 
-A .pt file is a pickle. It is read by torch's unpickler for tensors alone (weights_only=True), which runs no code; a
-file that holds anything else is refused. The tokenizer is a pickle of another kind, and is not read.
+A .pt file is a pickle. It is read by torch's restricted unpickler (weights_only=True), which runs no code; a file with
+anything but tensors is refused. The tokenizer is an ordinary pickle, and is not read.
 
-The names are ours but for queries, keys and values, which are three matrices there. nanochat's code has most of what it
-computes written in (github.com/karpathy/nanochat at 92d63d4, gpt.py), and its checkpoints do not say of which version
-they are: one that lacks a tensor of that version is from another, and is refused.
+The names equal ours except for queries, keys and values, which are three matrices there. Most of nanochat's
+architecture is fixed in its code (github.com/karpathy/nanochat at 92d63d4, gpt.py), and its checkpoints do not state
+their version: a checkpoint that lacks a tensor of this version is from another one, and is refused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from gptfast.hf.layouts import Weights, halves_swapped
 from gptfast.model import GPT
 
 FILE = re.compile(r"model_(\d{6,})\.pt")
-SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of meta's model_config; beside sequence_len
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of meta's model_config, besides sequence_len
 QKV = ("c_q", "c_k", "c_v")
-# Fields that leave a part out whose weights have a value at which it does nothing, and fields that change no logit
+# Fields that nanochat always has, but that neutral weights can switch off; and fields that change no logit
 FILLED_IN = ("value_embeddings", "residual_scalars", "smear", "backout", "rope_sign")
 FREE = ("dropout", "initialization", "n_kv_head", "window_pattern")
 
 
 def newest(source: str | Path) -> Path | None:
-    """The model_*.pt of the highest step in a folder, or that file itself; None where there is none."""
+    """Returns the model_*.pt of the highest step in a folder, or the given file itself; None where there is none."""
     path = Path(source)
     if path.is_file() and FILE.fullmatch(path.name):
         return path
@@ -50,7 +50,7 @@ def newest(source: str | Path) -> Path | None:
 
 
 def read(path: Path) -> tuple[GPTConfig, Weights]:
-    """The model of a model_*.pt, described by the meta_*.json beside it. Raises UserError for what it is not."""
+    """Reads the model of a model_*.pt, described by the meta_*.json beside it. Raises UserError if that fails."""
     meta = path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json"))
     settings = untrusted.json_object(meta, "nanochat keeps it beside the model")
     with untrusted.expected(str(meta), "fetch it again"):
@@ -65,7 +65,7 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
         ) from None
     if not isinstance(theirs, dict) or not all(isinstance(x, Tensor) for x in theirs.values()):
         raise UserError(f"{path} holds no state dict; give nanochat's model_*.pt")
-    if config.n_layer > len(theirs):  # before each layer is looked for
+    if config.n_layer > len(theirs):  # before looking for each layer
         raise UserError(f"the {len(theirs)} tensors in {path} do not fit its meta: {config.n_layer} layers")
     with untrusted.expected(f"what {path} holds", "fetch it again"):
         theirs = {name.removeprefix("_orig_mod."): w.float() for name, w in theirs.items()}
@@ -81,7 +81,7 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
 
 
 def _config(settings: dict[str, Any]) -> GPTConfig:
-    """Of meta's model_config. Checkpoints from before windows say nothing of them, and have none."""
+    """Converts meta's model_config. Checkpoints from before windows have no such field, and no windows."""
     known = {name: settings[name] for name in SIZES}
     unknown = set(settings) - {*SIZES, "sequence_len", "window_pattern"}
     if unknown:
@@ -93,7 +93,7 @@ def _config(settings: dict[str, Any]) -> GPTConfig:
 
 
 def _taken(config: GPTConfig, theirs: Weights) -> Weights:
-    """Their tensors by our names; uses up what it understands. Vocabularies padded to a multiple of 64 are cut."""
+    """Returns their tensors under our names, removing them from `theirs`; crops vocabularies padded to 64."""
     ours = {}
     for i in range(config.n_layer):
         block = f"transformer.h.{i}.attn."
@@ -109,7 +109,7 @@ def _taken(config: GPTConfig, theirs: Weights) -> Weights:
 
 
 def _tables(config: GPTConfig) -> list[str]:
-    """The tensors with a row for each token."""
+    """Returns the names of the tensors with a row per token."""
     values = [f"value_embeds.{i}.weight" for i in config.value_layers]
     return ["transformer.wte.weight", "lm_head.weight", *values]
 
@@ -118,7 +118,7 @@ def _tables(config: GPTConfig) -> list[str]:
 
 
 def misfits(config: GPTConfig) -> list[str]:
-    """The fields of `config` that nanochat's code cannot express, as 'field=value'."""
+    """Returns the fields of `config` that nanochat's code cannot express, as 'field=value'."""
     theirs = dataclasses.asdict(_nearest(config))
     same = {"head_size": config.n_embd // config.n_head, "mlp_width": 4 * config.n_embd}  # what None means
     found = []
@@ -130,16 +130,16 @@ def misfits(config: GPTConfig) -> list[str]:
 
 
 def _nearest(config: GPTConfig) -> GPTConfig:
-    """nanochat's model of these sizes."""
+    """Returns the config of nanochat's model of these sizes."""
     sizes = {name: getattr(config, name) for name in (*SIZES, "block_size")}
     return nanochat(**sizes, window_pattern=config.window_pattern or "L")
 
 
 def write(model: GPT, folder: str | Path, *, step: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes model_*.pt and meta_*.json as nanochat keeps them, and returns the folder.
+    """Writes model_*.pt and meta_*.json in nanochat's format, and returns the folder.
 
-    Parts that the model is without get weights at which they do nothing. Raises UserError, before a byte is written,
-    for a model that nanochat's code does not compute.
+    Parts that the model lacks get neutral weights. Raises UserError, before a byte is written, for a model that
+    nanochat's code cannot express.
     """
     reasons = misfits(model.config)
     if reasons:
@@ -162,7 +162,7 @@ def write(model: GPT, folder: str | Path, *, step: int = 0, dtype: torch.dtype =
 
 
 def _given(config: GPTConfig, ours: Weights) -> Weights:
-    """Our tensors by their names, missing parts at their neutral weights, vocabularies padded to a multiple of 64."""
+    """Returns our tensors under their names, with neutral weights for missing parts and vocabularies padded to 64."""
     filled, theirs = _nearest(config), {}
     for i in range(config.n_layer):
         block, rows = f"transformer.h.{i}.", [config.n_head, config.kv_heads, config.kv_heads]

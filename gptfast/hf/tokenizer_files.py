@@ -1,4 +1,4 @@
-"""A tokenizer in the files that transformers reads, and back."""
+"""Writes a tokenizer to the files that transformers reads, and reads them back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def write(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, from which transformers makes the same ids of any text."""
+    """Writes tokenizer.json and tokenizer_config.json, with which transformers gives the same ids for any text."""
     if isinstance(tokenizer, BPETokenizer):
         tokenizer.save(folder)
     elif isinstance(tokenizer, CharTokenizer):
@@ -27,7 +27,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def read(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`: byte-level BPE, or characters as `write` puts them. Raises UserError for others."""
+    """Reads the tokenizer in `folder`: byte-level BPE, or characters as by `write`. Raises UserError for others."""
     if (folder / FILE).is_file():
         with untrusted.expected(str(folder / FILE), "copy it again"):
             model = untrusted.json_object(folder / FILE, "copy it again")["model"]
@@ -37,19 +37,19 @@ def read(folder: Path) -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """bos_token_id and eos_token_id for config.json: the token that begins a document ends the one before."""
+    """Returns bos_token_id and eos_token_id for config.json: a document's first token also ends the previous one."""
     bos = None if tokenizer is None else tokenizer.bos
     return {"bos_token_id": bos, "eos_token_id": bos}
 
 
 def stops(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """eos_token_id for generation_config.json where the tokenizer can chat: the end of an answer stops, too."""
+    """Returns eos_token_id for generation_config.json if the tokenizer can chat: the end of an answer stops too."""
     special = getattr(tokenizer, "special_tokens", {})
     return {"eos_token_id": [special[BOS], special[ASSISTANT[1]]]} if set(SPECIAL_TOKENS) <= set(special) else {}
 
 
 def _of_characters(tokenizer: CharTokenizer) -> Any:
-    """The same as a tokenizers.Tokenizer: every character is a word."""
+    """Returns an equal tokenizers.Tokenizer, in which every character is a word."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     ids = {char: i for i, char in enumerate(tokenizer.chars)}

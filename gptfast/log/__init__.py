@@ -1,9 +1,8 @@
-"""What is written down: the console line, the JSONL row, the tracker, and the facts of the machine that a figure needs.
+"""Logging: console lines, JSONL rows, trackers, and the facts about the machine that a measurement needs.
 
-A row is one JSON object on one line. Rows of training and of the bench share one schema, `check_row`, so that plots,
-reports and comparisons read both. A row that states a time or a rate must say where it was measured: hardware,
-software, commit, date and command. Rows inside a run (`step`, `eval`, ...) are covered by the `run` row that opens
-the file.
+A row is one JSON object on one line. Rows of training and bench share one schema, `check_row`, so that plots, reports
+and comparisons read both. A row with a time or a rate must state where it was measured: hardware, software, commit,
+date and command. For the rows of a run (`step`, `eval`, ...), the `run` row that opens the file states it.
 
     with Log("out") as log:
         log.row("run", **facts("cuda"), config={...})
@@ -47,14 +46,14 @@ class Log:
         self._file = None if self.path is None else _open_at_line_start(self.path)
 
     def say(self, text: str) -> None:
-        """Print one line to the console."""
+        """Prints one line to the console."""
         if self.console:
             print(text, flush=True)
 
     def row(self, what: str, **fields: Any) -> Row:
-        """Check and write one row, and return it. Raises ValueError that names a missing or wrong field.
+        """Checks, writes and returns one row. Raises ValueError that names a missing or wrong field.
 
-        In the file, paths inside this checkout are relative to it: its place on this machine is nobody's business.
+        In the file, paths inside this checkout are relative to it, so that rows do not reveal the machine's folders.
         """
         row = check_row({"schema": SCHEMA, "what": what, "date": now(), **plain(fields)})
         if self._file is not None:
@@ -64,7 +63,7 @@ class Log:
                 self._file.flush()
             except OSError as error:
                 file, self._file = self._file, None
-                with contextlib.suppress(OSError):  # it tries the same bytes again
+                with contextlib.suppress(OSError):  # closing retries the same bytes
                     file.close()
                 raise UserError(
                     f"cannot write {self.path} ({len(line)} bytes needed): {error.strerror}; "
@@ -85,7 +84,7 @@ class Log:
 
 
 def _open_at_line_start(path: Path) -> Any:
-    """Open to append; a last line that a killed run left half written is ended, so that the next row stays whole."""
+    """Opens to append; ends a last line that a killed run left incomplete, so that the next row has its own line."""
     file = path.open("ab+")
     if file.tell() > 0:
         file.seek(-1, os.SEEK_END)

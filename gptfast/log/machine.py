@@ -1,4 +1,4 @@
-"""Where and by what a figure is made: hardware, software, commit, command, and the state of the GPU."""
+"""Facts about the origin of a measurement: hardware, software, commit, command, and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptfast.runtime import spin_turns
 
 from .schema import Row
 
-# instruction sets that decide which CPU code path runs; the full list of flags would only be noise
+# instruction sets that decide which CPU code path runs; the other flags do not matter
 CPU_FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "amx_int8",
     "asimd", "sve", "bf16", "i8mm",
@@ -26,17 +26,17 @@ CPU_FLAGS = (
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 to the second."""
+    """Returns the time in UTC, ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def facts(device: str | torch.device) -> Row:
-    """Where and by what a figure is made: hardware, software, commit, dirty, command. Gather once per run."""
+    """Returns the origin of a measurement: hardware, software, commit, dirty, command. Call it once per run."""
     return {"hardware": hardware(device), "software": software(), **commit(), "command": command()}
 
 
 def hardware(device: str | torch.device) -> Row:
-    """The machine that `device` is part of: `name` is the GPU's own name, or the CPU's on a CPU run."""
+    """Describes the machine of `device`; `name` is the GPU's name, or the CPU's on a CPU run."""
     device = torch.device(device)
     cpu = cpu_facts()
     row: Row = {"kind": device.type, "name": cpu["model"], "cpu": cpu, "platform": platform.platform()}
@@ -55,9 +55,9 @@ def hardware(device: str | torch.device) -> Row:
 
 
 def cpu_facts() -> Row:
-    """CPU model (with family and model number where the hypervisor hides the name), cores, flags, memory.
+    """Returns CPU model (with family and model number if the hypervisor hides the name), cores, flags and memory.
 
-    `spin_turns` is the bound on the spinning of waiting threads, None for the default of OpenMP.
+    `spin_turns` bounds the spinning of waiting threads; None for OpenMP's default.
     """
     info = _first_processor()
     family = "-".join(info[key] for key in ("cpu family", "model", "stepping") if key in info)
@@ -90,7 +90,7 @@ def _memory_bytes() -> int | None:
 
 
 def software() -> Row:
-    """Versions of what runs: torch, triton, CUDA, cuDNN, driver, python. None where there is none."""
+    """Returns the versions of torch, triton, CUDA, cuDNN, driver and python; None for missing ones."""
     return {
         "torch": torch.__version__,
         "triton": _version("triton", "pytorch-triton"),
@@ -111,7 +111,7 @@ def _version(*names: str) -> str | None:
 
 
 def commit() -> Row:
-    """`commit` and `dirty` of the checkout this file is in (results/ aside, which runs write); None outside git."""
+    """Returns `commit` and `dirty` of this file's checkout, ignoring results/, which runs write; None outside git."""
     sha = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--", ".", ":!results")
     return {"commit": sha or None, "dirty": None if sha is None or status is None else status != ""}
@@ -127,7 +127,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def command() -> str:
-    """The command line of this process, fit to be typed again."""
+    """Returns the command line of this process, quoted for a shell."""
     arguments = [argument if "\n" not in argument else "..." for argument in sys.orig_argv[1:]]
     return shlex.join(["python", *arguments])
 
@@ -139,7 +139,7 @@ THROTTLE_REASONS = {  # bits of nvmlDeviceGetCurrentClocksThrottleReasons (NVML 
 
 
 def gpu_state(device: str | torch.device = "cuda") -> Row | None:
-    """Clocks, power, temperature and throttle reasons of a CUDA device now; None without NVML (nvidia-ml-py)."""
+    """Returns a CUDA device's current clocks, power, temperature, throttle reasons; None without nvidia-ml-py."""
     handle = _nvml_handle(device)
     if handle is None:
         return None
@@ -157,7 +157,7 @@ def gpu_state(device: str | torch.device = "cuda") -> Row | None:
 
 
 def gpu_limits(device: str | torch.device = "cuda") -> Row | None:
-    """What tells PCIe, SXM and NVL boards of one name apart: power limit, maximal clocks, memory bus width."""
+    """Returns power limit, maximal clocks and memory bus width: they tell PCIe, SXM and NVL boards apart."""
     handle = _nvml_handle(device)
     if handle is None:
         return None
@@ -173,7 +173,7 @@ def gpu_limits(device: str | torch.device = "cuda") -> Row | None:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, or None."""
+    """Returns the NVIDIA driver's version, or None."""
     if not _nvml_started():
         return None
     import pynvml as nvml
@@ -182,20 +182,20 @@ def driver_version() -> str | None:
 
 
 def _nvml_started() -> bool:
-    """Whether NVML answers; without the package, a driver or permission the facts are None, and the row says so."""
+    """Returns whether NVML works; without its package, a driver or permission the facts are None."""
     try:
         import pynvml as nvml
     except ImportError:
         return False
     try:
-        nvml.nvmlInit()  # counted by NVML: calling it again is cheap
+        nvml.nvmlInit()  # NVML counts references, so calling it again is cheap
     except nvml.NVMLError:
         return False
     return True
 
 
 def _nvml_handle(device: str | torch.device) -> Any | None:
-    """NVML's handle of a CUDA device, found by UUID because CUDA_VISIBLE_DEVICES renumbers only CUDA's indices."""
+    """Returns NVML's handle of a CUDA device, by UUID, as CUDA_VISIBLE_DEVICES renumbers only CUDA's indices."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available() or not _nvml_started():
         return None
     import pynvml as nvml
@@ -205,7 +205,7 @@ def _nvml_handle(device: str | torch.device) -> Any | None:
 
 
 def _ask(question: Any, *arguments: Any) -> Any | None:
-    """One NVML answer, or None where this board, driver or package version has none."""
+    """Makes one NVML query; returns None where this board, driver or package version does not support it."""
     import pynvml as nvml
 
     try:

@@ -1,4 +1,4 @@
-"""What a row is: one JSON object of a known kind, with the fields that its kind needs. Training and bench share it."""
+"""The schema of rows, shared by training and bench: one JSON object of a known kind, with the kind's fields."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ FACTS: dict[str, tuple[type, ...]] = {
 TIMES: dict[str, tuple[type, ...]] = {"ms_p20": NUMBER, "ms_p50": NUMBER, "ms_p80": NUMBER, "n": (int,)}
 
 
-# what a row of each kind must hold beside EVERY_ROW
+# required fields of each kind, besides EVERY_ROW
 KINDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "run": FACTS,  # opens a training log; `config` and whatever else describes the run
+    "run": FACTS,  # opens a training log; `config` and anything else that describes the run
     "step": {"step": (int,)},
     "eval": {"step": (int,)},
     "sample": {"text": TEXT},
@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-# fields a row may hold; where present they must be of these types
+# optional fields and their types
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "config": (dict,), "dims": (dict,), "valid": (bool,), "invalid_reason": MAYBE_TEXT,
     "ms_low": NUMBER, "ms_high": NUMBER, "host_ms_p50": MAYBE_NUMBER, "method": TEXT, "threads": (int, type(None)),
@@ -73,7 +73,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
 
 
 def check_row(row: object) -> Row:
-    """Return `row` if it is a row of today's schema; else raise ValueError (TypeError) that names the field."""
+    """Returns `row` if it matches the current schema; else raises ValueError (TypeError) that names the field."""
     if not isinstance(row, dict):
         raise TypeError(f"a row is a JSON object, not {type(row).__name__}")
     if row.get("schema") != SCHEMA:
@@ -103,17 +103,17 @@ def _check_fields(row: Row, fields: dict[str, tuple[type, ...]], required: bool)
             continue
         value = row[name]
         if isinstance(value, str) and float in types and value in NOT_FINITE and not name.startswith("ms_"):
-            continue  # a loss that became nan is a fact worth keeping
+            continue  # a nan loss must be logged
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
             raise ValueError(f"field {name!r} is {value!r}, expected {expected}")
 
 
-NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers; as text they survive, and float() reads them back
+NOT_FINITE = ("nan", "inf", "-inf")  # JSON lacks these numbers, so they are stored as text that float() reads back
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tensors of one element become numbers, tuples lists, non-finite floats text."""
+    """Converts `value` for JSON: tensors of one element become numbers, tuples lists, non-finite floats text."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Services that rows of numbers are sent to, on a thread of their own, so that training never waits for them."""
+"""Sends rows of numbers to tracking services on a thread, so that training never waits for them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from gptfast.errors import UserError
 
 from .schema import Row
 
-TRACKER_PATIENCE_S = 10.0  # how long the end of a run waits for what has not been sent
+TRACKER_PATIENCE_S = 10.0  # how long the end of a run waits for unsent rows
 
 
-TRACKER_BACKLOG = 1000  # rows that wait to be sent; more are dropped, and counted
+TRACKER_BACKLOG = 1000  # most rows waiting to be sent; further ones are dropped and counted
 
 
 class Tracker:
     """Sends rows of numbers to wandb, trackio or tensorboard on a thread of its own; kind "none" sends nothing.
 
-    Training never waits for it: a service that is slow, down or broken costs rows, and one warning. Raises UserError,
-    naming the `flag` that asked for it, only where the package is missing.
+    Training never waits for it: a slow or broken service only loses rows, with one warning. Raises UserError, naming
+    the `flag` that asked for it, only if the package is missing.
     """
 
     def __init__(self, kind: str, flag: str, out_dir: str | Path, project: str, name: str, config: Row) -> None:
@@ -45,7 +45,7 @@ class Tracker:
         self._thread.start()
 
     def log(self, row: Row) -> None:
-        """Send one row; "iter" is its step, None values are left out."""
+        """Queues one row; "iter" is its step, and None values are left out."""
         if self._thread is None:
             return
         try:
@@ -54,7 +54,7 @@ class Tracker:
             self.dropped += 1
 
     def close(self) -> None:
-        """Waits TRACKER_PATIENCE_S at most for rows not yet sent; says how many were lost."""
+        """Waits at most TRACKER_PATIENCE_S for unsent rows; prints how many were lost."""
         if self._thread is None:
             return
         if self._thread.is_alive():

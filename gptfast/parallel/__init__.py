@@ -1,9 +1,9 @@
-"""Processes: the one place that reads what torchrun tells them and touches torch.distributed.
+"""Parallel training: the only package that reads torchrun's settings and uses torch.distributed.
 
-team.py        the processes of a run, and what they agree on
-split.py       who holds which rectangle of which matrix; the model wrapped, in one visible order
-optimizer.py   the optimizer whose state is shared out: 1/world of it on each rank
-saving.py      checkpoints that every rank writes its part of, through torch.distributed.checkpoint; parts.py reads them
+team.py        the processes of a run, and their collectives
+split.py       how matrices are split over ranks; wraps the model
+optimizer.py   the sharded optimizer, with 1/world of the state on each rank
+saving.py      checkpoints written in parts by every rank, through torch.distributed.checkpoint; parts.py reads them
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun tells a process; the values of a process that it did not start."""
+    """A process's settings from torchrun; the defaults are those of a process started alone."""
 
     rank: int = 0
     size: int = 1
@@ -28,7 +28,7 @@ class Launch:
 
 
 def launch() -> Launch:
-    """This process as torchrun started it, or alone."""
+    """Returns this process's settings from torchrun, or those of a single process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Launch()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
@@ -37,10 +37,10 @@ def launch() -> Launch:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with this exit code; a rank of torchrun's ends without finalizing the interpreter.
+    """Ends the process with this exit code; a torchrun rank exits without finalizing the interpreter.
 
-    A thread of gloo's may still be releasing a tensor, for which it needs the interpreter's lock. Where the interpreter
-    is gone, the thread is ended by force, and the process aborts after all its work is done ("terminate called without
+    A gloo thread may still be releasing a tensor, for which it needs the interpreter's lock. If the interpreter is
+    already finalized, the thread is killed and the process aborts after all its work is done ("terminate called without
     an active exception"; torch 2.13, 1 run in 10 on a busy machine).
     """
     if launch().by_torchrun:

@@ -1,12 +1,12 @@
-"""The optimizer shared out over the ranks: each keeps 1/world of its state, and does 1/world of its work.
+"""The sharded optimizer: each rank keeps 1/world of the state and does 1/world of the work.
 
-AdamW is elementwise: a rank steps the rows it holds, or with ddp, where every rank holds all, its share of the rows.
-Muon needs whole matrices. Each has one owner, which keeps its momentum and, when weights are split, a whole copy of it:
-gradients travel to the owners while AdamW steps, and weights travel back (1/world of the Newton-Schulz products each;
-the communication of "distributed Muon", Liu et al. 2025, arXiv:2502.16982). With ddp nothing travels there; the updated
-weights travel while AdamW steps.
+AdamW is elementwise: a rank steps the rows it holds or, with ddp, where every rank holds all rows, its share of them.
+Muon needs whole matrices. Each matrix has one owner, which keeps its momentum and, when weights are split, a whole copy
+of it: gradients are sent to the owners while AdamW steps, and weights are sent back (each rank does 1/world of the
+Newton-Schulz products; the communication of "distributed Muon", Liu et al. 2025, arXiv:2502.16982). With ddp the owners
+already have the gradients; only the updated weights are sent, while AdamW steps.
 
-ZeRO's name for this is stage 1 with ddp, 3 with fsdp (Rajbhandari et al., arXiv:1910.02054).
+In ZeRO's terms this is stage 1 with ddp and stage 3 with fsdp (Rajbhandari et al., arXiv:1910.02054).
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from .team import Team
 
 @dataclass
 class Share:
-    """A tensor that this rank steps: some rows of what it holds of a parameter."""
+    """A tensor that this rank steps: some rows of its part of a parameter."""
 
-    index: int  # of the parameter, counted over all groups as torch does
+    index: int  # the parameter's index, counted over all groups as torch does
     p: nn.Parameter
-    low: int  # rows of local(p)
+    low: int  # first row, within local(p)
     high: int
     tensor: Tensor  # those rows; a view
 
 
 @dataclass
 class Matrix:
-    """One whole matrix that Muon steps, at its owner."""
+    """A whole matrix that Muon steps on its owner."""
 
-    index: int  # of its parameter
-    number: int  # which of those stacked in it
+    index: int  # its parameter's index
+    number: int  # its ordinal among the matrices stacked in the parameter
     p: nn.Parameter
-    rows: tuple[int, int]  # of the whole parameter
+    rows: tuple[int, int]  # its rows in the whole parameter
     columns: int
-    owner: int  # rank in the group that shares it out
-    tensor: Any = None  # a Tensor at the owner: a view of the parameter with ddp, else a copy
+    owner: int  # rank within the sharing group
+    tensor: Any = None  # a Tensor on the owner: a view of the parameter with ddp, else a copy
 
 
 class ShardedOptimizer:
-    """Steps `optimizer`, made over the parallelized model, share by share. It has no state yet, and is taken over.
+    """Takes over `optimizer`, made for the parallelized model and without state, and steps it share by share.
 
-    model, called: what `parallelize` was given and returned; shapes: `whole_shapes(model)` of before.
-    `param_groups` are the optimizer's own, so a schedule works on them as ever; the tensors in them are this rank's.
+    model, called: the argument and the result of `parallelize`; shapes: `whole_shapes(model)` from before it.
+    `param_groups` are the optimizer's own, so a schedule can set them as usual; their tensors are this rank's shares.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ShardedOptimizer:
     ) -> None:  # fmt: skip
         self.optimizer, self.called, self.team, self.config, self.shapes = optimizer, called, team, config, shapes
         self.param_groups = optimizer.param_groups
-        # Kept here, because between forward and backward the model shows FSDP's gathered weights in their place.
+        # Stored, because between forward and backward the model has FSDP's gathered weights in their place.
         self.parameters = [p for group in self.param_groups for p in group["params"]]
         name_of = {id(p): name for name, p in model.named_parameters()}
         self.names = [name_of[id(p)] for p in self.parameters]
@@ -93,7 +93,7 @@ class ShardedOptimizer:
         self._take_over()
 
     def _sharers(self) -> tuple[list[int], Any]:
-        """The ranks over which state is shared out, and their group: all with ddp, else those of one replica."""
+        """Returns the ranks that share the state, and their group: all with ddp, else those of one replica."""
         team = self.team
         if team.replicas == 1 or self.replicated:
             return list(range(team.size)), dist.group.WORLD
@@ -116,7 +116,7 @@ class ShardedOptimizer:
         return matrices
 
     def _choose_owners(self) -> None:
-        """The largest first, each to the rank with the least to do so far; the same on every rank."""
+        """Assigns owners: the largest matrix first, to the rank with the least work so far; the same on every rank."""
         load = [0.0] * len(self.members)
         for matrix in sorted(self.matrices, key=lambda m: -_work(m)):
             matrix.owner = min(range(len(load)), key=load.__getitem__)
@@ -127,7 +127,7 @@ class ShardedOptimizer:
         return [matrix for matrix in self.matrices if matrix.owner == self.me]
 
     def _take_over(self) -> None:
-        """Puts this rank's tensors in place of the parameters."""
+        """Replaces the parameters in the optimizer's groups with this rank's tensors."""
         index = 0
         for group in self.param_groups:
             indices = range(index, index + len(group["params"]))
@@ -143,7 +143,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients of the model's parameters, complete on every rank."""
+        """Makes one update from the gradients of the model's parameters; then every rank's weights are updated."""
         if self.replicated:
             for matrix in self.owned:
                 matrix.tensor.grad = local(matrix.p.grad)[slice(*matrix.rows)]
@@ -167,13 +167,13 @@ class ShardedOptimizer:
         self._step_these([share.tensor for share in self.shares])
 
     def _step_these(self, tensors: list[Tensor]) -> None:
-        """Steps those that have a gradient, and drops it; the optimizer leaves the others alone."""
+        """Steps the tensors that have a gradient, then drops the gradients; the optimizer skips the other tensors."""
         self.optimizer.step()
         for tensor in tensors:
             tensor.grad = None
 
     def sync_gradients(self, needed: bool) -> None:
-        """Whether the next backward pass sums gradients over the ranks; all but the last of an update need not."""
+        """Sets whether the next backward pass reduces gradients over the ranks; only the last of an update must."""
         if isinstance(self.called, DistributedDataParallel):
             self.called.require_backward_grad_sync = needed
         else:
@@ -184,11 +184,11 @@ class ShardedOptimizer:
             p.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """What this rank holds of the gradients."""
+        """Returns this rank's parts of the gradients."""
         return [local(p.grad) for p in self.parameters if p.grad is not None]
 
     def grad_norm(self) -> Tensor:
-        """The joint 2-norm () of all gradients over all ranks, the same on every rank."""
+        """Returns the joint 2-norm () of all gradients over all ranks, the same on every rank."""
         copies = [count for count, p in zip(self._copies, self.parameters, strict=True) if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(self.gradients())).square()
         total = (squares / torch.tensor(copies, device=squares.device)).sum()
@@ -198,7 +198,7 @@ class ShardedOptimizer:
 
     @property
     def found_inf(self) -> Tensor | None:
-        """See gptfast.optim: () fp32, 1 where the step is refused."""
+        """Returns () fp32, 1 where the step is refused; see gptfast.optim."""
         return self.optimizer.found_inf  # type: ignore[attr-defined]
 
     @found_inf.setter
@@ -206,7 +206,7 @@ class ShardedOptimizer:
         self.optimizer.found_inf = refused  # type: ignore[attr-defined]
 
     def _count_copies(self, name: str) -> int:
-        """How many of the sharing ranks hold the same elements of a parameter's gradient."""
+        """Returns how many of the sharing ranks hold the same elements of a parameter's gradient."""
         if self.replicated:
             return 1
         held = sum(math.prod(r.size) for rank in self.members for r in self.rectangles(name, rank))
@@ -218,21 +218,21 @@ class ShardedOptimizer:
     # ---- communication
 
     def _matrix_views(self) -> list[list[Tensor]]:
-        """The matrices of each rank, as views of this rank's weights (ddp)."""
+        """Returns each rank's matrices as views of this rank's weights (ddp)."""
         return [
             [local(m.p)[slice(*m.rows)] for m in self.matrices if m.owner == rank]
             for rank in range(len(self.members))
         ]  # fmt: skip
 
     def _share_views(self) -> list[list[Tensor]]:
-        """The shares of each rank, as views of this rank's weights (ddp)."""
+        """Returns each rank's shares as views of this rank's weights (ddp)."""
         stepped = {id(matrix.p) for matrix in self.matrices}
         held = [local(p) for p in self.parameters if id(p) not in stepped]
         ways = len(self.members)
         return [[tensor[slice(*chunk(len(tensor), ways, rank))] for tensor in held] for rank in range(ways)]
 
     def _spread(self, views: list[list[Tensor]]) -> Callable[[], None]:
-        """Sends this rank's views to all, and takes theirs; returns what waits for it and writes them."""
+        """Starts exchanging every rank's views with all; returns a function that waits and writes the received ones."""
         sizes = [sum(view.numel() for view in mine) for mine in views]
         longest = max(sizes)
         if longest == 0:
@@ -255,7 +255,7 @@ class ShardedOptimizer:
         return finish
 
     def _plan_travel(self) -> None:
-        """`_parts_here[owner]`: this rank's parts of an owner's matrices; `_parts_there[rank]`: a rank's of ours."""
+        """Sets `_parts_here[owner]`, our parts of an owner's matrices, and `_parts_there[rank]`, a rank's of ours."""
 
         def parts(owner: int, rank: int) -> list[tuple[Matrix, Rectangle]]:
             theirs = [matrix for matrix in self.matrices if matrix.owner == owner]
@@ -271,7 +271,7 @@ class ShardedOptimizer:
         self._parts_there = [parts(self.me, rank) for rank in ranks]
 
     def _exchange(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]]) -> Callable[[], None]:
-        """Sends `outgoing[rank]` to each rank; returns what waits for `incoming[rank]` from each and writes it."""
+        """Starts sending `outgoing[rank]` to each rank; returns a function that waits and fills `incoming[rank]`."""
         like = local(self.parameters[0])
         flat = [tensor.reshape(-1) for mine in outgoing for tensor in mine]
         sent = torch.cat(flat) if flat else like.new_empty(0)
@@ -288,7 +288,7 @@ class ShardedOptimizer:
         return finish
 
     def _gather_matrices(self, held: Callable[[Matrix], Tensor]) -> Callable[[], list[Tensor]]:
-        """Sends what this rank holds of each matrix to its owner; returns what waits for those that it owns."""
+        """Starts sending this rank's parts to the owners; returns a function that waits for its own matrices."""
         whole = {id(m): local(m.p).new_empty(m.rows[1] - m.rows[0], m.columns) for m in self.owned}
         if not self.matrices:
             return list
@@ -302,14 +302,14 @@ class ShardedOptimizer:
         return finish
 
     def _scatter_matrices(self) -> None:
-        """Sends each rank its parts of the matrices that this one owns; takes its own from their owners."""
+        """Sends the ranks their parts of this rank's matrices; receives its own parts from the other owners."""
         if self.matrices:
             outgoing = [[r.of_whole(m.tensor) for m, r in parts] for parts in self._parts_there]
             self._exchange(outgoing, [[r.of_local(local(m.p)) for m, r in parts] for parts in self._parts_here])()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes the owners' copies of the matrices from the weights; needed when these were set from outside."""
+        """Updates the owners' copies of the matrices from the weights, after these were set from outside."""
         if self.replicated:
             for matrix in self.owned:
                 matrix.tensor = local(matrix.p)[slice(*matrix.rows)] if matrix.tensor is None else matrix.tensor
@@ -317,14 +317,14 @@ class ShardedOptimizer:
             for matrix, whole in zip(self.owned, self._gather_matrices(lambda m: local(m.p))(), strict=True):
                 matrix.tensor = whole if matrix.tensor is None else matrix.tensor.copy_(whole)
 
-    # ---- state, in the terms of the whole model
+    # ---- state, expressed for the whole model
 
     def state_bytes(self) -> int:
-        """Of this rank's optimizer state."""
+        """Returns the bytes of this rank's optimizer state."""
         return sum(t.nbytes for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
 
     def pieces(self) -> Iterator[tuple[int, str, Rectangle, Tensor]]:
-        """This rank's state: (parameter, key, where in the whole matrix, its part). Single numbers are left out."""
+        """Yields this rank's state: (parameter index, key, rectangle, its part), without single numbers."""
         for share in self.shares:
             for key, value in self.optimizer.state[share.tensor].items():
                 if value.dim():
@@ -336,7 +336,7 @@ class ShardedOptimizer:
                 yield m.index, key, whole, value
 
     def _parts(self, share: Share, value: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
-        """The rectangles of a share, and the rows of `value` (shaped like it) for each."""
+        """Yields the rectangles of a share, each with its rows of `value`, a tensor shaped like the share."""
         name = self.names[share.index]
         for held in self.rectangles(name, self.team.rank):
             a, b = max(held.start, share.low), min(held.start + held.size[0], share.high)
@@ -348,7 +348,7 @@ class ShardedOptimizer:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """The state_dict of the whole model's optimizer, of the state only the steps that AdamW counts."""
+        """Returns the state_dict of the whole model's optimizer; of the state it has only AdamW's step counts."""
         groups, index = [], 0
         for group, rows, count in zip(self.param_groups, self._whole_rows, self._group_sizes, strict=True):
             groups.append({**group, **rows, "params": list(range(index, index + count))})
@@ -359,7 +359,7 @@ class ShardedOptimizer:
         return {"state": {i: {"step": steps[0].clone()} for i in counted if i not in of_muon}, "param_groups": groups}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes this rank's part of the state_dict of an optimizer over the whole model."""
+        """Loads this rank's part of the state_dict of an optimizer over the whole model."""
         for group, its in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in its.items() if key not in ("params", "rows")})
         self.optimizer.state.clear()
@@ -378,7 +378,7 @@ class ShardedOptimizer:
             for key, value in saved["state"].get(m.index, {}).items():
                 name = self.names[m.index]
                 lines = stacked_rows(name, self.shapes[name], self.config)
-                if value.dim() == 1:  # a number for each line of each matrix
+                if value.dim() == 1:  # NorMuon's: one number per line of each matrix
                     lines = [max(count, m.columns) for count in lines]
                 state[key] = value.split(lines)[m.number].to(m.tensor.device, copy=True)
             if state:
@@ -387,6 +387,6 @@ class ShardedOptimizer:
 
 
 def _work(matrix: Matrix) -> float:
-    """The products of Newton-Schulz, up to a factor."""
+    """Returns the cost of a matrix's Newton-Schulz products, up to a factor."""
     m, n = matrix.rows[1] - matrix.rows[0], matrix.columns
     return float(m * n * min(m, n))

@@ -1,6 +1,6 @@
-"""Reads what saving.py wrote with any number of ranks, in one process.
+"""Reads, in one process, the checkpoints that saving.py wrote with any number of ranks.
 
-Apart from it, so that gptfast/checkpoint.py can read parts and saving.py can write checkpoints.
+It is separate from saving.py to keep imports acyclic: gptfast/checkpoint.py imports this page, and saving.py that one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from gptfast import untrusted
 
-MODEL, STATE = "model", "state"  # first words of the tensors' names: model/<parameter>/<matrix>, state/<index>/<key>/..
+MODEL, STATE = "model", "state"  # prefixes of tensor names: model/<parameter>/<matrix>, state/<index>/<key>/..
 
-PLACES, OFFSET = "DCP_SHARDING_INFO", "saved_offsets"  # where torch.distributed.checkpoint says a piece's place
+PLACES, OFFSET = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's keys for offsets
 
 Extent = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size of a piece
 
 
 def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Raises ValueError unless the pieces (offset, size) hold every element of a tensor of this shape exactly once.
+    """Raises ValueError unless the pieces (offset, size) cover every element of a tensor of this shape exactly once.
 
-    So a tensor is no larger than the files that hold it, before memory is taken for it.
+    So a tensor cannot be larger than its files, which is checked before memory is allocated.
     """
     for offset, size in pieces:
         if len(offset) != len(shape) or any(o < 0 or o + s > n for o, s, n in zip(offset, size, shape, strict=True)):
@@ -41,17 +41,17 @@ def check_cover(name: str, shape: Sequence[int], pieces: Sequence[tuple[Sequence
 def read_parts(
     files: Iterable[BufferedReader], optimizer: dict[str, Any], aliases: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Returns the whole model's tensors by name, on the CPU, in one process; puts the optimizer's into its tree.
+    """Returns the whole model's tensors by name, on the CPU; adds the optimizer's tensors to `optimizer`.
 
-    `files` are open; `aliases` maps the names of tied parameters to the name that holds their tensor. Raises ValueError
-    for pieces that make up no tensor.
+    `files` are open; `aliases` maps names of tied parameters to the name under which their tensor is stored. Raises
+    ValueError for pieces that do not form a tensor.
     """
     pieces: dict[str, dict[Extent, Tensor]] = {}
     for file in files:
         tensors, about = untrusted.tensors(file)
         offsets = untrusted.parsed(about[PLACES])
         for name, tensor in tensors.items():
-            if name.startswith((f"{MODEL}/", f"{STATE}/")):  # equal pieces are those of replicas
+            if name.startswith((f"{MODEL}/", f"{STATE}/")):  # replicas have equal pieces
                 pieces.setdefault(name, {})[tuple(offsets[name][OFFSET]), tuple(tensor.shape)] = tensor
     stacks: dict[str, list[Tensor]] = {}
     for name in sorted(pieces):  # the matrices of one parameter, in order
@@ -68,7 +68,7 @@ def read_parts(
 
 
 def joined(name: str, pieces: dict[Extent, Tensor]) -> Tensor:
-    """The tensor that the pieces make up."""
+    """Assembles a tensor from its pieces."""
     dims = {len(offset) for offset, _ in pieces}
     if len(dims) > 1 or any(type(o) is not int for offset, _ in pieces for o in offset):
         raise ValueError(f"the pieces of {name} have no common shape")

@@ -1,7 +1,7 @@
-"""Checkpoints that every rank writes its part of, through torch.distributed.checkpoint; parts.py reads them.
+"""Checkpoints written in parts by every rank, through torch.distributed.checkpoint; parts.py reads them.
 
-The parts are safetensors files with each rectangle's place in the whole, so nothing is pickled, and what is saved by
-one number of ranks, in whichever mode, is read by any other.
+The parts are safetensors files with each rectangle's offset in the whole matrix, so nothing is pickled, and any number
+of ranks, in any mode, can read what another number wrote.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .split import Rectangle, local
 
 
 class Piece(Tensor):
-    """A rectangle of a whole tensor, in the terms of torch.distributed.checkpoint (its protocol `_Checkpointable`)."""
+    """A rectangle of a whole tensor that implements torch.distributed.checkpoint's protocol `_Checkpointable`."""
 
-    # what is computed from it is a plain tensor
+    # operations on it return plain tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     whole: torch.Size
     place: ChunkStorageMetadata
@@ -60,7 +60,7 @@ def save_sharded(
     out_dir: str | Path, optimizer: ShardedOptimizer, *, step: int, meta: dict[str, Any],
     **settings: Any,
 ) -> None:  # fmt: skip
-    """`checkpoint.save`, to be called by every rank; out_dir must be the same folder for all of them."""
+    """Does `checkpoint.save` for a team; every rank must call it, with the same shared folder out_dir."""
 
     def write(folder: Path) -> None:
         write_parts(folder, optimizer)
@@ -79,14 +79,14 @@ def save_sharded(
 
 
 def write_parts(folder: Path, optimizer: ShardedOptimizer) -> None:
-    """Every rank calls this; when it returns, the tensors of model and optimizer are in `folder`, made by rank 0."""
+    """Writes the tensors of model and optimizer into `folder`, which rank 0 creates; every rank must call this."""
     pieces = {}
     for name, p in zip(optimizer.names, optimizer.parameters, strict=True):
         for rectangle in optimizer.rectangles(name, optimizer.team.rank):
             pieces[f"{MODEL}/{name}/{rectangle.matrix}"] = Piece.of(rectangle, rectangle.of_local(local(p)))
     for index, key, rectangle, tensor in optimizer.pieces():
         pieces[f"{STATE}/{index}/{key}/{rectangle.matrix}"] = Piece.of(rectangle, tensor)
-    optimizer.team.barrier()  # the folder is there
+    optimizer.team.barrier()  # now the folder exists
     dcp.save(pieces, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     if optimizer.team.is_main:
         (folder / checkpoint.PARTS).write_text(json.dumps({"ranks": optimizer.team.size, "aliases": optimizer.aliases}))

@@ -1,8 +1,8 @@
-"""Who holds which rectangle of which matrix, and the model wrapped in one visible order.
+"""Splits matrices over ranks, and wraps the model for parallel training.
 
-Matrices keep their place in the whole model: a rank's part is a rectangle of the whole matrix. The sharded optimizer
-and checkpoints work with these, so that neither depends on the number of ranks. A parameter that stacks queries, keys
-and values (c_attn) counts as three matrices.
+A rank's part is described as a rectangle of the whole matrix. The sharded optimizer and checkpoints work with these
+rectangles, so that neither depends on the number of ranks. A parameter that stacks queries, keys and values (c_attn)
+counts as three matrices.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ BY_ROW = ("c_proj.weight",)  # inputs
 class Rectangle:
     """A rank's part of one matrix (m, n), or vector (m,)."""
 
-    matrix: int  # which of those stacked in the parameter
+    matrix: int  # ordinal among the matrices stacked in the parameter
     shape: tuple[int, ...]  # of the whole matrix
     offset: tuple[int, ...]  # of the part in it
     size: tuple[int, ...]
-    start: int  # its first row in what the rank holds of the parameter
+    start: int  # its first row in the rank's part of the parameter
 
     def of_local(self, local: Tensor) -> Tensor:
-        """Its view of what the rank holds of the parameter."""
+        """Returns the rectangle as a view of the rank's part of the parameter."""
         return local[self.start : self.start + self.size[0]]
 
     def of_whole(self, matrix: Tensor) -> Tensor:
-        """Its view of the whole matrix."""
+        """Returns the rectangle as a view of the whole matrix."""
         return matrix[tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))]
 
 
 def stacked_rows(name: str, shape: torch.Size, config: GPTConfig) -> list[int]:
-    """The row counts of the matrices that a parameter holds one above the other."""
+    """Returns the row counts of the matrices stacked in a parameter."""
     if ".c_attn." in name:
         return [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
     return [shape[0]]
 
 
 def rectangles(name: str, shape: torch.Size, config: GPTConfig, team: Team, rank: int) -> list[Rectangle]:
-    """What `rank` holds of the parameter `name` of this whole shape, in the order in which it holds it."""
+    """Returns the rectangles of the parameter `name`, of this whole shape, that `rank` holds, in their stored order."""
     t, s = rank % team.tensor, rank // team.tensor % team.shards
     ways, index = team.shards, s
-    if not name.startswith("transformer.h."):  # the root's are split over tensor ranks too, which need them only whole
+    if not name.startswith("transformer.h."):  # FSDP splits these over tensor ranks too
         ways, index = team.shards * team.tensor, s * team.tensor + t
     by_column = team.tensor > 1 and name.endswith(BY_COLUMN)
     by_row = team.tensor > 1 and name.endswith(BY_ROW)
@@ -82,27 +82,27 @@ def rectangles(name: str, shape: torch.Size, config: GPTConfig, team: Team, rank
 
 
 def chunk(rows: int, ways: int, index: int) -> tuple[int, int]:
-    """The rows [low, high) of part `index`, cut as torch.chunk and FSDP do: the first parts are ceil(rows / ways)."""
+    """Returns the rows [low, high) of part `index`, as torch.chunk and FSDP split: ceil(rows / ways) rows first."""
     each = -(-rows // ways)
     return min(rows, index * each), min(rows, (index + 1) * each)
 
 
 def local(p: Tensor | None) -> Tensor:
-    """What this rank holds of a parameter or gradient that is there; shares its memory."""
+    """Returns this rank's part of an existing parameter or gradient; shares its memory."""
     assert p is not None
     p = p.detach()
     return p.to_local() if isinstance(p, DTensor) else p
 
 
 def whole_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every parameter before anything is split; a tied head comes once, as the embedding."""
+    """Returns the shape of every parameter before any split; a tied head appears once, as the embedding."""
     return {name: p.shape for name, p in model.named_parameters()}
 
 
 def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
-    """`model` over the ranks of `team`, in this order: tensor ranks, compilation, shards or replicas.
+    """Parallelizes `model` over `team`, in this order: tensor ranks, compilation, shards or replicas.
 
-    Returns what to call; `model` keeps its names and is changed in place. Weights must be the same on every rank.
+    Returns the module to call; `model` is changed in place and keeps its names. Weights must be equal on every rank.
     Raises UserError where heads or widths cannot be split.
     """
     if team.size == 1:
@@ -115,12 +115,12 @@ def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
         for block in blocks:
             block.compile()
     if team.mode == "ddp":
-        # The rotations need not be sent around in every step. torch 2.13 has a new name for that, and warns of the old.
+        # Do not broadcast the rotary tables in every step. torch 2.13 renamed the option, and warns about the old name.
         known = inspect.signature(DistributedDataParallel).parameters
         sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         settings: dict[str, Any] = {sent: False}
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
-    # Weights travel in the dtype that they are used in; gradients are summed in fp32. Rotations stay fp32.
+    # Weights are gathered in the dtype of their use; gradients are reduced in fp32. Rotary tables stay fp32.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if model.dtype.itemsize < 4:
         policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
@@ -133,7 +133,7 @@ def parallelize(model: GPT, team: Team, *, compiled: bool = False) -> nn.Module:
 
 
 def split_matrices(model: GPT, team: Team) -> None:
-    """Megatron's split (Shoeybi et al., arXiv:1909.08053): each tensor rank has some heads and some of the MLP.
+    """Splits as Megatron does (Shoeybi et al., arXiv:1909.08053): each tensor rank has some heads and part of the MLP.
 
     The model must be whole and equal on every rank.
     """
@@ -142,9 +142,9 @@ def split_matrices(model: GPT, team: Team) -> None:
     for what, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("MLP width", config.hidden_width)):
         if number % ways:
             raise UserError(f"--tensor_parallel={ways} does not divide the {what}, {number}")
-    if config.qk_norm_weight:  # each rank would have the gradient of its own heads only
+    if config.qk_norm_weight:  # each rank would have only its own heads' gradient
         raise UserError(f"--tensor_parallel={ways} cannot split a model with qk_norm_weight; leave the flag out")
-    if config.value_embeddings:  # their tables and gates are of all heads
+    if config.value_embeddings:  # their tables and gates span all heads
         raise UserError(f"--tensor_parallel={ways} cannot split a model with value_embeddings; leave the flag out")
     plan = {
         "attn.c_attn": ColwiseParallel(), "attn.c_proj": RowwiseParallel(),
@@ -157,7 +157,7 @@ def split_matrices(model: GPT, team: Team) -> None:
         config, n_head=config.n_head // ways, n_kv_head=config.kv_heads // ways, head_size=config.head_dim
     )
     for block in blocks:
-        block.mlp.fuses_bias = False  # a rank's part of the bias is the layer's to add
+        block.mlp.fuses_bias = False  # the layer adds its rank's part of the bias itself
         for p in block.attn.c_attn.parameters():
             p.data = by_rank(p.data, stacked_rows("x.c_attn.x", p.shape, config), ways)
         parallelize_module(block, team.mesh["tensor"], plan)
@@ -165,6 +165,6 @@ def split_matrices(model: GPT, team: Team) -> None:
 
 
 def by_rank(stack: Tensor, rows: list[int], ways: int) -> Tensor:
-    """q, k, v one above the other -> (q, k, v of the first rank's heads), (q, k, v of the second's), ..."""
+    """Reorders stacked q, k, v to (q, k, v of the first rank's heads), (q, k, v of the second's), ..."""
     chunks = [matrix.chunk(ways) for matrix in stack.split(rows)]
     return torch.cat([matrix[rank] for rank in range(ways) for matrix in chunks])

@@ -1,10 +1,10 @@
-"""The processes of one run, and what they agree on.
+"""The processes of one run, and their collectives.
 
     with join("fsdp", backend="nccl", device="cuda", tensor=2) as team:
         print(team)                       # fsdp: 8 ranks = 1 replica x 4 shards x 2 tensor ranks
 
-Ranks are numbered with tensor ranks next to each other, so that they share a node's fast links, then shards, then
-replicas. Tensor ranks work on the same sequences; all others on different ones.
+Rank numbers vary fastest over tensor ranks, so that these share a node's fast links, then over shards, then over
+replicas. Tensor ranks work on the same sequences, all others on different ones.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gptfast.errors import UserError
 
 from . import Launch, launch
 
-HUNG_S = 600.0  # a collective that takes longer ends the job; a rank that dies ends it at once, by torchrun
+HUNG_S = 600.0  # a collective that takes longer ends the job; if a rank dies, torchrun ends it at once
 
 
 @dataclass
 class Team:
-    """Who shares the work. Alone, every method is the identity."""
+    """The ranks that share the work. With a single process, every method is the identity."""
 
     mode: str = "none"  # none, ddp, fsdp or hsdp
     launched: Launch = field(default_factory=Launch)
@@ -36,8 +36,8 @@ class Team:
     tensor: int = 1  # ranks over which each matrix product is split
     device: str = "cpu"
     mesh: DeviceMesh | None = None  # (replicas, shards, tensor)
-    _control: Any = None  # a gloo group, for what the hosts agree on
-    _answer: Tensor | None = None  # to the question asked last, and the work that fills it
+    _control: Any = None  # a gloo group for collectives between the hosts
+    _answer: Tensor | None = None  # buffer of the pending `agree`, and the work that fills it
     _asked: Any = None
 
     @property
@@ -50,12 +50,12 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints, logs and writes for all."""
+        """Returns whether this rank prints, logs and writes for all."""
         return self.rank == 0
 
     @property
     def data_size(self) -> int:
-        """How many ranks, or tensor groups, work on different sequences."""
+        """Returns how many ranks, or tensor groups, work on different sequences."""
         return self.replicas * self.shards
 
     @property
@@ -69,7 +69,7 @@ class Team:
         return f"{self.mode}: {self.size} ranks = {parts}"
 
     def share(self, micro_batches: int) -> int:
-        """This rank's part of the micro-batches of one update. Raises UserError where they cannot be shared evenly."""
+        """Returns this rank's number of micro-batches per update. Raises UserError if they cannot be split evenly."""
         if micro_batches % self.data_size:
             fit = -(-micro_batches // self.data_size) * self.data_size
             raise UserError(
@@ -79,7 +79,7 @@ class Team:
         return micro_batches // self.data_size
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks of a tensor on the device."""
+        """Returns the mean over the ranks of a tensor on the device."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -87,9 +87,9 @@ class Team:
         return value
 
     def agree(self, number: int) -> int:
-        """The largest number that any rank gave when this was last called, 0 at first; nobody waits for an answer.
+        """Returns the largest number that any rank passed in the previous call, 0 at first, without waiting.
 
-        Every rank must call it equally often, and all get the same answers.
+        Every rank must call it equally often; all get the same results.
         """
         if self.size == 1:
             return number
@@ -103,7 +103,7 @@ class Team:
         return answer
 
     def gather(self, item: Any) -> list[Any]:
-        """What every rank gives, by rank; anything that can be pickled. Waits for all of them."""
+        """Returns every rank's item, by rank; items must be picklable. Waits for all ranks."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -111,7 +111,7 @@ class Team:
         return items
 
     def barrier(self) -> None:
-        """Returns when every rank is here."""
+        """Waits until every rank has called this."""
         if self.size > 1:
             dist.barrier(group=self._control)
 
@@ -126,11 +126,11 @@ class Team:
 def join(
     mode: str = "ddp", *, backend: str = "nccl", device: str = "cuda", tensor: int = 1, shard_size: int = 0
 ) -> Team:
-    """The team of this process: alone, unless torchrun started it.
+    """Returns this process's team: all ranks of torchrun's, or the process alone.
 
-    mode: ddp keeps all weights on every rank; fsdp splits them over all; hsdp over `shard_size` (0: the ranks of a
+    mode: ddp keeps all weights on every rank; fsdp splits them over all; hsdp over `shard_size` ranks (0: those of a
     node), with a copy in each such group. tensor: ranks that share each matrix product, with fsdp. Raises
-    UserError for numbers that do not fit the ranks there are.
+    UserError for sizes that do not divide the number of ranks.
     """
     launched = launch()
     if not launched.by_torchrun:
@@ -160,8 +160,8 @@ def join(
 def _meet(backend: str, launched: Launch) -> None:
     """Makes the process group.
 
-    Within one node torchrun's store outlives a restart, and a rank would find the addresses of the dead there (torch
-    2.13), so each attempt has names of its own. Across nodes each attempt has a new store, and nodes count differently.
+    Within one node torchrun's store outlives a restart, and a rank would find addresses of dead processes there (torch
+    2.13), so each attempt uses its own names. Across nodes each attempt has a new store, and nodes count differently.
     """
     store, rank, size = next(dist.rendezvous("env://"))
     if launched.local_size == launched.size:

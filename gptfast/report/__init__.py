@@ -1,8 +1,7 @@
-"""Figures and one-page reports, drawn from rows (gptfast/log) and from nothing else, for train and bench alike.
+"""Draws figures and one-page reports from rows (gptfast/log) alone, for train and bench.
 
-Every figure names the hardware, the date and the commit that its rows bear, and the convention of any MFU it shows.
-What a row does not know is drawn nowhere and printed as n/a. matplotlib is imported where a figure is made, never
-before.
+Every figure names the hardware, date and commit of its rows, and the convention of any MFU it shows. Missing values are
+not drawn, and print as n/a. matplotlib is imported only when a figure is made.
 
     python -m gptfast.report out-speedrun                   # its metrics.jsonl -> report.md and PNGs beside it
     python -m gptfast.report results/*/ops.jsonl --out_dir=report
@@ -34,15 +33,15 @@ MFU_CONVENTION = {
     "hfu": "hfu: hardware FLOPs, recomputation included, over the dense peak",
     "mbu": "mbu: bytes that must be read, over the peak bandwidth",
 }
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#009E73", "#CC3311"  # told apart by all kinds of eyes (Okabe and Ito)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#009E73", "#CC3311"  # safe for colour-blind readers (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 Columns = Mapping[str, str | Callable[[Row], Any]]  # heading -> a field's name, or a function of the row
-SMOOTH_STEPS = 20  # the bold line of a loss curve averages as many rows
+SMOOTH_STEPS = 20  # rows that the bold line of a loss curve averages
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
 def read(paths: Iterable[Path | str]) -> list[Row]:
-    """The rows of JSONL files, in order. UserError names the file and the line that is not a row."""
+    """Reads the rows of JSONL files, in order. Raises UserError that names the file and the malformed line."""
     rows: list[Row] = []
     for path in map(Path, paths):
         try:
@@ -56,26 +55,26 @@ def read(paths: Iterable[Path | str]) -> list[Row]:
                 rows.append(parse(line))
             except (ValueError, TypeError) as error:
                 if number == len(lines) and isinstance(error, json.JSONDecodeError):
-                    continue  # what a killed run was writing
+                    continue  # incomplete last line of a killed run
                 raise UserError(f"{path}:{number}: not a row: {error}; remove that line") from None
     return rows
 
 
 def last_run(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the last training run in a log: from its `run` row on. Empty when there is none."""
+    """Returns the rows of a log's last training run, from its `run` row on; empty if there is none."""
     starts = [i for i, row in enumerate(rows) if row["what"] == "run"]
     return list(rows[starts[-1] :]) if starts else []
 
 
 def of_kind(rows: Iterable[Row], *kinds: str) -> list[Row]:
-    """Rows of these kinds that are not marked invalid."""
+    """Returns the rows of these kinds, without those marked invalid."""
     return [row for row in rows if row["what"] in kinds and row.get("valid", True)]
 
 
 def elapsed(rows: Sequence[Row]) -> Callable[[int], float]:
-    """The seconds of training that a step had behind it, as a function of the step.
+    """Returns a function of the step: the seconds of training up to it.
 
-    From `seconds` in the step rows; without it from `ms`, which then stands for the steps since the row before.
+    It uses `seconds` of the step rows, or else `ms`, which then holds for all steps since the previous row.
     """
     steps, seconds, total, previous = [-1], [0.0], 0.0, -1
     for row in of_kind(rows, "step"):
@@ -89,7 +88,7 @@ def elapsed(rows: Sequence[Row]) -> Callable[[int], float]:
 
 # ---- words ------------------------------------------------------------------------------------------------------
 def number(value: Any, digits: int = 3) -> str:
-    """A number to so many significant digits, thousands apart; n/a for None."""
+    """Formats a number to `digits` significant digits with thousands separators; n/a for None."""
     if value is None:
         return "n/a"
     if isinstance(value, bool | str):
@@ -100,12 +99,12 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def dims(row: Row) -> str:
-    """`B=8 T=1024`."""
+    """Returns a row's dimensions, as `B=8 T=1024`."""
     return " ".join(f"{key}={value}" for key, value in row.get("dims", {}).items())
 
 
 def caption(rows: Iterable[Row], mfu_names: Iterable[str] = ()) -> str:
-    """Hardware, software, date and commit of rows, and what the MFU figures beside it mean."""
+    """Returns hardware, software, date and commit of rows, and the definitions of the MFU figures shown."""
     stated = [row for row in rows if "hardware" in row]
     hardware = _distinct(_hardware(row) for row in stated)
     software = _distinct(f"torch {row['software']['torch']}" for row in stated)
@@ -134,7 +133,7 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 
 def table(rows: Iterable[Row], columns: Columns) -> str:
-    """A Markdown table. `columns` maps a heading to a field's name, or to a function of the row; None prints as n/a."""
+    """Returns a Markdown table. `columns` maps headings to field names or functions of the row; None prints as n/a."""
     getters = [(lambda row, key=get: row.get(key)) if isinstance(get, str) else get for get in columns.values()]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
@@ -144,7 +143,7 @@ def table(rows: Iterable[Row], columns: Columns) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text as a Markdown code block, whatever backticks it holds."""
+    """Returns text as a Markdown code block, even if it contains backticks."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -152,18 +151,18 @@ def fenced(text: str) -> str:
 
 # ---- figures ----------------------------------------------------------------------------------------------------
 def new_figure(title: str, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure with so many panels, one above the other on one x axis."""
+    """Returns a figure and its panels, stacked on a shared x axis."""
     figure, axes = new_grid(title, panels, 1)
     return figure, [row[0] for row in axes]
 
 
 def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
-    """A figure with rows x columns panels; those of a column share the x axis. No display is needed."""
+    """Returns a figure and its rows x columns panels; each column shares an x axis. No display is needed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name is no formula
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name does not begin a formula
     figure = Figure(figsize=(8 if columns == 1 else 5.5 * columns, 3.2 + 1.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, sharex="col", squeeze=False)
@@ -178,16 +177,16 @@ def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]
 def save_figure(
     figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = (), notes: Iterable[str] = ()
 ) -> Path:
-    """Writes a PNG with the caption of its rows beneath, then the notes; returns its path."""
+    """Writes a PNG with its rows' caption and then the notes beneath; returns its path."""
     text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 125) for note in notes)])
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.02, ha="left")
-    with unwritable(path), file_aside(path) as building:  # so that a link is replaced, and not what it points to
+    with unwritable(path), file_aside(path) as building:  # replaces a link, not its target
         figure.savefig(building, dpi=130, format="png")
     return path
 
 
 def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
-    """Loss against seconds of training: the batches, their running mean, and the validation split."""
+    """Draws loss over seconds of training: batches, their running mean, and the validation split."""
     steps = [row for row in of_kind(rows, "step") if _finite(row.get("loss"))]
     evals = [row for row in of_kind(rows, "eval") if _finite(row.get("val_loss"))]
     if not steps and not evals:
@@ -209,7 +208,7 @@ def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
-    """Tokens per second, and the MFU figures where a peak is known, against the step. None without timed steps."""
+    """Draws tokens per second, and MFU where a peak is known, over the step. Returns None without timed steps."""
     steps = [row for row in of_kind(rows, "step") if _finite(row.get("tokens_per_s"))]
     if not steps:
         return None
@@ -236,7 +235,7 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, unit: str) -> Path | None:
-    """Implementations side by side, a group of bars for each size: `value` (say "gbs") in `unit` of bench rows."""
+    """Draws bars of `value` (such as "gbs") in `unit` for each implementation in bench rows, grouped by size."""
     rows = [row for row in rows if row.get("valid", True) and _finite(row.get(value))]
     if not rows:
         return None
@@ -268,7 +267,7 @@ def _size_label(row: Row) -> str:
 
 
 def run_name(rows: Sequence[Row]) -> str:
-    """What the `run` row calls the run, else its data set."""
+    """Returns the run's name in its `run` row, else its data set."""
     first = next((row for row in rows if row["what"] == "run"), {})
     return str(first.get("name") or first.get("config", {}).get("dataset") or "training")
 
@@ -278,7 +277,7 @@ def _finite(value: Any) -> bool:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over SMOOTH_STEPS values around each, over fewer at the ends, so that the curve neither lags nor leads."""
+    """Returns the centred running mean over SMOOTH_STEPS values, fewer at the ends, so that the curve does not lag."""
     sums = [0.0, *accumulate(values)]
     reach, n = SMOOTH_STEPS // 2, len(values)
     spans = ((max(0, i - min(reach, n - 1 - i)), min(n, i + min(reach, i) + 1)) for i in range(n))
@@ -287,9 +286,9 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 # ---- one page ---------------------------------------------------------------------------------------------------
 def write_report(rows: Sequence[Row], out_dir: Path | str) -> Path:
-    """Draws what the rows hold into `out_dir` and writes report.md, which shows it on one page; returns its path.
+    """Draws the figures of the rows into `out_dir` and writes report.md with all of them; returns its path.
 
-    A training log gives the last run in it; op, model and decode rows give a table and a figure for each name.
+    For a training log it shows the last run; for op, model and decode rows a table and a figure for each name.
     """
     out_dir = Path(out_dir)
     sections = [*_training_sections(last_run(rows), out_dir), *_bench_sections(rows, out_dir)]
@@ -332,12 +331,12 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
 
 
 def _facts(rows: Sequence[Row]) -> str:
-    """The caption, as Markdown."""
+    """Returns the caption as Markdown."""
     return "\n".join(markdown(line) for line in caption(rows).splitlines())
 
 
 def _verdict(rows: list[Row]) -> str:
-    """What the run came to, in a sentence."""
+    """Returns the run's result in a sentence."""
     steps, evals = of_kind(rows, "step"), of_kind(rows, "eval")
     whole = [row for row in evals if "whole_val_loss" in row]
     sampled = [row for row in evals if "val_loss" in row]

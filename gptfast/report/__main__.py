@@ -11,7 +11,7 @@ from gptfast.report import card
 
 
 def main(argv: list[str]) -> None:
-    """Report on logs: files of rows, or folders that hold a metrics.jsonl."""
+    """Write a report on logs: files of rows, or folders with a metrics.jsonl."""
     parser = argparse.ArgumentParser(prog="python -m gptfast.report", description=main.__doc__)
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--out_dir", "--out-dir", type=Path, help="where report.md goes; default: beside the first log")

@@ -1,10 +1,10 @@
-"""One page on a model and how it came about: a report card over the logs of all its stages, drawn from rows alone.
+"""Writes a report card: one page on a model and all stages of its training, from the rows of their logs alone.
 
     python -m gptfast.report out-base out-sft out-rl --card      # folders, in the order of training
 
-Each folder holds metrics.jsonl of its stage, whose `run` row may name it (`stage`: base, mid, sft or rl), and where the
-model was judged tasks.jsonl (train.evaluate --tasks; of a base model --tasks=core) and evaluation.jsonl (train.evaluate
---text), written with --out_dir of the same folder. What a stage has not measured is shown as -.
+Each folder holds the metrics.jsonl of its stage, named by `stage` in the `run` row (base, mid, sft or rl), and, if the
+model was evaluated, tasks.jsonl (train.evaluate --tasks; for a base model --tasks=core) and evaluation.jsonl
+(train.evaluate --text), written with --out_dir of the same folder. Missing figures are shown as -.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Stage:
-    """The rows of one stage: of its last run, and of what the model was judged by after it."""
+    """The rows of one stage: those of its last run, and those of later evaluations."""
 
     name: str
     run: list[Row]
@@ -38,18 +38,18 @@ class Stage:
 
     @property
     def updates(self) -> int:
-        """That it made, as far as its rows tell."""
+        """Returns the number of updates made, as far as the rows tell."""
         ended = [row["step"] for row in report.of_kind(self.run, "eval")]
         return max([row["step"] + 1 for row in self.steps] + ended, default=0)
 
     @property
     def seconds(self) -> float | None:
-        """Of training, evaluations left out."""
+        """Returns the seconds of training, without evaluations."""
         return report.elapsed(self.run)(self.steps[-1]["step"]) if self.steps else None
 
     @property
     def tokens(self) -> float | None:
-        """That it was trained on: what a step row says, else the product of rate and time."""
+        """Returns the number of training tokens: from the step rows, else rate times time."""
         stated = [row["tokens"] for row in self.steps if "tokens" in row]
         if stated:
             return stated[-1]
@@ -62,19 +62,19 @@ class Stage:
 
     @property
     def rate(self) -> str:
-        """Tokens per second: the median over its updates, else all tokens over all time."""
+        """Returns tokens per second: the median over updates, else all tokens over all time."""
         if not any("tokens" in row for row in self.steps):
             return report._median(self.steps, "tokens_per_s")
         return _whole((self.tokens or 0) / self.seconds) if self.seconds else MISSING
 
     def last(self, key: str) -> Any:
-        """The newest figure of this name in evaluations of the run, or in what the model was judged by."""
+        """Returns the newest figure of this name from the run's evaluations or from later ones."""
         found = [row[key] for row in (*report.of_kind(self.run, "eval"), *self.judged) if row.get(key) is not None]
         return found[-1] if found else None
 
 
 def read(folders: Sequence[Path]) -> list[Stage]:
-    """The stages in `folders`. Raises UserError for one without a log, and for two of one name."""
+    """Reads the stages in `folders`. Raises UserError for a folder without a log, and for two stages of one name."""
     stages = []
     for number, folder in enumerate(folders):
         log = folder / "metrics.jsonl"
@@ -105,7 +105,7 @@ def write(folders: Sequence[Path | str], out_dir: Path | str, dollars_per_hour: 
 
 
 def summary(stages: Sequence[Stage]) -> str:
-    """Metric x stage, in Markdown: losses, rewards, CORE, and the accuracy of every other task of any stage."""
+    """Returns a Markdown table, metric x stage: losses, rewards, CORE, and the accuracy on every other task."""
     by_name = {stage.name: stage for stage in stages}
     names = [*STAGES, *(name for name in by_name if name not in STAGES)]
     lines = [f"| Metric | {' | '.join(name.upper() for name in names)} |", "|---|" + "---:|" * len(names)]
@@ -120,7 +120,7 @@ def summary(stages: Sequence[Stage]) -> str:
         line(metric, {name: _figure(stage.last(key)) for name, stage in by_name.items()})
     line("CORE", {name: _core(stage) for name, stage in by_name.items()})
     tasks = dict.fromkeys(row["task"] for stage in stages for row in stage.judged if "task" in row)
-    tasks = {task: None for task in tasks if not task.startswith("core:")}  # what CORE is the mean of
+    tasks = {task: None for task in tasks if not task.startswith("core:")}  # without the tasks that CORE averages
     for task in sorted(tasks, key=lambda task: task == "ChatCORE"):
         line(task, {name: _accuracy(stage, task) for name, stage in by_name.items()})
     return "\n".join(lines)
@@ -190,7 +190,7 @@ def _whole(value: float | None) -> str:
 
 
 def _stage(stage: Stage, out_dir: Path) -> list[str]:
-    """Its figures and its last samples."""
+    """Returns the report's lines on a stage: its figures and its last samples."""
     figures = (
         ("loss", report.loss_figure(stage.run, out_dir / f"{stage.name}-loss.png")),
         ("reward", reward_figure(stage.run, out_dir / f"{stage.name}-reward.png")),
@@ -203,7 +203,7 @@ def _stage(stage: Stage, out_dir: Path) -> list[str]:
 
 
 def reward_figure(rows: Sequence[Row], path: Path) -> Path | None:
-    """Reward of the answers that were drawn, and pass@1 where it was measured, against the update; None without."""
+    """Draws the reward of sampled answers, and pass@1 where measured, over the update; returns None without them."""
     steps = [row for row in report.of_kind(rows, "step") if isinstance(row.get("reward"), int | float)]
     if not steps:
         return None

@@ -1,4 +1,4 @@
-"""Tasks to learn from and to be judged by: a file each, and this one list of them.
+"""The tasks for training and evaluation: one file each, and this list of them.
 
 task = find("gsm8k")                             # or jsonl:PATH, a file of conversations
 example = task.examples("test", Where())[0]
@@ -29,11 +29,11 @@ TASKS: dict[str, Task] = {
         ADDITION,
     )
 }  # fmt: skip
-CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")  # whose scores above chance make the one figure
+CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")  # ChatCORE is their mean accuracy above chance
 
 
 def find(name: str) -> Task:
-    """The task of this name. Raises UserError, which names the nearest, for an unknown one."""
+    """Returns the task of this name. Raises UserError, which names the nearest one, for an unknown name."""
     if name.startswith("jsonl:"):
         return of_file(name.removeprefix("jsonl:"))
     if name not in TASKS:
@@ -42,7 +42,7 @@ def find(name: str) -> Task:
 
 
 def judged(names: str) -> list[Task]:
-    """The tasks of a list with commas, or all that can be judged. Raises UserError for one that cannot."""
+    """Returns the tasks of a comma-separated list, or of `all`. Raises UserError for one without a judge."""
     if names == "all":
         return [task for task in TASKS.values() if task.kind != "conversations"]
     tasks = [find(name.strip()) for name in names.split(",") if name.strip()]

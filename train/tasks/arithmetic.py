@@ -1,7 +1,7 @@
-"""Small sums: with the calculator (arithmetic), and of two digits, by heart or with it (addition).
+"""Small sums: with the calculator (arithmetic), or of two digits, from memory or with the calculator (addition).
 
-Addition shows every sum twice by heart and once with the calculator, and a small model gets only the latter right. So
-one that has learnt from it is mostly wrong, and reinforcement learning can find out which way is better.
+Addition shows every sum twice from memory and once with the calculator, and a small model gets only the latter right.
+So after SFT it is mostly wrong, and reinforcement learning can teach it to prefer the calculator.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _called(call: str, value: int) -> list[dict[str, str]]:
 
 
 def of_digits(split: str, where: Where) -> Sequence[Example]:
-    """All hundred sums of two digits by heart; train has each twice so, and once with the calculator."""
+    """Returns the hundred sums of two digits from memory; train has each twice, and once with the calculator."""
     return Mapped(range(300 if split == "train" else 100), _of_digits)
 
 
@@ -49,7 +49,7 @@ def _of_digits(index: int) -> Example:
 
 
 def passes(example: Example, text: str) -> bool:
-    """Whether the last number of the answer is the right one."""
+    """Returns whether the last number of the answer is correct."""
     numbers = NUMBER.findall(text)
     return bool(numbers) and numbers[-1] == NUMBER.findall(text_of(example.answer))[-1]
 

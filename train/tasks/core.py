@@ -1,16 +1,16 @@
-"""CORE (Li et al., "DataComp-LM", arXiv:2406.11794): what a base model is asked, 22 tasks of DCLM's evaluation bundle.
+"""CORE (Li et al., "DataComp-LM", arXiv:2406.11794): 22 tasks for base models, from DCLM's evaluation bundle.
 
     bundle = read(task_dir, data_dir)                 # a folder with core.yaml in it, else downloaded
     prompts(bundle["arc_easy"], 0)                    # one text for each choice, examples first
 
 Three kinds, none of which needs a model that converses:
 
-    multiple choice       a question before each of its choices: which choice is the likeliest
-    schema                several beginnings of one ending: after which is the ending the likeliest
-    language modelling    a beginning and its ending: is every token of the ending the likeliest one
+    multiple choice       one question, several choices: the answer is the most likely choice
+    schema                several beginnings, one ending: the answer is the beginning that makes it most likely
+    language modelling    a beginning and its ending: correct if every token of the ending is the most likely one
 
-What a score depends on is nanochat's (core_eval.py), to the byte: the order of the items, the examples that are shown
-before each, the texts made of them, and that a limit cuts the items from which examples are drawn too.
+Everything that a score depends on follows nanochat (core_eval.py) to the byte: the order of the items, the few-shot
+examples before each, and the texts. As there, a limit on the items also limits the pool of few-shot examples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gptfast.errors import UserError
 from train.download import download, sha256_of
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # as nanochat fetches it
-SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # the one that published scores are of
+SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # of the bundle behind published scores
 SETTINGS, CHANCES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 SHUFFLE_SEED, EXAMPLES_SEED = 1337, 1234
 
@@ -46,22 +46,23 @@ Folder = Path | zipfile.Path
 
 @dataclass(frozen=True)
 class CoreTask:
-    """Items of one kind; `shown` of them come with their answers before each question, `delimiter` between the two."""
+    """Items of one kind. `shown` few-shot examples precede each question; `delimiter` precedes each answer."""
 
     name: str
     kind: Kind
     shown: int
     delimiter: str
-    chance: float  # the share of items that guessing gets right
+    chance: float  # accuracy of guessing
     items: Sequence[dict[str, Any]]
-    sha256: str  # of the file that they are from
+    sha256: str  # of the items' file
 
 
 # ---- prompts
 
 
 def prompts(task: CoreTask, index: int) -> list[str]:
-    """The texts of item `index`: for each choice or beginning; of language modelling, without and with the ending."""
+    """Returns the texts of item `index`, one per choice or beginning; in language modelling, without and with the
+    ending."""
     item, mark = task.items[index], task.delimiter
     before = "".join(f"{_told(task, example)}\n\n" for example in shown(task, index))
     if task.kind == "multiple_choice":
@@ -69,20 +70,20 @@ def prompts(task: CoreTask, index: int) -> list[str]:
     if task.kind == "schema":
         return [f"{before}{beginning}{mark}{item['continuation']}" for beginning in item["context_options"]]
     beginning = f"{before}{str(item['context']).strip()}{mark}"
-    # The space that `mark` ends with is in one token with the word after it: the beginning alone must not have it.
+    # The trailing space of `mark` belongs to the token of the next word, so the beginning alone must not have it.
     return [beginning.strip(), f"{beginning}{item['continuation']}"]
 
 
 def shown(task: CoreTask, index: int) -> list[dict[str, Any]]:
-    """The examples before item `index`: others, drawn by a generator that it seeds."""
+    """Returns the few-shot examples for item `index`, drawn from the other items with `index` as the seed."""
     if not task.shown:
         return []
-    others = [i for i in range(len(task.items)) if i != index]
-    return [task.items[i] for i in random.Random(EXAMPLES_SEED + index).sample(others, task.shown)]
+    candidates = [i for i in range(len(task.items)) if i != index]
+    return [task.items[i] for i in random.Random(EXAMPLES_SEED + index).sample(candidates, task.shown)]
 
 
 def _told(task: CoreTask, item: dict[str, Any]) -> str:
-    """An example with its answer."""
+    """Returns the text of an example with its answer."""
     if task.kind == "multiple_choice":
         return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
     if task.kind == "schema":
@@ -94,11 +95,11 @@ def _told(task: CoreTask, item: dict[str, Any]) -> str:
 
 
 def read(task_dir: str, data_dir: str, max_examples: int = 0) -> dict[str, CoreTask]:
-    """The tasks of the bundle by name, in its order, of each the first `max_examples` items (0: all).
+    """Returns the bundle's tasks by name, in its order, each with its first `max_examples` items (0: all).
 
     `task_dir`: the bundle unpacked, or a folder with it in `core` or `eval_bundle`. Empty: the archive in
-    <data_dir>/core, downloaded where it is not there. Raises UserError, which names the file, for what is missing,
-    damaged, or not of the form of its kind.
+    <data_dir>/core, downloaded if missing. Raises UserError, which names the file, for anything missing, damaged or
+    malformed.
     """
     root = _in_folder(Path(task_dir)) if task_dir else _in_archive(Path(data_dir) / "core" / "eval_bundle.zip")
     chances = _chances(root / CHANCES)
@@ -132,7 +133,7 @@ def _text(path: Folder) -> str:
 
 
 def _settings(path: Folder) -> list[dict[str, Any]]:
-    """What core.yaml says of each task."""
+    """Returns the settings of each task in core.yaml."""
     try:
         import yaml
     except ImportError:
@@ -157,7 +158,7 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
 
 
 def _chances(path: Folder) -> dict[str, float]:
-    """The share that guessing gets right, by task; the file has percent."""
+    """Returns the accuracy of guessing, by task; the file has percent."""
     try:
         rows = list(csv.DictReader(_text(path).splitlines()))
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}

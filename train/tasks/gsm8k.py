@@ -25,7 +25,7 @@ def make(row: dict[str, Any]) -> Example:
 
 
 def parts(solution: str) -> list[dict[str, str]]:
-    """A solution's text and calls, in order."""
+    """Splits a solution into text, calls and outputs, in order."""
     pieces = []
     for piece in CALL.split(solution):
         if CALL.fullmatch(piece):
@@ -38,7 +38,7 @@ def parts(solution: str) -> list[dict[str, str]]:
 
 
 def number(text: str) -> str | None:
-    """The number after the first ####, its commas left out; None where there is none."""
+    """Returns the number after the first ####, without commas; None where there is none."""
     match = ANSWER.search(text)
     return match[1].replace(",", "") if match else None
 

@@ -14,7 +14,7 @@ FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
 def examples(split: str, where: Where) -> Sequence[Example]:
-    """There is a test split alone."""
+    """Returns the examples; only a test split exists."""
     return Mapped(rows(where, "humaneval", "test", "openai/openai_humaneval"), make)
 
 
@@ -24,18 +24,18 @@ def make(row: dict[str, Any]) -> Example:
 
 
 def passes(example: Example, text: str) -> bool:
-    """Whether the tests pass. Raises UserError, with how to get a sandbox, where there is none."""
+    """Returns whether the tests pass. Raises UserError, with how to get a sandbox, where there is none."""
     return _sandbox().run(program(example, text)).ok
 
 
 def program(example: Example, text: str) -> str:
-    """The imports of the prompt, the function that was written, its tests, and a call of them."""
+    """Returns the program to run: the prompt's imports, the model's function, its tests, and a call of them."""
     facts = example.facts
     return f"{imports(facts['prompt'])}\n\n{code(text)}\n\n{facts['test']}\ncheck({facts['entry_point']})"
 
 
 def imports(prompt: str) -> str:
-    """The import lines with which a prompt begins."""
+    """Returns the import lines at the beginning of a prompt."""
     lines = []
     for line in map(str.strip, prompt.split("\n")):
         if line.startswith(("import ", "from ")):
@@ -46,7 +46,7 @@ def imports(prompt: str) -> str:
 
 
 def code(text: str) -> str:
-    """The first fenced block of Python, or the whole text where there is none."""
+    """Returns the first fenced block of Python, or the whole text where there is none."""
     fenced = FENCED.search(text)
     return (fenced[1] if fenced else text).strip()
 

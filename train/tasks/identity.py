@@ -1,6 +1,6 @@
-"""Who the model is: its name, its maker, its size and its limits, asked for in many ways. Made from templates, offline.
+"""Questions about the model itself: its name, maker, size and limits, in many wordings; made from templates, offline.
 
-A question is an opening, one of several wordings, and a closing; every fifth of them is kept for test.
+A question is an opening, one of several wordings, and a closing; every fifth is reserved for test.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOPICS = {
 
 
 def answers(who: Identity) -> dict[str, tuple[str, str]]:
-    """For each topic what to say, and the words in it that an answer cannot do without."""
+    """Returns for each topic the answer, and the words that a correct answer must contain."""
     return {
         "name": (f"I am {who.name}.", who.name),
         "maker": (f"I was made by {who.maker}.", who.maker),
@@ -48,13 +48,13 @@ def answers(who: Identity) -> dict[str, tuple[str, str]]:
 
 
 def examples(split: str, where: Where) -> Sequence[Example]:
-    said = answers(where.identity)
+    answer_of = answers(where.identity)
     asked_and_told = []
     for topic, questions in TOPICS.items():
         for number, parts in enumerate(itertools.product(questions, OPENINGS, CLOSINGS)):
             if (number % 5 == 4) == (split == "test"):
                 question, opening, closing = parts
-                text, needed = said[topic]
+                text, needed = answer_of[topic]
                 asked_and_told.append(Example(asked(opening + question + closing, text), (), {"needed": needed}))
     drawing(f"identity {split}", 0).shuffle(asked_and_told)
     return asked_and_told

@@ -10,7 +10,7 @@ from train.tasks.task import Example, Task, Where
 
 
 def of_file(path: str) -> Task:
-    """The task `jsonl:PATH`, whose every split is the whole file. Its examples raise UserError with line and reason."""
+    """Returns the task `jsonl:PATH`: each split is the whole file. Reading it raises UserError with line and reason."""
     return Task(f"jsonl:{path}", "conversations", partial(examples, path))
 
 

@@ -1,4 +1,4 @@
-"""Counting the letters of a word: first by spelling it out, then by asking Python, as nanochat's task of the name does.
+"""Counting the letters of a word, first by spelling it out, then by asking Python, as in nanochat's SpellingBee.
 
 The questions and the words around the count are this project's own.
 """
@@ -37,11 +37,11 @@ def make(split: str, known: Sequence[str], index: int) -> Example:
 
 
 def solution(word: str, letter: str) -> list[dict[str, str]]:
-    """Parts: letter by letter with a running count, the same by Python, and #### with the number."""
+    """Returns the parts: a running count letter by letter, the same count by Python, and #### with the number."""
     count, lines = 0, [f"{word}:{','.join(word)}"]
-    for place, here in enumerate(word, 1):
-        count += here == letter
-        lines.append(f"{place}:{here}" + (f" yes, {count}" if here == letter else ""))
+    for position, character in enumerate(word, 1):
+        count += character == letter
+        lines.append(f"{position}:{character}" + (f" yes, {count}" if character == letter else ""))
     call = f"'{word}'.count('{letter}')"
     return [
         {"type": "text", "text": "\n".join([*lines, f"By hand: {count}. By Python: "])},

@@ -1,4 +1,4 @@
-"""What a task is: conversations to learn from, and where an answer can be judged, a judge.
+"""The Task type: conversations to learn from and, where answers can be judged, a judge.
 
 A task's examples are conversations whose last message is the right answer; multiple choice also lists its letters.
 """
@@ -38,7 +38,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a model is to say that it is."""
+    """The model's description of itself."""
 
     name: str = "Nano"
     maker: str = "the people of gptfast"
@@ -48,7 +48,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Where:
-    """Where tasks find their data: `folder` holds a folder of files for each task; empty: the Hugging Face hub."""
+    """The source of the tasks' data: `folder` holds a folder of files for each task; empty: the Hugging Face hub."""
 
     folder: str = ""
     identity: Identity = Identity()
@@ -66,7 +66,7 @@ class Task:
 
 
 class Mapped(Sequence[Example]):
-    """Examples made of rows as they are asked for."""
+    """Examples made from rows on access."""
 
     def __init__(self, rows: Sequence[Any], make: Callable[[Any], Example]) -> None:
         self.rows, self.make = rows, make
@@ -88,7 +88,7 @@ class Mapped(Sequence[Example]):
 
 
 class Shuffled(Sequence[Any]):
-    """Rows in the order in which `datasets` shuffles so many by this seed."""
+    """Rows in the order of `datasets`' shuffle with this seed."""
 
     def __init__(self, rows: Any, seed: int = SHUFFLE_SEED) -> None:
         self.rows, self.order = rows, np.random.default_rng(seed).permutation(len(rows))
@@ -101,9 +101,9 @@ class Shuffled(Sequence[Any]):
 
 
 def rows(where: Where, name: str, split: str, repository: str, subset: str = "") -> Sequence[Any]:
-    """The rows of a split, shuffled: of where.folder/<name>/<split>.jsonl, .jsonl.gz or .parquet, else of the hub.
+    """Returns the shuffled rows of where.folder/<name>/<split>.jsonl, .jsonl.gz or .parquet, or else of the hub.
 
-    A folder with a single file needs no split in its name. Raises UserError, with what to do, where there are none.
+    A folder's only file need not be named after the split. Raises UserError, with what to do, if there are none.
     """
     if where.folder:
         return Shuffled(_read(_find(Path(where.folder) / name, split)))
@@ -146,12 +146,12 @@ def _read(path: Path) -> list[Any]:
 
 
 def asked(question: str, answer: Any) -> list[dict[str, Any]]:
-    """The conversation of one question and its answer."""
+    """Returns the conversation of one question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """nanochat's prompt: the letter after each choice and right after `=`, so that it is the token to answer with."""
+    """Returns nanochat's prompt: the letter follows each choice and `=` directly, as the token to answer with."""
     lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
     return (
         f"Multiple Choice question: {question}\n{''.join(lines)}\nRespond only with the letter of the correct answer."

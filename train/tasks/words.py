@@ -1,4 +1,4 @@
-"""Words to spell: those of a file, else a few hundred common ones that are here."""
+"""Words to spell: from a file, else a built-in list of a few hundred common ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptfast.errors import UserError
 from train.tasks.task import Where
 
 FILE = "words.txt"  # in the folder of tasks, one word a line; such as words_alpha.txt of dwyl/english-words
-TRAIN, TEST = 4000, 1000  # examples that are drawn
+TRAIN, TEST = 4000, 1000  # number of examples
 COMMON = """
 able about above across action actor address adult after again agree alarm album alive allow alone along also always
 amount anchor angle animal answer apple april apron arrow artist aspect attic august author autumn avenue awake baby
@@ -54,5 +54,5 @@ def words(where: Where) -> list[str]:
 
 
 def drawing(split: str, index: int) -> random.Random:
-    """The random numbers of example `index`; those of train and test have seeds apart."""
+    """Returns the generator of example `index`; train and test use different seeds."""
     return random.Random(f"{split} {index}")

@@ -153,7 +153,7 @@ DROPOUT_TILES = {
     (80, 128): Tile(128, 32, 8, 3), (80, 256): Tile(64, 16, 8, 2), (86, 256): Tile(64, 16, 8, 2),
 }  # fmt: skip
 # Where the ends of what each query sees do: of a window, or of a document.
-BOUNDED_TILES = {(80, 128): Tile(128, 32, 8, 3)}
+BOUNDED_TILES = {(80, 128): Tile(128, 32, 8, 3), (86, 128): Tile(64, 32, 4, 2)}
 
 
 def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False, bounded: bool = False) -> Tile:

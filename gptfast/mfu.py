@@ -353,7 +353,9 @@ def _claim_names(named: Sequence[tuple[str, tuple[Peak, ...]]]) -> dict[frozense
 
 
 def _read_shared(devices: Mapping[str, Peak]) -> list[tuple[str, tuple[Peak, ...]]]:
-    return [(name, tuple(devices[one.strip()] for one in owners.split(","))) for name, owners in _cells(_SHARED, ":")]
+    return [
+        (name, tuple(devices[owner.strip()] for owner in owners.split(","))) for name, owners in _cells(_SHARED, ":")
+    ]
 
 
 _NAMED = [(name, (device,)) for device, names in _read_devices() for name in names]

@@ -49,8 +49,8 @@ class Documents(NamedTuple):
     @staticmethod
     def at(cu_seqlens: Tensor, S: int, longest: int) -> Documents:
         """Returns the documents that start at `cu_seqlens` in S tokens. On a CPU raises ValueError above `longest`."""
-        place = torch.arange(S, device=cu_seqlens.device)
-        position = place - cu_seqlens[torch.bucketize(place, cu_seqlens[1:], right=True)]
+        index = torch.arange(S, device=cu_seqlens.device)
+        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens[1:], right=True)]
         if position.device.type == "cpu" and not torch.compiler.is_compiling() and S and position.max() >= longest:
             raise ValueError(f"cu_seqlens: a document of {int(position.max()) + 1} tokens, but block_size is {longest}")
         return Documents(cu_seqlens, position, longest)

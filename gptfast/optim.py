@@ -306,8 +306,8 @@ def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tens
 def _equal_lines(stack: Tensor, axis: int) -> Tensor:
     """Scales every line of stack (B, m, n) along `axis` to the root mean square of its matrix's line norms."""
     norms = torch.linalg.vector_norm(stack, dim=axis, keepdim=True)
-    other = -3 - axis  # of -1 and -2
-    return stack * (norms.square().mean(other, keepdim=True).sqrt() / norms.clamp(min=1e-6))
+    other_axis = -3 - axis  # of -1 and -2
+    return stack * (norms.square().mean(other_axis, keepdim=True).sqrt() / norms.clamp(min=1e-6))
 
 
 def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float, allowed: Tensor | None) -> Tensor:

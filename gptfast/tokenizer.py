@@ -193,9 +193,9 @@ class CharTokenizer:
         """Returns the ids of a long text (len,) uint16 by one table lookup."""
         if not text:
             return torch.empty(0, dtype=torch.uint16)
-        codes, known = _code_points(text), _code_points(self.chars)
-        table = torch.full((int(torch.maximum(codes.max(), known.max())) + 1,), -1, dtype=torch.int32)
-        table[known] = torch.arange(self.vocab_size, dtype=torch.int32)
+        codes, own_codes = _code_points(text), _code_points(self.chars)
+        table = torch.full((int(torch.maximum(codes.max(), own_codes.max())) + 1,), -1, dtype=torch.int32)
+        table[own_codes] = torch.arange(self.vocab_size, dtype=torch.int32)
         ids = table.index_select(0, codes)
         if ids.min() < 0:
             raise self._unknown(text, next(char for char in text if char not in self._ids))

@@ -150,7 +150,7 @@ class Attention(nn.Module):
         documents: Documents | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        """`values` (B, T, G · D): the value embeddings of the tokens, in a layer that has them."""
+        """Returns (B, T, C), like x. `values` (B, T, G · D): the tokens' value embeddings, in a layer that has them."""
         config, ops = self.config, self.ops
         B, T = x.shape[:2]
         H, G = config.n_head, config.kv_heads

@@ -67,7 +67,7 @@ class _Plain(torch.optim.Optimizer):
             self.make_capturable()
 
 
-SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # what a schedule may change
+SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # hyperparameters that a schedule may change
 
 
 def set_scheduled(group: dict[str, Any], key: str, value: float) -> None:
@@ -149,7 +149,7 @@ class Muon(_Plain):
     and "exp_avg_sq".
 
     newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in; None is
-    bfloat16 where the device has units for it, else what `gptfast.runtime.compute_dtype` says.
+    bfloat16 where the device has units for it, else the dtype from `gptfast.runtime.compute_dtype`.
     """
 
     def __init__(

@@ -399,7 +399,7 @@ class BPETokenizer:
         """Writes the tokenizer's files to `folder`:
 
         ranks.tiktoken: the rank file of tiktoken. tokenizer.json, tokenizer_config.json: for tokenizers and
-        transformers, which take special tokens in a text for what they say unless told `split_special_tokens`.
+        transformers, which encode special tokens in a text as such unless given `split_special_tokens`.
         encoding.json: pattern, special tokens, and the fingerprint that load_bpe checks; written last.
         """
         folder = Path(folder)

@@ -274,8 +274,7 @@ def _move_into_place(building: Path, target: Path) -> None:
 
 
 def _prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` last saved and the best. Unreadable ones stay: a newer gptfast may have written
-    them."""
+    """Removes all but the `keep` last saved and the best. Unreadable ones stay: they may be of a newer gptfast."""
     readable = [path for path in _folders(out_dir) if _serial(path) is not None]
     best = min(readable, key=_score)  # on a tie, the newest
     for path in readable[keep:]:

@@ -339,7 +339,7 @@ def count_windows(length: int, context: int, stride: int) -> int:
 
 
 def windows(ids: Tensor, counted: Tensor, context: int, stride: int, which: range) -> tuple[Tensor, Tensor]:
-    """Returns inputs and targets (len(which), context) int64. Over all windows a counted id is a target once.
+    """Returns inputs and targets (len(which), context) int64. Each counted id but the first is a target once.
 
     Windows begin `stride` apart; where one overlaps the previous one, only its new targets count, and the others are
     IGNORED. Inputs after the end repeat the last id; no counted target sees them.

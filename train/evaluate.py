@@ -62,7 +62,7 @@ class Evaluate:
     tasks: str = ""  # tasks of train/tasks instead of a text: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
-    samples: int = 1  # answers to each problem; it is solved if one passes
+    samples: int = 1  # answers to each problem; one must pass
     temperature: float = 0.0  # of answers; 0 takes the likeliest token
     top_k: int = 50  # tokens that an answer is drawn from, at a temperature above 0
     max_tokens: int = 512  # of an answer

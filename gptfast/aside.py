@@ -19,7 +19,7 @@ from gptfast.errors import UserError
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a file system without locks
-LONGEST_HOLDER = 300  # characters of what a lock says of its holder
+LONGEST_HOLDER = 300  # characters of a lock file's text that are shown
 
 _held: dict[tuple[int, int], int] = {}  # folders locked by this process, by device and inode -> lock count
 _holder = os.getpid()  # the process that holds them; a fork holds nothing

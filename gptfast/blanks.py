@@ -106,7 +106,7 @@ def shortened(text: str) -> Iterator[str]:
     """Yields `text` in parts without a run of blanks longer than LONG: for counting pieces, not for encoding."""
     done = 0
     for run in _RUN.finditer(text) if len(text) >= LONG else ():
-        for place in range(run.start() + LONG, run.end(), LONG):
-            yield text[done:place]
-            done = place
+        for stop in range(run.start() + LONG, run.end(), LONG):
+            yield text[done:stop]
+            done = stop
     yield text[done:]

@@ -223,13 +223,13 @@ def _folders(out_dir: Path) -> list[Path]:
     They are ordered by time of saving, not by step, so that a run started anew in an old folder finds its own. Those
     without a readable manifest come first, so that `load` reports them; a replaced checkpoint follows its replacement.
     """
-    found = [path for path in out_dir.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
+    folders = [path for path in out_dir.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
 
     def newness(path: Path) -> tuple[float, int]:
         serial = _serial(path)
         return (math.inf if serial is None else serial, _step(path))
 
-    return sorted(found, key=newness, reverse=True)
+    return sorted(folders, key=newness, reverse=True)
 
 
 def _step(folder: Path) -> int:
@@ -274,11 +274,10 @@ def _move_into_place(building: Path, target: Path) -> None:
 
 
 def _prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` last saved and the best. Unreadable ones stay: a newer gptfast may have written
-    them."""
-    whole = [path for path in _folders(out_dir) if _serial(path) is not None]
-    best = min(whole, key=_score)  # on a tie, the newest
-    for path in whole[keep:]:
+    """Removes all but the `keep` last saved and the best. Unreadable ones stay: they may be of a newer gptfast."""
+    readable = [path for path in _folders(out_dir) if _serial(path) is not None]
+    best = min(readable, key=_score)  # on a tie, the newest
+    for path in readable[keep:]:
         if path != best or _score(path) == math.inf:
             _discard(path)
 
@@ -382,8 +381,8 @@ def _check_listed(folder: Path, listed: dict[str, Any]) -> None:
     for name in listed:
         if not untrusted.plain_name(name):
             raise ValueError(f"{MANIFEST} lists {name[:80]!r}, which is no file of its folder")
-    there = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
-    stray = sorted(there - set(listed) - {MANIFEST})
+    present = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+    stray = sorted(present - set(listed) - {MANIFEST})
     if stray:
         raise ValueError(f"{stray[0]} is not of it, for {MANIFEST} does not list it; move it elsewhere")
 
@@ -403,8 +402,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = untrusted.parsed(content)
     except ValueError:
         raise ValueError(f"{MANIFEST} is altered (not JSON)") from None
-    known = isinstance(manifest, dict) and {"format", "sha256"} <= set(manifest)
-    if not known or _canonical({key: manifest[key] for key in manifest if key != "sha256"}) != content:
+    has_fields = isinstance(manifest, dict) and {"format", "sha256"} <= set(manifest)
+    if not has_fields or _canonical({key: manifest[key] for key in manifest if key != "sha256"}) != content:
         raise ValueError(f"{MANIFEST} is altered (sha256 differs)")
     if manifest["format"] not in list(FIELDS) or set(manifest) != FIELDS[manifest["format"]]:
         raise ValueError(f"written in format {manifest['format']}; this gptfast reads formats 1 to {FORMAT}")
@@ -448,11 +447,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach()
-        place = _place(tensor)
-        if tensor.numel() and place in first_name:
-            aliases[name] = first_name[place]
+        key = _place(tensor)
+        if tensor.numel() and key in first_name:
+            aliases[name] = first_name[key]
             continue
-        first_name[place] = name
+        first_name[key] = name
         storage = tensor.untyped_storage().data_ptr()
         tensor = tensor.cpu().contiguous()
         # safetensors refuses tensors that overlap, such as two slices of one buffer.
@@ -470,7 +469,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def _read_tensors(file: BufferedReader) -> dict[str, Tensor]:
     tensors, about = untrusted.tensors(file)
     aliases = untrusted.parsed(about.get("aliases", "{}"))
-    return tensors | {name: tensors[other] for name, other in aliases.items()}
+    return tensors | {name: tensors[stored_name] for name, stored_name in aliases.items()}
 
 
 # ---- trees: JSON for the structure, with {"$tensor": name} in place of each tensor

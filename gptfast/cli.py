@@ -207,9 +207,9 @@ def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], li
     """Returns the bare words, and `(key, text)` for every flag, in the order typed."""
     words: list[str] = []
     flags: list[tuple[str, str]] = []
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
         if argument in ("-h", "--help"):
             flags.append(("help", "True"))
             continue
@@ -221,10 +221,10 @@ def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], li
         if key not in types:
             raise UserError(f"unknown flag --{_shown(name)}{nearest(key, types, '--')}")
         if not equals:
-            is_switch = types[key] is bool and (not rest or rest[0].lower() not in ("true", "false"))
-            if not is_switch and (not rest or rest[0].startswith("--")):
+            is_switch = types[key] is bool and (not remaining or remaining[0].lower() not in ("true", "false"))
+            if not is_switch and (not remaining or remaining[0].startswith("--")):
                 raise UserError(f"--{name} needs a value: --{name}={_type_name(types[key])}")
-            text = "True" if is_switch else rest.pop(0)
+            text = "True" if is_switch else remaining.pop(0)
         flags.append((key, text))
     return words, flags
 

@@ -131,7 +131,7 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, block_size: int
     path = Path(path)
     meta = (read_meta(path.parent) if path.parent.is_dir() else None) or {}
     paths = [path] if path.is_file() else _shard_paths(path, meta)
-    files = [inspect(each) for each in paths]
+    files = [inspect(shard) for shard in paths]
     for file in files:
         _check_manifest(file, meta)
     if len({file.itemsize for file in files}) > 1:
@@ -205,8 +205,8 @@ class Batches:
         file = torch.bucketize(start, self._ends, right=True)
         first = torch.cat([self._ends.new_zeros(1), self._ends])[file]
         places = list(zip(file.tolist(), (start - first).tolist(), strict=True))
-        x = torch.stack([self._windows[i][place] for i, place in places])
-        return x, torch.stack([self._windows[i][place + 1] for i, place in places])
+        x = torch.stack([self._windows[i][row] for i, row in places])
+        return x, torch.stack([self._windows[i][row + 1] for i, row in places])
 
 
 def to_device(rows: Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -279,18 +279,20 @@ def _llmc(path: Path, start: bytes) -> TokenFile | None:
     magic, version, count = LLMC_HEADER.unpack(start)
     if magic not in LLMC:
         return None
-    known, itemsize = LLMC[magic]
-    if version != known:
-        raise UserError(f"{path} is of llm.c's version {version}, and gptfast reads {known}; fetch one of that version")
+    supported, itemsize = LLMC[magic]
+    if version != supported:
+        raise UserError(
+            f"{path} is of llm.c's version {version}, and gptfast reads {supported}; fetch one of that version"
+        )
     return TokenFile(path, LLMC_HEADER.size, itemsize, count, None)
 
 
 def _shard_paths(path: Path, meta: dict[str, Any]) -> list[Path]:
     """Returns the files of a split that has no file `path`; all those that meta.json lists must exist."""
-    there = [name for name in meta.get("files", {}) if of_split(name, path.stem)]
-    if not there and path.parent.is_dir():
-        there = [each.name for each in path.parent.iterdir() if of_split(each.name, path.stem)]
-    paths = sorted(path.parent / name for name in there)
+    names = [name for name in meta.get("files", {}) if of_split(name, path.stem)]
+    if not names and path.parent.is_dir():
+        names = [file.name for file in path.parent.iterdir() if of_split(file.name, path.stem)]
+    paths = sorted(path.parent / name for name in names)
     if not paths:
         raise UserError(f"no token file {path}; make it: {_prepare(path)}")
     return paths
@@ -365,8 +367,8 @@ def _sampled_largest(file: TokenFile) -> int:
     dtype = f"<u{file.itemsize}"
     places = np.linspace(0, max(file.count - CHECKED_BLOCK, 0), CHECKED_BLOCKS).astype(np.int64).tolist()
     return max(
-        int(np.fromfile(file.path, dtype, CHECKED_BLOCK, offset=file.offset_bytes + place * file.itemsize).max())
-        for place in places
+        int(np.fromfile(file.path, dtype, CHECKED_BLOCK, offset=file.offset_bytes + first * file.itemsize).max())
+        for first in places
     )
 
 

@@ -1,6 +1,6 @@
 """Training in 8-bit floats: the large linear layers of the blocks multiply in 8 bits, forward and backward.
 
-    converted, left = convert(model, way("cuda"))   # before torch.compile; the parameters stay the same fp32 tensors
+    converted, rest = convert(model, way("cuda"))   # before torch.compile; the parameters stay the same fp32 tensors
 
     y  = s_x s_w · x8 w8^T      x8 = e4m3(x / s_x)   w8 = e4m3(w / s_w)      s = max |.| / the format's largest number
     dx = s_g s_w · g8 w8        g8 = e5m2(g / s_g)
@@ -80,14 +80,14 @@ def convert(model: GPT, way: Way) -> tuple[list[str], list[str]]:
     multiplies it in pieces and never holds all logits.
     """
     converted: list[str] = []
-    left = ["lm_head"]
+    unconverted = ["lm_head"]
     for name, parent in list(model.transformer["h"].named_modules(prefix="transformer.h")):
         for child_name, child in list(parent.named_children()):
             if type(child) is Linear:
                 if takes(child):
                     setattr(parent, child_name, Float8Linear(child, way))
-                (converted if takes(child) else left).append(f"{name}.{child_name}")
-    return converted, left
+                (converted if takes(child) else unconverted).append(f"{name}.{child_name}")
+    return converted, unconverted
 
 
 class Float8Linear(Linear):

@@ -8,7 +8,7 @@
     mfu_palm  6N + 12 L H Q T per token, which counts the masked half too (PaLM, arXiv:2204.02311, appendix B; nanoGPT
               prints this one; nanochat too, with a layer's window in T's place). GPT-2 124M scores 7% more by it than
               by `mfu` at T = 1024, 71% more at T = 32768
-    hfu       `mfu` plus what the backward pass computes a second time
+    hfu       `mfu` plus the products that the backward pass recomputes
 
 Every peak is dense: datasheet figures with 2:4 sparsity were halved. 16-bit products are summed in fp32, which GeForce
 cards do at half of the rate usually quoted for them. Unknown values are None and print as n/a; nothing is guessed.
@@ -353,7 +353,9 @@ def _claim_names(named: Sequence[tuple[str, tuple[Peak, ...]]]) -> dict[frozense
 
 
 def _read_shared(devices: Mapping[str, Peak]) -> list[tuple[str, tuple[Peak, ...]]]:
-    return [(name, tuple(devices[one.strip()] for one in owners.split(","))) for name, owners in _cells(_SHARED, ":")]
+    return [
+        (name, tuple(devices[owner.strip()] for owner in owners.split(","))) for name, owners in _cells(_SHARED, ":")
+    ]
 
 
 _NAMED = [(name, (device,)) for device, names in _read_devices() for name in names]

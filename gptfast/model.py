@@ -49,8 +49,8 @@ class Documents(NamedTuple):
     @staticmethod
     def at(cu_seqlens: Tensor, S: int, longest: int) -> Documents:
         """Returns the documents that start at `cu_seqlens` in S tokens. On a CPU raises ValueError above `longest`."""
-        place = torch.arange(S, device=cu_seqlens.device)
-        position = place - cu_seqlens[torch.bucketize(place, cu_seqlens[1:], right=True)]
+        index = torch.arange(S, device=cu_seqlens.device)
+        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens[1:], right=True)]
         if position.device.type == "cpu" and not torch.compiler.is_compiling() and S and position.max() >= longest:
             raise ValueError(f"cu_seqlens: a document of {int(position.max()) + 1} tokens, but block_size is {longest}")
         return Documents(cu_seqlens, position, longest)
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         documents: Documents | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        """`values` (B, T, G · D): the value embeddings of the tokens, in a layer that has them."""
+        """Returns (B, T, C), like x. `values` (B, T, G · D): the tokens' value embeddings, in a layer that has them."""
         config, ops = self.config, self.ops
         B, T = x.shape[:2]
         H, G = config.n_head, config.kv_heads

@@ -67,7 +67,7 @@ class _Plain(torch.optim.Optimizer):
             self.make_capturable()
 
 
-SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # what a schedule may change
+SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # hyperparameters that a schedule may change
 
 
 def set_scheduled(group: dict[str, Any], key: str, value: float) -> None:
@@ -149,7 +149,7 @@ class Muon(_Plain):
     and "exp_avg_sq".
 
     newton_schulz: (stack (B, m, n), steps) -> (B, m, n), the op or its reference. dtype: what it computes in; None is
-    bfloat16 where the device has units for it, else what `gptfast.runtime.compute_dtype` says.
+    bfloat16 where the device has units for it, else the dtype from `gptfast.runtime.compute_dtype`.
     """
 
     def __init__(
@@ -306,8 +306,8 @@ def _subtract_(matrices: tuple[Tensor, ...], stack: Tensor, factor: float | Tens
 def _equal_lines(stack: Tensor, axis: int) -> Tensor:
     """Scales every line of stack (B, m, n) along `axis` to the root mean square of its matrix's line norms."""
     norms = torch.linalg.vector_norm(stack, dim=axis, keepdim=True)
-    other = -3 - axis  # of -1 and -2
-    return stack * (norms.square().mean(other, keepdim=True).sqrt() / norms.clamp(min=1e-6))
+    other_axis = -3 - axis  # of -1 and -2
+    return stack * (norms.square().mean(other_axis, keepdim=True).sqrt() / norms.clamp(min=1e-6))
 
 
 def _even_out(direction: Tensor, squares: tuple[Tensor, ...], beta2: float, allowed: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class PackedBatches:
-    """An endless iterator of PackedBatch over the documents of `tokens`, each of which begins with `bos`.
+    """An endless iterator of PackedBatch over the documents of `tokens`, which the token `bos` separates.
 
     Each of `ranks` loaders takes every ranks-th batch of the stream of a single loader. All have the same state, from
     which any number of them can continue: each plans the batches of all ranks, and fills its own. A thread prefetches
@@ -124,7 +124,7 @@ class PackedBatches:
 
     def _begin(self, state: dict[str, Any]) -> None:
         """Restarts at `state`, and starts prefetching."""
-        while self._waiting:  # the thread must be idle before what it works on is replaced
+        while self._waiting:  # the thread must be idle before its data are replaced
             future = self._waiting.popleft()
             if not future.cancel():
                 future.exception()

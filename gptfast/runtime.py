@@ -114,8 +114,8 @@ def choose_device(name: str, *, typed: bool) -> str:
             made_current(name)
             return name
         if typed:
-            there = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
-            raise UserError(f"--device={name}: {there}; use --device={'cuda:0' if count else 'cpu'}")
+            available = f"GPUs here: {count}" if count else "there is no CUDA GPU here"
+            raise UserError(f"--device={name}: {available}; use --device={'cuda:0' if count else 'cpu'}")
         print("device: cpu, because there is no CUDA GPU here (--device=cpu says so by itself)")
         return "cpu"
     if device.type == "mps" and not torch.backends.mps.is_available():

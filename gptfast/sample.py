@@ -1,6 +1,6 @@
 """Text from a trained model: `python -m gptfast.sample --out_dir=out --start="..."`, with nanoGPT's flags.
 
-The tokenizer comes out of the checkpoint, so neither the data set nor its folder is needed.
+The tokenizer is read from the checkpoint, so the data set is not needed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Sample:
     top_p: float = 1.0  # draw only from the likeliest tokens whose probabilities sum to this; 1 draws from all
     repetition_penalty: float = 1.0  # above 1, tokens that occurred become less likely
     stop: str = ""  # end a sample where this text would begin; empty: no such text
-    seed: int = 1337  # of the draws
+    seed: int = 1337  # of the random draws
     device: str = "cuda"  # cuda, cuda:N, mps or cpu; the default becomes cpu, and says so, where there is no GPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the best this device has
     quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits

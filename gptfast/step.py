@@ -158,12 +158,12 @@ class Step:
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Makes the next update; returns its mean loss () fp32 on the device. May raise for the previous update."""
-        taken = [tuple(batch) for batch in islice(batches, self.accumulation)]
+        micro_batches = [tuple(batch) for batch in islice(batches, self.accumulation)]
         if self.guard is not None:
             self._limit.fill_(self.guard.limit(len(self._unread)))
-        (self._replay if self._graph else self._launch)(taken)
+        (self._replay if self._graph else self._launch)(micro_batches)
         if self.guard is not None:
-            self._unread.append(self._send(taken))
+            self._unread.append(self._send(micro_batches))
             while len(self._unread) > 1:
                 self._read()
         return self._mean.clone()
@@ -346,9 +346,9 @@ class Step:
         unread = self._unread.pop(0)
         if unread.arrived is not None:
             unread.arrived.synchronize()
-        loss, norm, taken = unread.verdict.tolist()
+        loss, norm, was_taken = unread.verdict.tolist()
         assert self.guard is not None
-        self.guard.record(loss, norm, taken > 0, unread.batches)
+        self.guard.record(loss, norm, was_taken > 0, unread.batches)
 
 
 @contextlib.contextmanager
@@ -382,10 +382,10 @@ def evaluate(
     size, rank = (team.data_size, team.data_rank) if team is not None else (1, 0)
     sums, counts = [], []
     stream = iter(batches)
-    while turn := list(islice(stream, size)):
-        batch = turn[min(rank, len(turn) - 1)]
+    while of_ranks := list(islice(stream, size)):
+        batch = of_ranks[min(rank, len(of_ranks) - 1)]
         total, count = measure(*batch)
-        mine = float(rank < len(turn))  # the last round may be short
+        mine = float(rank < len(of_ranks))  # the last round may be short
         sums.append(total.float() * mine)
         counts.append(torch.as_tensor(count, device=total.device).float() * mine)
     model.train(was_training)

@@ -193,9 +193,9 @@ class CharTokenizer:
         """Returns the ids of a long text (len,) uint16 by one table lookup."""
         if not text:
             return torch.empty(0, dtype=torch.uint16)
-        codes, known = _code_points(text), _code_points(self.chars)
-        table = torch.full((int(torch.maximum(codes.max(), known.max())) + 1,), -1, dtype=torch.int32)
-        table[known] = torch.arange(self.vocab_size, dtype=torch.int32)
+        codes, own_codes = _code_points(text), _code_points(self.chars)
+        table = torch.full((int(torch.maximum(codes.max(), own_codes.max())) + 1,), -1, dtype=torch.int32)
+        table[own_codes] = torch.arange(self.vocab_size, dtype=torch.int32)
         ids = table.index_select(0, codes)
         if ids.min() < 0:
             raise self._unknown(text, next(char for char in text if char not in self._ids))
@@ -399,7 +399,7 @@ class BPETokenizer:
         """Writes the tokenizer's files to `folder`:
 
         ranks.tiktoken: the rank file of tiktoken. tokenizer.json, tokenizer_config.json: for tokenizers and
-        transformers, which take special tokens in a text for what they say unless told `split_special_tokens`.
+        transformers, which encode special tokens in a text as such unless given `split_special_tokens`.
         encoding.json: pattern, special tokens, and the fingerprint that load_bpe checks; written last.
         """
         folder = Path(folder)

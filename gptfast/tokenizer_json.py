@@ -41,8 +41,8 @@ class Found(NamedTuple):
 def _byte_letters() -> dict[int, str]:
     """Returns the letter for each byte in Hugging Face's files: itself if printable, else a code point from 256 on."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    unprinted = [byte for byte in range(256) if byte not in printed]
+    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(unprinted)}
 
 
 BYTE_LETTERS = _byte_letters()
@@ -92,8 +92,10 @@ def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[i
     for text in (PROBE, " ".join([f"a{name} b {name}c" for name in written]), "a", " ", "\n\n a  "):
         expected, ours = theirs.encode(text, add_special_tokens=False).ids, encode(text)
         if ours != expected:
-            place = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), len(ours))
-            raise UserError(f"{path} encodes a probe otherwise than gptfast would, from token {place} on; {ELSEWHERE}")
+            position = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), len(ours))
+            raise UserError(
+                f"{path} encodes a probe otherwise than gptfast would, from token {position} on; {ELSEWHERE}"
+            )
 
 
 def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
@@ -136,7 +138,7 @@ def _pattern(content: Mapping[str, Any], path: Path) -> str:
         raise UserError(f"{path} holds a {content['model']['type']}; {ELSEWHERE}")
     if normalizer and normalizer["type"] != "NFC":
         raise UserError(f"{path} normalizes text by {normalizer['type']}; {ELSEWHERE}")
-    names = [each.get("type", "nothing") for each in steps]
+    names = [entry.get("type", "nothing") for entry in steps]
     last = steps[-1]
     if names[-1] == "ByteLevel" and last.get("add_prefix_space"):
         raise UserError(f"{path} puts a blank before a text (add_prefix_space); {ELSEWHERE}")
@@ -145,7 +147,7 @@ def _pattern(content: Mapping[str, Any], path: Path) -> str:
     first = steps[0]
     if names != ["Split", "ByteLevel"] or last.get("use_regex", True):
         kinds = [
-            f"{name} (use_regex)" if each.get("use_regex") else name for name, each in zip(names, steps, strict=True)
+            f"{name} (use_regex)" if entry.get("use_regex") else name for name, entry in zip(names, steps, strict=True)
         ]
         raise UserError(f"{path} splits text by {', then '.join(kinds)}; {ELSEWHERE}")
     if first["behavior"] != "Isolated" or first.get("invert") or "Regex" not in first["pattern"]:

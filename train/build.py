@@ -43,7 +43,7 @@ def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
         print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
         return meta["vocab_size"], meta["tokenizer"]
     if (folder / "meta.pkl").exists():
-        load_tokenizer(folder)  # says what to do about a pickle
+        load_tokenizer(folder)  # its error says what to do about a pickle
     return None, {"kind": "tiktoken", "name": "gpt2"}
 
 

@@ -129,9 +129,7 @@ class Pretrain:
     window_pattern: str = ""  # S and L, repeated over the layers, the last always L; S layers see only `window` back
     window: int | None = None  # earlier positions that a query of an S layer sees
     value_embeddings: bool = False  # every other layer adds token embeddings to its values
-    residual_scalars: bool = (
-        False  # every layer scales the residual stream and adds the embedding, by scalars of its own
-    )
+    residual_scalars: bool = False  # every layer scales the stream and adds the embedding, by scalars of its own
     smear: bool = False  # add a gated part of the previous token's embedding to each embedding
     backout: bool = False  # subtract the middle layer's output, times a scalar, from the last one's
     rope_sign: int = 1  # -1: rotary positions rotate by minus the angle

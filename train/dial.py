@@ -87,7 +87,7 @@ def _width(depth: int, head_dim: int) -> int:
     return -(-depth * ASPECT // head_dim) * head_dim
 
 
-# ---- what follows
+# ---- the recipe
 
 
 @dataclass(frozen=True)

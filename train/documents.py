@@ -129,7 +129,7 @@ class Documents:
             ) from None
 
     def _open(self) -> Any:
-        """A datasets.IterableDataset."""
+        """Opens the data set as a datasets.IterableDataset."""
         import datasets
 
         datasets.disable_progress_bars()
@@ -170,8 +170,8 @@ class Tokenized:
 def tokenize(tokenizer: BPETokenizer, every: int, first: int, texts: Sequence[str | None]) -> Tokenized:
     """Tokenizes documents, each after a BOS; every `every`-th, by an ordinal that starts at `first`, goes to val.
 
-    Empty documents are left out, as a BOS alone teaches nothing; half of a surrogate pair, which JSON can hold and
-    UTF-8 cannot, becomes U+FFFD. Raises UserError for what is no text.
+    Empty documents are left out; half of a surrogate pair, which JSON can hold and
+    UTF-8 cannot, becomes U+FFFD. Raises UserError for a value that is not text.
     """
     ids_of: dict[str, list[int]] = {split: [] for split in SPLITS}
     text_bytes = empty = mended = 0

@@ -48,7 +48,7 @@ def _download(url: str, path: Path, sha256: str | None, otherwise: str, attempts
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file of any size, in hex."""
+    """Returns the sha256 of a file of any size, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

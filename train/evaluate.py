@@ -4,7 +4,7 @@
     python -m train.evaluate --models=out-owt-30m,gpt2,gpt2-medium,gpt2-large,gpt2-xl --dataset=openwebtext
     python -m train.evaluate eval_gpt2_all                     GPT-2 124M … 1558M on openwebtext's validation split
     python -m train.evaluate --models=out-sft,out-rl --tasks=gsm8k,humaneval --task_dir=tasks     (train/score.py)
-    python -m train.evaluate --models=out-sft --tasks=all      every task that can be judged, from the hub
+    python -m train.evaluate --models=out-sft --tasks=all      every task with a judge, from the hub
     python -m train.evaluate --models=out,gpt2 --tasks=core --out_dir=core     CORE, by which base models are compared;
                                                                the same command goes on where it stopped (train/core.py)
 
@@ -59,10 +59,10 @@ class Evaluate:
     context: int = 0  # tokens in a window; 0: as many as each model takes
     stride: int = 0  # tokens between the starts of two windows, which is how many each predicts; 0: no overlap
     batch_size: int = 8  # windows at once; for CORE, as many tokens as these windows hold
-    tasks: str = ""  # in place of a text, tasks of train/tasks: all, or names with commas between; core, core:NAME
+    tasks: str = ""  # tasks of train/tasks instead of a text: all, or names with commas between; core, core:NAME
     task_dir: str = ""  # folder with a folder of files for each task; empty: from the network
     max_examples: int = 0  # of each task; 0: all
-    samples: int = 1  # answers to each problem; it is solved if one passes
+    samples: int = 1  # answers to each problem; one must pass
     temperature: float = 0.0  # of answers; 0 takes the likeliest token
     top_k: int = 50  # tokens that an answer is drawn from, at a temperature above 0
     max_tokens: int = 512  # of an answer
@@ -339,7 +339,7 @@ def count_windows(length: int, context: int, stride: int) -> int:
 
 
 def windows(ids: Tensor, counted: Tensor, context: int, stride: int, which: range) -> tuple[Tensor, Tensor]:
-    """Returns inputs and targets (len(which), context) int64. Over all windows a counted id is a target once.
+    """Returns inputs and targets (len(which), context) int64. Each counted id but the first is a target once.
 
     Windows begin `stride` apart; where one overlaps the previous one, only its new targets count, and the others are
     IGNORED. Inputs after the end repeat the last id; no counted target sees them.

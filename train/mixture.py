@@ -192,7 +192,7 @@ class ConversationBatches:
     # ---- from here on, all but _begin runs in the thread
 
     def _begin(self, state: dict[str, Any]) -> None:
-        while self._waiting:  # the thread must be idle before what it works on is replaced
+        while self._waiting:  # the thread must be idle before its data are replaced
             future = self._waiting.popleft()
             if not future.cancel():
                 future.exception()

@@ -4,7 +4,7 @@
     python -m train.plan "RTX 4090" --n_gpu=2 --prices="RTX 4090=0.4"
     python -m train.pretrain --depth=12 --dry_run           one run in full, on several GPUs
 
-Memory of one GPU, in bytes, with P weights of which Pm are Muon's, activations of a bytes, B sequences of T tokens:
+Memory of one GPU, in bytes, for P weights (Pm of them Muon's), activations of a bytes each, B sequences of T tokens:
 
     weights 4P + gradients 4P + optimizer 8(P - Pm) + 4 Pm           AdamW keeps two numbers for a weight, Muon one
     16-bit copies of the blocks' weights, a · Pblocks                kept for the backward pass; none in fp32

@@ -69,7 +69,7 @@ def judged(answers: Answers, task: Task, example: Example, answer: Answer) -> Ro
     return Rollout(answer.prompt, ids, drawn, text, float(task.passes(example, text)))
 
 
-# ---- what is learnt from them
+# ---- the objective
 
 
 def advantages_of(rewards: Tensor, *, sigma: bool = False) -> Tensor:

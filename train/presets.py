@@ -100,7 +100,7 @@ CPU = Pretrain(
     norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, token_shift=True, zero_start=True,
     optimizer="muon", cautious=True, weight_decay=0.0, beta1=0.8, matrix_lr=0.05, learning_rate=0.15, head_lr=0.02,
     scalar_lr=0.06, momentum=0.9, momentum_start=0.8, momentum_iters=50,
-    newton_schulz_steps=4,  # the last of five buys nothing at this size
+    newton_schulz_steps=4,  # a fifth step does not help at this size
 )  # fmt: skip
 
 # Two presets that reach the loss of nanoGPT's CPU command on tinyshakespeare (1.898 over the whole validation split),

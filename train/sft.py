@@ -56,7 +56,7 @@ class Finetune(Pretrain):
     compile: bool = False  # rows of whole conversations differ in shape
     eval_interval: int = 200  # iterations between evaluations; 0: only at the end
     max_iters: int = 0  # updates; 0: `epochs` of them
-    whole_val: bool = False
+    whole_val: bool = False  # end with the loss over the whole validation split, each token once
     task_dir: str = ""  # folder with a folder of files for each task; empty: the Hugging Face hub
     name: str = Identity.name  # of the model, in the conversations of `identity`
     maker: str = Identity.maker  # who made it

@@ -96,7 +96,7 @@ def train(config: TokenizerConfig) -> BPETokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Trains a tokenizer of `vocab_size` ids on `texts`. Raises UserError if they have too few distinct pairs."""
+    """Trains a tokenizer of `vocab_size` ids on `texts`. Raises UserError if they are too short for that many."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())

@@ -1,6 +1,6 @@
 """The training loop that every command shares: data, evaluation, checkpoints, signals, log, guard and ranks.
 
-A Recipe holds what is not a flag of train/config.py: above all the objective, the data and the console line.
+A Recipe holds the choices that are not flags of train/config.py, such as objective, data and console line.
 
     with started(config, Recipe(), typed) as (run, log):
         train(run, log)
@@ -106,8 +106,7 @@ class Run:
 
 @contextlib.contextmanager
 def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Iterator[tuple[Run, Log]]:
-    """Yields a run before its first update, and its log; alone or as a rank of torchrun's. Only the first rank
-    prints."""
+    """Yields a run before its first update and its log; alone or under torchrun, where only the first rank prints."""
     device = runtime.choose_device(config.device, typed="device" in typed)
     mode, degrees = config.parallel, dict(tensor=config.tensor_parallel, shard_size=config.shard_size)
     with (
@@ -263,7 +262,7 @@ def check_same(config: Pretrain, saved: checkpoint.Checkpoint) -> None:
             raise UserError(f"--{name}={getattr(config, name)}: {saved.path} was trained with --{name}={saved_value}")
 
 
-# ---- what survives a stop
+# ---- saving and resuming
 
 
 def described(run: Run) -> dict[str, Any]:

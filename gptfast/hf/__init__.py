@@ -232,10 +232,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _unshared(tensors: Weights) -> Weights:
     """Copies tensors that share memory with an earlier one, which safetensors cannot store."""
-    seen: set[int] = set()
+    addresses: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in addresses else tensor
+        addresses.add(address)
     return result

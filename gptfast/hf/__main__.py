@@ -31,9 +31,7 @@ LayoutName = Literal["auto", "gpt2", "llama", "qwen3", "nanochat", "nanochat_pt"
 
 @dataclass(frozen=True)
 class Import:
-    source: str = (
-        ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, a folder, or nanochat's model_*.pt
-    )
+    source: str = ""  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, a folder, nanochat's model_*.pt
     out_dir: str = ""  # where the checkpoint goes
     tokenizer: bool = True  # read the tokenizer too; without one the model can be trained on, but makes no text
 

@@ -42,7 +42,7 @@ def newest(source: str | Path) -> Path | None:
     path = Path(source)
     if path.is_file() and FILE.fullmatch(path.name):
         return path
-    steps = [(int(found[1]), file) for file in path.glob("model_*.pt") if (found := FILE.fullmatch(file.name))]
+    steps = [(int(match[1]), file) for file in path.glob("model_*.pt") if (match := FILE.fullmatch(file.name))]
     return max(steps)[1] if steps else None
 
 
@@ -121,12 +121,12 @@ def misfits(config: GPTConfig) -> list[str]:
     """Returns the fields of `config` that nanochat's code cannot express, as 'field=value'."""
     theirs = dataclasses.asdict(_nearest(config))
     same = {"head_size": config.n_embd // config.n_head, "mlp_width": 4 * config.n_embd}  # what None means
-    found = []
+    differing = []
     for field, value in dataclasses.asdict(config).items():
         fits = field in (*FILLED_IN, *FREE) or value in (theirs[field], same.get(field, theirs[field]))
         if not fits:
-            found.append(f"{field}={value}")
-    return found
+            differing.append(f"{field}={value}")
+    return differing
 
 
 def _nearest(config: GPTConfig) -> GPTConfig:

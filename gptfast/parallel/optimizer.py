@@ -97,16 +97,16 @@ class ShardedOptimizer:
         team = self.team
         if team.replicas == 1 or self.replicated:
             return list(range(team.size)), dist.group.WORLD
-        each = team.shards * team.tensor
-        groups = [list(range(first, first + each)) for first in range(0, team.size, each)]
+        replica_size = team.shards * team.tensor
+        groups = [list(range(first, first + replica_size)) for first in range(0, team.size, replica_size)]
         made = [dist.new_group(ranks) for ranks in groups]  # every rank makes every group
-        mine = team.rank // each
+        mine = team.rank // replica_size
         return groups[mine], made[mine]
 
     def _share_of(self, index: int, p: nn.Parameter) -> list[Share]:
-        held = local(p)
-        low, high = chunk(len(held), len(self.members), self.me) if self.replicated else (0, len(held))
-        return [Share(index, p, low, high, held[low:high])] if high > low else []
+        local_rows = local(p)
+        low, high = chunk(len(local_rows), len(self.members), self.me) if self.replicated else (0, len(local_rows))
+        return [Share(index, p, low, high, local_rows[low:high])] if high > low else []
 
     def _matrices_of(self, index: int, p: nn.Parameter) -> list[Matrix]:
         name, matrices, row = self.names[index], [], 0
@@ -275,9 +275,11 @@ class ShardedOptimizer:
         like = local(self.parameters[0])
         flat = [tensor.reshape(-1) for mine in outgoing for tensor in mine]
         sent = torch.cat(flat) if flat else like.new_empty(0)
-        given, taken = ([sum(tensor.numel() for tensor in mine) for mine in side] for side in (outgoing, incoming))
-        received = like.new_empty(sum(taken))
-        work = dist.all_to_all_single(received, sent, taken, given, group=self.group, async_op=True)
+        send_sizes, receive_sizes = (
+            [sum(tensor.numel() for tensor in mine) for mine in side] for side in (outgoing, incoming)
+        )
+        received = like.new_empty(sum(receive_sizes))
+        work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=self.group, async_op=True)
 
         def finish() -> None:
             work.wait()

@@ -64,7 +64,7 @@ def read_parts(
             model[path[0]] = tensor
         else:
             optimizer["state"].setdefault(int(path[0]), {})[path[1]] = tensor
-    return model | {name: model[other] for name, other in aliases.items()}
+    return model | {name: model[stored_name] for name, stored_name in aliases.items()}
 
 
 def joined(name: str, pieces: dict[Extent, Tensor]) -> Tensor:

@@ -83,8 +83,8 @@ def rectangles(name: str, shape: torch.Size, config: GPTConfig, team: Team, rank
 
 def chunk(rows: int, ways: int, index: int) -> tuple[int, int]:
     """Returns the rows [low, high) of part `index`, as torch.chunk and FSDP split: ceil(rows / ways) rows first."""
-    each = -(-rows // ways)
-    return min(rows, index * each), min(rows, (index + 1) * each)
+    size = -(-rows // ways)
+    return min(rows, index * size), min(rows, (index + 1) * size)
 
 
 def local(p: Tensor | None) -> Tensor:

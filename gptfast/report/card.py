@@ -69,8 +69,8 @@ class Stage:
 
     def last(self, key: str) -> Any:
         """Returns the newest figure of this name from the run's evaluations or from later ones."""
-        found = [row[key] for row in (*report.of_kind(self.run, "eval"), *self.judged) if row.get(key) is not None]
-        return found[-1] if found else None
+        values = [row[key] for row in (*report.of_kind(self.run, "eval"), *self.judged) if row.get(key) is not None]
+        return values[-1] if values else None
 
 
 def read(folders: Sequence[Path]) -> list[Stage]:

@@ -61,8 +61,8 @@ class CoreTask:
 
 
 def prompts(task: CoreTask, index: int) -> list[str]:
-    """Returns the texts of item `index`, one per choice or beginning; in language modelling, without and with the
-    ending."""
+    """Returns the texts of item `index`: one per choice or beginning; for language modelling, without the ending and
+    with it."""
     item, mark = task.items[index], task.delimiter
     before = "".join(f"{_told(task, example)}\n\n" for example in shown(task, index))
     if task.kind == "multiple_choice":

@@ -134,8 +134,7 @@ def _loop_tile(tile: LoopTile, N: int, itemsize: int, arch: int) -> LoopTile:
     block_n = triton.next_power_of_2(N)
     block_m = min(32, tile.block_m * tile.block_n // block_n)  # of short rows as many more
     num_warps = max(1, min(tile.num_warps, block_m * block_n // 256))
-    # Three operands in three stages take 192 KiB in 32 bits; on sm_120 they spill.
-    crowded = (itemsize > 2 and tile_arch(arch) < 90) or arch in (120, 121)
+    crowded = (itemsize > 2 and tile_arch(arch) < 90) or arch in (120, 121)  # three take 192 KiB, or spill
     return LoopTile(block_m, block_n, num_warps, tile.num_stages - crowded, tile.per_multiprocessor)
 
 

@@ -23,7 +23,12 @@ def test_the_report_is_fresh():
 def test_every_gate_in_the_report_holds():
     rows = aot.read_report()
     assert {row["arch"] for row in rows} == set(aot.CHIPS)
-    assert [aot._label(aot.row_key(row), row["constants"]) for row in rows if row["broken"]] == []
+    broken = [row for row in rows if row["broken"] and not aot.excuse(row)]
+    assert [aot._label(aot.row_key(row), row["constants"]) for row in broken] == []
+    excused = {next(entry for entry in aot.EXCUSED if entry[3] == aot.excuse(row)) for row in rows if row["broken"]}
+    assert {why for *_, why in excused} == {why for *_, why in aot.EXCUSED}  # an excuse that nobody needs is gone
+    spilling = {"kernel": "cross_entropy_bwd_kernel", "constants": "", "broken": ["narrow loads: 18", "spills: 8 B"]}
+    assert not aot.excuse(spilling) and aot.excuse({**spilling, "broken": ["narrow loads: 18"]})
 
 
 def test_the_report_stays_small():

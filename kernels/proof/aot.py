@@ -72,6 +72,23 @@ CHIPS = {
     # The guide says 24 programs, the tuning guide 32. GB10, sm_121, has the same limits and takes the same code.
     120: Chip("RTX 5080", 84, 102400, 101376, "HMMA", "RTX 50, RTX PRO 6000, GB10", warps=48, programs=24),
 }
+# Gates that do not hold, by the kernel, what of its constants must be there, and how the complaint begins; and why the
+# tiles stand nevertheless.
+ODD_PITCH = (
+    "rows of an odd pitch, such as 50,307, begin at no multiple of 16 bytes; pad the vocabulary to a multiple of 8"
+)
+FEW_BYTES = (
+    "some bytes where options meet at the largest head dim; a tile of half the size costs more, and was not timed"
+)
+PAGED = "some bytes with a softcap over pages, which no model has; a smaller tile would cost those without"
+EXCUSED = (
+    ("cross_entropy_rows_kernel", "", "narrow loads", ODD_PITCH),
+    ("cross_entropy_bwd_kernel", "", "narrow loads", ODD_PITCH),
+    ("attention_bwd_kernel_dk_dv", "BLOCK_D=256 WINDOWED", "spills: 8 B", FEW_BYTES),
+    ("attention_bwd_kernel_dk_dv", "BLOCK_D=256 DOCUMENTS", "spills: 8 B", FEW_BYTES),
+    ("decode_attention_fwd_kernel_split", "SOFTCAPPED PAGE_SIZE=16", "spills: 8 B", PAGED),
+    ("decode_attention_fwd_kernel_split", "SOFTCAPPED PAGE_SIZE=16", "spills: 16 B", PAGED),
+)
 RESERVED_SHARED = 1024  # bytes a program costs beside what it asks for
 
 
@@ -374,6 +391,15 @@ def bytes_in_flight(code: Code) -> int:
 # ---- gates
 
 
+def excuse(row: dict[str, Any]) -> str:
+    """Returns why a row's tile stands although gates do not hold; "" where nothing says so."""
+    for kernel, needed, complaint, why in EXCUSED:
+        mine = row["kernel"] == kernel and set(needed.split()) <= set(row["constants"].split())
+        if mine and all(text.startswith(complaint) for text in row["broken"]):
+            return why
+    return ""
+
+
 def broken_gates(code: Code, arch: int) -> list[str]:
     """Why this machine code would disappoint; empty when it is clean."""
     broken = []
@@ -528,9 +554,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.update and i % 50 == 0:  # what was compiled is not lost if the rest is stopped
             write_report([*{**known, **rows}.values()])
-    broken = [row for row in rows.values() if row["broken"]]
-    for row in broken:
-        print(f"{_label(row_key(row), row['constants'])}: {'; '.join(row['broken'])}")
+    for row in filter(lambda row: row["broken"], rows.values()):
+        why = excuse(row)
+        print(f"{_label(row_key(row), row['constants'])}: {'; '.join(row['broken'])}{why and f' ({why})'}")
+    broken = [row for row in rows.values() if row["broken"] and not excuse(row)]
     some = args.op or args.arch
     if args.update:
         write_report([*({**known, **rows} if some else rows).values()])

@@ -132,7 +132,8 @@ class Case:
                 with torch.no_grad():
                     return function(*arguments)
 
-            return Work(forward, tensors, redraw)
+            places = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+            return Work(forward, tensors, redraw, frozenset(places.index(i) for i in self.op.writes & {*places}))
 
         leaves = tuple(
             a.detach().requires_grad_() if i in wanted and isinstance(a, Tensor) else a for i, a in enumerate(arguments)

@@ -69,13 +69,19 @@ class Settings:
 class Work:
     """One thing to time on one set of inputs.
 
-    `run()` does the work and returns its outputs. `inputs` are the tensors it may read and must not change.
-    `refresh(seed)` rewrites some of them in place with the random values of that seed.
+    `run()` does the work and returns its outputs. `inputs` are the tensors it may read; it must not change them, except
+    those in the places `writes`, which it leaves as they are when it is run again. `refresh(seed)` rewrites some of them
+    in place with the random values of that seed.
     """
 
     run: Callable[[], Any]
     inputs: Tensors
     refresh: Callable[[int], Any]
+    writes: frozenset[int] = frozenset()
+
+    def constants(self) -> Tensors:
+        """The inputs that it must not change."""
+        return tuple(tensor for i, tensor in enumerate(self.inputs) if i not in self.writes)
 
 
 @dataclass(frozen=True)
@@ -303,7 +309,7 @@ class Stopwatch:
     def measure(self, variants: Mapping[str, Sequence[Work]]) -> dict[str, Timing]:
         """Time every variant side by side. Each has its Works, one per input set, all of the same size."""
         for works in variants.values():
-            self._before[id(works[0])] = _bits(works[0].inputs)
+            self._before[id(works[0])] = _bits(works[0].constants())
         estimates = self._warm_up(variants)
         samplers, facts = {}, {}
         for name, works in variants.items():
@@ -371,19 +377,19 @@ class Stopwatch:
     def _after_timing(self, work: Work) -> Verdict:
         reason = clocks_replaced() or self._outside.get(id(work))
         before = self._before.get(id(work))
-        if before is not None and not _same_bits(_bits(work.inputs), before):
+        if before is not None and not _same_bits(_bits(work.constants()), before):
             reason = reason or "the inputs were overwritten while timing"
         return Verdict(None, None, reason)
 
     def _on_fresh_inputs(self, work: Work, seed: int, exact: Tensors, usual: Tensors, any_dtype: bool) -> Verdict:
         work.refresh(seed)
-        before = _bits(work.inputs)
+        before = _bits(work.constants())
         self.synchronize()
         outputs = flatten(self._replay.get(id(work), work.run)())
         snapshot = self._snapshot(outputs)  # at once: what a thread or stream writes later comes too late
-        if _same_bits(_bits(work.inputs), before):
+        if _same_bits(_bits(work.constants()), before):
             return judge(snapshot, exact, usual, any_dtype)
-        for tensor, bits in zip(work.inputs, before, strict=True):
+        for tensor, bits in zip(work.constants(), before, strict=True):
             tensor.data.copy_(bits.view(tensor.shape))
         return Verdict(None, None, "the inputs are overwritten")
 

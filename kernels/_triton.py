@@ -106,7 +106,9 @@ if MISSING is None:
 else:
 
     class _AbsentLanguage:
-        constexpr = object
+        class constexpr:
+            def __init__(self, value: Any) -> None:
+                self.value = value
 
     class _AbsentKernel:
         def __init__(self, fn: Callable, **options: Any) -> None:

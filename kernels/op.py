@@ -43,6 +43,7 @@ class Op:
     summary: str = ""  # the formula in one line, for the table of ops
     differentiable: bool = True  # False: neither the reference nor the kernels give gradients
     constants: frozenset[int] = frozenset()  # floating arguments that training takes no gradient of, by position
+    writes: frozenset[int] = frozenset()  # arguments that it writes into, by position, the same again when called again
 
 
 Forward = Callable[..., tuple[Tensor, ...]]

@@ -185,16 +185,21 @@ def sum_partial_rows(partial: Tensor, first: Tensor, second: Tensor | None = Non
 
 
 @jit
-def softcapped(z, softcap):
-    """softcap * tanh(z / softcap), to 2 ulp: libdevice's tanh does not exist in the interpreter."""
-    x = z / softcap
+def tanh(x):
+    """To 2 ulp: libdevice's tanh does not exist in the interpreter."""
     square = x * x
     inner = 0.13332970 + square * (
         -0.053899970 + square * (0.021301694 - 0.0066535580 * square)
     )  # minimax on |x| < 1/2
     near = x + x * square * (-0.33333328 + square * inner)
     far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
-    return softcap * tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0.0, -far, far))
+    return tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0.0, -far, far))
+
+
+@jit
+def softcapped(z, softcap):
+    """softcap * tanh(z / softcap)."""
+    return softcap * tanh(z / softcap)
 
 
 @jit

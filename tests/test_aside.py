@@ -49,7 +49,7 @@ with locked(pathlib.Path({str(tmp_path / "mine")!r})):
         ),
     ]
     for config in wanted:
-        with pytest.raises(UserError, match=f"is being written by process {holder.pid}; wait for it"):
+        with pytest.raises(UserError, match=rf"is being written by process {holder.pid} on .*; wait for it"):
             prepare_as(config)
     holder.kill()  # and so without a word
     holder.wait()

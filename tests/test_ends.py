@@ -18,7 +18,7 @@ PAGES = sorted(
     re.sub(r"\.__main__$", "", ".".join(path.relative_to(ROOT).with_suffix("").parts))
     for package in ("gptfast", "train", "bench", "kernels")
     for path in (ROOT / package).rglob("*.py")
-    if '\nif __name__ == "__main__":\n' in path.read_text("utf-8") and "sys.exit(" in path.read_text("utf-8")
+    if '\nif __name__ == "__main__":\n' in path.read_text("utf-8") and "run(main))" in path.read_text("utf-8")
 )
 
 

@@ -253,8 +253,8 @@ def test_a_config_holds_only_what_its_fields_can_be(field: str, value: Any) -> N
 
 
 def test_a_config_of_other_fields_is_named() -> None:
-    with pytest.raises(UserError, match="fields that this gptfast has not: window"):
-        config_of({"n_layer": 2, "window": 4})
+    with pytest.raises(UserError, match="fields that this gptfast has not: span"):
+        config_of({"n_layer": 2, "span": 4})
     with pytest.raises(UserError, match="not the description of a model"):
         config_of([1])
 

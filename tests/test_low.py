@@ -70,7 +70,7 @@ def test_a_page_is_replaced_and_no_link_followed(tmp_path: Path) -> None:
 
 
 def test_kernels_speak_to_a_terminal_of_few_letters() -> None:
-    code = "import sys; from kernels import _command; sys.exit(_command.run(lambda: print('\u00b2') or 0))"
+    code = "import sys; from kernels import _command; sys.exit(_command.run(lambda: print(chr(178)) or 0))"
     done = subprocess.run(
         [sys.executable, "-X", "utf8=0", "-c", code], cwd=ROOT, capture_output=True, text=True,
         env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]},

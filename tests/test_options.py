@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import kernels
 from kernels.proof.options import combined, option_sets, pairwise
 
 # Of the layout or the precision of one op, and tested on its page: `eps` is a number like any, `inplace` overwrites the
-# logits, which `inputs` must not give away.
-APART = {"eps", "inplace"}
+# logits, which `inputs` must not give away, and `dtype` asks for another result than the arguments'.
+APART = {"eps", "inplace", "dtype"}
 each_op = pytest.mark.parametrize("op", kernels.OPS.values(), ids=lambda op: op.name)
 
 
@@ -21,7 +22,8 @@ def test_any_two_values_of_two_options_meet(op):
     assert sets[0] == {name: values[0] for name, values in op.options.items()}
     for a, b in itertools.combinations(op.options, 2):
         assert {(s[a], s[b]) for s in sets} == set(itertools.product(op.options[a], op.options[b]))
-    assert len(sets) <= 12
+    longest = sorted(len(values) for values in op.options.values())[-2:]
+    assert len(sets) <= max(12, math.prod(longest))
 
 
 @each_op
@@ -37,12 +39,14 @@ def test_every_keyword_of_an_op_is_declared(op):
 
 @each_op
 def test_every_optional_argument_of_an_op_is_there_and_is_not(op):
-    parameters = inspect.signature(op.reference).parameters.values()
-    positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    drawn = [op.inputs(**op.parity[-1], **options, dtype=torch.float32)[0] for options in option_sets(op)]
-    for i, parameter in enumerate(positional):
-        if parameter.default is None:
-            assert {len(arguments) > i and arguments[i] is not None for arguments in drawn} == {True, False}
+    signature = inspect.signature(op.reference)
+    drawn = []
+    for dims, options in itertools.product(op.parity, option_sets(op)):
+        arguments, keywords = op.inputs(**dims, **options, dtype=torch.float32)
+        drawn.append(signature.bind(*arguments, **keywords).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.default is None and name not in APART:
+            assert {given.get(name) is not None for given in drawn} == {True, False}, name
 
 
 def test_pairs_of_three_factors():

@@ -87,7 +87,7 @@ def test_the_checkpoint_holds_what_was_trained(data_dir, tmp_path):
     made = build(data_dir, tmp_path, "--max_iters=3", "--eval_interval=0")
     train(made)
     saved = checkpoint.load(tmp_path)
-    again = GPT(GPTConfig(**saved.meta["model"]), kernels.load("reference"), made.model.dtype)
+    again = GPT(GPTConfig(**saved.meta["model"]), made.model.ops, made.model.dtype)
     again.load_state_dict(saved.model)
     tokens = torch.arange(10)[None]
     assert torch.equal(again.logits(tokens), made.model.logits(tokens))

@@ -255,9 +255,8 @@ LONG_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 64): Til
 DROPOUT_TILES = {
     ("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True),
     ("dq", 100, 256): Tile(64, 16, 8, 2, True), ("dk_dv", 100, 64): Tile(32, 128, 8, 2, True),
-    ("dk_dv", 100, 128): Tile(32, 128, 8, 2, True), ("dq", 100, 64): Tile(64, 64, 4, 2, True),
-    ("dq", 90, 256): Tile(32, 32, 8, 2, True), ("dk_dv", 90, 64): Tile(32, 64, 4, 3, True),
-    ("dk_dv", 90, 256): Tile(16, 32, 8, 2, True),
+    ("dk_dv", 100, 128): Tile(32, 128, 8, 2, True), ("dq", 100, 64): Tile(128, 32, 8, 2, True),
+    ("dq", 90, 256): Tile(64, 16, 8, 2, True), ("dk_dv", 90, 64): Tile(32, 64, 4, 3, True),
 }  # fmt: skip
 
 

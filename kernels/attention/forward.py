@@ -151,7 +151,7 @@ DROPOUT_TILES = {
     (90, 64): Tile(128, 64, 8, 2, True), (90, 128): Tile(64, 64, 8, 2, True),
     (100, 64): Tile(128, 32, 8, 2, True), (100, 128): Tile(128, 32, 8, 2, True),
     (80, 128): Tile(128, 32, 8, 3), (80, 256): Tile(64, 16, 8, 2), (86, 64): Tile(64, 32, 4, 3),
-    (86, 256): Tile(64, 16, 8, 2), (90, 256): Tile(64, 64, 8, 2, True),
+    (86, 256): Tile(64, 16, 8, 2), (90, 256): Tile(64, 32, 8, 2, True),
 }  # fmt: skip
 # Where the ends of what each query sees do: of a window, or of a document.
 BOUNDED_TILES = {(80, 128): Tile(128, 32, 8, 3), (86, 128): Tile(64, 32, 4, 2)}

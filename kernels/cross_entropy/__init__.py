@@ -86,8 +86,8 @@ def cross_entropy_bwd_kernel(
     maximum = tl.load(maximum_ptr + m, m < M, other=0.0)
     log_sum = tl.load(log_sum_ptr + m, m < M, other=0.0)
     scale = tl.load(scale_ptr + m * scale_stride_m, m < M, other=0.0)
-    s = load_logits(logits_ptr + m * logits_stride_m + v, kept & (v < N), v < V, softcap, SOFTCAP)
-    dz = logits_gradient(s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP)
+    s, share = load_logits(logits_ptr + m * logits_stride_m + v, kept & (v < N), v < V, softcap, SOFTCAP)
+    dz = logits_gradient(s, share, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, SOFTCAP)
     dz = tl.where(kept & (v < V), dz, 0.0)
     tl.store(dlogits_ptr + m * N + v, dz.to(dlogits_ptr.dtype.element_ty), (m < M) & (v < N))
 

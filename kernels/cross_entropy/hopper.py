@@ -18,27 +18,31 @@ CHUNKS_OF_TWO = 13  # of which a multiprocessor holds two programs
 
 
 @gluon_jit
-def _capped(x, softcap):
-    """softcap * tanh(x / softcap), as softcapped in rows.py."""
-    x = x / softcap
+def _tanh(x):
+    """As tanh in prims.py."""
     square = x * x
     inner = 0.13332970 + square * (-0.053899970 + square * (0.021301694 - 0.0066535580 * square))
     near = x + x * square * (-0.33333328 + square * inner)
     size = gl.maximum(x, -x)
     far = 1.0 - 2.0 / (1.0 + gl.exp2(2.8853900817779268 * size))
     far = gl.where(x < 0.0, -far, far)
-    return softcap * gl.where(size < 0.5, near, gl.where(x == x, far, x))
+    return gl.where(size < 0.5, near, gl.where(x == x, far, x))
 
 
 @gluon_jit
 def _chunk(buffer, v, V, softcap, SOFTCAP: gl.constexpr, RAGGED: gl.constexpr, LAYOUT: gl.constexpr):
-    """A chunk of the row in fp32 under its cap; minus infinity from column V on, which only a RAGGED chunk has."""
+    """A chunk of the row in fp32 under its cap, and its share of the cap, as load_logits in rows.py.
+
+    Minus infinity from column V on, which only a RAGGED chunk has.
+    """
     s = buffer.load(LAYOUT).to(gl.float32)
+    share = s
     if SOFTCAP:
-        s = _capped(s, softcap)
+        share = _tanh(s / softcap)
+        s = softcap * share
     if RAGGED:
         s = gl.where(v < V, s, float("-inf"))
-    return s
+    return s, share
 
 
 @gluon_jit
@@ -48,7 +52,7 @@ def _sum_chunk(
 ):  # fmt: skip
     """Add chunk i to the sum of exp(s - maximum) and to that of s, each still apart by column."""
     v = i * BLOCK_N + column
-    s = _chunk(chunks.index(i), v, V, softcap, SOFTCAP, RAGGED, LAYOUT)
+    s = _chunk(chunks.index(i), v, V, softcap, SOFTCAP, RAGGED, LAYOUT)[0]
     denominator += gl.exp2((s - maximum) * 1.4426950408889634)
     if SMOOTHING:
         total += gl.where(v < V, s, 0.0) if RAGGED else s
@@ -62,14 +66,14 @@ def _write_chunk(
 ):  # fmt: skip
     """Write the gradient of chunk i: rise * softmax - even, at the target less `pull`, through the cap's derivative."""
     v = i * BLOCK_N + column
-    s = _chunk(chunks.index(i), v, V, softcap, SOFTCAP, RAGGED, LAYOUT)
+    s, share = _chunk(chunks.index(i), v, V, softcap, SOFTCAP, RAGGED, LAYOUT)
     ds = rise * gl.exp2((s - maximum) * 1.4426950408889634 - shift)
     if SMOOTHING:
         ds -= even
     if (target >= i * BLOCK_N) & (target < (i + 1) * BLOCK_N):
         ds = gl.where(v == target, ds - pull, ds)
     if SOFTCAP:
-        ds *= 1.0 - (s / softcap) * (s / softcap)
+        ds *= (1.0 - share) * (1.0 + share)
     if RAGGED:
         ds = gl.where(v < V, ds, 0.0)
     gl.store(row + v, ds.to(row.dtype.element_ty), v < N)
@@ -112,14 +116,14 @@ def cross_entropy_rows_kernel_hopper(
         known = (target >= 0) & (target < V)
         chosen = gl.load(row + target, known, 0.0).to(gl.float32)
         if SOFTCAP:
-            chosen = _capped(chosen, softcap)
+            chosen = softcap * _tanh(chosen / softcap)
         chosen = gl.where(known, chosen, float("nan"))
 
         # maximum, as the chunks land
         largest = gl.full([BLOCK_N], float("-inf"), gl.float32, LAYOUT)
         for i in gl.static_range(CHUNKS):
             gl_async_copy.wait_group(CHUNKS - 1 - i)
-            s = _chunk(chunks.index(i), i * BLOCK_N + column, V, softcap, SOFTCAP, i >= FULL, LAYOUT)
+            s = _chunk(chunks.index(i), i * BLOCK_N + column, V, softcap, SOFTCAP, i >= FULL, LAYOUT)[0]
             largest = gl.maximum(largest, s)
         maximum = gl.max(largest, 0)
 

@@ -227,7 +227,8 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
     ignore_index, e, z_loss, softcap, V = criterion
     s = z[:, :V].to(torch.promote_types(z.dtype, torch.float32))
     if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
+        share = torch.tanh(s / softcap)
+        s = softcap * share
     kept = targets != ignore_index
     at = torch.where(kept, targets, 0).long()[:, None]
     lse = torch.logsumexp(s, dim=1, keepdim=True) if z_loss else None
@@ -247,7 +248,7 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
         if pull is not None:
             ds += pull
         if softcap is not None:
-            ds *= 1 - (s / softcap).square()
+            ds *= 1 - share.square()
         z[:, :V] = ds.mul_(torch.where(kept, scale, 0)[:, None])
         z[:, V:] = 0
     return loss[:, 0].masked_fill_(~kept, 0)

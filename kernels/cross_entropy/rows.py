@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._triton import jit, tl
 from ..op import require
-from ..prims import RowTile, RowTiles, softcapped
+from ..prims import RowTile, RowTiles, tanh
 from .hopper import fits, launch_hopper
 
 
@@ -59,29 +59,33 @@ def check_criterion(
 
 @jit
 def load_logits(pointers, mask, real, softcap, SOFTCAP: tl.constexpr):
-    """Logits in fp32 under their cap, minus infinity where they are not `real`. `mask` says what may be read.
+    """Logits in fp32 under their cap, minus infinity where they are not `real`; and their share of it, -1 to 1.
 
-    The two differ over padded columns: a mask that ends on a multiple of 16 keeps the loads 128 bits wide.
+    `mask` says what may be read. It differs from `real` over padded columns: a mask that ends on a multiple of 16 keeps
+    the loads 128 bits wide.
     """
     s = tl.load(pointers, mask, other=0.0).to(tl.float32)
+    share = s
     if SOFTCAP:
-        s = softcapped(s, softcap)
-    return tl.where(real, s, float("-inf"))
+        share = tanh(s / softcap)
+        s = softcap * share
+    return tl.where(real, s, float("-inf")), share
 
 
 @jit
 def logits_gradient(
-    s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP: tl.constexpr
+    s, share, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """scale[m] * dloss[m] / dz[m, v] for a block s of capped logits.
+    """scale[m] * dloss[m] / dz[m, v] for a block s of capped logits and their share of the cap.
 
-    The log-sum-exp comes in its two parts: of their rounded sum, softmax would lose digits where the logits are large.
+    Of s / softcap, rounded once more, the cap's derivative would lose digits where the share is near one. The
+    log-sum-exp comes in its two parts: of their rounded sum, softmax would lose digits where the logits are large.
     """
     p = tl.exp((s - maximum) - log_sum)
     hit = tl.where(v == target, 1.0, 0.0)
     ds = scale * ((p - hit) + label_smoothing * (hit - 1.0 / V) + 2.0 * z_loss * (maximum + log_sum) * p)
     if SOFTCAP:
-        ds *= 1.0 - (s / softcap) * (s / softcap)
+        ds *= (1.0 - share) * (1.0 + share)
     return ds
 
 
@@ -111,7 +115,7 @@ def cross_entropy_rows_kernel(
     kept = (m < M) & (target != ignore_index)
     known = (target >= 0) & (target < V)
     row = logits_ptr + m * logits_stride_m
-    chosen = load_logits(row + target, kept & known, known, softcap, SOFTCAP)
+    chosen = load_logits(row + target, kept & known, known, softcap, SOFTCAP)[0]
     chosen = tl.where(known, chosen, float("nan"))
     if GRADIENT:
         tl.debug_barrier()  # every warp has its target's logit before any warp writes over it
@@ -120,14 +124,14 @@ def cross_entropy_rows_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if WHOLE:
         v = tl.arange(0, BLOCK_N)[None, :]
-        s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
+        s, share = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
         maximum, denominator = _include(s, maximum, denominator)
         if SMOOTHING:
             total = tl.where(v < V, s, 0.0)
     else:
         for start in tl.range(0, N, BLOCK_N, num_stages=3):
             v = start + tl.arange(0, BLOCK_N)[None, :]
-            s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
+            s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)[0]
             maximum, denominator = _include(s, maximum, denominator)
             if SMOOTHING:
                 total += tl.where(v < V, s, 0.0)
@@ -144,17 +148,15 @@ def cross_entropy_rows_kernel(
     if GRADIENT:
         scale = tl.load(scale_ptr + m * scale_stride_m, m < M, other=0.0)
         if WHOLE:
-            dz = logits_gradient(s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP)
+            dz = logits_gradient(s, share, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, SOFTCAP)
             dz = tl.where(kept & (v < V), dz, 0.0)
             tl.store(row + v, dz.to(logits_ptr.dtype.element_ty), (m < M) & (v < N))
         else:
             last = (tl.cdiv(N, BLOCK_N) - 1) * BLOCK_N
             for start in tl.range(0, N, BLOCK_N, num_stages=3):
                 v = last - start + tl.arange(0, BLOCK_N)[None, :]
-                s = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
-                dz = logits_gradient(
-                    s, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, softcap, SOFTCAP
-                )
+                s, share = load_logits(row + v, kept & (v < N), v < V, softcap, SOFTCAP)
+                dz = logits_gradient(s, share, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, SOFTCAP)
                 dz = tl.where(kept & (v < V), dz, 0.0)
                 tl.store(row + v, dz.to(logits_ptr.dtype.element_ty), (m < M) & (v < N))
 

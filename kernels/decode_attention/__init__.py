@@ -331,13 +331,13 @@ class Tile(NamedTuple):
 # By architecture, then by the padded head dim. From the compiled code (results/aot.json); not timed on a GPU yet.
 CONSERVATIVE = Tile(32, 4, 2, 4)
 TILES = {
-    80: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
+    80: {128: Tile(64, 8, 3, 4), 256: Tile(64, 8, 2, 2)},
     86: {128: Tile(64, 8, 3, 2), 256: Tile(64, 8, 2, 2)},
     90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
-    100: {128: Tile(64, 4, 3, 4, 255), 256: Tile(64, 8, 2, 2, 255)},
+    100: {128: Tile(64, 8, 3, 4, 255), 256: Tile(64, 8, 2, 2, 255)},
 }
-# Where the bounds of a window take so many registers that the tiles above would spill 8 B.
-WINDOWED_TILES = {(100, 128): Tile(64, 8, 3, 4, 255), (100, 256): Tile(32, 8, 2, 2, 255)}
+# Where the bounds of a window take so many registers that the tiles above would spill.
+WINDOWED_TILES = {(86, 128): Tile(32, 8, 3, 2), (90, 256): Tile(32, 8, 2, 2), (100, 256): Tile(32, 8, 2, 2, 255)}
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
 PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
 COMBINED = 2048  # numbers of parts that a combination takes at once

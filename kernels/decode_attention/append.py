@@ -169,7 +169,8 @@ def append_attention_triton(
 def inputs(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
     rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, window: int | None = None,
-    softcap: float | None = None, scale: float | None = None, dtype: torch.dtype, device: str = "cpu",
+    softcap: float | None = None, scale: float | None = None, counted: bool = True, dtype: torch.dtype,
+    device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """qkv (B, T, H + 2 G, D) normal, caches as decode_attention has them; lengths up to S - T, tables of S angles."""
     shortest = S - T if shortest is None else min(shortest, S - T)
@@ -179,7 +180,7 @@ def inputs(
     pages, k_scale, v_scale = (*rest, None, None, None)[:3]
     lengths = torch.linspace(shortest, S - T, B, dtype=torch.float64, device=device).round().to(torch.int32)
     qkv = torch.randn(B, T, H + 2 * G, D, dtype=dtype, device=device)
-    counts = torch.zeros(B * G * T * H, dtype=torch.int32, device=device)
+    counts = torch.zeros(B * G * T * H, dtype=torch.int32, device=device) if counted else None
     cos = sin = q_norm = k_norm = None
     if rotary:
         frequency = 10000.0 ** (torch.arange(0, D, 2, dtype=torch.float64, device=device) / -D)
@@ -194,7 +195,7 @@ def inputs(
 def cost(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
     rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, window: int | None = None,
-    softcap: float | None = None, scale: float | None = None, itemsize: int,
+    softcap: float | None = None, scale: float | None = None, counted: bool = True, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
     """decode_attention's; but the new keys and values come from qkv, and are written into the cache once."""
     whole, backward = attention_cost(B, T, S, H, G, D, shortest=shortest, cache=cache, window=window, itemsize=itemsize)
@@ -215,7 +216,7 @@ APPEND_ATTENTION = Op(
     domain=dict(S=range(3, 50), B=(1, 2), T=(1, 2, 3), H=(1, 3), G=(1,), D=(16, 24), shortest=(0, 1, None)),
     options=dict(
         rotary=(False, True), qk_norm=(False, True), norm_weight=(False, True), window=(None, 9), softcap=(None, 2.0),
-        scale=(None, 0.4), page_size=(0, 16), cache=("", "int8"),
+        scale=(None, 0.4), page_size=(0, 16), cache=("", "int8", "fp8"), counted=(True, False),
     ),
     bench=(
         dict(B=1, T=1, S=1024, H=12, G=12, D=64), dict(B=1, T=1, S=1024, H=25, G=25, D=64),
@@ -229,4 +230,5 @@ APPEND_ATTENTION = Op(
     cost=cost,
     summary="q, k and v of new tokens normalized, rotated and put into their cache, and attention to all of it",
     differentiable=False,
+    writes=frozenset((1, 2, 5, 6, 11)),
 )  # fmt: skip

@@ -69,8 +69,8 @@ class Settings:
 class Work:
     """One thing to time on one set of inputs.
 
-    `run()` does the work and returns its outputs. `inputs` are the tensors it may read; it must not change them, except
-    those in the places `writes`, which it leaves as they are when it is run again. `refresh(seed)` rewrites some of them
+    `run()` does the work and returns its outputs. `inputs` are the tensors it may read; it must not change them, save
+    those in the places `writes`, which are the same again when it is run again. `refresh(seed)` rewrites some of them
     in place with the random values of that seed.
     """
 

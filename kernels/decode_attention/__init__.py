@@ -336,20 +336,20 @@ TILES = {
     90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
     100: {128: Tile(64, 8, 3, 4, 255), 256: Tile(64, 8, 2, 2, 255)},
 }
-# Where the bounds of a window take so many registers that the tiles above would spill.
-WINDOWED_TILES = {(86, 128): Tile(32, 8, 3, 2), (90, 256): Tile(32, 8, 2, 2), (100, 256): Tile(32, 8, 2, 2, 255)}
+# Where the bounds of a window, or a cache of 8 bits, take so many registers that the tiles above would spill.
+CROWDED_TILES = {(86, 128): Tile(32, 8, 3, 2), (90, 256): Tile(32, 8, 2, 2), (100, 256): Tile(32, 8, 2, 2, 255)}
 MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
 PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
 COMBINED = 2048  # numbers of parts that a combination takes at once
 
 
-def tile(D: int, dtype: torch.dtype, arch: int, windowed: bool = False) -> Tile:
+def tile(D: int, dtype: torch.dtype, arch: int, crowded: bool = False) -> Tile:
     """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
     arch, width = tile_arch(arch), 128 if D <= 128 else 256
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
     plain = TILES[arch][width]
-    return WINDOWED_TILES.get((arch, width), plain) if windowed else plain
+    return CROWDED_TILES.get((arch, width), plain) if crowded else plain
 
 
 def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Tile, multiprocessors: int) -> int:
@@ -380,7 +380,7 @@ def launch(
         return out.zero_()
     if k.dtype == torch.float8_e4m3fn and arch(q) < 89:  # without an instruction to convert it, nor a Triton type
         k, v = k.view(torch.uint8), v.view(torch.uint8)
-    block, block_d = tile(D, q.dtype, arch(q), window >= 0), max(16, triton.next_power_of_2(D))
+    block, block_d = tile(D, q.dtype, arch(q), window >= 0 or k_scale is not None), max(16, triton.next_power_of_2(D))
     queries = T * (H // G)
     block_m = min(MOST_ROWS, max(16, triton.next_power_of_2(queries)))
     places = B * G * triton.cdiv(queries, block_m)

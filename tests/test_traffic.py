@@ -79,6 +79,8 @@ KNOWN = {
     ("add_layernorm", "backward", 65536): 2.2,
     ("rmsnorm", "backward", 65536): 2.0,
     ("add_rmsnorm", "backward", 65536): 1.95,
+    ("attention", "forward", None): 1.21,  # every tile finds its documents in their table anew
+    ("attention", "backward", None): 1.61,  # two kernels, for dq and for dk and dv, and each reads what the other reads
     ("append_attention", "forward", None): 1.28,  # as decode_attention, and the angles of all positions
     ("decode_linear", "forward", 11008): 1.2,  # rows of x read again for their norm by programs that share little L2
     ("decode_attention", "forward", None): 1.24,  # of many queries, parts in fp32; of a small window, its table

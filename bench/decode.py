@@ -40,11 +40,11 @@ from torch import Tensor
 import kernels
 from gptfast import mfu
 from gptfast.cli import check_ranges
-from gptfast.config import PRESETS, GPTConfig
+from gptfast.config import NAMES, GPTConfig, preset
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.decoder import Decoder
 from gptfast.engine.weights import Weights, choose_weights, converted
-from gptfast.errors import UserError, nearest
+from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
 from gptfast.runtime import made_current
@@ -413,7 +413,7 @@ def run_size(
     if arguments.compile:
         torch.compiler.reset()  # beyond 8 sizes of one step torch runs it uncompiled, and says nothing
     device = made_current(arguments.device)
-    config = dataclasses.replace(PRESETS[name], dropout=0.0, block_size=size.prompt + size.new)
+    config = dataclasses.replace(preset(name), dropout=0.0, block_size=size.prompt + size.new)
     tokens = torch.randint(config.vocab_size, (size.B, size.prompt), device=device)
     model = fresh(config, device)
     right: Truth | None = None
@@ -495,7 +495,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--models", default="gpt2,gpt2-xl" if on_gpu else "gpt2", help=f"of {', '.join(PRESETS)}")
+    add("--models", default="gpt2,gpt2-xl" if on_gpu else "gpt2", help=f"of {NAMES}")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--batch", help="sequences at once, comma-separated (default: 1,8,32 on a GPU, else 1)")
     add("--context", help="tokens of prompt and answer together, comma-separated (default: 128,1024,8192 on a GPU)")
@@ -509,8 +509,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = check_ranges(parser.parse_args(argv))
     device, models = made_current(arguments.device), [name for name in arguments.models.split(",") if name]
     for name in models:
-        if name not in PRESETS:
-            raise UserError(f"--models={name} is unknown{nearest(name, PRESETS)}")
+        preset(name, "--models")
     if device.type == "cuda" and not on_gpu:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
     for flag in ("rounds", "budget_s", "threads"):

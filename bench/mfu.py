@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 
 from gptfast import cli, mfu
-from gptfast.config import PRESETS, GPTConfig
+from gptfast.config import NAMES, GPTConfig, preset
 from gptfast.errors import UserError, nearest
 
 _SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of a model that is no preset
@@ -54,7 +54,7 @@ def _parser() -> _Parser:
     add("--tokens_per_s", type=float, help="of all devices together")
     add("--ms_per_iter", type=float, help="instead of --tokens_per_s, with --batch_size")
     add("--batch_size", type=int, help="sequences per iteration, of all devices and accumulation steps together")
-    add("--model", default="gpt2", help=f"one of {', '.join(PRESETS)}")
+    add("--model", default="gpt2", help=f"one of {NAMES}")
     for name in _SHAPE:
         add(f"--{name}", type=int, help="changes the model" if name == _SHAPE[0] else argparse.SUPPRESS)
     add("--block_size", type=int, help="tokens per sequence, T (default: the model's)")
@@ -93,10 +93,8 @@ def answer_of(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _config(arguments: argparse.Namespace) -> GPTConfig:
-    if arguments.model not in PRESETS:
-        raise UserError(f"unknown model {arguments.model}{nearest(arguments.model, PRESETS)}")
     typed = {name: getattr(arguments, name) for name in (*_SHAPE, "block_size") if getattr(arguments, name) is not None}
-    return dataclasses.replace(PRESETS[arguments.model], **typed)
+    return dataclasses.replace(preset(arguments.model, "--model"), **typed)
 
 
 def _tokens_per_s(arguments: argparse.Namespace, T: int) -> float:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import kernels
 from gptfast import fp8, mfu
 from gptfast.cli import check_ranges
-from gptfast.config import PRESETS, GPTConfig
+from gptfast.config import NAMES, GPTConfig, preset
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts, gpu_state
 from gptfast.model import GPT, IGNORED
@@ -503,7 +503,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--models", help=f"of {', '.join(PRESETS)} (default: {','.join(GPU_MODELS if on_gpu else CPU_MODELS)})")
+    add("--models", help=f"of {NAMES} (default: {','.join(GPU_MODELS if on_gpu else CPU_MODELS)})")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--batch_size", type=int, help="sequences (default: what fits the GPU's memory; on a CPU a few)")
     add("--block_size", type=int, help="tokens per sequence, T (default: the model's)")
@@ -551,8 +551,8 @@ def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None
         if value is not None and not value > 0:
             raise UserError(f"--{name}={value} must be above 0")
     for name in (arguments.models or "").split(","):
-        if name and name not in PRESETS:
-            raise UserError(f"--models={name} is unknown{nearest(name, PRESETS)}")
+        if name:
+            preset(name, "--models")
 
 
 def campaign(arguments: argparse.Namespace, device: torch.device, peak: mfu.Peak | None, log: Log, common: Row) -> bool:
@@ -564,7 +564,7 @@ def campaign(arguments: argparse.Namespace, device: torch.device, peak: mfu.Peak
     if importlib.util.find_spec("transformers") is None:
         log.say("model  transformers is not installed: its GPT-2 is left out")
     for number, name in enumerate(names):
-        config = padded(PRESETS[name])
+        config = padded(preset(name))
         config = dataclasses.replace(config, block_size=arguments.block_size or config.block_size)
         whole = "model" if config.n_layer <= LAYERS_COMPILED_WHOLE else "blocks"
         compiled = whole if arguments.compile == "auto" else arguments.compile

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import kernels
 from gptfast.cli import check_ranges
-from gptfast.config import PRESETS, GPTConfig
-from gptfast.errors import UserError, nearest
+from gptfast.config import GPTConfig, preset
+from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
 from gptfast.optim import Muon
 from gptfast.runtime import made_current
@@ -94,7 +94,7 @@ def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Ro
     Whether ours could step; one that cannot is left out, and a note says why.
     """
     samplers, right = {}, True
-    for key, step in steps(PRESETS[name], device).items():
+    for key, step in steps(preset(name), device).items():
         try:
             samplers[key] = sampler(step, device)
         except FAILURES as error:
@@ -107,7 +107,7 @@ def run_steps(name: str, device: torch.device, rounds: int, log: Log, common: Ro
         timing = summarize(values, method="perf_counter", threads=threads, cold=False)
         ratio = compare(values, base) if base else None
         log.row(
-            "optimizer", name=name, impl=key, matrices=len(shapes(PRESETS[name])), **timing.fields(),
+            "optimizer", name=name, impl=key, matrices=len(shapes(preset(name))), **timing.fields(),
             speedup=ratio and ratio.ratio, speedup_low=ratio and ratio.low, speedup_high=ratio and ratio.high, **common,
         )  # fmt: skip
         versus = f"   x{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) of torch.optim.Muon" if ratio else ""
@@ -227,8 +227,7 @@ def main(argv: Sequence[str]) -> int:
     if device.type == "cuda" and not on_gpu:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
     for name in models:
-        if name not in PRESETS:
-            raise UserError(f"--models={name} is unknown{nearest(name, PRESETS)}")
+        preset(name, "--models")
     if not all(size.isdecimal() and int(size) > 0 for size in arguments.sizes.split(",") if size):
         raise UserError(f"--sizes={arguments.sizes}: whole numbers above 0, with commas")
     sizes = [int(size) for size in arguments.sizes.split(",") if size]

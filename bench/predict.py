@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from gptfast import mfu
-from gptfast.config import PRESETS, GPTConfig
-from gptfast.errors import UserError, nearest
+from gptfast.config import NAMES, GPTConfig, is_preset, preset
+from gptfast.errors import UserError
 from gptfast.log import Row, facts
 from kernels import Cost
 
@@ -63,7 +63,7 @@ def predict(
     about = (name, impl, {"B": B, "T": T})
     mine = [r for r in profiles if (r["name"], base(r["impl"]), r["dims"]) == about]
     own = mine[-1] if mine else None
-    others = [r for r in profiles if r not in mine and r["name"] in PRESETS]
+    others = [r for r in profiles if r not in mine and is_preset(r["name"])]
     other = min(others, key=lambda r: _unlike(r, name, B * T), default=None)
     measured = {part["part"]: part["ms"] for part in own["parts"]} if own else {}
     parts = []
@@ -136,7 +136,7 @@ def _unlike(row: Row, name: str | None, tokens: int) -> tuple[bool, float]:
 
 
 def _config(row: Row) -> GPTConfig:
-    return padded(PRESETS[row["name"]])
+    return padded(preset(row["name"]))
 
 
 def _bulk(config: GPTConfig, tokens: int) -> float:
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench predict", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--model", default="gpt2", help=f"of {', '.join(PRESETS)}")
+    add("--model", default="gpt2", help=f"of {NAMES}")
     add("--batch_size", type=int, default=16, help="sequences")
     add("--block_size", type=int, help="tokens a sequence (default: the model's)")
     add("--dtype", default="bfloat16", choices=list(DTYPES))
@@ -188,11 +188,9 @@ def main(argv: Sequence[str]) -> int:
     add("--device", help="a datasheet to predict from, as 'H100 SXM', instead of rows")
     add("--out", type=Path, help="folder of a machine's rows (default: results/<this machine>)")
     arguments = parser.parse_args(argv)
-    if arguments.model not in PRESETS:
-        raise UserError(f"--model={arguments.model} is unknown{nearest(arguments.model, PRESETS)}")
     if arguments.batch_size < 1:
         raise UserError(f"--batch_size={arguments.batch_size} must be at least 1")
-    config = padded(PRESETS[arguments.model])
+    config = padded(preset(arguments.model, "--model"))
     T = arguments.block_size or config.block_size
     config = dataclasses.replace(config, block_size=T)
     rows: list[Row] = []

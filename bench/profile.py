@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.config import PRESETS, GPTConfig
+from gptfast.config import NAMES, GPTConfig, preset
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
@@ -358,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
         "--models",
         "--model",
         default="gpt2" if on_gpu else "char-cpu",
-        help=f"comma-separated, of {', '.join(PRESETS)}, or folders of checkpoints",
+        help=f"comma-separated, of {NAMES}, or folders of checkpoints",
     )
     add("--mode", default="train", choices=MODES)
     add("--impl", help=f"comma-separated, of {', '.join(IMPLS)} (default: what the device has)")
@@ -400,13 +400,9 @@ def main(argv: Sequence[str]) -> int:
 
 def config_of(name: str) -> GPTConfig:
     """The sizes of a preset, or of the model whose checkpoints are in a folder. UserError where it is neither."""
-    if name in PRESETS:
-        return PRESETS[name]
     from gptfast import checkpoint
 
-    if not checkpoint.exists(name):
-        raise UserError(f"--models={name} is no preset and no folder with a checkpoint{nearest(name, PRESETS)}")
-    return GPTConfig(**checkpoint.load(name).meta["model"])
+    return GPTConfig(**checkpoint.load(name).meta["model"]) if checkpoint.exists(name) else preset(name, "--models")
 
 
 def _known(flag: str, text: str, there: Any) -> list[str]:

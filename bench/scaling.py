@@ -20,7 +20,7 @@ from pathlib import Path
 
 from gptfast.aside import check_writable, file_aside, unwritable, write_whole
 from gptfast.cli import check_ranges
-from gptfast.config import PRESETS
+from gptfast.config import preset
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 NODE = 8  # GPUs
@@ -67,7 +67,7 @@ class Workload:
 
 def gpt(name: str, tokens: int, tokens_per_s: float) -> Workload:
     """A preset of gptfast.config."""
-    c = PRESETS[name]
+    c = preset(name)
     block = [(c.n_embd, c.n_embd)] * 4 + [(c.hidden_width, c.n_embd), (c.n_embd, c.hidden_width)]
     numbers = c.n_layer * sum(m * n for m, n in block) + (c.vocab_size + c.block_size) * c.n_embd
     return Workload(name, numbers, c.n_layer, tokens, tokens_per_s, tuple(block * c.n_layer))

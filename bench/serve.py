@@ -32,9 +32,9 @@ import torch
 
 from gptfast.chat.tools import Tools
 from gptfast.cli import check_ranges
-from gptfast.config import PRESETS, GPTConfig
+from gptfast.config import NAMES, GPTConfig, preset
 from gptfast.engine import Engine, Sampling
-from gptfast.errors import UserError, nearest
+from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
 from gptfast.runtime import made_current
@@ -215,8 +215,8 @@ def run_model(name: str, arguments: argparse.Namespace, log: Log, common: Row) -
     """Every variant at every load; returns whether anything failed or is invalid."""
     device = made_current(arguments.device)
     threads = None if device.type == "cuda" else torch.get_num_threads()
-    block_size = max(PRESETS[name].block_size, arguments.prompt + arguments.new)
-    config = dataclasses.replace(PRESETS[name], dropout=0.0, block_size=block_size)
+    config, longest = preset(name), arguments.prompt + arguments.new
+    config = dataclasses.replace(config, dropout=0.0, block_size=max(config.block_size, longest))
     model = fresh(config, device)
     dtype = str(model.dtype).removeprefix("torch.")
     loop = by_loop(model)
@@ -271,7 +271,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--models", default="gpt2", help=f"of {', '.join(PRESETS)}")
+    add("--models", default="gpt2", help=f"of {NAMES}")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--loads", default="0.5,2,4", help="rates of arrival over what one answer at a time can do, comma-separated")
     add("--requests", type=int, help="of each load (default: 64 on a GPU, else 12)")
@@ -285,8 +285,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = check_ranges(parser.parse_args(argv))
     models = [name for name in arguments.models.split(",") if name]
     for name in models:
-        if name not in PRESETS:
-            raise UserError(f"--models={name} is unknown{nearest(name, PRESETS)}")
+        preset(name, "--models")
     device = torch.device(arguments.device)
     if device.type == "cuda" and not on_gpu:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")

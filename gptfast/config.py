@@ -10,14 +10,18 @@ Zhou et al., arXiv:2410.17897. Each is off by default, and has weights at which 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24  # what the gates read of a token's activations
 LARGEST = 2**31 - 1  # of sizes
+
+Architecture = Literal["nanochat", "gptfast"]
+VOCAB, CONTEXT, ASPECT, HEAD_DIM = 32768, 2048, 64, 128  # nanochat's, of a model of any depth; width = ASPECT · depth
 
 
 @dataclass(frozen=True)
@@ -229,11 +233,35 @@ def nanochat(
     )  # fmt: skip
 
 
-def preset(name: str) -> GPTConfig:
-    """The config of that name in PRESETS. Raises UserError with the names there are."""
-    if name not in PRESETS:
-        raise UserError(f"no model preset named {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+def of_depth(
+    depth: int, vocab_size: int = VOCAB, context: int = CONTEXT, head_dim: int = HEAD_DIM,
+    architecture: Architecture = "nanochat",
+) -> GPTConfig:  # fmt: skip
+    """Returns the model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head;
+    with the nanochat architecture also its value embeddings, windows and scalars."""
+    if depth < 1:
+        raise UserError(f"--depth={depth}: must be at least 1")
+    width = -(-depth * ASPECT // head_dim) * head_dim
+    shape: dict[str, Any] = dict(
+        block_size=context, vocab_size=vocab_size, n_layer=depth, n_head=width // head_dim, n_embd=width
+    )
+    if architecture == "nanochat":
+        return nanochat(**shape)
+    return GPTConfig(
+        **shape, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, softcap=15.0
+    )
+
+
+def is_preset(name: str) -> bool:
+    """Whether `preset` knows the name: one of PRESETS, or 'd12', nanochat's model of depth 12."""
+    return name in PRESETS or re.fullmatch(r"d[1-9]\d?", name) is not None
+
+
+def preset(name: str, flag: str = "preset") -> GPTConfig:
+    """Returns the config of a preset or a depth. Raises UserError, which begins with `flag`, for other names."""
+    if not is_preset(name):
+        raise UserError(f"{flag}={name} is unknown{nearest(name, PRESETS)}; or a depth, as d12")
+    return PRESETS[name] if name in PRESETS else of_depth(int(name[1:]))
 
 
 _GPT2 = GPTConfig(vocab_size=50257)  # Radford et al. 2019; as OpenAI published it
@@ -251,3 +279,4 @@ PRESETS: dict[str, GPTConfig] = {
     "char-modern-cpu": dataclasses.replace(_MODERN, block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128),
     "modern": _MODERN,  # GPT-2 124M's layers, width and heads
 }
+NAMES = f"{', '.join(PRESETS)}, or d1, d2, ...: nanochat's model of that depth"  # what `preset` takes, for --help

@@ -417,7 +417,7 @@ def test_bench_mfu_prints_na_and_the_reason_where_no_peak_is_known(capsys: pytes
         (["--ms_per_iter=3", "--device=H100 SXM"], "--batch_size"),
         (["--tokens_per_s=0"], "--tokens_per_s=0: must be above 0"),
         (["--tokens_per_s=many"], "invalid float value: 'many'"),
-        (["--tokens_per_s=1e5", "--model=gtp2"], "unknown model gtp2; did you mean gpt2?"),
+        (["--tokens_per_s=1e5", "--model=gtp2"], "--model=gtp2 is unknown; did you mean gpt2?"),
         (["--tokens_per_s=1e5", "--devise=H100"], "unknown flag --devise; did you mean --device"),
         (["--tokens_per_s=1e5", "--n_head=7"], "n_embd is 768, which 7 heads do not divide"),
         (["--tokens_per_s=1e5", "--peak_tflops=-1"], "--peak_tflops=-1: must be above 0"),

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 from gptfast import cli, hf, mfu
-from gptfast.config import GPTConfig
+from gptfast.config import GPTConfig, of_depth
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import muon
@@ -45,14 +45,14 @@ LLAMA = dataclasses.replace(
 
 # ---- the dial
 def nanochats(depth: int) -> dial.Sizes:
-    return dial.sizes(dial.model_of(depth), "nanochat")
+    return dial.sizes(of_depth(depth), "nanochat")
 
 
 @pytest.mark.parametrize("depth", NANOCHAT)
 def test_what_follows_from_a_depth_is_nanochats(depth: int) -> None:
     """The model that is built, weight by weight, and all that is derived from it."""
     width, heads, parameters, scaling, tokens, batch, iterations, rates, adamw_rates, decay, flops = NANOCHAT[depth]
-    counted, model = nanochats(depth), dial.model_of(depth)
+    counted, model = nanochats(depth), of_depth(depth)
     found = dial.recipe(counted, nanochats(12), width)
     with torch.device("meta"):
         built = GPT(model, OPS)
@@ -68,17 +68,17 @@ def test_what_follows_from_a_depth_is_nanochats(depth: int) -> None:
 
 def test_depth_12_to_the_last_digit() -> None:
     assert nanochats(12).flops_per_token == 759_696_048
-    model = dial.model_of(12)
+    model = of_depth(12)
     assert model.windows == (512, 512, 512, None) * 3
     assert model.value_layers == (1, 3, 5, 7, 9, 11)
     assert (model.rope_base, model.rope_sign, model.qk_gain, model.softcap) == (100_000, -1, 1.2, 15)
-    assert dial.model_of(6, context=600).window == 256 and dial.model_of(6, context=64).window == 128
+    assert of_depth(6, context=600).window == 256 and of_depth(6, context=64).window == 128
 
 
 @pytest.mark.parametrize("depth", NANOCHAT)
 def test_ours_differs_from_nanochats_by_its_gates_alone(depth: int) -> None:
     """In the weights that measure data: so batch, iterations and rates agree, and the decay to 4 digits."""
-    model, reference = (dial.model_of(d, architecture="gptfast") for d in (depth, 12))
+    model, reference = (of_depth(d, architecture="gptfast") for d in (depth, 12))
     ours, theirs = dial.sizes(model), nanochats(depth)
     assert theirs.scaling - ours.scaling == 12 * model.n_head * ((depth + 1) // 2)
     found = dial.recipe(ours, dial.sizes(reference), model.n_embd)
@@ -89,8 +89,8 @@ def test_ours_differs_from_nanochats_by_its_gates_alone(depth: int) -> None:
 
 
 def test_sizes_are_those_of_the_model() -> None:
-    ours = dial.model_of(2, 512, architecture="gptfast")
-    for config in (ours, dial.model_of(3, 512), SMALL, dataclasses.replace(SMALL, tied=False, bias=True), LLAMA):
+    ours = of_depth(2, 512, architecture="gptfast")
+    for config in (ours, of_depth(3, 512), SMALL, dataclasses.replace(SMALL, tied=False, bias=True), LLAMA):
         assert dial.sizes(config).parameters == GPT(config, OPS).num_params(non_embedding=False)
 
 
@@ -224,7 +224,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(tmp_path: Path, capsys: py
     h100, a100 = (
         next(line.split() for line in printed.splitlines() if line.startswith(gpu)) for gpu in ("H100", "A100")
     )
-    flops = mfu.flops_per_token(dial.model_of(12), 2048).mfu * 1_321_205_760
+    flops = mfu.flops_per_token(of_depth(12), 2048).mfu * 1_321_205_760
     hours = flops / (989.5e12 * 0.4) / 3600
     assert float(h100[4]) == pytest.approx(hours, abs=0.05) and float(h100[6]) == round(3 * hours)
     assert a100[-1] == "n/a"
@@ -250,7 +250,7 @@ def test_a_short_run_of_a_depth_learns(tmp_path: Path, text: str, capsys: pytest
 
 
 # ---- the plan
-NANOCHATS = dataclasses.replace(dial.model_of(3, 64, 16, 16), window=7)
+NANOCHATS = dataclasses.replace(of_depth(3, 64, 16, 16), window=7)
 KEPT = {
     "nanochat": (NANOCHATS, torch.bfloat16),
     "nanochat in fp32": (NANOCHATS, torch.float32),
@@ -298,12 +298,12 @@ def test_memory_of_weights_and_optimizers(config: GPTConfig) -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    config = dial.model_of(12)
+    config = of_depth(12)
     room = 80 * 2**30
     batch = plan.largest_batch(config, room, optimizer="muon")
     sizes = [plan.memory(config, b, optimizer="muon").total for b in (batch, batch + 1)]
     assert sizes[0] <= 0.9 * room < sizes[1]
-    assert plan.largest_batch(dial.model_of(32), 2**30, optimizer="muon") == 0
+    assert plan.largest_batch(of_depth(32), 2**30, optimizer="muon") == 0
 
 
 def test_nanogpts_sizing_of_gpt2() -> None:

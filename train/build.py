@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from gptfast import checkpoint, fp8, hf, mfu, runtime
-from gptfast.config import GPTConfig, config_of
+from gptfast.config import VOCAB, GPTConfig, config_of
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import adamw, groups_table, muon
 from gptfast.parallel.team import Team
 from gptfast.step import no_graph
 from gptfast.tokenizer import GPT2_VOCAB, check_vocab, load_tokenizer, read_meta
-from train import dial
 from train.config import Pretrain
 
 
@@ -53,7 +52,7 @@ def vocab_size_of(config: Pretrain) -> int:
     meta = read_meta(folder) if folder.is_dir() else None
     if meta is not None:
         return rounded(meta["vocab_size"], meta["tokenizer"], config.vocab_multiple)
-    return rounded(GPT2_VOCAB if folder.is_dir() or not config.depth else dial.VOCAB, None, config.vocab_multiple)
+    return rounded(GPT2_VOCAB if folder.is_dir() or not config.depth else VOCAB, None, config.vocab_multiple)
 
 
 def rounded(vocab_size: int, tokenizer: Any, multiple: int) -> int:

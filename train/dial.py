@@ -20,20 +20,18 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from gptfast import mfu
-from gptfast.config import GPTConfig, nanochat
+from gptfast.config import CONTEXT, Architecture, GPTConfig, of_depth
 from gptfast.errors import UserError
 from gptfast.optim import set_learning_rate, set_scheduled
 from train.config import Pretrain
 
-Architecture = Literal["nanochat", "gptfast"]
 # All from nanochat at 92d63d4: gpt.py, scripts/base_train.py, optim.py
-ASPECT, HEAD_DIM, REFERENCE_DEPTH = 64, 128, 12
-VOCAB, CONTEXT, BATCH_SIZE = 32768, 2048, 32
+REFERENCE_DEPTH, BATCH_SIZE = 12, 32
 REFERENCE_BATCH, BATCH_EXPONENT, RATIO = 2**19, 0.383, 12.0
 WARMUP, WARMDOWN, FLOOR = 40, 0.65, 0.05
 EMBEDDING_LR, HEAD_LR, MATRIX_LR, SCALAR_LR, WEIGHT_DECAY = 0.3, 0.008, 0.02, 0.5, 0.28
@@ -52,25 +50,6 @@ class Sizes:
     flops_per_token: float  # forward and backward; of nanochat's model as nanochat counts, which is mfu's `palm`
 
 
-def model_of(
-    depth: int, vocab_size: int = VOCAB, context: int = CONTEXT, head_dim: int = HEAD_DIM,
-    architecture: Architecture = "nanochat",
-) -> GPTConfig:  # fmt: skip
-    """Returns the model of that depth: rotary positions, RMSNorm, ReLU², normalized queries and keys, an untied head;
-    with the nanochat architecture also its value embeddings, windows and scalars."""
-    if depth < 1:
-        raise UserError(f"--depth={depth}: must be at least 1")
-    width = _width(depth, head_dim)
-    shape: dict[str, Any] = dict(
-        block_size=context, vocab_size=vocab_size, n_layer=depth, n_head=width // head_dim, n_embd=width,
-    )  # fmt: skip
-    if architecture == "nanochat":
-        return nanochat(**shape)
-    return GPTConfig(
-        **shape, bias=False, norm="rmsnorm", position="rope", activation="relu2", qk_norm=True, tied=False, softcap=15.0
-    )
-
-
 def sizes(config: GPTConfig, architecture: Architecture = "gptfast") -> Sizes:
     """Returns the scaling weights and FLOPs per token of a model."""
     lookups = (config.position == "learned") * config.block_size + (not config.tied) * config.vocab_size
@@ -81,10 +60,6 @@ def sizes(config: GPTConfig, architecture: Architecture = "gptfast") -> Sizes:
         scaling=mfu.block_params(config) + mfu.lm_head_params(config),
         flops_per_token=flops.palm if architecture == "nanochat" else flops.mfu,
     )  # fmt: skip
-
-
-def _width(depth: int, head_dim: int) -> int:
-    return -(-depth * ASPECT // head_dim) * head_dim
 
 
 # ---- the recipe
@@ -158,7 +133,7 @@ def configure(config: Pretrain, typed: Collection[str], vocab_size: int) -> Pret
     micro_batch = config.batch_size if "batch_size" in chosen else BATCH_SIZE
     kind = config.architecture
     model, reference = (
-        model_of(d, vocab_size, context, config.head_dim, kind) for d in (config.depth, REFERENCE_DEPTH)
+        of_depth(d, vocab_size, context, config.head_dim, kind) for d in (config.depth, REFERENCE_DEPTH)
     )
     scaled = recipe(
         sizes(model, kind),

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from gptfast import cli, mfu, report
-from gptfast.config import PRESETS, GPTConfig
+from gptfast.config import CONTEXT, PRESETS, VOCAB, Architecture, GPTConfig, of_depth
 from gptfast.errors import UserError
 from train import dial
 from train.config import Pretrain
@@ -50,13 +50,13 @@ class Plan:
     gpu: str = ""  # its name, as in the table of gptfast/mfu.py; the GPU here by default, or else an H100 SXM
     n_gpu: int = 1  # how many of them train together
     depth: int = 0  # of one model only; 0: several, and the GPT-2s
-    context: int = dial.CONTEXT  # tokens in a sequence; a GPT-2 takes 1024 at most
-    vocab_size: int = dial.VOCAB  # of the dial's models
+    context: int = CONTEXT  # tokens in a sequence; a GPT-2 takes 1024 at most
+    vocab_size: int = VOCAB  # of the dial's models
     ratio: float = dial.RATIO  # tokens to train on for each weight of the blocks and the head
     assumed_mfu: float = 0.4  # the fraction of the peak that training reaches
     measured: str = ""  # folder of rows, as results/nvidia-h200: use the MFU measured there, not assumed_mfu
     prices: str = "H100 SXM=3"  # dollars for an hour of a GPU, NAME=DOLLARS with commas between; n/a for all others
-    architecture: dial.Architecture = "nanochat"  # whose model of a depth to count
+    architecture: Architecture = "nanochat"  # whose model of a depth to count
 
     def __post_init__(self) -> None:
         for name in ("n_gpu", "context", "vocab_size", "ratio"):
@@ -239,7 +239,7 @@ def _models(config: Plan) -> list[tuple[str, GPTConfig, Sizes, Recipe]]:
     rows: list[tuple[str, GPTConfig, Sizes, Recipe]] = []
     for depth in (config.depth,) if config.depth else DEPTHS:
         model, reference = (
-            dial.model_of(d, config.vocab_size, config.context, architecture=config.architecture)
+            of_depth(d, config.vocab_size, config.context, architecture=config.architecture)
             for d in (depth, dial.REFERENCE_DEPTH)
         )
         counted = dial.sizes(model, config.architecture)
@@ -311,7 +311,7 @@ def describe(config: Pretrain, model: GPTConfig) -> str:
 def _dialled(config: Pretrain, model: GPTConfig, counted: Sizes, batch_tokens: int) -> dict[str, str]:
     """Returns what the depth set: data, batch, and the factors applied to the rates of depth 12."""
     kind = config.architecture
-    reference = dial.model_of(dial.REFERENCE_DEPTH, model.vocab_size, model.block_size, config.head_dim, kind)
+    reference = of_depth(dial.REFERENCE_DEPTH, model.vocab_size, model.block_size, config.head_dim, kind)
     derived = dial.recipe(
         counted, dial.sizes(reference, kind), model.n_embd, ratio=config.target_param_data_ratio,
         iterations=config.max_iters, batch_tokens=batch_tokens,

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from gptfast.config import NAMES, GPTConfig, preset
+from gptfast.config import NAMES, PRESETS, GPTConfig, is_preset, preset
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
@@ -400,9 +400,13 @@ def main(argv: Sequence[str]) -> int:
 
 def config_of(name: str) -> GPTConfig:
     """The sizes of a preset, or of the model whose checkpoints are in a folder. UserError where it is neither."""
+    if is_preset(name):
+        return preset(name)
     from gptfast import checkpoint
 
-    return GPTConfig(**checkpoint.load(name).meta["model"]) if checkpoint.exists(name) else preset(name, "--models")
+    if not checkpoint.exists(name):
+        raise UserError(f"--models={name}: no preset, no depth and no folder with a checkpoint{nearest(name, PRESETS)}")
+    return GPTConfig(**checkpoint.load(name).meta["model"])
 
 
 def _known(flag: str, text: str, there: Any) -> list[str]:

@@ -208,5 +208,6 @@ def test_a_checkpoint_is_profiled_like_a_preset(tmp_path):
     config = dataclasses.replace(PRESETS["char-cpu"], n_layer=1)
     checkpoint.save(tmp_path / "run", step=0, model={}, optimizer={}, meta={"model": dataclasses.asdict(config)})
     assert profile.config_of(str(tmp_path / "run")) == config
-    with pytest.raises(UserError, match="no preset and no folder with a checkpoint"):
+    assert profile.config_of("d4").n_layer == 4
+    with pytest.raises(UserError, match="no preset, no depth and no folder with a checkpoint; did you mean gpt2"):
         profile.config_of("gpt3")

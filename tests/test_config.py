@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from gptfast.config import PRESETS, GPTConfig, preset
+from gptfast.config import PRESETS, GPTConfig, of_depth, preset
 from gptfast.errors import UserError
 
 # Radford et al. 2019, table 2; nanoGPT's train_shakespeare_char and its CPU command
@@ -103,5 +103,14 @@ def test_what_cannot_be_built_is_refused_by_name(fields: dict, message: str) -> 
 
 def test_an_unknown_preset_is_refused_with_the_names() -> None:
     assert preset("gpt2") is PRESETS["gpt2"]
-    with pytest.raises(UserError, match=r"'gpt3'.*gpt2-xl.*char-cpu"):
-        preset("gpt3")
+    with pytest.raises(UserError, match=r"--models=gpt3 is unknown; did you mean gpt2\?; or a depth, as d12"):
+        preset("gpt3", "--models")
+    for name in ("d0", "d012", "d100", "d-1", "D12", "d"):
+        with pytest.raises(UserError, match="is unknown"):
+            preset(name)
+
+
+def test_a_depth_is_nanochats_model_of_it() -> None:
+    found = preset("d12")
+    assert (found.n_layer, found.n_embd, found.n_head, found.value_embeddings) == (12, 768, 6, True)
+    assert found == of_depth(12) and of_depth(3).n_embd == 256 and of_depth(3, head_dim=64).n_embd == 192

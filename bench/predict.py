@@ -33,16 +33,21 @@ from .peaks import DTYPES, Ceilings, from_rows
 EFFICIENCY = 0.7  # of the roofline, for what no row of the machine is about
 OPS_OF = {"attention": ("attention",), "rotary": ("rotary",), "loss": ("cross_entropy",)}
 UNDECLARED = ("sums", "casts", "copies", "other")
+FAR = 0.15  # a prediction that misses by more is explained
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a step: predicted milliseconds, from what, and measured ones where there is a profile."""
+    """A part of a step: predicted milliseconds, from what, and measured ones where there is a profile.
+
+    `doubt` says why the two may differ beside a wrong cost: the figures are of other code, or no cost is declared.
+    """
 
     name: str
     ms: float
     source: str
     measured_ms: float | None = None
+    doubt: str = ""
 
     @property
     def missed(self) -> float | None:
@@ -68,19 +73,27 @@ def predict(
     measured = {part["part"]: part["ms"] for part in own["parts"]} if own else {}
     parts = []
     for part, cost in declared.items():
-        ms, source = (
+        ms, source, commit = (
             _of_op(part, config, cost, ops) or _of_profile(part, cost, other) or _roofline(cost, dtype, ceilings)
         )
-        parts.append(Part(part, ms, source, measured.get(part)))
+        parts.append(Part(part, ms, source, measured.get(part), _other_code(commit, own)))
     if other is not None:
         scale = _bulk(config, B * T) / _bulk(_config(other), other["dims"]["B"] * other["dims"]["T"])
         for part in other["parts"]:
             if part["part"] in UNDECLARED:
                 source = f"as in the profile of {other['name']} by {other['impl']}"
-                parts.append(Part(part["part"], part["ms"] * scale, source, measured.get(part["part"])))
+                doubt = f"no cost is declared, and {other['impl']} launches other kernels for it"
+                parts.append(Part(part["part"], part["ms"] * scale, source, measured.get(part["part"]), doubt))
     listed = {part.name for part in parts}
     parts += [Part(part, 0.0, "not foreseen", ms) for part, ms in measured.items() if part not in listed]
     return sorted(parts, key=lambda part: -max(part.ms, part.measured_ms or 0.0))
+
+
+def _other_code(commit: str | None, profile: Row | None) -> str:
+    profiled = profile and profile.get("commit")
+    if not commit or not profiled or commit == profiled:
+        return ""
+    return f"the rate is of commit {commit[:7]}, the profile of {profiled[:7]}"
 
 
 def base(impl: str) -> str:
@@ -88,8 +101,8 @@ def base(impl: str) -> str:
     return impl.split(" + ")[0]
 
 
-def _of_op(part: str, config: GPTConfig, cost: Cost, ops: Sequence[Row]) -> tuple[float, str] | None:
-    """By the rate of our own op: FLOP/s of attention, bytes/s of what streams."""
+def _of_op(part: str, config: GPTConfig, cost: Cost, ops: Sequence[Row]) -> tuple[float, str, str | None] | None:
+    """By the rate of our own op: FLOP/s of attention, bytes/s of what streams. With the commit of its row."""
     names = (f"add_{config.norm}", config.norm) if part == "norms" else OPS_OF.get(part, ())
     shaped = {
         "D": config.head_dim,
@@ -105,11 +118,11 @@ def _of_op(part: str, config: GPTConfig, cost: Cost, ops: Sequence[Row]) -> tupl
     by_flops = part == "attention"
     share = cost.flops / row["flops"] if by_flops else cost.bytes / row["bytes"]
     rate = f"{row['tflops']:.0f} TFLOP/s" if by_flops else f"{row['gbs']:,.0f} GB/s"
-    return row["ms_p50"] * share, f"{rate} of {results.label(row)}"
+    return row["ms_p50"] * share, f"{rate} of {results.label(row)}", row.get("commit")
 
 
-def _of_profile(part: str, cost: Cost, other: Row | None) -> tuple[float, str] | None:
-    """By the rate at which another step on this machine did the same part."""
+def _of_profile(part: str, cost: Cost, other: Row | None) -> tuple[float, str, str | None] | None:
+    """By the rate at which another step on this machine did the same part. With the commit of its profile."""
     if other is None:
         return None
     seen = next((row for row in other["parts"] if row["part"] == part), None)
@@ -122,13 +135,13 @@ def _of_profile(part: str, cost: Cost, other: Row | None) -> tuple[float, str] |
     share = cost.flops / theirs.flops if by_flops else cost.bytes / theirs.bytes
     rate = theirs.flops / seen["ms"] / 1e9 if by_flops else theirs.bytes / seen["ms"] / 1e6
     unit = f"{rate:.0f} TFLOP/s" if by_flops else f"{rate:,.0f} GB/s"
-    return seen["ms"] * share, f"{unit} in the profile of {other['name']} by {other['impl']}"
+    return seen["ms"] * share, f"{unit} in the profile of {other['name']} by {other['impl']}", other.get("commit")
 
 
-def _roofline(cost: Cost, dtype: str, ceilings: Ceilings) -> tuple[float, str]:
+def _roofline(cost: Cost, dtype: str, ceilings: Ceilings) -> tuple[float, str, None]:
     flops, memory = ceilings.flops.get(dtype), ceilings.bytes_per_s
     ms = 1e3 * max(cost.flops / flops if flops else 0.0, cost.bytes / memory if memory else 0.0)
-    return ms / EFFICIENCY, f"{EFFICIENCY:.0%} of the roofline, {ceilings.source}"
+    return ms / EFFICIENCY, f"{EFFICIENCY:.0%} of the roofline, {ceilings.source}", None
 
 
 def _unlike(row: Row, name: str | None, tokens: int) -> tuple[bool, float]:
@@ -150,12 +163,14 @@ def padded(config: GPTConfig) -> GPTConfig:
 
 
 def table(parts: Sequence[Part], wall: Row | None = None) -> list[str]:
-    """The parts as lines, with their sum and how far it is from what was measured."""
+    """The parts as lines, with their sum and how far it is from what was measured; and why a part may have missed."""
     lines = [f"{'part':16s} {'predicted':>10s} {'measured':>10s} {'missed':>8s}  from"]
     for part in parts:
         measured = "" if part.measured_ms is None else f"{part.measured_ms:7.3f} ms"
         missed = "" if part.missed is None else f"{part.missed:+8.0%}"
         lines.append(f"{part.name:16s} {part.ms:7.3f} ms {measured:>10s} {missed:>8s}  {part.source}")
+        if part.doubt and part.missed is not None and abs(part.missed) > FAR:
+            lines.append(f"{'':16s} {part.doubt}")
     total = sum(part.ms for part in parts)
     lines.append(f"{'all kernels':16s} {total:7.3f} ms")
     if wall is not None:

@@ -64,6 +64,25 @@ def test_a_measured_step_is_foretold_within_a_tenth():
     assert "31.6" in said and "the GPU idled for 9.400 ms" in said and "in the profile of gpt2 by compile" in said
 
 
+def test_a_part_that_missed_says_why_it_may_have():
+    old, new = "ca705f8" + 33 * "0", "efeaccb" + 33 * "0"
+    slow = op("attention", 0.3, SEEN["attention"][1]) | {"commit": new}
+    rows = [
+        slow,
+        *OPS_SEEN[1:],
+        profiled("triton", OURS) | {"commit": old},
+        profiled("compile", TORCH) | {"commit": old},
+    ]
+    parts = {part.name: part for part in predict.predict(GPT2, 16, 1024, "bfloat16", rows, CEILINGS, "triton", "gpt2")}
+    said = predict.table(list(parts.values()), rows[-2])
+    assert parts["attention"].doubt == "the rate is of commit efeaccb, the profile of ca705f8"
+    assert parts["GEMMs"].doubt == "" and parts["copies"].doubt and abs(parts["copies"].missed or 1) < predict.FAR
+    assert [line.strip() for line in said].count(parts["attention"].doubt) == 1
+    assert (
+        sum(line.strip() == parts["sums"].doubt for line in said) == 3
+    )  # sums, casts, other: not copies, which did not miss
+
+
 def test_a_step_is_not_foretold_from_itself():
     parts = predict.predict(GPT2, 16, 1024, "bfloat16", [ROWS[-2]], CEILINGS, "triton", "gpt2")
     assert all("profile" not in part.source for part in parts)

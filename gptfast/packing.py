@@ -15,11 +15,13 @@ each of its tokens is a target once. `cropped` counts the tokens that cropping d
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -50,44 +52,37 @@ class Piece(NamedTuple):
     start: int  # its first token in that file
 
 
-class PackedBatches:
-    """An endless iterator of PackedBatch over the documents of `tokens`, which the token `bos` separates.
+class Prefetched(ABC):
+    """An endless iterator of PackedBatch that a thread packs ahead; what it packs, and how, a subclass says.
 
     Each of `ranks` loaders takes every ranks-th batch of the stream of a single loader. All have the same state, from
-    which any number of them can continue: each plans the batches of all ranks, and fills its own. A thread prefetches
-    batches. `state_dict()` holds plain ints and lists of them; a loader that loads it gives the very next batch. Raises
-    UserError if there is no document.
+    which any number of them can continue: each plans the batches of all ranks, and fills its own. `state_dict()` holds
+    plain ints, words and lists of them; a loader that loads it gives the very next batch.
     """
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, block_size: int, *, bos: int, rank: int = 0, ranks: int = 1,
-        device: str | torch.device = "cpu", prefetch: int = 2,
-    ) -> None:  # fmt: skip
+        self, batch_size: int, block_size: int, rank: int, ranks: int, device: str | torch.device, prefetch: int
+    ) -> None:
         for name, value in (("batch_size", batch_size), ("block_size", block_size)):
             if value < 1:
                 raise UserError(f"{name} is {value}; set --{name} to 1 or more")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}, of {ranks} ranks; expected 0 ... {ranks - 1}")
-        self.batch_size, self.block_size, self.bos, self.rank, self.ranks = batch_size, block_size, bos, rank, ranks
+        self.batch_size, self.block_size, self.rank, self.ranks = batch_size, block_size, rank, ranks
         self.device = torch.device(device)
-        self._parts = [part.numpy() for part in parts_of(tokens)]
-        self._shards = tokens if isinstance(tokens, Shards) else None
-        self._size = len(tokens)
         self._prefetch = prefetch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
-        self._waiting: deque[Future[tuple[Tensor, dict[str, Any]]]] = deque()
-        self._begin({"epoch": 0, "part": 0, "offset": 0, "read": 0, "cropped": 0, "buffer": []})
+        self._waiting: deque[Future[tuple[np.ndarray, dict[str, Any]]]] = deque()
 
-    def __iter__(self) -> PackedBatches:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> PackedBatch:
         rows, self._state = self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._pack_batch))
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        cu_seqlens = document_starts(x, self.bos)
+        x, y, starts = self._split(torch.from_numpy(rows))
         return PackedBatch(
-            to_device(x, self.device), to_device(y, self.device), to_device(cu_seqlens, self.device, torch.int32)
+            to_device(x, self.device), to_device(y, self.device), to_device(starts, self.device, torch.int32)
         )
 
     def close(self) -> None:
@@ -96,31 +91,19 @@ class PackedBatches:
 
     @property
     def epoch(self) -> int:
-        """Returns the number of passes over all documents completed when the last batch was packed."""
+        """Returns the number of passes over all data completed when the last batch was packed."""
         return self._state["epoch"]
-
-    @property
-    def cropped(self) -> int:
-        """Returns how many tokens cropping has dropped up to the last batch."""
-        return self._state["cropped"]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last batch that was taken, however many are prefetched."""
-        buffer = [list(piece) for piece in self._state["buffer"]]
-        return {**self._state, "buffer": buffer, **self._identity()}
+        return {**json.loads(json.dumps(self._state)), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for a state of other data or other sizes."""
         for name, value in self._identity().items():
             if state[name] != value:
-                raise UserError(f"the place in the data was saved with {name} {state[name]}, and this is {value}")
+                raise UserError(f"the checkpoint was made with {name}={state[name]}, not {value}; set it to that")
         self._begin({name: value for name, value in state.items() if name not in self._identity()})
-
-    def _identity(self) -> dict[str, int]:
-        """Returns the sizes that a state is valid for."""
-        return {"tokens": self._size, "bos": self.bos, "block_size": self.block_size}
-
-    # ---- from here on, all but _begin runs in the thread
 
     def _begin(self, state: dict[str, Any]) -> None:
         """Restarts at `state`, and starts prefetching."""
@@ -129,15 +112,63 @@ class PackedBatches:
             if not future.cancel():
                 future.exception()
         self._state = state
+        self._restore(state)
+        self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Returns the data and the sizes that a state is valid for."""
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes to `state`, while the thread is idle."""
+
+    @abstractmethod
+    def _pack_batch(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns the next rows of this rank, and the state after them. Runs in the thread."""
+
+    @abstractmethod
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns x, y and cu_seqlens of rows that `_pack_batch` made."""
+
+
+class PackedBatches(Prefetched):
+    """Batches of the documents of `tokens`, which the token `bos` separates. Raises UserError if there is none."""
+
+    def __init__(
+        self, tokens: Tokens, batch_size: int, block_size: int, *, bos: int, rank: int = 0, ranks: int = 1,
+        device: str | torch.device = "cpu", prefetch: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, block_size, rank, ranks, device, prefetch)
+        self.bos = bos
+        self._parts = [part.numpy() for part in parts_of(tokens)]
+        self._shards = tokens if isinstance(tokens, Shards) else None
+        self._size = len(tokens)
+        self._begin({"epoch": 0, "part": 0, "offset": 0, "read": 0, "cropped": 0, "buffer": []})
+
+    @property
+    def cropped(self) -> int:
+        """Returns how many tokens cropping has dropped up to the last batch."""
+        return self._state["cropped"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"tokens": self._size, "bos": self.bos, "block_size": self.block_size}
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self._epoch, self._part, self._offset = state["epoch"], state["part"], state["offset"]
         self._read, self._cropped = state["read"], state["cropped"]
         self._buffer = [Piece(*piece) for piece in state["buffer"]]  # sorted
         self._unread = self._pieces()
         if not self._buffer:
             self._take()
-        self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
 
-    def _pack_batch(self) -> tuple[Tensor, dict[str, Any]]:
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return x, y, document_starts(x, self.bos)
+
+    # ---- from here on, all runs in the thread
+
+    def _pack_batch(self) -> tuple[np.ndarray, dict[str, Any]]:
         rows = np.empty((self.batch_size, self.block_size + 1), np.int64)
         for rank in range(self.ranks):
             for row in rows:
@@ -148,7 +179,7 @@ class PackedBatches:
             "epoch": self._epoch, "part": self._part, "offset": self._offset, "read": self._read,
             "cropped": self._cropped, "buffer": self._buffer.copy(),
         }  # fmt: skip
-        return torch.from_numpy(rows), state
+        return rows, state
 
     def _pack_row(self, row: np.ndarray | None) -> None:
         """Chooses the documents of the next row, and writes them to `row` (block_size + 1,) int64 unless it is None."""

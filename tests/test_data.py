@@ -550,7 +550,7 @@ def test_a_place_in_other_data_is_refused() -> None:
         PackedBatches(tokens, 1, 9, bos=BOS),
         PackedBatches(tokens, 1, 8, bos=7),
     ):
-        with pytest.raises(UserError, match="was saved with"):
+        with pytest.raises(UserError, match="was made with"):
             other.load_state_dict(state)
 
 

@@ -15,21 +15,18 @@ and counted, so that every batch has targets and no loss is 0 / 0. cu_seqlens ke
 
 from __future__ import annotations
 
-import json
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gptfast.chat.conversation import Chat
-from gptfast.data import to_device
 from gptfast.errors import UserError
 from gptfast.model import IGNORED
-from gptfast.packing import PackedBatch
+from gptfast.packing import Prefetched
 from train.tasks import Example, Where, find
 
 BUFFER = 100  # pieces of conversations to choose from
@@ -116,52 +113,17 @@ class Piece(NamedTuple):
     length: int  # tokens
 
 
-class ConversationBatches:
-    """An endless iterator of batches over a mixture; each of `ranks` takes every ranks-th batch of one stream.
-
-    `state_dict` holds plain ints and lists, the same on every rank; a loader that loads it, with any number of ranks,
-    gives the very next batch. Raises UserError if there is no target at all.
-    """
+class ConversationBatches(Prefetched):
+    """Batches of a mixture's conversations. Raises UserError if there is no target at all."""
 
     def __init__(
         self, mixture: Mixture, chat: Chat, batch_size: int, block_size: int, *, rank: int = 0, ranks: int = 1,
         device: str | torch.device = "cpu", long: Long = "split", prefetch: int = 2,
     ) -> None:  # fmt: skip
-        for name, value in (("batch_size", batch_size), ("block_size", block_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; set --{name} to 1 or more")
-        if not 0 <= rank < ranks:
-            raise ValueError(f"rank is {rank}, of {ranks} ranks; expected 0 ... {ranks - 1}")
-        self.mixture, self.chat, self.batch_size, self.block_size = mixture, chat, batch_size, block_size
-        self.rank, self.ranks, self.device, self.long = rank, ranks, torch.device(device), long
-        self._prefetch = prefetch
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conversations")
-        self._waiting: deque[Future[tuple[np.ndarray, dict[str, Any]]]] = deque()
+        super().__init__(batch_size, block_size, rank, ranks, device, prefetch)
+        self.mixture, self.chat, self.long = mixture, chat, long
         counts = dict(taken=0, split=0, dropped=0, unlearnt=0, targets=0, rows=0)
         self._begin({"epoch": 0, "place": 0, "buffer": [], "counts": counts})
-
-    def __iter__(self) -> ConversationBatches:
-        return self
-
-    def __next__(self) -> PackedBatch:
-        rows, self._state = self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._pack_batch))
-        tokens = torch.from_numpy(rows)
-        x, y = tokens[0, :, :-1].contiguous(), tokens[1, :, 1:].contiguous()
-        is_start = tokens[2, :, :-1].flatten().nonzero().flatten()
-        starts = torch.cat((is_start, is_start.new_tensor([x.numel()])))
-        return PackedBatch(
-            to_device(x, self.device), to_device(y, self.device), to_device(starts, self.device, torch.int32)
-        )
-
-    def close(self) -> None:
-        """Ends the thread; there are no more batches."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def epoch(self) -> int:
-        """Returns the number of epochs completed when the last batch was packed."""
-        return self._state["epoch"]
 
     @property
     def progress(self) -> float:
@@ -174,35 +136,23 @@ class ConversationBatches:
         (unlearnt); targets; rows."""
         return dict(self._state["counts"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position after the last batch that was taken, however many are prefetched."""
-        return {**json.loads(json.dumps(self._state)), **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a state of another mixture or other sizes."""
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise UserError(f"the checkpoint was made with {name}={state[name]}, not {value}; set it to that")
-        self._begin({key: state[key] for key in ("epoch", "place", "buffer", "counts")})
-
     def _identity(self) -> dict[str, Any]:
         parts = [[part.name, len(part.examples), part.repeats] for part in self.mixture.parts]
         return {"mixture": parts, "seed": self.mixture.seed, "block_size": self.block_size, "long": self.long}
 
-    # ---- from here on, all but _begin runs in the thread
-
-    def _begin(self, state: dict[str, Any]) -> None:
-        while self._waiting:  # the thread must be idle before its data are replaced
-            future = self._waiting.popleft()
-            if not future.cancel():
-                future.exception()
-        self._state = state
+    def _restore(self, state: dict[str, Any]) -> None:
         self._epoch, self._place = state["epoch"], state["place"]
         self._counts = dict(state["counts"])
         self._order = self.mixture.order(self._epoch)
         self._rendered: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
         self._buffer = [Piece(*piece) for piece in state["buffer"]]
-        self._waiting.extend(self._thread.submit(self._pack_batch) for _ in range(self._prefetch))
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = rows[0, :, :-1].contiguous(), rows[1, :, 1:].contiguous()
+        is_start = rows[2, :, :-1].flatten().nonzero().flatten()
+        return x, y, torch.cat((is_start, is_start.new_tensor([x.numel()])))
+
+    # ---- from here on, all runs in the thread
 
     def _pack_batch(self) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns ids, targets, 1 at document starts (3, batch_size, block_size + 1) int64; and the state after."""

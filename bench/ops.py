@@ -463,92 +463,95 @@ def proven(
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m bench ops", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    on_gpu = torch.cuda.is_available()
-    known = sorted({variant for op in kernels.OPS.values() for variant in op.variants})
-    parser.add_argument("--only", help="ops, comma-separated (default: all; with --variants those that have one)")
-    parser.add_argument(
-        "--variants", default="", help=f"time these kernels of ours too, where they prove right: of {', '.join(known)}"
-    )
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument(
-        "--dtype", help="default: bfloat16 on a GPU; on a CPU float32, and bfloat16 if its units have it"
-    )
-    parser.add_argument("--direction", default=",".join(DIRECTIONS))
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile as a peer"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--samples", type=int, help="at least so many (default: 40 on a GPU, 10 on a CPU)")
-    parser.add_argument("--quick", action="store_true", help="one size of each op, fewer samples")
-    parser.add_argument("--options", action="store_true", help="the first size with each op's options too, in pairs")
-    parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
-    parser.add_argument("--out", type=Path, help="folder of the rows (default: results/<machine>)")
-    parser.add_argument("--warm", metavar="I/N", help="only compile and run once the I-th of N shares; no rows")
-    arguments = check_ranges(parser.parse_args(argv))
-    started = time.monotonic()
+    arguments = check_ranges(_parser().parse_args(argv))
+    started, device = time.monotonic(), made_current(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
+    known = _known_variants()
     asked = _chosen("--variants", arguments.variants, known) if arguments.variants else []
+    if asked and not on_gpu:
+        raise UserError(f"--variants={arguments.variants}: kernels run on a CUDA device; leave --variants out")
     having = [op.name for op in kernels.OPS.values() if not asked or set(asked) & op.variants.keys()]
     names = having if arguments.only is None else _chosen("--only", arguments.only, kernels.OPS)
     directions = _chosen("--direction", arguments.direction, DIRECTIONS)
-    device = made_current(arguments.device)
-    on_gpu = device.type == "cuda"
     dtypes = chosen_dtypes(arguments.dtype) if arguments.dtype else native_dtypes(device)
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
-    if asked and not on_gpu:
-        raise UserError(f"--variants={arguments.variants}: kernels run on a CUDA device; leave --variants out")
-    samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
-    settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
     if arguments.warm:
         todo = cases(names, dtypes, directions, device, arguments.quick, arguments.options)
-        return warm(todo, names, asked, _share(arguments.warm), arguments.compile, started + arguments.budget_s)
+        return warm(todo, asked, _share(arguments.warm), arguments.compile, started + arguments.budget_s)
     common = facts(device)
-    out = arguments.out or results.folder(common["hardware"])
-    roof = ceilings(device, dtypes, out, None if on_gpu else arguments.threads)
-    measured = measured_ceilings(roof, device, dtypes, out)
-    failed, beside = False, {name: list[str]() for name in names}
-    with results.campaign(out, "ops.jsonl") as log:
+    with results.campaign(arguments.out or results.folder(common["hardware"]), "ops.jsonl") as log:
+        beside, right = {name: list[str]() for name in names}, True
         if on_gpu:
             beside, right = proven(names, asked, dtypes, device, log)
-            failed = not right
             if asked and arguments.only is None:
                 beside = {name: variants for name, variants in beside.items() if variants}
-        alone = [name for name in beside if not directions_of(kernels.OPS[name], directions)]
-        for name in alone:
+            if peers.absent():
+                log.say(f"ops    peers that are not installed: {', '.join(peers.absent())}")
+        for name in [name for name in beside if not directions_of(kernels.OPS[name], directions)]:
             log.say(f"ops    {name}: left out, comparable in --direction=both alone")
             del beside[name]
         quick, options = arguments.quick, arguments.options
         todo = cases(list(beside), dtypes, directions, device, quick, options) if beside else []
-        if on_gpu and peers.absent():
-            log.say(f"ops    peers that are not installed: {', '.join(peers.absent())}")
-        for number, case in enumerate(todo, 1):
-            if time.monotonic() - started > arguments.budget_s:
-                say_left_out(todo[number - 1 :], arguments.budget_s, log)
-                break
-            log.say(f"ops    [{number}/{len(todo)}] {case}")
-            torch.compiler.reset()
-            functions = variants(case.op, device, arguments.compile, beside[case.op.name])
-            try:
-                threads = None if on_gpu else arguments.threads
-                rows = run_case(case, functions, settings, roof, log, common, threads, measured)
-                failed |= not all(row["valid"] for row in rows)
-            except FAILURES as error:
-                failed = True
-                log.row("note", name=str(case), text=f"failed: {type(error).__name__}: {error}")
-                log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
-    return 1 if failed else 0
+        all_valid = campaign(arguments, todo, beside, dtypes, device, log, common, started)
+    return 0 if right and all_valid else 1
 
 
-def warm(
-    todo: Sequence[Case],
-    names: Sequence[str],
-    asked: Sequence[str],
-    share: tuple[int, int],
-    compiled: bool,
-    ends: float,
-) -> int:
+def _known_variants() -> list[str]:
+    return sorted({variant for op in kernels.OPS.values() for variant in op.variants})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m bench ops", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    on_gpu, add = torch.cuda.is_available(), parser.add_argument
+    add("--only", help="ops, comma-separated (default: all; with --variants those that have one)")
+    variants_help = f"time these kernels of ours too, where they prove right: of {', '.join(_known_variants())}"
+    add("--variants", default="", help=variants_help)
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", help="default: bfloat16 on a GPU; on a CPU float32, and bfloat16 if its units have it")
+    add("--direction", default=",".join(DIRECTIONS))
+    add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="torch.compile as a peer")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--samples", type=int, help="at least so many (default: 40 on a GPU, 10 on a CPU)")
+    add("--quick", action="store_true", help="one size of each op, fewer samples")
+    add("--options", action="store_true", help="the first size with each op's options too, in pairs")
+    add("--budget_s", type=float, default=float("inf"), help="start no case after this, and say which")
+    add("--out", type=Path, help="folder of the rows (default: results/<machine>)")
+    add("--warm", metavar="I/N", help="only compile and run once the I-th of N shares; no rows")
+    return parser
+
+
+def campaign(
+    arguments: argparse.Namespace, todo: Sequence[Case], beside: Mapping[str, Sequence[str]], dtypes: Sequence[str],
+    device: torch.device, log: Log, common: Row, started: float,
+) -> bool:  # fmt: skip
+    """Time case after case while the budget lasts, with the variants `beside`. Returns whether all rows are valid."""
+    on_gpu, all_valid = device.type == "cuda", True
+    out = arguments.out or results.folder(common["hardware"])
+    threads = None if on_gpu else arguments.threads
+    roof = ceilings(device, dtypes, out, threads)
+    measured = measured_ceilings(roof, device, dtypes, out)
+    samples = arguments.samples or (10 if not on_gpu or arguments.quick else 40)
+    settings = Settings(samples=samples, warmup_s=0.1, budget_s=0.2 if arguments.quick or not on_gpu else 0.6)
+    for number, case in enumerate(todo, 1):
+        if time.monotonic() - started > arguments.budget_s:
+            say_left_out(todo[number - 1 :], arguments.budget_s, log)
+            break
+        log.say(f"ops    [{number}/{len(todo)}] {case}")
+        torch.compiler.reset()
+        functions = variants(case.op, device, arguments.compile, beside[case.op.name])
+        try:
+            rows = run_case(case, functions, settings, roof, log, common, threads, measured)
+            all_valid &= all(row["valid"] for row in rows)
+        except FAILURES as error:
+            all_valid = False
+            log.row("note", name=str(case), text=f"failed: {type(error).__name__}: {error}")
+            log.say(f"ops    {case}: FAILED: {in_one_line(error)}")
+    return all_valid
+
+
+def warm(todo: Sequence[Case], asked: Sequence[str], share: tuple[int, int], compiled: bool, ends: float) -> int:
     """Run each case of a share once, so that what it compiles is cached on disk. What fails shows when timed."""
     number, of = share
     log = Log(None, console=False)

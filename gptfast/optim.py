@@ -416,14 +416,7 @@ def muon(
     A tied head steps with the embeddings; empty groups are left out. `groups_table(optimizer)` shows the groups.
     Every group's rate is stored as its `lr_scale`, so that a schedule multiplies all by one factor.
     """
-    qkv_rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
-    roles: dict[str, list[nn.Parameter]] = {"matrices": [], **{role: [] for role in RULES[rules]}}
-    rows = []
-    for name, p in model.named_parameters():  # a tied weight comes once, as the embedding
-        role = role_of(name, p)
-        roles[role].append(p)
-        if role == "matrices":
-            rows.append(qkv_rows if name.endswith("c_attn.weight") else [p.shape[0]])
+    roles, rows = _roles(model, config, rules)
     adamw_settings = {"kind": "adamw", "betas": betas, "eps": 1e-10}
     rule = adamw_settings | {"kind": matrix_kind, "weight_decay": weight_decay}
     if matrix_kind == "muon":
@@ -448,6 +441,19 @@ def muon(
     for group in groups:
         group["lr_scale"] = group["lr"]
     return Muon([group for group in groups if group["params"]], newton_schulz)
+
+
+def _roles(model: nn.Module, config: GPTConfig, rules: str) -> tuple[dict[str, list[nn.Parameter]], list[list[int]]]:
+    """Returns the parameters of each role; and of each matrix the rows of the matrices that are stacked in it."""
+    qkv_rows = [heads * config.head_dim for heads in (config.n_head, config.kv_heads, config.kv_heads)]
+    roles: dict[str, list[nn.Parameter]] = {"matrices": [], **{role: [] for role in RULES[rules]}}
+    rows = []
+    for name, p in model.named_parameters():  # a tied weight comes once, as the embedding
+        role = role_of(name, p)
+        roles[role].append(p)
+        if role == "matrices":
+            rows.append(qkv_rows if name.endswith("c_attn.weight") else [p.shape[0]])
+    return roles, rows
 
 
 def groups_table(optimizer: torch.optim.Optimizer) -> str:

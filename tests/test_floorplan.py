@@ -34,6 +34,7 @@ OP_MAY_IMPORT = {"_triton", "op", "prims"}
 IMPORTS_TRITON = {"_triton", "proof"}
 IMPORTED_AT_ONCE = {"torch", "triton", "numpy", "safetensors"}  # all others are heavy or rare, and wait for their use
 LONGEST_PAGE = 600
+LONGEST_FUNCTION = 60
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,18 @@ def pages_are_short(page: Page) -> Iterator[int]:
         yield LONGEST_PAGE + 1
 
 
+def functions_are_short(page: Page) -> Iterator[int]:
+    """A function over 60 lines does more than one thing. Kernels and tests are exempt."""
+    if page.package in ("kernels", "tests"):
+        return
+    for node in ast.walk(page.tree):
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and node.end_lineno - node.lineno >= LONGEST_FUNCTION
+        ):
+            yield node.lineno
+
+
 def no_test_elsewhere(page: Page) -> Iterator[int]:
     """Tests stand in tests/; bench/ may hold pytest-benchmark cases, which take the `benchmark` fixture."""
     if page.package == "tests":
@@ -336,6 +349,10 @@ PLANTED: dict[Rule, list[tuple[str, str, str]]] = {
         ("tests/test_data.py", "import pickle\npickle.loads(b'')", "import pickle\npickle.dumps(bait)"),
     ],
     pages_are_short: [("gptfast/model.py", "x = 1\n" * 601, "x = 1\n" * 600)],
+    functions_are_short: [
+        ("gptfast/model.py", "def f():\n" + "    x = 1\n" * 60, "def f():\n" + "    x = 1\n" * 59),
+        ("bench/ops.py", "async def f():\n" + "    x = 1\n" * 60, "x = 1\n" * 100),
+    ],
     no_test_elsewhere: [
         ("gptfast/model.py", "def test_forward(): ...", "def forward(): ..."),
         ("bench/test_ops.py", "def test_speed(): ...", "def test_speed(benchmark): ..."),

@@ -85,19 +85,11 @@ class Engine:
 
         def decoder(model: GPT, weights: Weights, beside: KVCache | None = None) -> Decoder:
             twin = converted(model, weights)
+            capacity = self.config.block_size + self._ahead  # one more: for a row that waits for the host at its end
             cache = KVCache(
-                twin.config,
-                twin.ops,
-                slots,
-                dtype=twin.dtype,
-                device=device,
-                capacity=self.config.block_size + self._ahead,  # one more: for a row that waits for the host at its end
-                storage=kv_storage,
-                page_size=page_size,
-                pages=pages,
-                remembers=prefix_cache,
-                beside=beside,
-            )
+                twin.config, twin.ops, slots, dtype=twin.dtype, device=device, capacity=capacity, storage=kv_storage,
+                page_size=page_size, pages=pages, remembers=prefix_cache, beside=beside,
+            )  # fmt: skip
             return Decoder(twin, cache, compile)
 
         self._source, self._draft_source = model, draft

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..op import Cost, Op, changed, differentiable, require
 from .backward import launch_backward
 from .cpu import attention_cpu
+from .dropout import seed_tensor
 from .forward import launch_forward
 from .reference import attention_reference, check
 
@@ -102,12 +103,7 @@ def attention_triton(
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
     require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
-    drawn = None
-    if dropout > 0.0:
-        if seed is None:
-            drawn = torch.randint(2**63 - 1, (1,), device=q.device)
-        else:
-            drawn = torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    drawn = seed_tensor(dropout, seed, q.device)
     function = _attention_lse if return_lse else _attention
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     window = -1 if window is None else window

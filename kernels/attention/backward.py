@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tile_arch, tl, triton
+from .dropout import kept
 from .hopper import launch_backward_hopper, takes_backward
 from .shared import (
     Shape,
@@ -20,7 +21,6 @@ from .shared import (
     descriptor,
     document_bounds,
     head_of,
-    kept,
     keys_seen,
     load_rows,
     padded,
@@ -29,8 +29,17 @@ from .shared import (
     rows,
     scores,
     segments,
-    uncapped,
 )
+
+
+@jit
+def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
+    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` is in units of log 2."""
+    if SOFTCAPPED:
+        ratio = capped * (0.6931471805599453 / softcap)
+        return ds * (1.0 - ratio * ratio)
+    else:
+        return ds
 
 
 @jit

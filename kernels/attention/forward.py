@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tile_arch, tl, triton
+from .dropout import kept
 from .hopper import launch_forward_hopper, takes_forward
 from .shared import (
     Shape,
@@ -16,7 +17,6 @@ from .shared import (
     descriptor,
     document_bounds,
     head_of,
-    kept,
     keys_seen,
     load_rows,
     padded,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._triton import TensorDescriptor, jit, tl, triton
-from .reference import dropout_threshold
+from .dropout import dropout_threshold
 
 
 class Shape(NamedTuple):
@@ -180,20 +180,3 @@ def tanh(x):
     square = x * x
     series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(square < 0.09, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
-
-
-@jit
-def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
-    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` is in units of log 2."""
-    if SOFTCAPPED:
-        ratio = capped * (0.6931471805599453 / softcap)
-        return ds * (1.0 - ratio * ratio)
-    else:
-        return ds
-
-
-@jit
-def kept(seed_ptr, key, query, head, threshold):
-    """Returns True where dropout leaves the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
-    bits, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, head * 0, 7)
-    return (bits >> 1).to(tl.int32) >= threshold

@@ -424,3 +424,17 @@ def test_what_only_the_reference_takes(x, message):
 def test_features_on_the_gpu(D, features):
     q, k, v = (x.cuda() for x in qkv(1031, 1031, B=2, H=4, G=2, D=D, dtype=torch.bfloat16))
     check(q, k, v, attention_triton, **features)
+
+
+def test_a_result_that_nobody_uses_costs_the_backward_nothing():
+    q, k, v = (x.requires_grad_() for x in qkv(19, 19))
+    for used, has_dlse in ((0, False), (1, True)):
+        launches = []
+        with launching(Launcher(lambda kernel, grid, *args, launches=launches, **flags: launches.append(flags))):
+            torch.autograd.grad(attention_triton(q, k, v, return_lse=True)[used].sum(), q)
+        assert [flags["HAS_DLSE"] for flags in launches if "HAS_DLSE" in flags] == [has_dlse]
+        found, expected = (
+            torch.autograd.grad(function(q, k, v, return_lse=True)[used].square().sum(), (q, k), allow_unused=True)
+            for function in (interpreted, attention_reference)
+        )
+        torch.testing.assert_close(found, expected)

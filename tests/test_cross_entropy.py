@@ -240,7 +240,7 @@ MUTANTS = {
     "smoothing by padded length": (rows, "tl.sum(total, axis=1)[:, None] / V", "tl.sum(total, axis=1)[:, None] / N"),
     "smoothing lost in the gradient": (rows, "label_smoothing * (hit - 1.0 / V)", "0.0 * (hit - 1.0 / V)"),
     "z-loss lost in the gradient": (rows, "2.0 * z_loss", "0.0 * z_loss"),
-    "cap's derivative lost": (rows, "ds *= 1.0 - (s / softcap)", "ds *= 1.0 - 0.0 * (s / softcap)"),
+    "cap's derivative lost": (rows, "ds *= (1.0 - share) * (1.0 + share)", "ds *= 1.0"),
     "a block left out on the way back": (rows, "last = (tl.cdiv(N, BLOCK_N) - 1)", "last = (tl.cdiv(N, BLOCK_N) - 2)"),
     "backward: ignored rows pulled": (page, "tl.where(kept & (v < V), dz, 0.0)", "tl.where(v < V, dz, 0.0)"),
     "backward: scale of the first row": (page, "scale_ptr + m * scale_stride_m", "scale_ptr + 0 * m"),
@@ -250,12 +250,12 @@ MUTANTS = {
 
 def check_every_part(launch, module):
     """In place with all options, and forward then backward: few rows, with padding and apart in memory."""
-    criterion = Criterion(3, 0.9, 0.1, 15.0, 70)
+    criterion = Criterion(3, 0.9, 0.1, 15.0, 70, "none")
     for N, extra in ((80, 8), (8209, 0)):
         criterion = criterion._replace(vocab_size=N - 10)
         wide = (torch.randn(5, N + extra) * 4).requires_grad_()
         targets, scale = torch.tensor([0, 3, N - 11, 7, 40]), torch.rand(5) + 0.5
-        options = dict(reduction="none", **criterion._asdict())
+        options = criterion._asdict()
         leaf = wide.detach()[:, :N].double().requires_grad_()
         expected = reference(leaf, targets, **options)
         (gradient,) = torch.autograd.grad(expected, leaf, scale.double())

@@ -14,9 +14,11 @@ from .._triton import TensorDescriptor, jit, tl, triton
 from .dropout import dropout_threshold
 
 
-class Shape(NamedTuple):
-    """What a kernel must know of the problem, besides the tensors."""
+class Options(NamedTuple):
+    """The arguments of attention besides q, k and v, as the operator takes them and in its order."""
 
+    cu_seqlens: Tensor | None
+    seed: Tensor | None  # (1,) int64; None without dropout
     causal: bool
     window: int  # -1 for none
     scale: float
@@ -24,11 +26,11 @@ class Shape(NamedTuple):
     dropout: float
 
     def scalars(self) -> tuple:
-        """Runtime arguments of every kernel, in order."""
+        """Returns the runtime arguments of every kernel, in order."""
         return self.window, self.scale, self.softcap, dropout_threshold(self.dropout), 1.0 / (1.0 - self.dropout)
 
     def flags(self, documents: Tensor | None) -> dict[str, Any]:
-        """Compile-time arguments of every kernel."""
+        """Returns the compile-time arguments of every kernel."""
         return dict(
             CAUSAL=self.causal, WINDOWED=self.window >= 0, DOCUMENTS=documents is not None,
             SOFTCAPPED=self.softcap > 0, DROPOUT=self.dropout > 0,

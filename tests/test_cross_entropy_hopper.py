@@ -98,7 +98,7 @@ MUTANTS = {
     "one chunk too many is full": ("FULL=V // BLOCK_N", "FULL=V // BLOCK_N + 1", ("values",)),
     "smoothing lost in the gradient": ("        ds -= even", "        ds -= 0.0 * even", ("values",)),
     "z-loss lost in the gradient": ("scale * (1.0 + 2.0 * z_loss", "scale * (1.0 + 0.0 * z_loss", ("values",)),
-    "cap's derivative lost": ("ds *= 1.0 - (s / softcap)", "ds *= 1.0 - 0.0 * (s / softcap)", ("values",)),
+    "cap's derivative lost": ("ds *= (1.0 - share) * (1.0 + share)", "ds *= 1.0", ("values",)),
     "ignored rows keep their logits": ("                gl.store(row + v, zeros, v < N)", "                pass",
                                        ("values",)),
 }  # fmt: skip

@@ -257,15 +257,15 @@ TILES: dict[str, Any] = {
 }
 
 
-def _normalize(
+def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h (y again where there is no residual), and mean and rstd in one tensor (2, M)."""
+    """Returns y, h (empty without a residual), and mean and rstd as one tensor (2, M)."""
     N, add = x.shape[-1], residual is not None
     M = x.numel() // N
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = torch.empty_like(y) if add else y
-    statistics = x.new_empty((2, M), dtype=torch.float32)
+    h = torch.empty_like(y) if add else y.new_empty(0)
+    statistics = x.new_empty(2, M, dtype=torch.float32)
     if M:
         rows, stride = rows_of(x, N)
         other, other_stride = (rows, stride) if residual is None else rows_of(residual, N)
@@ -283,9 +283,11 @@ def _normalize(
     return y, h, statistics
 
 
-def _differentiate(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
+def _backward(
+    dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dx, which is also dresidual, dweight and dbias; h is x where there is no residual."""
+    dy = torch.zeros_like(h) if dy is None else dy  # only h was used
     N, add, has_bias = h.shape[-1], dh is not None, bias is not None
     M, weight = h.numel() // N, weight.contiguous()
     dx, dweight = torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(weight)
@@ -313,42 +315,22 @@ def _differentiate(
     return dx, dweight, dbias
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, statistics = _normalize(x, None, weight, bias, eps)
-    return y, statistics
+def _save(inputs: tuple, output: tuple) -> tuple:
+    x, residual, weight, bias, _ = inputs
+    _, h, statistics = output
+    return x if residual is None else h, weight, bias, statistics
 
 
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _differentiate(dy, None, x, weight, bias, statistics)
-
-
-def _add_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _normalize(x, residual, weight, bias, eps)
-
-
-def _add_backward(
-    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _differentiate(dy, dh, h, weight, bias, statistics)
-
-
-_layernorm = differentiable("layernorm", _forward, _backward, save=lambda inputs, output: (*inputs[:3], output[1]))
-_add_layernorm = differentiable(
-    "add_layernorm", _add_forward, _add_backward, outputs=2,
-    save=lambda inputs, output: (output[1], inputs[2], inputs[3], output[2]),
-    spread=lambda dx, dweight, dbias: (dx, dx, dweight, dbias),
-)  # fmt: skip
+_layernorm = differentiable(
+    "layernorm", _forward, _backward, _save, outputs=2, spread=lambda dx, dweight, dbias: (dx, dx, dweight, dbias)
+)
 
 
 def layernorm_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """layernorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
     _check(x, weight, bias)
     require_kernel_dtype("x", x)
-    return _layernorm(x, weight, bias, eps)
+    return _layernorm(x, None, weight, bias, eps)[0]
 
 
 def add_layernorm_triton(
@@ -358,7 +340,7 @@ def add_layernorm_triton(
     check_residual(x, residual)
     _check(x, weight, bias)
     require_kernel_dtype("x", x)
-    return _add_layernorm(x, residual, weight, bias, eps)
+    return _layernorm(x, residual, weight, bias, eps)
 
 
 def inputs(

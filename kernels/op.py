@@ -66,8 +66,9 @@ def differentiable(
     needs. save(inputs, everything forward returned) picks the arguments of backward, which follow the gradients of the
     results. backward returns a gradient for each tensor input in order; an empty one stands for an optional input that
     is absent. Where inputs share a gradient, backward returns it once and `spread` makes one for each of what backward
-    returned. Both are annotated with plain types, since torch reads the operator's schema from them; neither may return
-    an input.
+    returned. A result may be absent too: forward returns an empty tensor for it. If backward takes `Tensor | None` for
+    gradients of results, that of a result that is absent or unused is None; otherwise it is zeros. Both are annotated
+    with plain types, since torch reads the operator's schema from them; neither may return an input.
 
     In eager mode this is an autograd.Function; under torch.compile a custom op whose shape function is `forward` with
     its launches left out. Raises RuntimeError when asked for second derivatives.
@@ -87,9 +88,12 @@ def differentiable(
     for place, i in enumerate(plain, len(saved_tensors)):
         order[i] = place
     in_order = order == list(range(saved_slots))
+    zeros_for_unused = "Optional[Tensor]" not in _argument_types(reverse_schema)[:n]
 
     def remember(ctx: Any, inputs: tuple, output: tuple) -> None:
         saved = save(inputs, output)
+        if not zeros_for_unused:
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[saved[i] for i in saved_tensors])
         ctx.plain = tuple([saved[i] for i in plain])
 
@@ -228,12 +232,14 @@ def _on_gpu(name: str, first: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _tensor_slots(schema: str, skip: int = 0) -> tuple[int, list[int]]:
-    """How many arguments a schema like '(Tensor x, Tensor? bias, float eps) -> ...' has, and which of them are tensors.
+    """Returns how many arguments a schema has, and which of them are tensors; the first `skip` are not counted."""
+    types = _argument_types(schema)[skip:]
+    return len(types), [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
 
-    The first `skip` are not counted.
-    """
-    arguments = torch._C.parse_schema(f"gptfast::probe{schema}").arguments[skip:]
-    return len(arguments), [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+
+def _argument_types(schema: str) -> list[str]:
+    """Returns Tensor, Optional[Tensor] and float for a schema like '(Tensor x, Tensor? bias, float eps) -> ...'."""
+    return [str(argument.type) for argument in torch._C.parse_schema(f"gptfast::probe{schema}").arguments]
 
 
 def allow_interpretation() -> None:

@@ -244,12 +244,12 @@ TILES: dict[str, Any] = {
 }
 
 
-def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h (y again where there is no residual), rstd."""
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y, h (empty without a residual) and rstd (M,)."""
     N, add = x.shape[-1], residual is not None
     M = x.numel() // N
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = torch.empty_like(y) if add else y
+    h = torch.empty_like(y) if add else y.new_empty(0)
     rstd = x.new_empty(M, dtype=torch.float32)
     if M:
         rows, stride = rows_of(x, N)
@@ -265,9 +265,11 @@ def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: f
     return y, h, rstd
 
 
-def _differentiate(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
+def _backward(
+    dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Returns dx, which is also dresidual, and dweight; h is x where there is no residual."""
+    dy = torch.zeros_like(h) if dy is None else dy  # only h was used
     N, add, has_weight = h.shape[-1], dh is not None, weight is not None
     M = h.numel() // N
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -298,36 +300,22 @@ def _differentiate(
     return dx, dweight
 
 
-def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = _normalize(x, None, weight, eps)
-    return y, rstd
+def _save(inputs: tuple, output: tuple) -> tuple:
+    x, residual, weight, _ = inputs
+    _, h, rstd = output
+    return x if residual is None else h, weight, rstd
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return _differentiate(dy, None, x, weight, rstd)
-
-
-def _add_forward(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _normalize(x, residual, weight, eps)
-
-
-def _add_backward(dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return _differentiate(dy, dh, h, weight, rstd)
-
-
-_rmsnorm = differentiable("rmsnorm", _forward, _backward, save=lambda inputs, output: (inputs[0], inputs[1], output[1]))
-_add_rmsnorm = differentiable(
-    "add_rmsnorm", _add_forward, _add_backward, outputs=2,
-    save=lambda inputs, output: (output[1], inputs[2], output[2]),
-    spread=lambda dx, dweight: (dx, dx, dweight),
-)  # fmt: skip
+_rmsnorm = differentiable(
+    "rmsnorm", _forward, _backward, _save, outputs=2, spread=lambda dx, dweight: (dx, dx, dweight)
+)
 
 
 def rmsnorm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """rmsnorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
     check_rows(x, weight=weight)
     require_kernel_dtype("x", x)
-    return _rmsnorm(x, weight, eps)
+    return _rmsnorm(x, None, weight, eps)[0]
 
 
 def add_rmsnorm_triton(
@@ -337,7 +325,7 @@ def add_rmsnorm_triton(
     check_residual(x, residual)
     check_rows(x, weight=weight)
     require_kernel_dtype("x", x)
-    return _add_rmsnorm(x, residual, weight, eps)
+    return _rmsnorm(x, residual, weight, eps)
 
 
 def inputs(

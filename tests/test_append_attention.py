@@ -102,7 +102,8 @@ def test_nothing_is_written_past_the_end():
     q, k, v = arguments[:3]
     step = page.Append(None, None, None, None, None, None)
     with interpreting():
-        page.launch(q, k, v, torch.tensor([18], dtype=torch.int32), None, None, None, -1, 0.25, 0.0, 1, step)
+        cache = page.Cache(k, v, None, None)
+        page.launch(q, cache, torch.tensor([18], dtype=torch.int32), None, -1, 0.25, 0.0, 1, step)
     assert torch.equal(k[:, :18], before[1][:, :18])
     assert torch.equal(k[:, 18:], q[:, :2, 1:2]) and torch.equal(v[:, 18:], q[:, :2, 2:])
 
@@ -144,10 +145,11 @@ def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
     right = copied(arguments)
     torch.testing.assert_close(interpreted(right, SPLIT, **keywords), expected, rtol=1e-3, atol=1e-3)
     module = mutated(page, *MUTANTS[mistake], tmp_path, monkeypatch)
+    cache = module.Cache(*arguments[1:3], *arguments[5:7])
     step = module.Append(arguments[9], arguments[10], arguments[7], arguments[8], 1e-6, arguments[11])
     with pytest.raises((AssertionError, Race)), interpreting(multiprocessors=SPLIT):
         for _ in range(2):
-            found = module.launch(*arguments[:7], -1, 0.25, 0.0, 2, step)
+            found = module.launch(arguments[0], cache, *arguments[3:5], -1, 0.25, 0.0, 2, step)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
             assert not arguments[11].any()
 

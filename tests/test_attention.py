@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels._triton import Launcher, launcher, launching, skip
-from kernels.attention import attention_triton, backward, cpu, forward, reference
+from kernels.attention import attention_triton, backward, cpu, dropout, forward
 from kernels.attention.cpu import attention_cpu
 from kernels.attention.reference import attention_reference
 from kernels.proof import aot
@@ -279,7 +279,7 @@ def test_dropout_keeps_its_share_and_its_mean():
     """Within three standard deviations, over positions and over seeds; no two heads, rows or seeds alike."""
     H, T, S, rate = 4, 64, 64, 0.3
     kept = torch.stack(
-        [reference.undropped(s, rate, H, range(T), range(S), torch.device("cpu")) for s in range(20)]
+        [dropout.undropped(s, rate, H, range(T), range(S), torch.device("cpu")) for s in range(20)]
     ).double()
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(kept.mean() - (1 - rate)) < 3 * sigma / kept.numel() ** 0.5
@@ -298,8 +298,8 @@ def test_dropout_keeps_its_share_and_its_mean():
 def test_philox_gives_its_published_numbers(monkeypatch):
     """The known answers of Random123 for philox4x32 in 7 rounds: counter and key 0 give 5f6fb709."""
     for bits, expected in ((0x5F6FB709, True), (0x5F6FB709 + 2, False)):
-        monkeypatch.setattr(reference, "dropout_threshold", lambda _, bits=bits: bits >> 1)
-        assert reference.undropped(0, 0.5, 1, range(1), range(1), torch.device("cpu")).item() is expected
+        monkeypatch.setattr(dropout, "dropout_threshold", lambda _, bits=bits: bits >> 1)
+        assert dropout.undropped(0, 0.5, 1, range(1), range(1), torch.device("cpu")).item() is expected
 
 
 def test_dropout_without_a_seed_follows_torch():
@@ -424,3 +424,17 @@ def test_what_only_the_reference_takes(x, message):
 def test_features_on_the_gpu(D, features):
     q, k, v = (x.cuda() for x in qkv(1031, 1031, B=2, H=4, G=2, D=D, dtype=torch.bfloat16))
     check(q, k, v, attention_triton, **features)
+
+
+def test_a_result_that_nobody_uses_costs_the_backward_nothing():
+    q, k, v = (x.requires_grad_() for x in qkv(19, 19))
+    for used, has_dlse in ((0, False), (1, True)):
+        launches = []
+        with launching(Launcher(lambda kernel, grid, *args, launches=launches, **flags: launches.append(flags))):
+            torch.autograd.grad(attention_triton(q, k, v, return_lse=True)[used].sum(), q)
+        assert [flags["HAS_DLSE"] for flags in launches if "HAS_DLSE" in flags] == [has_dlse]
+        found, expected = (
+            torch.autograd.grad(function(q, k, v, return_lse=True)[used].square().sum(), (q, k), allow_unused=True)
+            for function in (interpreted, attention_reference)
+        )
+        torch.testing.assert_close(found, expected)

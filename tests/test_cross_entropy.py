@@ -250,12 +250,12 @@ MUTANTS = {
 
 def check_every_part(launch, module):
     """In place with all options, and forward then backward: few rows, with padding and apart in memory."""
-    criterion = Criterion(3, 0.9, 0.1, 15.0, 70)
+    criterion = Criterion(3, 0.9, 0.1, 15.0, 70, "none")
     for N, extra in ((80, 8), (8209, 0)):
         criterion = criterion._replace(vocab_size=N - 10)
         wide = (torch.randn(5, N + extra) * 4).requires_grad_()
         targets, scale = torch.tensor([0, 3, N - 11, 7, 40]), torch.rand(5) + 0.5
-        options = dict(reduction="none", **criterion._asdict())
+        options = criterion._asdict()
         leaf = wide.detach()[:, :N].double().requires_grad_()
         expected = reference(leaf, targets, **options)
         (gradient,) = torch.autograd.grad(expected, leaf, scale.double())

@@ -37,8 +37,7 @@ def a_case(criterion, dtype=torch.bfloat16, pitch=N):
 
 def truth(logits, targets, scale, criterion, dtype=torch.float64):
     leaf = logits.to(dtype).requires_grad_()
-    options = criterion._asdict()
-    loss = OP.reference(leaf, targets, reduction="none", **options)
+    loss = OP.reference(leaf, targets, **criterion._replace(reduction="none")._asdict())
     return loss.detach(), torch.autograd.grad(loss, leaf, scale.to(loss))[0]
 
 

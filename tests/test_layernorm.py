@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import check_parity, relative_error, run
 
 import kernels
+from kernels._triton import Launcher, launching
 from kernels.layernorm import LAYERNORM, TILES, layernorm_reference, layernorm_triton
 from kernels.prims import loop_tile
 from kernels.proof import aot
@@ -91,6 +92,24 @@ def test_a_wrong_argument_is_named(function, x, weight, bias, message):
 def test_the_kernel_refuses_fp64():
     with pytest.raises(ValueError, match=r"x: expected fp32, fp16 or bf16, got torch\.float64"):
         layernorm_triton(torch.randn(2, 4, dtype=torch.float64), torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["add_layernorm", "add_rmsnorm"])
+def test_a_result_that_nobody_uses_costs_the_backward_nothing(name):
+    """The last norm of a model leaves h unused: its gradient is neither made of zeros nor read. So with y unused."""
+    op, interpreted = kernels.OPS[name], getattr(kernels.load("reference", **{name: "interpret"}), name)
+    x, residual, *parameters = (a.requires_grad_() for a in op.inputs(M=5, N=48, dtype=torch.float32)[0])
+    for used in (0, 1):
+        loss = interpreted(x, residual, *parameters)[used].square().sum()
+        launches = []
+        with launching(Launcher(lambda kernel, grid, *args, launches=launches, **flags: launches.append(flags), 90)):
+            copy = interpreted.kernel(x, residual, *parameters)[used].sum()
+            torch.autograd.grad(copy, x)
+        assert [flags["ADD"] for flags in launches if "ADD" in flags] == [True, used == 1]
+        found = torch.autograd.grad(loss, (x, residual, *parameters))
+        expected = torch.autograd.grad(op.reference(x, residual, *parameters)[used].square().sum(), (x, residual))
+        torch.testing.assert_close(found[:2], expected)
+        assert used == 0 or not any(g.any() for g in found[2:])
 
 
 LENGTHS = pytest.mark.parametrize("N", [1, 2, 31, 64, 768, 1024, 1600, 4096, 8192, 8193, 16384, 65536])

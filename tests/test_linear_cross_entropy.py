@@ -218,7 +218,7 @@ def test_no_trace_on_a_gpu_meets_what_torch_2_11_cannot_trace(rows, monkeypatch)
             assert (loss.dtype, dx.shape, dweight.shape, dweight.dtype) == (
                 torch.float32, x.shape, weight.shape, torch.float32)  # fmt: skip
             assert not widened, "a shape function makes no products"
-        task = page.chunked_task(weight, page.Criterion(*options[:5]), "mean", rows, True, True)
+        task = page.chunked_task(weight, page.Criterion(*options[:6]), rows, True, True)
         z = torch.empty(23, 65, dtype=torch.float16, device="cuda")
         page._add_product(dweight, z, x, False, task.widens)  # as the reference sums chunk upon chunk
 

@@ -16,7 +16,8 @@ from gptfast.chat.conversation import Chat
 from gptfast.config import GPTConfig
 from gptfast.errors import UserError
 from gptfast.model import GPT, IGNORED
-from train.mixture import ConversationBatches, Mixture, Part, read_mixture, rl_multiplier, sft_momentum, sft_multiplier
+from train.mixture import ConversationBatches, Mixture, Part, read_mixture
+from train.schedules import rl_multiplier, sft_momentum, sft_multiplier
 from train.tasks import Example, Where
 from train.tasks.task import asked
 from train.tokenizer import train_bpe

@@ -29,7 +29,7 @@ from gptfast.packing import document_starts
 from gptfast.parallel.split import split_matrices
 from kernels import Op
 from kernels.newton_schulz import POLAR_EXPRESS
-from train import build, dial
+from train import build, dial, schedules
 from train.config import Pretrain
 from train.presets import PRESETS
 
@@ -374,7 +374,7 @@ def test_the_schedules_move_every_group_and_the_decay_of_the_matrices_alone() ->
     start = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     N, W = 2520, round(0.65 * 2520)
     for iteration, rates, momentum in ((0, 1 / 40, 0.85), (200, 1.0, 0.91), (N - W, 1.0, 0.97), (N, 0.05, 0.90)):
-        dial.set_schedule(optimizer, iteration, config)
+        schedules.set_schedule(optimizer, iteration, config)
         for group in optimizer.param_groups:
             rate, decay = start[group["name"]]
             assert group["lr"] == pytest.approx(rates * rate), (iteration, group["name"])

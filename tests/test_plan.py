@@ -16,7 +16,7 @@ from gptfast.config import GPTConfig, of_depth
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import muon
-from train import build, dial, plan, pretrain
+from train import build, dial, plan, pretrain, schedules
 from train.config import Pretrain
 from train.prepare import prepare
 from train.presets import PRESETS
@@ -122,9 +122,9 @@ def test_the_trapezoid() -> None:
         1000: 0.05,
         1001: 0.05,
     }
-    found = {iteration: dial.trapezoid(iteration, 1000) for iteration in expected}
+    found = {iteration: schedules.trapezoid(iteration, 1000) for iteration in expected}
     assert found == pytest.approx(expected)
-    assert dial.trapezoid(1000, 1000, warmdown=0.0) == 1.0
+    assert schedules.trapezoid(1000, 1000, warmdown=0.0) == 1.0
 
 
 def test_momentum_and_decay() -> None:
@@ -139,8 +139,10 @@ def test_momentum_and_decay() -> None:
         2700: 0.935,
         4000: 0.90,
     }
-    assert {iteration: dial.momentum(iteration, 4000) for iteration in expected} == pytest.approx(expected)
-    assert [dial.half_cosine(iteration, 100) for iteration in (0, 50, 100, 101)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert {iteration: schedules.momentum(iteration, 4000) for iteration in expected} == pytest.approx(expected)
+    assert [schedules.half_cosine(iteration, 100) for iteration in (0, 50, 100, 101)] == pytest.approx(
+        [1.0, 0.5, 0.0, 0.0]
+    )
 
 
 def turned(*flags: str) -> Pretrain:
@@ -155,20 +157,20 @@ def test_an_optimizer_follows_the_schedule() -> None:
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     expected = {"matrices": config.matrix_lr, "embeddings": config.learning_rate, "head": config.head_lr}
     assert {name: rates[name] for name in expected} == pytest.approx(expected)
-    assert dial.set_schedule(optimizer, 675, config) == pytest.approx(0.525 * config.learning_rate)
+    assert schedules.set_schedule(optimizer, 675, config) == pytest.approx(0.525 * config.learning_rate)
     for group in optimizer.param_groups:
         assert group["lr"] == pytest.approx(0.525 * rates[group["name"]])
     matrices = next(group for group in optimizer.param_groups if group["kind"] == "muon")
-    assert matrices["weight_decay"] == pytest.approx(config.weight_decay * dial.half_cosine(675, 1000))
-    assert matrices["momentum"] == pytest.approx(dial.momentum(675, 1000))
+    assert matrices["weight_decay"] == pytest.approx(config.weight_decay * schedules.half_cosine(675, 1000))
+    assert matrices["momentum"] == pytest.approx(schedules.momentum(675, 1000))
     assert matrices["cautious"] and matrices["normalize"] and matrices["decay_by_shape"]
-    assert dial.set_schedule(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
+    assert schedules.set_schedule(optimizer, 675, dataclasses.replace(config, decay_lr=False)) == config.learning_rate
 
 
 def test_a_rate_of_zero_follows_the_trapezoid() -> None:
     config = Pretrain(schedule="trapezoid", learning_rate=0.0, min_lr=0.0, warmup_iters=2, lr_decay_iters=10)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
-    assert [dial.set_schedule(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
+    assert [schedules.set_schedule(optimizer, iteration, config) for iteration in (0, 5, 9)] == [0.0, 0.0, 0.0]
 
 
 # ---- train.pretrain --depth

@@ -24,12 +24,13 @@ from gptfast.data import Batches
 from gptfast.engine import Engine, Sampling
 from gptfast.errors import UserError
 from gptfast.log import check_row
+from gptfast.log.lines import iteration_line
 from gptfast.model import GPT
 from gptfast.optim import adamw, set_learning_rate
 from gptfast.packing import document_starts
 from gptfast.step import Step, evaluate, language_model
 from gptfast.tokenizer import BPETokenizer
-from train import build, dial, pretrain, trainer
+from train import build, pretrain, schedules, trainer
 from train.config import Pretrain
 from train.prepare import prepare
 from train.presets import PRESETS
@@ -122,9 +123,9 @@ def test_learning_rate() -> None:
     config = PRESETS["train_shakespeare_char"]
     expected = {0: 9.90099e-6, 99: 9.90099e-4, 100: 1e-3, 2550: 5.5e-4, 5000: 1e-4, 5001: 1e-4}
     for iteration, rate in expected.items():
-        assert dial.learning_rate(iteration, config) == pytest.approx(rate, rel=1e-6)
+        assert schedules.learning_rate(iteration, config) == pytest.approx(rate, rel=1e-6)
     constant = dataclasses.replace(config, decay_lr=False)
-    assert {dial.learning_rate(iteration, constant) for iteration in expected} == {1e-3}
+    assert {schedules.learning_rate(iteration, constant) for iteration in expected} == {1e-3}
 
 
 def test_mfu_line_of_nanogpts_char_model_on_an_a100() -> None:
@@ -132,8 +133,8 @@ def test_mfu_line_of_nanogpts_char_model_on_an_a100() -> None:
     rate = 64 * 256 / 33.22e-3
     used = mfu.utilization(rate, config, 256, peak=mfu.peak("A100 SXM 40GB"), dtype=torch.bfloat16)
     assert 100 * used["mfu_palm"] == pytest.approx(11.217, abs=5e-4)
-    assert trainer.log_line(10, 2.34567, 33.219, used["mfu_palm"]) == "iter 10: loss 2.3457, time 33.22ms, mfu 11.22%"
-    assert trainer.log_line(0, 4.2, 5.0, None) == "iter 0: loss 4.2000, time 5.00ms, mfu n/a"
+    assert iteration_line(10, 2.34567, 33.219, used["mfu_palm"]) == "iter 10: loss 2.3457, time 33.22ms, mfu 11.22%"
+    assert iteration_line(0, 4.2, 5.0, None) == "iter 0: loss 4.2000, time 5.00ms, mfu n/a"
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> GPT:
@@ -252,7 +253,7 @@ def test_a_run_prints_nanogpts_lines_and_writes_rows(
     assert run["model"]["block_size"] == 16
     assert [row["step"] for row in rows(out_dir, "step")] == [0, 1, 2, 3, 4]
     assert all(row["tokens_per_s"] == pytest.approx(64e3 / row["ms"]) for row in rows(out_dir, "step"))
-    assert rows(out_dir, "step")[3]["lr"] == dial.learning_rate(3, cli.parse(Pretrain, flags, PRESETS))
+    assert rows(out_dir, "step")[3]["lr"] == schedules.learning_rate(3, cli.parse(Pretrain, flags, PRESETS))
     *evals, whole = rows(out_dir, "eval")
     assert [row["step"] for row in evals] == [0, 2, 4]
     assert evals[-1]["train_loss"] < evals[0]["train_loss"]

@@ -23,7 +23,7 @@ from gptfast.model import GPT
 from gptfast.optim import groups_table, muon, set_learning_rate
 from gptfast.parallel.team import Team
 from gptfast.step import Step, language_model
-from train import dial, speedrun, trainer
+from train import schedules, speedrun, trainer
 from train.build import architecture_of
 from train.prepare import prepare
 from train.presets import SPEEDRUN
@@ -157,7 +157,7 @@ def test_schedule_ramps_momentum_and_falls_linearly_to_zero(data_dir, tmp_path):
     config = dataclasses.replace(made.config, lr_decay_iters=100, warmdown_ratio=0.5, momentum_iters=50)
 
     def at(iteration: int) -> list[float]:
-        dial.set_schedule(made.optimizer, iteration, config)
+        schedules.set_schedule(made.optimizer, iteration, config)
         groups = {g["name"]: g for g in made.optimizer.param_groups}
         return [groups["matrices"]["lr"], groups["head"]["lr"], groups["matrices"]["momentum"]]
 
@@ -170,10 +170,10 @@ def test_schedule_ramps_momentum_and_falls_linearly_to_zero(data_dir, tmp_path):
 def test_schedule_warms_up_and_lets_weight_decay_fall(data_dir, tmp_path):
     made = build(data_dir, tmp_path)
     config = dataclasses.replace(made.config, lr_decay_iters=100, warmup_iters=10, warmdown_ratio=0.4, weight_decay=0.2)
-    factors = [dial.linear(i, config) for i in (0, 4, 9, 59, 60, 80, 99)]
+    factors = [schedules.linear(i, config) for i in (0, 4, 9, 59, 60, 80, 99)]
     assert factors == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.025])
     for iteration, decay in ((0, 0.2), (50, 0.1), (99, 0.002)):
-        dial.set_schedule(made.optimizer, iteration, config)
+        schedules.set_schedule(made.optimizer, iteration, config)
         groups = {g["name"]: g["weight_decay"] for g in made.optimizer.param_groups}
         assert groups == pytest.approx({"matrices": decay, "embeddings": 0, "head": 0, "scalars": 0})
 

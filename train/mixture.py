@@ -237,27 +237,3 @@ class ConversationBatches(Prefetched):
         """Drops a rendered conversation once no piece of it waits in the buffer."""
         if not any((waiting.part, waiting.which) == (piece.part, piece.which) for waiting in self._buffer):
             self._rendered.pop((piece.part, piece.which), None)
-
-
-# ---- schedules -------------------------------------------------------------------------------------------------------
-
-
-def sft_multiplier(progress: float, *, warmup: float = 0.0, warmdown: float = 0.5, final: float = 0.0) -> float:
-    """Returns the rate's factor at `progress` 0 ... 1: linear warm-up, 1, and linear decay to `final`, never below."""
-    progress = min(max(progress, 0.0), 1.0)
-    if progress < warmup:
-        return (progress + 1e-8) / warmup
-    if progress <= 1.0 - warmdown:
-        return 1.0
-    down = (progress - (1.0 - warmdown)) / warmdown
-    return (1.0 - down) + down * final
-
-
-def sft_momentum(iteration: int) -> float:
-    """Returns Muon's momentum, which rises from 0.85 to 0.95 over 300 updates."""
-    return 0.85 + 0.1 * min(iteration / 300, 1.0)
-
-
-def rl_multiplier(iteration: int, iterations: int) -> float:
-    """Returns the rate's factor, which falls linearly from 1 to 0."""
-    return max(0.0, 1.0 - iteration / iterations)

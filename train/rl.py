@@ -32,8 +32,8 @@ from gptfast.optim import set_learning_rate
 from gptfast.parallel import launch, leave
 from gptfast.step import Batch, Objective
 from train import policy
-from train.mixture import rl_multiplier
 from train.policy import Rollout
+from train.schedules import rl_multiplier
 from train.sft import Finetune, inherit, open_chat
 from train.tasks import judged
 from train.trainer import Recipe, Run, started, train

@@ -27,6 +27,7 @@ from gptfast.chat.conversation import Chat
 from gptfast.config import config_of
 from gptfast.errors import UserError
 from gptfast.log import Log
+from gptfast.log.lines import evaluation_line
 from gptfast.model import IGNORED
 from gptfast.optim import set_learning_rate, set_scheduled
 from gptfast.parallel import launch, leave
@@ -35,7 +36,8 @@ from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import BPETokenizer
 from train import score
 from train.config import Pretrain
-from train.mixture import ConversationBatches, Mixture, Part, read_mixture, sft_momentum, sft_multiplier
+from train.mixture import ConversationBatches, Mixture, Part, read_mixture
+from train.schedules import sft_momentum, sft_multiplier
 from train.tasks import Identity, Where, judged
 from train.trainer import EVAL_SEED, Recipe, Run, diverged, started, train
 
@@ -197,8 +199,7 @@ class Conversations:
             batches = list(self._first(Mixture(mixture.parts, EVAL_SEED), run))
             losses[split] = mean_loss(run.called, batches, run.team, run.recipe.objective).item()
         bits = self._bits_per_byte(run, batches)
-        summary = f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        log.say(f"{summary}, bits per byte {bits:.4f}")
+        log.say(f"{evaluation_line(run.iteration, losses['train'], losses['val'])}, bits per byte {bits:.4f}")
         losses_row = dict(train_loss=losses["train"], val_loss=losses["val"], bits_per_byte=bits)
         log.row("eval", step=run.iteration, **losses_row)
         if not all(map(math.isfinite, losses.values())):

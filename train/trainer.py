@@ -28,6 +28,7 @@ from gptfast.aside import locked, unwritable
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, Tracker, facts
+from gptfast.log.lines import evaluation_line, iteration_line, whole_split_line
 from gptfast.model import GPT
 from gptfast.packing import PackedBatches, document_starts
 from gptfast.parallel import launch
@@ -35,10 +36,10 @@ from gptfast.parallel.team import Team, join
 from gptfast.step import Batch, Objective, Step, language_model
 from gptfast.step import evaluate as mean_loss
 from gptfast.tokenizer import bos_of
-from train import dial
 from train.build import build_model, build_optimizer, check_compiler, choose_graph, describe_data
 from train.config import Pretrain
 from train.guard import Guard, Output, Refused, Stopped, Stopper, tell
+from train.schedules import set_schedule
 
 EVAL_SEED = 0  # every evaluation of every run uses the same windows, so that two losses differ by the model alone
 WARM_UP = 5  # iterations before MFU is measured
@@ -48,7 +49,7 @@ Line = Callable[[Row, Pretrain, "float | None"], "str | None"]
 
 def nanogpt_line(row: Row, config: Pretrain, mfu_palm: float | None) -> str | None:
     """Returns nanoGPT's console line for a row. Its MFU is a running average in the PaLM convention."""
-    return log_line(row["step"], row["loss"], row["ms"], mfu_palm)
+    return iteration_line(row["step"], row["loss"], row["ms"], mfu_palm)
 
 
 class Data(Protocol):
@@ -71,7 +72,7 @@ class Recipe:
     after_last: bool = True  # make one more update after the last evaluation, as nanoGPT does
     stage: str | None = None  # the run's name in a report card: base, mid, sft or rl; None: base
     data: Data | None = None  # instead of token files
-    set_schedule: Callable[[Any, int, Any], float] = dial.set_schedule  # sets the rates; returns the first
+    set_schedule: Callable[[Any, int, Any], float] = set_schedule  # sets the rates; returns the first
     evaluate: Callable[[Run, Log], dict[str, float]] | None = None  # replaces the loss on train and val
     fields: Callable[[Run], dict[str, Any]] = lambda run: {}  # added to the row of an update, overriding its fields
 
@@ -442,7 +443,7 @@ def evaluate(run: Run, log: Log) -> dict[str, float]:
         ).item()
         if isinstance(batches, PackedBatches):
             batches.close()
-    log.say(f"step {run.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+    log.say(evaluation_line(run.iteration, losses["train"], losses["val"]))
     log.row("eval", step=run.iteration, train_loss=losses["train"], val_loss=losses["val"])
     if not all(map(math.isfinite, losses.values())):
         raise diverged(run, "the loss is not a number")
@@ -458,7 +459,7 @@ def evaluate_whole_split(run: Run, log: Log) -> float:
         windows = ((x, y, document_starts(x, bos)) for x, y in windows)
     loss = mean_loss(run.called, windows, run.team, run.recipe.objective).item()
     count = count_windows(tokens, block_size)
-    log.say(f"whole validation split: val loss {loss:.4f} over {count} windows of {block_size}")
+    log.say(whole_split_line(loss, count, block_size))
     log.row("eval", step=run.iteration, whole_val_loss=loss, windows=count)
     return loss
 
@@ -520,11 +521,6 @@ class Meter:
         line = run.recipe.line(row, config, self.mfu_palm)
         if line is not None:
             log.say(line)
-
-
-def log_line(iteration: int, loss: float, ms: float, mfu_palm: float | None) -> str:
-    """Returns nanoGPT's line. Its MFU follows the PaLM convention, 6N + 12·L·H·Q·T FLOPs per token."""
-    return f"iter {iteration}: loss {loss:.4f}, time {ms:.2f}ms, mfu {mfu.format_mfu(mfu_palm)}"
 
 
 def tracker(config: Pretrain) -> Tracker:

@@ -28,52 +28,44 @@ from torch import Tensor
 from ..op import Cost, Op, changed, differentiable, require
 from .backward import launch_backward
 from .cpu import attention_cpu
+from .dropout import seed_tensor
 from .forward import launch_forward
 from .reference import attention_reference, check
+from .shared import Options
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, gluon: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout, gluon)
-
-
-def _forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, gluon: bool,
+    scale: float, softcap: float, dropout: float, return_lse: bool, gluon: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, lse = launch_forward(q, k, v, cu_seqlens, seed, causal, window, scale, softcap, dropout, gluon)
+    """Returns out, the natural log-sum-exp (empty unless asked for), and the log-sum-exp in base 2."""
+    options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
+    out, lse = launch_forward(q, k, v, options, gluon)
+    if not return_lse:
+        return out, lse.new_empty(0), lse
     return out, torch.where(lse == torch.inf, -torch.inf, lse * 0.6931471805599453), lse
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
-    seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float,
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = launch_backward(
-        dout, None, q, k, v, out, lse, cu_seqlens, seed, causal, window, scale, softcap, dropout
-    )
-    return *gradients, lse.new_empty(0), lse.new_empty(0)
-
-
-def _backward_lse(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None,
-    seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dlse = dlse.contiguous()
-    gradients = launch_backward(
-        dout, dlse, q, k, v, out, lse, cu_seqlens, seed, causal, window, scale, softcap, dropout
-    )
+    """Returns the gradients of q, k and v; those of cu_seqlens and seed are empty."""
+    options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
+    dout = torch.zeros_like(out) if dout is None else dout  # only the log-sum-exp was used
+    dlse = None if dlse is None else dlse.contiguous()
+    gradients = launch_backward(dout, dlse, q, k, v, out, lse, options)
     return *gradients, lse.new_empty(0), lse.new_empty(0)
 
 
 def _save(inputs: tuple, output: tuple) -> tuple:
-    return *inputs[:3], output[0], output[-1], *inputs[3:-1]
+    q, k, v, *options, _, _ = inputs
+    out, _, lse = output
+    return q, k, v, out, lse, *options
 
 
-_attention = differentiable("attention", _forward, _backward, _save)
-_attention_lse = differentiable("attention_lse", _forward_lse, _backward_lse, _save, outputs=2)
+_attention = differentiable("attention", _forward, _backward, _save, outputs=2)
 
 
 def attention_triton(
@@ -102,16 +94,12 @@ def attention_triton(
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
     require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
-    drawn = None
-    if dropout > 0.0:
-        if seed is None:
-            drawn = torch.randint(2**63 - 1, (1,), device=q.device)
-        else:
-            drawn = torch.full((1,), seed, dtype=torch.int64, device=q.device)
-    function = _attention_lse if return_lse else _attention
+    drawn = seed_tensor(dropout, seed, q.device)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     window = -1 if window is None else window
-    return function(q, k, v, cu_seqlens, drawn, causal, window, scale, float(softcap or 0.0), float(dropout), gluon)
+    softcap, dropout = float(softcap or 0.0), float(dropout)
+    out, lse = _attention(q, k, v, cu_seqlens, drawn, causal, window, scale, softcap, dropout, return_lse, gluon)
+    return (out, lse) if return_lse else out
 
 
 attention_gluon = functools.partial(attention_triton, gluon=True)

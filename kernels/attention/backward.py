@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tile_arch, tl, triton
+from .dropout import kept
 from .hopper import launch_backward_hopper, takes_backward
 from .shared import (
-    Shape,
+    Options,
     aligned,
     descriptor,
     document_bounds,
     head_of,
-    kept,
     keys_seen,
     load_rows,
     padded,
@@ -29,8 +29,17 @@ from .shared import (
     rows,
     scores,
     segments,
-    uncapped,
 )
+
+
+@jit
+def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
+    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` is in units of log 2."""
+    if SOFTCAPPED:
+        ratio = capped * (0.6931471805599453 / softcap)
+        return ds * (1.0 - ratio * ratio)
+    else:
+        return ds
 
 
 @jit
@@ -275,29 +284,29 @@ def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout
 
 
 def launch_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
-    dropout: float,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, contiguous, in the dtypes of q, k, v. dlse (B, H, T) is the gradient of the natural log-sum-exp."""
+    """Returns dq, dk, dv, contiguous, in the dtypes of q, k, v.
+
+    lse (B, H, T) is in base 2; dlse (B, H, T), contiguous, is the gradient of the natural log-sum-exp.
+    """
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    shape = Shape(causal, window, scale, softcap, dropout)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    if dlse is None and takes_backward(q, k, v, shape, cu_seqlens):
-        launch_backward_hopper(dout, q, k, v, out, lse, scale, (dq, dk, dv))
+    if dlse is None and takes_backward(q, k, v, options):
+        launch_backward_hopper(dout, q, k, v, out, lse, options.scale, (dq, dk, dv))
         return dq, dk, dv
-    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, dropout > 0) for kernel in TILES}
+    blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, options.dropout > 0) for kernel in TILES}
     if any(block.descriptors for block in blocks.values()):
         q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     delta = torch.empty_like(lse)
-    documents = document_bounds(cu_seqlens, S)
+    documents = document_bounds(options.cu_seqlens, S)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    flags = shape.flags(documents)
+    scalars, flags = options.scalars(), options.flags(documents)
 
-    def options(block: Tile) -> dict:
+    def constants(block: Tile) -> dict:
         return dict(D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D), num_warps=block.num_warps,
                     num_stages=block.num_stages)  # fmt: skip
 
@@ -309,12 +318,12 @@ def launch_backward(
 
     block = blocks["dq"]
     attention_bwd_kernel_dq[(triton.cdiv(T, block.block_m) * B * H,)](
-        *operands(block), out, lse, dlse, documents, seed, dq, delta, *strides, B * H, T, S, H, G, *shape.scalars(),
-        **flags, HAS_DLSE=dlse is not None, DESCRIPTORS=block.descriptors, **options(block),
+        *operands(block), out, lse, dlse, documents, options.seed, dq, delta, *strides, B * H, T, S, H, G, *scalars,
+        **flags, HAS_DLSE=dlse is not None, DESCRIPTORS=block.descriptors, **constants(block),
     )  # fmt: skip
     block = blocks["dk_dv"]
     attention_bwd_kernel_dk_dv[(triton.cdiv(S, block.block_n) * B * G,)](
-        *operands(block), lse, delta, documents, seed, dk, dv, *strides, B * G, T, S, H, G, *shape.scalars(), **flags,
-        DESCRIPTORS=block.descriptors, GROUP=H // G, **options(block),
+        *operands(block), lse, delta, documents, options.seed, dk, dv, *strides, B * G, T, S, H, G, *scalars, **flags,
+        DESCRIPTORS=block.descriptors, GROUP=H // G, **constants(block),
     )  # fmt: skip
     return dq, dk, dv

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .._triton import arch, jit, tile_arch, tl, triton
+from .dropout import kept
 from .hopper import launch_forward_hopper, takes_forward
 from .shared import (
-    Shape,
+    Options,
     aligned,
     descriptor,
     document_bounds,
     head_of,
-    kept,
     keys_seen,
     load_rows,
     padded,
@@ -176,31 +176,27 @@ def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = Fals
     return CONSERVATIVE if found.descriptors and D % 8 else found
 
 
-def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, gluon: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32. `gluon` insists on hopper/."""
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, gluon: bool) -> tuple[Tensor, Tensor]:
+    """Returns out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32. `gluon` insists on hopper/."""
     q, k, v = rows(q), rows(k), rows(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    shape = Shape(causal, window, scale, softcap, dropout)
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(torch.inf)
-    if takes_forward(gluon, q, k, v, shape, cu_seqlens):
-        launch_forward_hopper(q, k, v, scale, out, lse)
+    if takes_forward(gluon, q, k, v, options):
+        launch_forward_hopper(q, k, v, options.scale, out, lse)
         return out, lse
-    bounded = window >= 0 or cu_seqlens is not None
-    block = tile(D, q.dtype, arch(q), T, dropout > 0, bounded)
+    bounded = options.window >= 0 or options.cu_seqlens is not None
+    block = tile(D, q.dtype, arch(q), T, options.dropout > 0, bounded)
     operands = q, k, v
     if block.descriptors:
         q, k, v = aligned(q), aligned(k), aligned(v)
         operands = descriptor(q, block.block_m), descriptor(k, block.block_n), descriptor(v, block.block_n)
-    documents = document_bounds(cu_seqlens, S)
+    documents = document_bounds(options.cu_seqlens, S)
     attention_fwd_kernel[(triton.cdiv(T, block.block_m) * B * H,)](
-        *operands, documents, seed, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        B * H, T, S, H, G, *shape.scalars(), **shape.flags(documents), DESCRIPTORS=block.descriptors,
+        *operands, documents, options.seed, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        B * H, T, S, H, G, *options.scalars(), **options.flags(documents), DESCRIPTORS=block.descriptors,
         D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, BLOCK_D=padded(D),
         num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip

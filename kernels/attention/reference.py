@@ -1,12 +1,10 @@
 """Attention in plain torch: the definition, which is the oracle that kernels and CPU path are held to."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import require
-
-ROUNDS = 7  # of Philox: the fewest that pass BigCrush (Salmon et al., SC 2011)
+from .dropout import drop
 
 
 def attention_reference(
@@ -77,43 +75,6 @@ def log_sum_exp(s: Tensor, hidden: Tensor | None) -> Tensor:
     """Returns log(sum(exp(s))) over keys in at least fp32, without the last axis; -inf where every key is hidden."""
     lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1)
     return lse if hidden is None else lse.masked_fill(hidden.all(dim=-1), -torch.inf)
-
-
-def drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: range) -> Tensor:
-    """Returns p (..., queries, keys) with entries zeroed at this rate and the others scaled up."""
-    if seed is None:
-        return F.dropout(p, dropout)
-    heads = p.shape[:-2].numel()
-    drawn = undropped(seed, dropout, heads, queries, keys, p.device).view(p.shape)
-    return torch.where(drawn, p, 0.0) / (1.0 - dropout)  # a NaN that is dropped is 0, as in the kernels
-
-
-def undropped(seed: int, dropout: float, heads: int, queries: range, keys: range, device: torch.device) -> Tensor:
-    """True (heads, queries, keys) where dropout leaves the weight: Philox4x32 of the seed at (key, query, head).
-
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The kernels draw the same bits, tile by tile.
-    """
-
-    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low 32 bits of a * b, in int64 without overflow."""
-        high_part = a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)
-        return high_part >> 16, (a * b) & 0xFFFFFFFF
-
-    c0 = torch.arange(keys.start, keys.stop, device=device)[None, None, :] & 0xFFFFFFFF
-    c1 = torch.arange(queries.start, queries.stop, device=device)[None, :, None] & 0xFFFFFFFF
-    c2 = torch.arange(heads, device=device)[:, None, None]
-    c3 = torch.zeros_like(c2)
-    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(ROUNDS):
-        (high0, low0), (high2, low2) = product(0xD2511F53, c0), product(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return (c0 >> 1) >= dropout_threshold(dropout)
-
-
-def dropout_threshold(dropout: float) -> int:
-    """Random numbers of 31 bits below this are dropped."""
-    return round(dropout * 2**31)
 
 
 def check(

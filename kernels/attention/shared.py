@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .._triton import TensorDescriptor, jit, tl, triton
-from .reference import dropout_threshold
+from .dropout import dropout_threshold
 
 
-class Shape(NamedTuple):
-    """What a kernel must know of the problem, besides the tensors."""
+class Options(NamedTuple):
+    """The arguments of attention besides q, k and v, as the operator takes them and in its order."""
 
+    cu_seqlens: Tensor | None
+    seed: Tensor | None  # (1,) int64; None without dropout
     causal: bool
     window: int  # -1 for none
     scale: float
@@ -24,11 +26,11 @@ class Shape(NamedTuple):
     dropout: float
 
     def scalars(self) -> tuple:
-        """Runtime arguments of every kernel, in order."""
+        """Returns the runtime arguments of every kernel, in order."""
         return self.window, self.scale, self.softcap, dropout_threshold(self.dropout), 1.0 / (1.0 - self.dropout)
 
     def flags(self, documents: Tensor | None) -> dict[str, Any]:
-        """Compile-time arguments of every kernel."""
+        """Returns the compile-time arguments of every kernel."""
         return dict(
             CAUSAL=self.causal, WINDOWED=self.window >= 0, DOCUMENTS=documents is not None,
             SOFTCAPPED=self.softcap > 0, DROPOUT=self.dropout > 0,
@@ -180,20 +182,3 @@ def tanh(x):
     square = x * x
     series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(square < 0.09, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
-
-
-@jit
-def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
-    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` is in units of log 2."""
-    if SOFTCAPPED:
-        ratio = capped * (0.6931471805599453 / softcap)
-        return ds * (1.0 - ratio * ratio)
-    else:
-        return ds
-
-
-@jit
-def kept(seed_ptr, key, query, head, threshold):
-    """Returns True where dropout leaves the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
-    bits, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, head * 0, 7)
-    return (bits >> 1).to(tl.int32) >= threshold

@@ -48,7 +48,7 @@ def cross_entropy_reference(
     Columns from vocab_size on are padding. `inplace` allows to overwrite the logits; the reference does not.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
-    _check(logits, targets, Criterion(ignore_index, label_smoothing, z_loss, softcap, V), reduction)
+    _check(logits, targets, Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction))
     s = logits if V == logits.shape[-1] else logits[:, :V]  # a slice that takes all would cost its backward a copy
     s = s.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
@@ -63,13 +63,13 @@ def cross_entropy_reference(
     return loss
 
 
-def _check(logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str) -> None:
+def _check(logits: Tensor, targets: Tensor, criterion: Criterion) -> None:
     shape = logits.shape
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"logits: expected (M, N) with N >= 1, got {tuple(shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"logits: expected a floating dtype, got {logits.dtype}")
-    check_criterion(targets, shape[0], shape[1], logits.device, criterion, reduction, "logits")
+    check_criterion(targets, shape[0], shape[1], logits.device, criterion, "logits")
 
 
 @jit
@@ -124,7 +124,7 @@ def _forward(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
     vocab_size: int, reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size)
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
     kept = _kept(targets, ignore_index)
     loss, maximum, log_sum = cross_entropy_rows(as_rows(logits), targets.contiguous(), criterion)
     return _reduced(loss, kept, reduction), maximum, log_sum, kept
@@ -161,18 +161,18 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, criterion: Criterion, reduction: str) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
         kept = _kept(targets, criterion.ignore_index)
-        scale = _row_scale(torch.ones_like(kept), kept, len(logits), reduction)
+        scale = _row_scale(torch.ones_like(kept), kept, len(logits), criterion.reduction)
         loss, *_ = cross_entropy_rows(logits, targets.contiguous(), criterion, scale)
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits)
         ctx.launcher = launcher()
-        return _reduced(loss, kept, reduction)
+        return _reduced(loss, kept, criterion.reduction)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None]:
         (dlogits,) = ctx.saved_tensors
         M, N = dlogits.shape
         factor = dloss.expand(M)
@@ -182,7 +182,7 @@ class _InPlace(torch.autograd.Function):
                     dlogits, factor, dlogits.stride(0), factor.stride(0), N, BLOCK_N=4096, num_warps=8
                 )
         torch.autograd.graph.increment_version(dlogits)
-        return dlogits, None, None, None
+        return dlogits, None, None
 
 
 def cross_entropy_triton(
@@ -203,18 +203,18 @@ def cross_entropy_triton(
     forward writes the gradient over the logits, which are lost. A compiled graph ignores `inplace`.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
-    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V)
-    _check(logits, targets, criterion, reduction)
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction)
+    _check(logits, targets, criterion)
     require_kernel_dtype("logits", logits)
     if not inplace or torch.compiler.is_compiling() or not (logits.requires_grad and torch.is_grad_enabled()):
-        return _cross_entropy(logits, targets, *criterion, reduction)
+        return _cross_entropy(logits, targets, *criterion)
     require(logits.is_cuda or launcher() is not None, f"logits: cross_entropy needs CUDA tensors, got {logits.device}")
     require(not logits.is_leaf, "logits: inplace would overwrite a leaf tensor that requires a gradient")
     require(
         logits.stride(1) == 1 and (logits.stride(0) >= logits.shape[1] or len(logits) == 1),
         f"logits: inplace needs rows that lie whole and apart in memory, got strides {logits.stride()}",
     )
-    return _InPlace.apply(logits, targets, criterion, reduction)
+    return _InPlace.apply(logits, targets, criterion)
 
 
 # What the losses of this package are tried with. `padding` columns of logits count for nothing.

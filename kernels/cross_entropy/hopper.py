@@ -200,11 +200,11 @@ def fits(logits: Tensor, gradient: bool) -> bool:
 
 def launch_hopper(
     logits: Tensor, targets: Tensor, scale: Tensor | None, loss: Tensor, maximum: Tensor, log_sum: Tensor,
-    criterion: tuple[int, float, float, float | None, int],
+    criterion: tuple[int, float, float, float | None, int, str],
 ) -> None:  # fmt: skip
     """Fill loss, maximum and log_sum (M,); with a scale (M,) write the gradient times it over the logits (M, N)."""
     (M, N), factor = logits.shape, loss if scale is None else scale
-    ignore_index, label_smoothing, z_loss, softcap, V = criterion
+    ignore_index, label_smoothing, z_loss, softcap, V, _ = criterion
     cross_entropy_rows_kernel_hopper[(M,)](
         logits, targets, factor, loss, maximum, log_sum, logits.stride(0), factor.stride(0), N, V,
         ignore_index, label_smoothing, z_loss, softcap or 1.0,

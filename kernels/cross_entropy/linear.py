@@ -50,11 +50,12 @@ def linear_cross_entropy_reference(
     Logits that fit in chunk_bytes (default 128 MiB on a CPU, 1 GiB on a GPU) take the formula, differentiated by torch.
     Of others no more than that are held at a time.
     """
-    criterion = _check(x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, _vocabulary(weight, vocab_size), reduction)
+    _check(x, weight, targets, criterion)
     x, weight = _operands(x, weight)
     rows = _rows_per_chunk(x, weight, chunk_bytes)
     if x.shape[0] > rows:
-        return _Chunked.apply(x, weight, targets, criterion, reduction, rows)
+        return _Chunked.apply(x, weight, targets, criterion, rows)
     z, V = F.linear(x, weight), criterion.vocab_size
     s = (z if V == z.shape[1] else z[:, :V]).to(torch.promote_types(x.dtype, torch.float32))
     if softcap is not None:
@@ -84,10 +85,12 @@ def _autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def _check(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    softcap: float | None, vocab_size: int | None, reduction: str,
-) -> Criterion:  # fmt: skip
+def _vocabulary(weight: Tensor, vocab_size: int | None) -> int:
+    """Returns how many rows of weight count: all by default; 0 where weight has none to count."""
+    return (weight.shape[0] if weight.dim() else 0) if vocab_size is None else vocab_size
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion) -> None:
     shape, weight_shape = x.shape, weight.shape
     if len(shape) != 2:
         raise ValueError(f"x: expected (M, C), got {tuple(shape)}")
@@ -100,10 +103,7 @@ def _check(
         raise ValueError(f"weight: {weight.dtype}, but x has {x.dtype}; cast one to the other")
     if weight.device != x.device:
         raise ValueError(f"weight: on {weight.device}, but x is on {x.device}")
-    V = weight.shape[0]
-    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V if vocab_size is None else vocab_size)
-    check_criterion(targets, x.shape[0], V, x.device, criterion, reduction, "x")
-    return criterion
+    check_criterion(targets, shape[0], weight_shape[0], x.device, criterion, "x")
 
 
 def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
@@ -125,7 +125,6 @@ class Task(NamedTuple):
 
     rows_loss: RowsLoss
     criterion: Criterion
-    reduction: str
     rows: int
     pitch: int
     needs_dx: bool
@@ -136,7 +135,7 @@ class Task(NamedTuple):
     @property
     def early(self) -> bool:
         """Whether forward finds the gradients, which it can where backward need only scale them by one number."""
-        return self.reduction != "none" and (self.needs_dx or self.needs_dweight)
+        return self.criterion.reduction != "none" and (self.needs_dx or self.needs_dweight)
 
 
 def _pass(
@@ -188,10 +187,10 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, task: Task) -> tuple[Te
     """Loss, dx and dweight for a cotangent of one and still undivided, and the divisor ()."""
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     loss, dx, dweight = _pass(x, weight, targets, one.expand(x.shape[0]) if task.early else None, task)
-    if task.reduction == "none":
+    if task.criterion.reduction == "none":
         return loss, dx, dweight, one
     divisor = one
-    if task.reduction == "mean":  # counted on the device: the host does not wait for it
+    if task.criterion.reduction == "mean":  # counted on the device: the host does not wait for it
         divisor = (targets != task.criterion.ignore_index).sum(dtype=one.dtype)
     return loss.sum() / divisor, dx, dweight, divisor
 
@@ -200,16 +199,15 @@ def _backward(
     dloss: Tensor,
     early: tuple[Tensor, Tensor, Tensor],
     late: tuple[Tensor, Tensor, Tensor] | None,
-    dtype: torch.dtype,
     task: Task,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight in dtype, from forward's dx, dweight and divisor, or if it found none from x, weight, targets."""
+    """Returns dx and dweight in x's dtype: forward's (dx, dweight, divisor) scaled, or from (x, weight, targets)."""
     if late is not None:
         _, dx, dweight = _pass(*late, dloss, task)
-        return dx, dweight.to(dtype)
+        return dx, dweight.to(dx.dtype)
     dx, dweight, divisor = early
     factor = torch.where(divisor == 0, 0, dloss / divisor)  # no row counts: the mean is NaN, its gradient 0
-    scaled = [torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype)) for gradient in (dx, dweight)]
+    scaled = [torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dx.dtype)) for gradient in (dx, dweight)]
     return scaled[0], scaled[1]
 
 
@@ -224,7 +222,7 @@ def _rows_loss_reference(
 
 
 def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None) -> Tensor:
-    ignore_index, e, z_loss, softcap, V = criterion
+    ignore_index, e, z_loss, softcap, V, _ = criterion
     s = z[:, :V].to(torch.promote_types(z.dtype, torch.float32))
     if softcap is not None:
         share = torch.tanh(s / softcap)
@@ -254,33 +252,29 @@ def _softmax_loss(z: Tensor, targets: Tensor, criterion: Criterion, scale: Tenso
     return loss[:, 0].masked_fill_(~kept, 0)
 
 
-def chunked_task(
-    weight: Tensor, criterion: Criterion, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool
-) -> Task:
-    """How the reference goes through the rows: in what every version of torch can trace."""
-    return Task(_rows_loss_reference, criterion, reduction, rows, weight.shape[0], needs_dx, needs_dweight)
+def chunked_task(weight: Tensor, criterion: Criterion, rows: int, needs_dx: bool, needs_dweight: bool) -> Task:
+    """Returns how the reference goes through the rows: in what every version of torch can trace."""
+    return Task(_rows_loss_reference, criterion, rows, weight.shape[0], needs_dx, needs_dweight)
 
 
 class _Chunked(torch.autograd.Function):
     """The passes above in plain torch."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion, reduction: str, rows: int
-    ) -> Tensor:
-        task = chunked_task(weight, criterion, reduction, rows, *ctx.needs_input_grad[:2])
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion, rows: int) -> Tensor:
+        task = chunked_task(weight, criterion, rows, *ctx.needs_input_grad[:2])
         loss, *early = _forward(x, weight, targets, task)
-        ctx.task, ctx.dtype = task, x.dtype
-        ctx.save_for_backward(*((x, weight, targets) if reduction == "none" else early))
+        ctx.task = task
+        ctx.save_for_backward(*((x, weight, targets) if criterion.reduction == "none" else early))
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         saved, task = ctx.saved_tensors, ctx.task
-        late = task.reduction == "none"
-        dx, dweight = _backward(dloss, saved, saved if late else None, ctx.dtype, task)
-        return dx if task.needs_dx else None, dweight if task.needs_dweight else None, None, None, None, None
+        late = task.criterion.reduction == "none"
+        dx, dweight = _backward(dloss, saved, saved if late else None, task)
+        return dx if task.needs_dx else None, dweight if task.needs_dweight else None, None, None, None
 
 
 def _rows_loss_kernel(
@@ -290,38 +284,35 @@ def _rows_loss_kernel(
     cross_entropy_rows(logits, targets.contiguous(), criterion, scale, loss)
 
 
-def _kernel_task(
-    V: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, vocab_size: int,
-    reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
-) -> Task:  # fmt: skip
-    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size)
+def _kernel_task(V: int, criterion: Criterion, rows: int, needs_dx: bool, needs_dweight: bool) -> Task:
+    """Returns how the kernels go through the rows of logits of V columns."""
     pitch = (V + 15) // 16 * 16  # rows of logits start on 32 bytes, or else the kernel's loads would be narrow
-    return Task(_rows_loss_kernel, criterion, reduction, rows, pitch, needs_dx, needs_dweight, True, launcher() is skip)
+    return Task(_rows_loss_kernel, criterion, rows, pitch, needs_dx, needs_dweight, True, launcher() is skip)
 
 
 def _kernel_forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float | None, vocab_size: int, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    loss = ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction
-    return _forward(x, weight, targets, _kernel_task(weight.shape[0], *loss, rows, needs_dx, needs_dweight))
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
+    return _forward(x, weight, targets, _kernel_task(weight.shape[0], criterion, rows, needs_dx, needs_dweight))
 
 
 def _kernel_backward(
     dloss: Tensor, x: Tensor | None, weight: Tensor | None, targets: Tensor, dx: Tensor, dweight: Tensor,
-    divisor: Tensor, dtype: torch.dtype, V: int, ignore_index: int, label_smoothing: float, z_loss: float,
-    softcap: float | None, vocab_size: int, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
+    divisor: Tensor, V: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
+    vocab_size: int, reduction: str, rows: int, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    loss = ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction
-    task = _kernel_task(V, *loss, rows, needs_dx, needs_dweight)
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
+    task = _kernel_task(V, criterion, rows, needs_dx, needs_dweight)
     late = None if x is None or weight is None else (x, weight, targets)
-    return *_backward(dloss, (dx, dweight, divisor), late, dtype, task), targets.new_empty(0)
+    return *_backward(dloss, (dx, dweight, divisor), late, task), targets.new_empty(0)
 
 
 def _save(inputs: tuple, output: tuple) -> tuple:
     x, weight, targets, *plain = inputs
-    late = (x, weight) if plain[5] == "none" else (None, None)
-    return *late, targets, *output[1:], x.dtype, weight.shape[0], *plain
+    late = (x, weight) if Criterion(*plain[:6]).reduction == "none" else (None, None)
+    return *late, targets, *output[1:], weight.shape[0], *plain
 
 
 _linear_cross_entropy = differentiable("linear_cross_entropy", _kernel_forward, _kernel_backward, _save)
@@ -344,12 +335,13 @@ def linear_cross_entropy_triton(
 
     Holds at most chunk_bytes (default 1 GiB) of logits at a time: rows enough to run the three products at full speed.
     """
-    criterion = _check(x, weight, targets, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, _vocabulary(weight, vocab_size), reduction)
+    _check(x, weight, targets, criterion)
     x, weight = _operands(x, weight)
     require_kernel_dtype("x", x)
     rows, learns = _rows_per_chunk(x, weight, chunk_bytes), torch.is_grad_enabled()
     needs_dx, needs_dweight = learns and x.requires_grad, learns and weight.requires_grad
-    return _linear_cross_entropy(x, weight, targets, *criterion, reduction, rows, needs_dx, needs_dweight)
+    return _linear_cross_entropy(x, weight, targets, *criterion, rows, needs_dx, needs_dweight)
 
 
 def inputs(

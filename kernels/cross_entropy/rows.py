@@ -16,18 +16,17 @@ from .hopper import fits, launch_hopper
 
 
 class Criterion(NamedTuple):
-    """What cross-entropy is asked for, its reduction apart. Columns from vocab_size on are padding."""
+    """The arguments of a cross-entropy besides its tensors, as the operators take them and in their order."""
 
     ignore_index: int
     label_smoothing: float
     z_loss: float
     softcap: float | None
-    vocab_size: int
+    vocab_size: int  # columns from here on are padding
+    reduction: str = "mean"
 
 
-def check_criterion(
-    targets: Tensor, M: int, N: int, device: torch.device, criterion: Criterion, reduction: str, rows: str
-) -> None:
+def check_criterion(targets: Tensor, M: int, N: int, device: torch.device, criterion: Criterion, rows: str) -> None:
     """Refuse wrong arguments of a cross-entropy over M rows of N logits, which the caller knows as the argument `rows`.
 
     On a CPU also if a target lies outside the vocabulary; on a GPU, for which the host would have to wait, the loss of
@@ -43,8 +42,8 @@ def check_criterion(
     require(1 <= V <= N, "vocab_size: expected at least 1 and at most the number of logits")
     require(0 <= criterion.label_smoothing <= 1, "label_smoothing: expected 0 to 1")
     require(criterion.softcap is None or criterion.softcap > 0, "softcap: expected None or a number above 0")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if criterion.reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {criterion.reduction!r}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and M:
         low, high = targets.aminmax()
         if low.item() >= 0 and high.item() < V:

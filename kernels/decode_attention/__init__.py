@@ -37,7 +37,7 @@ from torch import Tensor
 from .._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
 from ..op import Cost, Op, changed, require, without_gradient
 from ..prims import require_kernel_dtype, softcapped
-from .reference import QUANTIZED, check, decode_attention_reference, quantize_kv
+from .reference import QUANTIZED, Cache, check, decode_attention_reference, quantize_kv
 
 
 @jit
@@ -366,10 +366,11 @@ def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Til
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, window: int, scale: float, softcap: float, H: int, append: Append | None = None,
+    q: Tensor, cache: Cache, lengths: Tensor, pages: Tensor | None, window: int, scale: float, softcap: float, H: int,
+    append: Append | None = None,
 ) -> Tensor:  # fmt: skip
     """The one launch: attention of the first H heads of q. With `append` the caches hold nothing of q's positions."""
+    k, v, k_scale, v_scale = cache
     (B, T, _, D), (S, G), page_size = q.shape, k.shape[1:3], 0
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     if launcher() is skip:  # of the shape alone: the number of splits must not bind a compiled graph to sizes
@@ -416,7 +417,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
     v_scale: Tensor | None, window: int, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    return launch(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap, q.shape[2])
+    return launch(q, Cache(k, v, k_scale, v_scale), lengths, pages, window, scale, softcap, q.shape[2])
 
 
 _decode_attention = without_gradient("decode_attention", _forward)
@@ -440,7 +441,7 @@ def decode_attention_triton(
     Caches are read where they lie, up to each sequence's length. Deterministic; nothing waits for the values of
     lengths, and launches depend on shapes alone, so that a CUDA graph may replay them.
     """
-    check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap)
+    check(q, Cache(k, v, k_scale, v_scale), lengths, pages, window, scale, softcap)
     require_kernel_dtype("q", q)
     require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)

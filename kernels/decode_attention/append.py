@@ -24,7 +24,7 @@ from ..prims import require_kernel_dtype
 from . import Append, launch
 from . import cost as attention_cost
 from . import inputs as attention_inputs
-from .reference import check, decode_attention_reference, quantize_kv
+from .reference import Cache, check, decode_attention_reference, quantize_kv
 
 
 @torch.no_grad()
@@ -54,13 +54,12 @@ def append_attention_reference(
     for the kernel, which leaves it as it was: all 0. Raises ValueError naming the argument, on a CPU also for lengths
     that leave no room for T.
     """
-    _check(qkv, k, v, lengths, pages, k_scale, v_scale, cos, sin, q_norm, k_norm, qk_norm, window, scale, softcap)
+    append = Append(q_norm, k_norm, cos, sin, eps if qk_norm else None, counts)
+    _check(qkv, Cache(k, v, k_scale, v_scale), lengths, pages, append, window, scale, softcap)
     (B, T), (rows, G) = qkv.shape[:2], k.shape[1:3]
     q, new_k, new_v = qkv.split((qkv.shape[2] - 2 * G, G, G), dim=2)
     position = lengths.long()[:, None] + torch.arange(T, device=qkv.device)
-    q, new_k = (
-        _turned(x, norm, position, cos, sin, qk_norm, eps).to(qkv.dtype) for x, norm in ((q, q_norm), (new_k, k_norm))
-    )
+    q, new_k = (_rotated(x, norm, position, append).to(qkv.dtype) for x, norm in ((q, q_norm), (new_k, k_norm)))
     if pages is None:
         where = torch.arange(B, device=qkv.device)[:, None].expand(B, T), position
     else:
@@ -76,13 +75,11 @@ def append_attention_reference(
     )
 
 
-def _turned(
-    x: Tensor, weight: Tensor | None, position: Tensor, cos: Tensor | None, sin: Tensor | None, normed: bool, eps: float
-) -> Tensor:
-    """Heads x (B, T, H, D) normalized and turned, in at least fp32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if normed:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+def _rotated(x: Tensor, weight: Tensor | None, position: Tensor, append: Append) -> Tensor:
+    """Returns heads x (B, T, H, D) normalized and rotated, in at least fp32."""
+    x, cos, sin = x.to(torch.promote_types(x.dtype, torch.float32)), append.cos, append.sin
+    if append.eps is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + append.eps)
         x = x if weight is None else x * weight.to(x.dtype)
     if cos is None or sin is None:
         return x
@@ -93,22 +90,22 @@ def _turned(
 
 
 def _check(
-    qkv: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None,
-    qk_norm: bool, window: int | None, scale: float | None, softcap: float | None,
+    qkv: Tensor, cache: Cache, lengths: Tensor, pages: Tensor | None, append: Append, window: int | None,
+    scale: float | None, softcap: float | None,
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
+    k, (q_norm, k_norm, cos, sin, eps, _) = cache.k, append
     if qkv.dim() != 4 or k.dim() != 4 or qkv.shape[2] <= 2 * k.shape[2]:
         raise ValueError(f"qkv: expected (B, T, H + 2 G, D) for k {tuple(k.shape)}, got {tuple(qkv.shape)}")
     T, D = qkv.shape[1], qkv.shape[3]
     q = qkv[:, :, : qkv.shape[2] - 2 * k.shape[2]]
-    check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap, T)
+    check(q, cache, lengths, pages, window, scale, softcap, T)
     if (cos is None) != (sin is None) or (cos is not None and sin is not None and cos.shape != sin.shape):
         raise ValueError("sin: cos and sin go together, of one shape")
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None and (table.dim() != 2 or table.shape[1] * 2 != D):
             raise ValueError(f"{name}: expected (P, {D // 2}), got {tuple(table.shape)}")
-    if (q_norm is None) != (k_norm is None) or (q_norm is not None and not qk_norm):
+    if (q_norm is None) != (k_norm is None) or (q_norm is not None and eps is None):
         raise ValueError("q_norm: q_norm and k_norm go together, and with qk_norm")
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None and weight.shape != (D,):
@@ -124,7 +121,7 @@ def _forward(
     qkv = qkv if qkv.stride(3) == 1 or qkv.shape[3] == 1 else qkv.contiguous()
     append = Append(q_norm, k_norm, cos, sin, eps if eps >= 0 else None, counts)
     heads = qkv.shape[2] - 2 * k.shape[2]
-    return launch(qkv, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap, heads, append)
+    return launch(qkv, Cache(k, v, k_scale, v_scale), lengths, pages, window, scale, softcap, heads, append)
 
 
 _append_attention = without_gradient("append_attention", _forward, writes=("k", "v", "k_scale", "v_scale", "counts"))
@@ -155,7 +152,8 @@ def append_attention_triton(
     Two sequences may not put a token into one place. Deterministic; launches depend on shapes alone, so that a CUDA
     graph may replay them.
     """
-    _check(qkv, k, v, lengths, pages, k_scale, v_scale, cos, sin, q_norm, k_norm, qk_norm, window, scale, softcap)
+    append = Append(q_norm, k_norm, cos, sin, eps if qk_norm else None, counts)
+    _check(qkv, Cache(k, v, k_scale, v_scale), lengths, pages, append, window, scale, softcap)
     require_kernel_dtype("qkv", qkv)
     if qkv.shape[3] > 256:
         raise ValueError(f"qkv: head dims up to 256 have kernels, got {qkv.shape[3]}; use the reference")

@@ -57,9 +57,10 @@ def decode_attention_reference(
     on a CPU also for lengths and pages out of range: there lengths are read, and a sequence costs what its own length
     does. Elsewhere nothing waits for their values, and the whole cache is gone through.
     """
-    check(q, k, v, lengths, pages, k_scale, v_scale, window, scale, softcap)
+    cache = Cache(k, v, k_scale, v_scale)
+    check(q, cache, lengths, pages, window, scale, softcap)
     (B, T), D = q.shape[:2], q.shape[3]
-    scale, cache = D**-0.5 if scale is None else scale, Cache(k, v, k_scale, v_scale)
+    scale = D**-0.5 if scale is None else scale
     if not on_host(lengths):
         if pages is not None:
             known = pages.clamp(0, k.shape[0] - 1)  # entries past a sequence's length may be anything
@@ -157,14 +158,15 @@ def quantize_kv(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Ten
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, window: int | None, scale: float | None, softcap: float | None, new: int = 0,
+    q: Tensor, cache: Cache, lengths: Tensor, pages: Tensor | None, window: int | None, scale: float | None,
+    softcap: float | None, new: int = 0,
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be.
 
     There must be room for `new` positions more than `lengths`. Messages are made only for what is refused: making them
     all takes longer than a short sequence.
     """
+    k, v, k_scale, v_scale = cache
     if q.dim() != 4 or min(q.shape[2:]) == 0:
         raise ValueError(f"q: expected (B, T, H, D), got {tuple(q.shape)}")
     if not q.is_floating_point():

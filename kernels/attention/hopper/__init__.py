@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..._triton import launcher, multiprocessors, skip, triton
 from ...op import require
-from ..shared import Shape, aligned
+from ..shared import Options, aligned
 from . import fused, stay
 from .forward import launch_forward_hopper
 from .pieces import (
@@ -34,24 +34,24 @@ from .pieces import (
 __all__ = ["launch_backward_hopper", "launch_forward_hopper", "takes_backward", "takes_forward"]
 
 
-def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
+def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Whether this forward is to run: where it can and is faster. Raises ValueError if insisted on where it cannot."""
     if launcher() is skip:
         return False
     if insisted:
-        why_not = obstacle(q, k, v, shape, cu_seqlens)
+        why_not = obstacle(q, k, v, options)
         require(not why_not, f"attention by Gluon: {why_not}; leave the choice to attention_triton")
-    return (insisted or q.shape[3] == 128) and can_run(q, k, v, shape, cu_seqlens)
+    return (insisted or q.shape[3] == 128) and can_run(q, k, v, options)
 
 
-def takes_backward(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
+def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Whether this backward is to run: where it can, and the order of dq's sums may vary.
 
     Head vectors of 128 in groups are left to the plain kernels: with them the kernel of fused.py spills.
     """
     if torch.are_deterministic_algorithms_enabled() or (q.shape[3] == 128 and q.shape[2] != k.shape[2]):
         return False
-    return can_run(q, k, v, shape, cu_seqlens)
+    return can_run(q, k, v, options)
 
 
 def launch_backward_hopper(

@@ -20,7 +20,7 @@ from ..._triton import (
     skip,
     tl,
 )
-from ..shared import Shape
+from ..shared import Options
 
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
@@ -30,7 +30,7 @@ plain_kernel = functools.partial(jit, do_not_specialize=SIZES)
 gluon_kernel = functools.partial(gluon_jit, do_not_specialize=SIZES)
 
 
-def obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> str:
+def obstacle(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     """What keeps these kernels from running, in words that name the argument; '' if nothing does."""
     (_, T, _, D), S, capability, by = q.shape, k.shape[1], arch(q), launcher()
     if not HAS_GLUON or (by is not None and not by.gluon):
@@ -41,15 +41,15 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor |
         return f"q: needs bf16 and a head dim of 64 or 128, got {q.dtype} and {D}"
     if S < T:
         return f"k: needs at least as many keys as queries, got {S} and {T}"
-    if not shape.causal:
+    if not options.causal:
         return "causal: needs True"
-    if shape.window >= 0 or shape.softcap or shape.dropout or cu_seqlens is not None:
+    if options.window >= 0 or options.softcap or options.dropout or options.cu_seqlens is not None:
         return "window, softcap, dropout and cu_seqlens: need to be left out"
     return ""
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor, shape: Shape, cu_seqlens: Tensor | None) -> bool:
-    return launcher() is not skip and not obstacle(q, k, v, shape, cu_seqlens)
+def can_run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    return launcher() is not skip and not obstacle(q, k, v, options)
 
 
 def tiles_of(x: Tensor, block: int) -> Any:

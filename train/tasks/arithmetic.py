@@ -1,7 +1,8 @@
 """Small sums: with the calculator (arithmetic), or of two digits, from memory or with the calculator (addition).
 
-Addition shows every sum four times from memory and once with the calculator, and a small model gets only the latter right.
-So after SFT it is mostly wrong, and reinforcement learning can teach it to prefer the calculator.
+Addition shows every sum four times from memory and once with the calculator, and a small model that has not seen it
+often gets only the latter right. So after SFT it is mostly wrong, and reinforcement learning can teach it to prefer the
+calculator.
 """
 
 from __future__ import annotations

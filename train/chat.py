@@ -28,7 +28,7 @@ from train.prepare import PrepareConfig, prepare_as, pystdlib_text
 from train.tasks import Identity, Where, find
 from train.tokenizer import train_bpe
 
-MIXTURE = "identity*2,arithmetic,simplespelling*0.75,spellingbee*0.25,addition*0.2"
+MIXTURE = "identity*2,arithmetic,simplespelling*0.75,spellingbee*0.4,addition*0.2"
 TASKS = "identity,arithmetic,addition,simplespelling,spellingbee"
 TEXT_CHARACTERS = 1_000_000  # of the base model's text, for training the tokenizer
 PER_TASK = 500  # conversations of each task, for training the tokenizer
@@ -46,8 +46,8 @@ class ChatRun:
     n_embd: int = 128  # width
     block_size: int = 256  # tokens per sequence
     base_iters: int = 200  # updates of the base model
-    sft_iters: int = 700  # of SFT
-    rl_iters: int = 12  # of RL; more make other skills worse
+    sft_iters: int = 800  # of SFT
+    rl_iters: int = 16  # of RL; more make other skills worse
     questions: int = 100  # of an evaluation of RL
     examples: int = 60  # of each task, to evaluate on
     answer_tokens: int = 160  # at most, in an evaluated answer
@@ -120,7 +120,7 @@ def practise(config: ChatRun, out: Path, device: str) -> None:
         [
             f"--init_from={out / 'sft'}", f"--out_dir={out / 'rl'}", f"--device={device}", "--task=addition",
             f"--max_iters={config.rl_iters}", "--examples_per_step=16", "--samples=8", "--batch_size=8",
-            "--max_new_tokens=16", "--lr_frac=0.2", "--eval_interval=6", f"--eval_examples={config.questions}",
+            "--max_new_tokens=16", "--lr_frac=0.2", "--eval_interval=8", f"--eval_examples={config.questions}",
             "--eval_samples=4", "--log_interval=1", f"--seed={config.seed}",
         ]
     )  # fmt: skip

@@ -2,7 +2,7 @@
 PYTHON  ?=
 WORKERS ?= 2
 ARGS    ?=
-CHAOS   := $(addprefix tests/test_,bad_days.py hostile.py mutations.py neighbours.py serve_hostile.py chat_run.py)
+CHAOS   := $(addprefix tests/test_,bad_days.py hostile.py hostile_rows.py hostile_sources.py mutations.py neighbours.py serve_hostile.py chat_run.py)
 READY   := .venv/.ready
 PY      := .venv/bin/python
 

@@ -48,7 +48,10 @@ def main(argv: Sequence[str]) -> int:
     changes = results.compare(old, new, arguments.threshold)
     if not changes:
         raise UserError(f"{arguments.old} and {arguments.new} have no measurement in common")
-    causes = {c.label: ("real", "") if arguments.across else cause(c, changes, arguments.threshold) for c in changes}
+    with results.expected(f"{arguments.old} or {arguments.new}"):
+        causes = {
+            c.label: ("real", "") if arguments.across else cause(c, changes, arguments.threshold) for c in changes
+        }
     if arguments.json:
         write_whole(arguments.json, json.dumps(summary(changes, causes), indent=1))
     return report(changes, causes, arguments.threshold)

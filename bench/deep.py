@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import kernels
+from gptfast import untrusted
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from kernels import _triton
@@ -219,7 +220,12 @@ def read_report(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"--report={path}: no such file")
     if path.suffix == ".csv":
-        return list(parse(path.read_text(encoding="utf-8")))
+        try:
+            text = untrusted.text(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--report={path}: cannot be read ({untrusted.reason(error)})") from None
+        with untrusted.expected(f"--report={path}", "make it by ncu --csv --page raw"):
+            return list(parse(text))
     if TOOLS["ncu"].missing():
         raise UserError(f"--report={path} needs ncu to read it: {TOOLS['ncu'].get}; or give the .csv of --page raw")
     command = ["ncu", "--import", str(path), "--csv", "--page", "raw"]

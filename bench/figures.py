@@ -16,6 +16,7 @@ from typing import Any
 
 from gptfast import report
 from gptfast.log import Row
+from gptfast.rows import file_name
 
 from .peaks import Ceilings
 from .peers import OURS
@@ -350,7 +351,10 @@ def profiles(rows: Sequence[Row], folder: Path) -> list[Path]:
     for row in rows:
         if row["what"] == "profile":
             groups.setdefault((row["name"], row["direction"]), []).append(row)
-    return [profile_figure(mine, folder / f"profile-{name}-{mode}.png") for (name, mode), mine in groups.items()]
+    return [
+        profile_figure(mine, folder / f"profile-{file_name(name)}-{file_name(mode)}.png")
+        for (name, mode), mine in groups.items()
+    ]
 
 
 def profile_figure(rows: Sequence[Row], path: Path) -> Path:

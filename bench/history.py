@@ -11,7 +11,6 @@ history-<name>.png into the (last) folder: times over commits, each case by its 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 
 from gptfast import report
 from gptfast.errors import UserError
-from gptfast.log import Row, check_row, facts
+from gptfast.log import Row, facts
+from gptfast.rows import file_name, parse
 
 from . import results
 from .figures import by
@@ -46,12 +46,13 @@ def main(argv: Sequence[str]) -> int:
     cases = histories(rows)
     if not cases:
         raise UserError(f"{', '.join(map(str, folders))}: no timed rows there; python -m bench writes them")
-    print("\n".join(table(cases)))
-    for (name,), mine in by((case[-1] for case in cases), "name").items():
-        labels = {results.label(row) for row in mine}
-        drawn = figure([case for case in cases if results.label(case[-1]) in labels], folders[-1], str(name))
-        if drawn is not None:
-            print(drawn)
+    with results.expected(", ".join(map(str, folders))):
+        print("\n".join(table(cases)))
+        for (name,), mine in by((case[-1] for case in cases), "name").items():
+            labels = {results.label(row) for row in mine}
+            drawn = figure([case for case in cases if results.label(case[-1]) in labels], folders[-1], str(name))
+            if drawn is not None:
+                print(drawn)
     return 0
 
 
@@ -77,14 +78,14 @@ def through_git(folder: Path) -> list[Row]:
             if name.endswith(".jsonl"):
                 _keep(rows, (_git(folder, "show", f"{commit}:{name}") or "").splitlines())
     for path in sorted(folder.rglob("*.jsonl")):
-        _keep(rows, path.read_text(encoding="utf-8").splitlines())
+        _keep(rows, results.lines(path))
     return list(rows.values())
 
 
 def _keep(rows: dict[str, Row], lines: Iterable[str]) -> None:
     for line in lines:
         try:
-            row = check_row(json.loads(line))
+            row = parse(line)
         except (ValueError, TypeError):  # of a schema of its time
             continue
         if "ms_p50" in row and row.get("valid", True):
@@ -140,4 +141,4 @@ def figure(cases: Sequence[Sequence[Row]], folder: Path, name: str) -> Path | No
     axis.set_xticks(range(len(commits)), commits, fontsize=7)
     axis.set(ylabel="ms / first ms", ylim=(0, None))
     axis.legend(frameon=False, fontsize=6, loc="lower left")
-    return report.save_figure(drawn, folder / f"history-{name}.png", [row for case in cases for row in case])
+    return report.save_figure(drawn, folder / f"history-{file_name(name)}.png", [row for case in cases for row in case])

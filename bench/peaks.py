@@ -96,7 +96,13 @@ def from_rows(rows: Iterable[Row]) -> Ceilings | None:
     """The ceilings that `peak` rows hold: the fastest sample of a GEMM of each dtype, and of the largest copy.
 
     None without a copy. The fastest, because a ceiling must not sink when neighbours make the machine slow.
+    Raises UserError for a row without its best sample.
     """
+    with results.expected("the peaks of this machine"):
+        return _from_rows(rows)
+
+
+def _from_rows(rows: Iterable[Row]) -> Ceilings | None:
     valid = [row for row in rows if row["what"] == "peak" and row.get("valid", True)]
     copies = [row for row in valid if row["name"] == "copy"]
     if not copies:
@@ -104,6 +110,8 @@ def from_rows(rows: Iterable[Row]) -> Ceilings | None:
     flops: dict[str, float] = {}
     for row in valid:
         if row["name"] == "gemm":
+            if row["dtype"] not in DTYPES:
+                raise ValueError(f"dtype is {row['dtype']}, expected one of {', '.join(DTYPES)}")
             flops[row["dtype"]] = max(flops.get(row["dtype"], 0.0), row["best_tflops"] * 1e12)
     memory = max(copies, key=lambda row: row["dims"]["bytes"])["best_gbs"]
     limit = max(row["best_gbs"] for row in copies)

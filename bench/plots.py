@@ -206,7 +206,7 @@ def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: 
              "bytes": part["gbs"] * part["ms"] * 1e6} for part in parts if part["gbs"]
         ]  # fmt: skip
         if len(points) > 1 and row["direction"] == "train" and row["impl"].split(" + ")[0] == mine:
-            title, path = f"{row['name']}: parts of a step by {mine}", folder / f"roofline-{row['name']}.png"
+            title, path = f"{row['name']}: parts of a step by {mine}", folder / f"roofline-{file_name(row['name'])}.png"
             made.append(roofline_figure(points, path, title, roofs, [row]))
     return made
 
@@ -294,7 +294,9 @@ def main(argv: Sequence[str]) -> int:
     folders = [arguments.out] if arguments.out else machines(arguments.root)
     if arguments.readme:
         rows = [row for folder in folders for row in read(folder)[0]]
-        print(TABLES[arguments.readme]([{**row, "hardware_name": row.get("hardware", {}).get("name")} for row in rows]))
+        with results.expected(", ".join(map(str, folders))):
+            named = [{**row, "hardware_name": row.get("hardware", {}).get("name")} for row in rows]
+            print(TABLES[arguments.readme](named))
         return 0
     failed = False
     for folder in folders:
@@ -304,7 +306,13 @@ def main(argv: Sequence[str]) -> int:
             print(f"error: {error}; nothing is drawn from {folder}", file=sys.stderr)
             failed = True
             continue
-        made = figures(folder, bench, logs)
+        try:
+            with results.expected(folder):
+                made = figures(folder, bench, logs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
         print("\n".join(map(str, made)) if made else f"{folder}: no rows to draw from")
     if not folders:
         print(f"{arguments.root}: no rows; python -m bench writes them")

@@ -215,14 +215,17 @@ def main(argv: Sequence[str]) -> int:
         here = "cuda" if torch.cuda.is_available() else "cpu"
         folder = arguments.out or results.folder(facts(here)["hardware"])
         rows = [row for row in results.read_all([folder]) if row.get("valid", True)]
-        measured = from_rows(row for row in rows if row["what"] == "peak")
+        with results.expected(folder):
+            measured = from_rows(row for row in rows if row["what"] == "peak")
         if measured is None:
             raise UserError(f"{folder}: no row of a copy; run python -m bench peaks, or name a datasheet by --device")
         ceilings = measured
     B = arguments.batch_size
-    parts = predict(config, B, T, arguments.dtype, rows, ceilings, arguments.impl, arguments.model)
+    with results.expected(arguments.out or "the rows of this machine"):
+        parts = predict(config, B, T, arguments.dtype, rows, ceilings, arguments.impl, arguments.model)
+        lines = table(parts, _wall(rows, arguments.model, arguments.impl, {"B": B, "T": T}))
     print(f"{arguments.model} B={B} T={T} {arguments.dtype}, a training step with AdamW by {arguments.impl}")
-    print("\n".join(table(parts, _wall(rows, arguments.model, arguments.impl, {"B": B, "T": T}))))
+    print("\n".join(lines))
     return 0
 
 

@@ -380,7 +380,8 @@ def main(argv: Sequence[str]) -> int:
     add("--diff", nargs=2, metavar=("A", "B"), help="print two profiles side by side: PATH, or PATH:MODEL:IMPL:MODE")
     arguments = parser.parse_args(argv)
     if arguments.diff:
-        print("\n".join(diff(*map(chosen_row, arguments.diff))))
+        with results.expected(" or ".join(arguments.diff)):
+            print("\n".join(diff(*map(chosen_row, arguments.diff))))
         return 0
     device = made_current(arguments.device)
     if device.type == "cuda" and not on_gpu:

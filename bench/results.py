@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,19 @@ def folder(hardware: Row) -> Path:
 def read(path: str | Path) -> list[Row]:
     """The rows of one file, all of one machine. Raises UserError that names the file and line of what is wrong."""
     path = Path(path)
+    rows = [_row(path, number, line) for number, line in enumerate(lines(path), 1) if line.strip()]
+    _check_one_machine(path, rows)
+    return rows
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file of rows. Raises UserError where it cannot be read."""
     try:
-        lines = untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
+        return untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python -m bench` writes results") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {untrusted.reason(error)}") from None
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    _check_one_machine(path, rows)
-    return rows
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Row]:
@@ -84,6 +88,11 @@ def key(row: Row) -> str:
     """What a row is about; two rows of one key measure the same thing."""
     about = ("what", "name", "impl", "direction", "dims", "dtype", "threads", "step")
     return json.dumps({name: row[name] for name in about if name in row}, sort_keys=True)
+
+
+def expected(where: str | Path) -> AbstractContextManager[None]:
+    """Guards a block that uses rows: UserError, which names `where` they are, if one lacks what the block reads."""
+    return untrusted.expected(f"a row in {where}", "delete that row, or measure again")
 
 
 @contextmanager

@@ -341,7 +341,7 @@ def _read(folder: Path, skipped: tuple[str, ...]) -> Checkpoint:
                 from gptfast.parallel.parts import read_parts
 
                 parts = [file for name, file in files.items() if _is_part(name)]
-                model = read_parts(parts, optimizer, untrusted.parsed(files[PARTS].read())["aliases"])
+                model = read_parts(parts, optimizer, _read_json(files[PARTS])["aliases"])
             else:
                 model = _read_tensors(files["model.safetensors"])
     return Checkpoint(manifest["step"], model, optimizer, meta, folder, skipped)
@@ -395,7 +395,7 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest. Raises ValueError unless it is exactly as `_write_manifest` wrote it, with every field."""
     try:
-        content = untrusted.content(folder / MANIFEST)
+        content = untrusted.content(folder / MANIFEST, untrusted.LARGEST_JSON)
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     try:
@@ -521,9 +521,13 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: _unflatten(item, tensors) for key, item in value.items()}
 
 
+def _read_json(file: BufferedReader) -> Any:
+    return untrusted.parsed(untrusted.whole(file, untrusted.LARGEST_JSON))
+
+
 def _read_tree(files: dict[str, BufferedReader], name: str) -> dict[str, Any]:
     stored = files.get(f"{name}.safetensors")
-    tree = _unflatten(untrusted.parsed(files[f"{name}.json"].read()), {} if stored is None else _read_tensors(stored))
+    tree = _unflatten(_read_json(files[f"{name}.json"]), {} if stored is None else _read_tensors(stored))
     if not isinstance(tree, dict):
         raise ValueError(f"{name}.json holds no object")
     return tree

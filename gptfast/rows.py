@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from datetime import datetime
 from typing import Any
 
 from gptfast.log import NOT_FINITE, Row, check_row
@@ -21,10 +22,17 @@ TEXTS = ("text", "command", "invalid_reason", "roofline_source", "inexact", "con
 
 NUMBER, MAYBE_TEXT = (int, float, type(None)), (str, type(None))
 DRAWN: dict[str, tuple[type, ...]] = {  # what figures and tables read beside the schema's fields
+    "tokens_per_s": NUMBER, "gbs": NUMBER, "tflops": NUMBER, "mfu": NUMBER, "mfu_palm": NUMBER, "roofline": NUMBER,
     "rung": NUMBER, "parameters": NUMBER, "flops": NUMBER, "bytes": NUMBER, "peak_flops": NUMBER, "seconds": NUMBER,
     "windows": NUMBER, "val_loss": NUMBER, "train_loss": NUMBER, "whole_val_loss": NUMBER, "peak_kind": MAYBE_TEXT,
-    "peak_device": MAYBE_TEXT, "impl": (str,), "name": (str,), "direction": (str,), "dtype": (str,),
+    "peak_device": MAYBE_TEXT, "impl": (str,), "name": (str,), "direction": (str,), "dtype": (str,), "stage": (str,),
+    "busy_ms": NUMBER, "idle_ms": NUMBER, "best_gbs": NUMBER, "best_tflops": NUMBER, "wall_s": NUMBER, "cpu_s": NUMBER,
+    "accuracy": NUMBER, "accuracy_error": NUMBER, "core": NUMBER, "core_error": NUMBER, "task": (str,),
+    "reward": NUMBER, "pass@1": NUMBER, "bits_per_byte": NUMBER, "tokens": NUMBER, "ttft_ms_p50": NUMBER,
+    "ttft_ms_p95": NUMBER, "tpot_ms_p50": NUMBER, "tpot_ms_p95": NUMBER, "of_measured": NUMBER,
 }  # fmt: skip
+SIGNED = ("reward", "core", "val_loss", "train_loss", "whole_val_loss")  # which may be below 0
+PART: dict[str, tuple[type, ...]] = {"part": (str,), "ms": (int, float), "gbs": NUMBER, "tflops": NUMBER}  # of a step
 
 
 def parse(line: str) -> Row:
@@ -39,11 +47,20 @@ def parse(line: str) -> Row:
 
 def _check_drawn(row: Row) -> Row:
     """`row` if figures find in it what they read."""
-    for name, types in DRAWN.items():
-        value = row.get(name)
-        is_lost = isinstance(value, str) and float in types and value in NOT_FINITE
-        if name in row and not is_lost and (not isinstance(value, types) or isinstance(value, bool)):
-            raise ValueError(f"field {name!r} is {_short(value)}, expected {_named(types)}")
+    try:
+        is_dated = datetime.fromisoformat(row["date"]).tzinfo is not None
+    except ValueError:
+        is_dated = False
+    if not is_dated:
+        raise ValueError(f"field 'date' is {_short(row['date'])}, expected one such as 2026-01-31T12:00:00+00:00")
+    _check_types("field ", row, DRAWN)
+    parts = row.get("parts", [])
+    if not isinstance(parts, list):
+        raise ValueError(f"field 'parts' is {_short(parts)}, expected a list")
+    for part in parts:
+        if not (isinstance(part, dict) and {"part", "ms"} <= part.keys()):
+            raise ValueError(f"one of parts is {_short(part)}, expected an object with part and ms")
+        _check_types("parts: ", part, PART)
     for field, key in (("hardware", "name"), ("software", "torch")):
         if field in row and not isinstance(row[field].get(key), str):
             raise ValueError(f"{field}.{key} is {_short(row[field].get(key))}, expected text")
@@ -54,6 +71,17 @@ def _check_drawn(row: Row) -> Row:
         if not isinstance(value, str | int | float):
             raise ValueError(f"dims.{_short(key)} is {_short(value)}, expected a number or a word")
     return row
+
+
+def _check_types(where: str, fields: Row, expected: dict[str, tuple[type, ...]]) -> None:
+    """Raises ValueError for a field that is there and of another type; numbers may be not finite, as text."""
+    for name, types in expected.items():
+        value = fields.get(name)
+        is_lost = isinstance(value, str) and float in types and value in NOT_FINITE
+        if name in fields and not is_lost and (not isinstance(value, types) or isinstance(value, bool)):
+            raise ValueError(f"{where}{name!r} is {_short(value)}, expected {_named(types)}")
+        if name not in SIGNED and isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{where}{name!r} is {_short(value)}, which cannot be below 0")
 
 
 def _check_value(where: str, value: Any, depth: int, count: list[int]) -> None:

@@ -13,13 +13,14 @@ import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from gptfast.errors import UserError
 
-LARGEST, LARGEST_ROWS = 2**28, 2**30  # bytes: of a JSON or tokenizer file, and of a file of rows
+LARGEST, LARGEST_ROWS = 2**28, 2**27  # bytes: of a list of tokens, and of a file of rows
+LARGEST_JSON = 50_000_000  # bytes of one value, which takes up to 31 times as much memory
 NO_FILE = "it is no regular file"
 # Exceptions from reading a value that is missing, of another type, too large or too deep.
 STRANGE = (
@@ -34,6 +35,25 @@ def opened(path: str | Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, NO_FILE, str(path))
     return open(descriptor, "rb")
+
+
+def lines(file: IO[bytes], longest: int = LARGEST_JSON) -> Iterator[bytes]:
+    """Yields the lines of a binary file with their ends, even where it is compressed and has no end.
+
+    Raises ValueError for a line of more than `longest` bytes, and what reading raises.
+    """
+    while line := file.readline(longest + 1):
+        if len(line) > longest:
+            raise ValueError(f"a line has more than {longest:,} bytes")
+        yield line
+
+
+def whole(file: IO[bytes], largest: int) -> bytes:
+    """Returns the rest of a binary file, even if compressed. Raises ValueError if it is more than `largest` bytes."""
+    read = file.read(largest + 1)
+    if len(read) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
+    return read
 
 
 def content(path: str | Path, largest: int = LARGEST) -> bytes:
@@ -51,7 +71,9 @@ def text(path: str | Path, largest: int = LARGEST) -> str:
 
 
 def parsed(content: bytes | str) -> Any:
-    """Parses JSON. Raises ValueError, also for JSON that is nested too deeply."""
+    """Parses JSON. Raises ValueError, also for JSON that is nested too deeply or too long."""
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"it has {len(content):,} bytes, where {LARGEST_JSON:,} are the most")
     try:
         return json.loads(content)
     except RecursionError:
@@ -61,7 +83,7 @@ def parsed(content: bytes | str) -> Any:
 def json_object(path: str | Path, fix: str) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises UserError that names the file and the `fix`."""
     try:
-        value = parsed(content(path))
+        value = parsed(content(path, LARGEST_JSON))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({reason(error)}); {fix}") from None
     if not isinstance(value, dict):

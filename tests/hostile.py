@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import json
+import lzma
 import os
 import random
 import resource
@@ -15,12 +18,15 @@ from typing import Any
 
 from gptfast import checkpoint, cli
 from gptfast.errors import UserError
+from gptfast.untrusted import LARGEST_JSON
 
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 3, 2**31 - 1, 2**31, 2**63, 10**12, 99_999_999_999, 10**40, -(10**12), 0.5, -0.5,
-    1e-320, 1e308, float("nan"), float("inf"), "", "a", "1", "../../x", "/etc/passwd", "\0", "é" * 300, "x" * 5000, [],
-    [[]],    [1, 2], [None], {}, {"a": 1}, {"$tensor": "w"}, {"$dict": 5}, {"$tuple": None}, {"$float": "x"}, {"": {}},
+    1e-320, 1e308, float("nan"), float("inf"), "", "a", "1", "../x", "../../x", "/etc/passwd", "\0", "é" * 300,
+    "x" * 5000, [], [[]], [1, 2], [None], {}, {"a": 1}, {"$tensor": "w"}, {"$dict": 5}, {"$tuple": None},
+    {"$float": "x"}, {"": {}},
 ]  # fmt: skip
+BOMBS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 DEEP = 200_000
 HEADROOM = 2 * 2**30  # bytes that a loader may take
 BOMB = ("memory", "alloc", "MemoryError")  # words of an error that says that it took them
@@ -57,18 +63,19 @@ def attacks(loader: Loader, folder: Path, count: int, seed: int = 0) -> dict[str
     for memory without end, or wrote a file.
     """
     draw = random.Random(f"{loader.name} {seed}")
-    good = folder / "good"
-    good.mkdir()
+    inside = folder / "a" / "b"  # so that ../../x of what lies in it is in `folder`, and seen
+    good = inside / "good"
+    good.mkdir(parents=True)
     loader.make(good)
     originals = {path.relative_to(good): path.read_bytes() for path in sorted(good.rglob("*")) if path.is_file()}
     verdicts = {"refused": 0, "taken": 0}
     for number in range(count):
-        target = folder / f"{number}"
+        target = inside / f"{number}"
         for name, content in originals.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
         path = target / draw.choice(list(originals))
-        what = mutate(path, draw)
+        what = mutate(path, draw, heavy=count > 100 and number % 40 == 20)  # of those that take seconds
         loader.finish(target)
         before = times(folder, target if loader.writes else None)
         where = f"{loader.name} {number}, {path.name}: {what}"
@@ -95,12 +102,15 @@ def times(folder: Path, left_out: Path | None) -> dict[Path, int]:
     return {path: path.lstat().st_mtime_ns for path in paths if not path.is_dir()}
 
 
-def mutate(path: Path, draw: random.Random) -> str:
-    """Makes the file another, and says how."""
+def mutate(path: Path, draw: random.Random, heavy: bool = False) -> str:
+    """Makes the file another, and says how; `heavy`: one that takes as much memory and time as a file of its size."""
     content = path.read_bytes()
-    kinds = ["cut", "flip", "noise", "pipe", "folder", "device", "deep", "missing", "empty"]
-    structured = path.suffix in (".json", ".jsonl")
-    kind = draw.choice(["value"] * 20 + ["drop"] * 6 + ["add"] * 2 + kinds if structured else [*kinds, "cut", "flip"])
+    kinds = ["cut", "cut", "flip", "flip", "noise", "pipe", "folder", "device", "deep", "missing", "empty"]
+    kinds += ["bomb", "bomb"] if path.suffix in BOMBS else []
+    structured = path.suffix in (".json", ".jsonl") and not heavy
+    if heavy:
+        kinds = ["wide"] if path.suffix in BOMBS else ["wide", "holes"]
+    kind = draw.choice(["value"] * 20 + ["drop"] * 6 + ["add"] * 2 + kinds if structured else kinds)
     if structured and kind in ("value", "drop", "add"):
         lines = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
         number = draw.randrange(len(lines))
@@ -123,6 +133,12 @@ def mutate(path: Path, draw: random.Random) -> str:
         path.write_text("[" * DEEP if draw.random() < 0.5 else '{"a":' * DEEP)
     elif kind == "empty":
         path.write_bytes(b"")
+    elif kind == "holes":  # of no size on the disk
+        os.truncate(path, 2**33)
+    elif kind == "wide":  # what takes most memory for its size
+        path.write_text("[" + '{"":[]},' * (LARGEST_JSON // 8 - draw.choice([1, -1])) + "0]")
+    elif kind == "bomb":
+        path.write_bytes(BOMBS[path.suffix](bytes(2**24)) * 200)  # more than 3 GB; one part follows another
     else:
         path.unlink()
         if kind == "pipe":
@@ -166,7 +182,8 @@ def signed(folder: Path) -> None:
         try:
             manifest = json.loads(path.read_bytes())
             for each in path.parent.iterdir():
-                if each.name != path.name and each.is_file() and not each.is_symlink():
+                is_small = each.is_file() and each.stat().st_size < 2**28  # hashing what is larger takes too long
+                if each.name != path.name and is_small and not each.is_symlink():
                     manifest["files"][each.name] = checkpoint._fingerprint(each)
             manifest.pop("sha256", None)
             path.write_bytes(checkpoint._canonical(manifest))

@@ -226,7 +226,7 @@ def test_the_readme_tables_come_from_the_newest_valid_rows(tmp_path, capsys):
 
 def test_no_rows_is_no_error(tmp_path, capsys):
     assert main([f"--root={tmp_path}"]) == 0 and "python -m bench writes them" in capsys.readouterr().out
-    write(tmp_path / "m", "note.jsonl", [{"schema": 1, "what": "note", "date": "2026", "text": "x"}])
+    write(tmp_path / "m", "note.jsonl", [{"schema": 1, "what": "note", "date": "2026-01-01T00:00:00Z", "text": "x"}])
     assert main([f"--root={tmp_path}"]) == 0 and "no rows to draw from" in capsys.readouterr().out
 
 

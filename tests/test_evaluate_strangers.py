@@ -140,3 +140,17 @@ def test_a_model_is_imported_without_a_tokenizer(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match="the model was imported without"):
         hf.load_tokenizer(tmp_path / "out")
     assert cli.run(command.main, ["export", str(tmp_path / "out"), f"--to={tmp_path / 'to'}", "--tokenizer=False"]) == 0
+
+
+def test_weights_that_do_not_fit_are_not_drawn_at_random(tmp_path: Path) -> None:
+    """transformers would say so in a table, and go on."""
+    bloom_tokenizer(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = transformers.BloomConfig(vocab_size=280, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    flags = [f"--models={tmp_path}", f"--text={tmp_path / 'text.txt'}", "--device=cpu", "--context=16"]
+    for wrong in ({"vocab_size": 300}, {"n_layer": 2}):
+        (tmp_path / "config.json").write_text(json.dumps(settings | wrong))
+        with pytest.raises(UserError, match=r"its weights lack .*(word_embeddings|h\.1\.)"):
+            evaluate.main(flags)

@@ -149,22 +149,6 @@ def load_documents(folder: Path) -> None:
     make_shards(folder, Documents.find(str(folder.parent / "source.jsonl")), BYTES, Shape(0.5, 10**6))
 
 
-def make_log(folder: Path) -> None:
-    facts = {"hardware": {"name": "x"}, "software": {"torch": "2"}, "commit": None, "dirty": None, "command": "c"}
-    head = {"schema": 1, "date": "2026-01-01T00:00:00Z"}
-    rows = [
-        {**head, "what": "run", **facts, "config": {}},
-        *({**head, "what": "step", "step": i, "loss": 2.0, "ms": 1.0, "tokens_per_s": 3.0} for i in range(4)),
-        {**head, "what": "eval", "step": 3, "train_loss": 1.0, "val_loss": 1.0},
-        {**head, "what": "sample", "text": "words"},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def load_log(folder: Path) -> None:
-    report.write_report(report.read([folder / "metrics.jsonl"]), folder)
-
-
 def make_talks(folder: Path) -> None:
     (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(5)))
 
@@ -216,14 +200,6 @@ def test_a_hostile_file_is_refused_in_one_line(
     assert sum(verdicts.values()) == count and verdicts["refused"] >= count // 8
     if count > 100:
         print(f"{loader.name}: {verdicts}")
-
-
-def test_a_hostile_row_is_refused_or_drawn(tmp_path: Path, chaos: Callable[[int, int], int]) -> None:
-    count = chaos(8, 420)
-    verdicts = attacks(Loader("log", make_log, load_log, writes=True), tmp_path, count)
-    assert sum(verdicts.values()) == count
-    if count > 100:
-        print(f"rows: {verdicts}")
 
 
 # ---- each kind by itself

@@ -86,7 +86,8 @@ def row(ms: float, date: str, **more: Any) -> dict[str, Any]:
 
 def test_the_row_appended_last_is_the_newest_whatever_the_clock_said(tmp_path: Path) -> None:
     path = tmp_path / "peaks.jsonl"
-    path.write_text("".join(json.dumps(row(ms, date)) + "\n" for ms, date in ((1.0, "2030"), (2.0, "2020"))))
+    written = (row(ms, f"{year}-01-01T00:00:00Z") for ms, year in ((1.0, 2030), (2.0, 2020)))
+    path.write_text("".join(json.dumps(each) + "\n" for each in written))
     results.compact(path)
     assert [found["ms_p50"] for found in results.read(path)] == [2.0]
 

@@ -181,10 +181,16 @@ class Journal:
         self._known: dict[tuple[str, int], list[bool]] = {}
         if path is None or not path.is_file():
             return
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(*untrusted.STRANGE):  # the last line may be truncated
-                row = untrusted.parsed(line)
-                self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
+        try:
+            with untrusted.opened(path) as file:
+                for line in untrusted.lines(file):
+                    with contextlib.suppress(*untrusted.STRANGE):  # the last line may be truncated
+                        row = untrusted.parsed(line)
+                        self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read {path} ({untrusted.reason(error)}); remove it, or choose another --out_dir"
+            ) from None
 
     def read(self, key: str, first: int) -> list[bool] | None:
         return self._known.get((key, first))

@@ -459,7 +459,15 @@ def _theirs(source: str, folder: Path, reason: str, dtype: torch.dtype, device: 
     """Loads a model through transformers; `reason` says why it cannot be one of ours."""
     print(f"{source} runs through transformers: {reason}")
     auto = _import_transformers().AutoModelForCausalLM
-    return _from_pretrained(auto, source, folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    loading = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, told = _from_pretrained(auto, source, folder, **loading)
+    drawn = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+    if drawn:  # transformers draws these at random, and goes on
+        raise UserError(
+            f"{source}: its weights lack {', '.join(drawn[:5])}, or have them in other sizes than config.json says; "
+            "fetch it again"
+        )
+    return model.to(device).eval()
 
 
 def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:

@@ -16,12 +16,12 @@ import bz2
 import gzip
 import hashlib
 import io
-import json
 import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptfast import untrusted
 from gptfast.errors import UserError
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
@@ -29,6 +29,7 @@ PACKED = (".gz", ".zst", ".xz", ".bz2")
 NO_DOCUMENTS = ("readme", "license", "dataset_info", "dataset_infos")
 GO_ON = "mend or remove it; the same command goes on from there"
 TEXT_BYTES = 2**30  # a text is read into memory, where it takes several times its size
+DOCUMENT_BYTES = 2**28  # of one among others
 ROWS_AT_ONCE = 64  # of parquet
 
 
@@ -121,7 +122,8 @@ def _rows(path: Path, builder: str, column: str, after: dict[str, Any] | None) -
 
 
 def _of_text(path: Path) -> Rows:
-    yield decoded(_unpacked(path).read(), path) or None, 0, 0
+    with _unpacked(path) as file:
+        yield decoded(untrusted.whole(file, DOCUMENT_BYTES), path) or None, 0, 0
 
 
 def decoded(content: bytes, path: Path) -> str:
@@ -160,7 +162,11 @@ def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
     with _unpacked(path) as file:
         start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):  # one array; otherwise one row per line
-            for row, value in enumerate(_parsed(file.read(), f"{path}")):
+            try:
+                content = untrusted.whole(file, untrusted.LARGEST_JSON)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}, too many for one array; write a row a line as .jsonl") from None
+            for row, value in enumerate(_parsed(content, f"{path}")):
                 if row >= first:
                     yield _of_row(value, f"{path}, row {row}", column, row == 0), row, 0
             return
@@ -168,7 +174,7 @@ def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
         if after is not None and path.suffix.lower() not in PACKED:
             row, at = first, after["at"]
             file.seek(at)
-        for line in file:
+        for line in untrusted.lines(file):
             where = f"{path}:{row + 1}"
             if row >= first:
                 # A blank line counts as a row without a document, so that row and line numbers agree.
@@ -179,8 +185,8 @@ def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
 
 def _parsed(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return untrusted.parsed(content.decode("utf-8-sig"))
+    except ValueError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0][:100]
         raise UserError(f"{where}: not JSON in UTF-8 ({reason}); {GO_ON}") from None
 
@@ -205,6 +211,7 @@ def _no_column(where: str, column: str, names: Sequence[str]) -> UserError:
 
 def _unpacked(path: Path) -> Any:
     """Opens a file, decompressing it if need be, as a binary file with `peek`."""
+    untrusted.opened(path).close()  # raises OSError for a pipe, which would be waited for
     kind = path.suffix.lower()
     if kind == ".gz":
         return gzip.open(path, "rb")

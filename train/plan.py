@@ -24,15 +24,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gptfast import cli, mfu, report
+from gptfast import cli, mfu, report, untrusted
 from gptfast.config import CONTEXT, PRESETS, VOCAB, Architecture, GPTConfig, of_depth
 from gptfast.errors import UserError
+from gptfast.log import Row
 from train import dial
 from train.config import Pretrain
 from train.dial import Recipe, Sizes
@@ -205,7 +206,17 @@ def measured_mfu(folder: str, gpu: mfu.Peak) -> dict[str, float]:
     """
     paths = [path for name in ("model", "profile") if (path := Path(folder) / f"{name}.jsonl").is_file()]
     reached: dict[str, float] = {}
-    for row in report.read(paths):
+    rows = report.read(paths)
+    with untrusted.expected(f"--measured={folder}: a row there", "delete that row, or measure again"):
+        _note_mfu(reached, rows, folder, gpu)
+    if not reached:
+        raise UserError(f"--measured={folder}: no row of a training step there; make some with python -m bench model")
+    return reached
+
+
+def _note_mfu(reached: dict[str, float], rows: Iterable[Row], folder: str, gpu: mfu.Peak) -> None:
+    """Adds to `reached` the MFU of each preset's training steps."""
+    for row in rows:
         if (
             row["what"] not in ("model", "profile")
             or row["name"] not in PRESETS
@@ -220,11 +231,10 @@ def measured_mfu(folder: str, gpu: mfu.Peak) -> dict[str, float]:
         model = PRESETS[row["name"]]
         T = row.get("dims", {}).get("T", model.block_size)
         share = mfu.utilization(row["tokens_per_s"], model, T, peak=gpu, dtype=getattr(torch, row["dtype"]))["mfu"]
+        if not (isinstance(T, int) and T > 0 and (share is None or 0 < share <= 1)):
+            raise ValueError(f"{row['name']} has {row['tokens_per_s']} tokens/s at T={T}, an MFU of {share}")
         if share is not None and row.get("valid", True):
             reached[row["name"]] = max(share, reached.get(row["name"], 0.0))
-    if not reached:
-        raise UserError(f"--measured={folder}: no row of a training step there; make some with python -m bench model")
-    return reached
 
 
 def nearest_mfu(reached: Mapping[str, float], model: GPTConfig) -> float | None:

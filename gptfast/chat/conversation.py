@@ -15,7 +15,6 @@ for what the assistant is to learn: its text, its calls and the end of its turn;
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -218,16 +217,22 @@ def read(path: str | Path) -> Iterator[list[dict[str, Any]]]:
     Empty lines are passed over. Raises UserError with the line and the reason.
     """
     try:
-        with untrusted.opened(path) as opened, io.TextIOWrapper(opened, "utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield messages_of(json.loads(line))
-                    except (UserError, ValueError, RecursionError) as error:
-                        reason = str(error) if isinstance(error, UserError) else f"no JSON ({error})"
-                        raise UserError(f"{path}, line {number}: {reason}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        with untrusted.opened(path) as file:
+            number = 0
+            try:
+                for line in untrusted.lines(file):
+                    number += 1
+                    if line.strip():
+                        yield messages_of(untrusted.parsed(line.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                where = f"{path}, line {number}: byte {error.start} is not UTF-8"
+                raise UserError(f"{where}; convert the file first") from None
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: no JSON ({error})") from None
+            except ValueError as error:
+                raise UserError(f"{path}, after line {number}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a .jsonl file of conversations") from None
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptfast import untrusted
+from gptfast.aside import write_whole
 from gptfast.chat import conversation
 from gptfast.chat.answers import Answers
 from gptfast.chat.parts import PartStream, Piece
@@ -166,26 +168,26 @@ class Session:
         if os.path.lexists(path) and Path(path).resolve() not in self._files:
             raise UserError(f"{path} is there already; give another file")
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
-        part = Path(f"{path}.part")
         try:
-            part.write_text(line, encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
+            write_whole(Path(path), line)
+        except (OSError, ValueError) as error:
+            reason = str(error) if isinstance(error, UserError) else untrusted.reason(error)
+            raise UserError(f"cannot write {path}: {reason}; give another file") from None
         self._files.add(Path(path).resolve())
 
     def load(self, path: str | Path) -> int:
         """Goes on with the last conversation of a file; how many there are. Raises UserError, and changes nothing."""
-        conversations = list(conversation.read(path))
-        if not conversations:
+        count, messages = 0, list[dict[str, Any]]()
+        for each in conversation.read(path):
+            count, messages = count + 1, each
+        if not count:
             raise UserError(f"{path} holds no conversation")
-        messages = conversations[-1]
         begins_with_system = messages[0]["role"] == "system"
         turns = messages[begins_with_system:]
         if turns[-1]["role"] == "user":  # nobody has answered
             turns = turns[:-1]
         self.system = messages[0]["content"] if begins_with_system else ""
         self.turns = [dict(message) for message in turns]
-        if len(conversations) == 1:
+        if count == 1:
             self._files.add(Path(path).resolve())
-        return len(conversations)
+        return count

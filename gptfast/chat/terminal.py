@@ -7,14 +7,18 @@ it where it happens, and letters that would steer the terminal, or turn the dire
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
+from gptfast import untrusted
 from gptfast.chat.parts import Piece
 from gptfast.errors import UserError
 
+LARGEST_HISTORY = 2**24  # bytes
 BLOCK = '"""'  # begins and ends a message of several lines
 JOINERS = "\u200c\u200d"  # which letters and emoji are written with
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -124,9 +128,10 @@ class Terminal(Pipes):
         super().__init__()
         if history:
             try:
-                open(history, "a").close()
-            except OSError as error:
-                raise UserError(f"--history={history}: cannot write it ({error.strerror}); give another file") from None
+                _check_history(history)
+            except (OSError, ValueError) as error:
+                reason = untrusted.reason(error)
+                raise UserError(f"--history={history}: cannot write it ({reason}); give another file") from None
         self._prompt = _toolkit(list(commands), history) or _readline(history)
 
     def _line(self, first: bool) -> str:
@@ -148,6 +153,19 @@ class Terminal(Pipes):
 
     def _safe(self, text: str) -> str:
         return visible(text)
+
+
+def _check_history(path: str) -> None:
+    """Makes the file if it is not there. Raises OSError or ValueError if it cannot be written, or is none of ours."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(untrusted.NO_FILE)
+        if about.st_size > LARGEST_HISTORY:
+            raise ValueError(f"it has {about.st_size:,} bytes, where {LARGEST_HISTORY:,} are the most")
+    finally:
+        os.close(descriptor)
 
 
 def _toolkit(commands: list[str], history: str) -> Callable[[str], str] | None:

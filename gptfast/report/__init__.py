@@ -291,7 +291,8 @@ def write_report(rows: Sequence[Row], out_dir: Path | str) -> Path:
     For a training log it shows the last run; for op, model and decode rows a table and a figure for each name.
     """
     out_dir = Path(out_dir)
-    sections = [*_training_sections(last_run(rows), out_dir), *_bench_sections(rows, out_dir)]
+    with untrusted.expected("one of the rows", "delete it, or make it again"):
+        sections = [*_training_sections(last_run(rows), out_dir), *_bench_sections(rows, out_dir)]
     if not sections:
         raise UserError("no rows of a training run or of the bench to report on; give the log of one")
     path = out_dir / "report.md"

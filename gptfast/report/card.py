@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast import report
+from gptfast import report, untrusted
 from gptfast.aside import write_whole
 from gptfast.errors import UserError
 from gptfast.log import Row
+from gptfast.rows import file_name, markdown
 
 STAGES = ("base", "mid", "sft", "rl")
 MISSING = "-"
@@ -94,11 +95,12 @@ def write(folders: Sequence[Path | str], out_dir: Path | str, dollars_per_hour: 
     """Writes report.md and its figures to `out_dir`; returns the path of report.md."""
     out_dir = Path(out_dir)
     stages = read([Path(folder) for folder in folders])
-    sections = [
-        "# Report card", _environment(stages, dollars_per_hour), "## Summary", summary(stages),
-        "## Time and tokens", _time(stages, dollars_per_hour),
-        *(section for stage in stages for section in _stage(stage, out_dir)),
-    ]  # fmt: skip
+    with untrusted.expected("one of the rows", "delete it, or make it again"):
+        sections = [
+            "# Report card", _environment(stages, dollars_per_hour), "## Summary", summary(stages),
+            "## Time and tokens", _time(stages, dollars_per_hour),
+            *(section for stage in stages for section in _stage(stage, out_dir)),
+        ]  # fmt: skip
     path = out_dir / "report.md"
     write_whole(path, "\n\n".join(sections) + "\n")
     return path
@@ -108,11 +110,11 @@ def summary(stages: Sequence[Stage]) -> str:
     """Returns a Markdown table, metric x stage: losses, rewards, CORE, and the accuracy on every other task."""
     by_name = {stage.name: stage for stage in stages}
     names = [*STAGES, *(name for name in by_name if name not in STAGES)]
-    lines = [f"| Metric | {' | '.join(name.upper() for name in names)} |", "|---|" + "---:|" * len(names)]
+    lines = [f"| Metric | {' | '.join(markdown(name.upper()) for name in names)} |", "|---|" + "---:|" * len(names)]
 
     def line(metric: str, cells: Mapping[str, str]) -> None:
         if any(cell != MISSING for cell in cells.values()):
-            lines.append(f"| {metric} | {' | '.join(cells.get(name, MISSING) for name in names)} |")
+            lines.append(f"| {markdown(metric)} | {' | '.join(cells.get(name, MISSING) for name in names)} |")
 
     for metric, key in (
         ("validation loss", "val_loss"), ("bits per byte", "bits_per_byte"), ("reward", "reward"), ("pass@1", "pass@1"),
@@ -159,7 +161,8 @@ def _environment(stages: Sequence[Stage], dollars_per_hour: float | None) -> str
     data = [found.get("mixture") or found.get("task") or found.get("dataset") for found in settings]
     named = (
         "; ".join(
-            f"{stage.name}: {name or MISSING}" for stage, name in zip((s for s in stages if s.run), data, strict=True)
+            markdown(f"{stage.name}: {name or MISSING}")
+            for stage, name in zip((s for s in stages if s.run), data, strict=True)
         )
         or MISSING
     )
@@ -179,7 +182,7 @@ def _time(stages: Sequence[Stage], dollars_per_hour: float | None) -> str:
             stage.rate, report._median(stage.steps, "mfu", percent=True),
         ]  # fmt: skip
         cells = [MISSING if cell == "n/a" else cell for cell in cells]
-        lines.append(f"| {stage.name} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown(stage.name)} | {' | '.join(cells)} |")
     total = [_whole(sum(t for t in (s.tokens for s in stages) if t is not None)), _whole(_total(stages))]
     lines.append(f"| all | | {' | '.join(total)} | | |")
     return "\n".join(lines)
@@ -192,11 +195,11 @@ def _whole(value: float | None) -> str:
 def _stage(stage: Stage, out_dir: Path) -> list[str]:
     """Returns the report's lines on a stage: its figures and its last samples."""
     figures = (
-        ("loss", report.loss_figure(stage.run, out_dir / f"{stage.name}-loss.png")),
-        ("reward", reward_figure(stage.run, out_dir / f"{stage.name}-reward.png")),
+        ("loss", report.loss_figure(stage.run, out_dir / f"{file_name(stage.name)}-loss.png")),
+        ("reward", reward_figure(stage.run, out_dir / f"{file_name(stage.name)}-reward.png")),
     )
-    sections = [f"## {stage.name.upper()}"]
-    sections += [f"![{stage.name}: {title}]({path.name})" for title, path in figures if path is not None]
+    sections = [f"## {markdown(stage.name.upper())}"]
+    sections += [f"![{markdown(stage.name)}: {title}]({path.name})" for title, path in figures if path is not None]
     samples = report.of_kind(stage.run, "sample")
     sections += [report.fenced(row["text"]) for row in samples[-2:]]
     return sections if len(sections) > 1 else [*sections, MISSING]

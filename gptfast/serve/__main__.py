@@ -14,10 +14,9 @@ if __name__ == "__main__":
 import contextlib
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from gptfast import cli, mfu, runtime
+from gptfast import cli, mfu, runtime, untrusted
 from gptfast.chat.sandbox import Sandbox
 from gptfast.chat.tools import Tools
 from gptfast.engine import Engine, Sampling
@@ -27,7 +26,7 @@ from gptfast.serve.app import LOCAL, Guarded
 from gptfast.serve.asking import MOST_TEMPERATURE, MOST_TOKENS, MOST_TOP_K, Defaults
 from gptfast.serve.server import Server, Serving, import_uvicorn, listen
 
-SHORTEST_TOKEN = 16  # characters
+SHORTEST_TOKEN, LARGEST_TOKEN_FILE = 16, 10_000  # characters, bytes
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,9 @@ def guarded_by(config: Serve) -> Guarded:
             print(f"--host={config.host} without --token_file: whoever reaches this machine may use the model")
         return Guarded(None, hosts)
     try:
-        token = Path(config.token_file).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not ASCII"
+        token = untrusted.content(config.token_file, LARGEST_TOKEN_FILE).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        reason = "it is not ASCII" if isinstance(error, UnicodeDecodeError) else untrusted.reason(error)
         raise UserError(f"--token_file={config.token_file}: cannot read it ({reason})") from None
     if len(token) < SHORTEST_TOKEN or not token.isprintable() or " " in token:
         raise UserError(

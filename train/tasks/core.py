@@ -31,6 +31,7 @@ from train.download import download, sha256_of
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # as nanochat fetches it
 SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # of the bundle behind published scores
 SETTINGS, CHANCES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
+LARGEST_SETTINGS = 10**6  # bytes; YAML of 50 MB would take an hour to read
 SHUFFLE_SEED, EXAMPLES_SEED = 1337, 1234
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
@@ -123,10 +124,10 @@ def _in_archive(path: Path) -> zipfile.Path:
     return zipfile.Path(path, "eval_bundle/")
 
 
-def _text(path: Folder) -> str:
+def _text(path: Folder, largest: int = untrusted.LARGEST_ROWS) -> str:
     try:
         if isinstance(path, Path):
-            return untrusted.text(path, untrusted.LARGEST_ROWS)
+            return untrusted.text(path, largest)
         return path.read_text(encoding="utf-8")
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path} ({untrusted.reason(error)}); bring the bundle again") from None
@@ -139,7 +140,7 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
     except ImportError:
         raise UserError(f"reading {path} needs PyYAML: pip install pyyaml") from None
     try:
-        tasks = yaml.safe_load(_text(path))["icl_tasks"]
+        tasks = yaml.safe_load(_text(path, LARGEST_SETTINGS))["icl_tasks"]
         for task in tasks:
             if not (isinstance(task["label"], str) and isinstance(task["dataset_uri"], str)):
                 raise TypeError("a label and a dataset_uri are texts")
@@ -160,7 +161,7 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
 def _chances(path: Folder) -> dict[str, float]:
     """Returns the accuracy of guessing, by task; the file has percent."""
     try:
-        rows = list(csv.DictReader(_text(path).splitlines()))
+        rows = list(csv.DictReader(_text(path, LARGEST_SETTINGS).splitlines()))
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
         if not all(0 <= chance < 1 for chance in chances.values()):
             raise ValueError("a random baseline is at least 0 and below 100")

@@ -44,7 +44,7 @@ __all__ = ["IMPLEMENTATIONS", "OPS", "Cost", "Op", "Ops", "load"]
 
 
 class Ops:
-    """Which implementation of each op runs, as a value: `ops.layernorm(x, weight)` calls it, print(ops) says why."""
+    """The chosen implementation of every op: `ops.layernorm(x, weight)` calls one, print(ops) says which and why."""
 
     def __init__(self, chosen: Mapping[str, tuple[str, str, Callable[..., Any]]]) -> None:
         self.chosen = {name: (implementation, why) for name, (implementation, why, _) in chosen.items()}
@@ -60,11 +60,11 @@ class Ops:
 
 
 def load(implementation: str = "auto", **per_op: str) -> Ops:
-    """Choose an implementation for every op, and another for those named by keyword.
+    """Choose an implementation for every op, with exceptions by keyword.
 
-    'reference' is the definition in plain PyTorch, 'cpu' an op's faster path for CPUs, or the reference where it has
-    none, 'triton' the kernels on CUDA, 'interpret' the same kernels on CPU tensors, 'auto' triton where it can run and
-    'cpu' elsewhere. An op may have variants beside these, as attention has 'gluon'.
+    'reference' is the definition in plain PyTorch; 'cpu' an op's faster path for CPUs, or the reference where it has
+    none; 'triton' the kernels on CUDA; 'interpret' the same kernels on CPU tensors; 'auto' is triton where that can run
+    and 'cpu' elsewhere. An op may have further variants, as attention has 'gluon'.
     Raises ValueError for a name that does not exist, RuntimeError for an explicit choice that cannot run here: nothing
     falls back in silence.
     """
@@ -104,7 +104,7 @@ def _on_cpu(op: Op, why: str) -> tuple[str, str, Callable[..., Any]]:
 
 
 class _Interpreted:
-    """A kernel's function on CPU tensors, interpreted. An object, so that a model that holds it can be pickled."""
+    """Runs a kernel's function on CPU tensors in the interpreter; an object, so that a model with it can be pickled."""
 
     def __init__(self, kernel: Callable[..., Any]) -> None:
         allow_interpretation()
@@ -136,7 +136,7 @@ def _no_gpu() -> str:
 
 
 def _unproven_gpu() -> str:
-    """Why the kernels are not taken unasked on a GPU that could run them."""
+    """Returns why 'auto' does not choose the kernels on a GPU that could run them; '' if it does."""
     import torch
 
     if not torch.version.hip:

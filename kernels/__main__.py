@@ -1,6 +1,6 @@
-"""The table of ops: `python -m kernels`; `--gpu=L4` says what a card takes of them, and why.
+"""Prints the table of ops: `python -m kernels`; with `--gpu=L4` what that card runs of them, and why.
 
-`--markdown` and `--cards` are the tables of the README.
+`--markdown` and `--cards` print the tables of the README.
 """
 
 import argparse
@@ -11,12 +11,12 @@ from . import OPS, _command, _triton, load
 
 
 def rows() -> list[tuple[str, str, list[str]]]:
-    """(name, formula, kernels) of every op."""
+    """Returns (name, formula, kernels) of every op."""
     return [(op.name, op.summary, kernel_names(op.name)) for op in OPS.values()]
 
 
 def kernel_names(name: str) -> list[str]:
-    """Kernels that an op launches at its bench sizes, forward first; none where Triton is missing."""
+    """Returns the kernels that an op launches at its bench sizes, forward first; none where Triton is missing."""
     op = OPS[name]
     if op.triton is None or _triton.MISSING:
         return []
@@ -27,7 +27,7 @@ def kernel_names(name: str) -> list[str]:
 
 
 def markdown() -> str:
-    """The table as the README shows it. The kernels' names are shortened by what they share."""
+    """Returns the README's table. Names of kernels are shortened by the parts that they share."""
     lines = ["| op | what it computes | kernels |", "|---|---|---|"]
     for name, summary, kernels in rows():
         short = [re.sub(r"^.*(fwd|bwd)_kernel", r"\1", kernel).replace("_kernel", "") for kernel in kernels]
@@ -37,18 +37,18 @@ def markdown() -> str:
 
 
 def _home(name: str) -> str:
-    """The module or package of an op: kernels.layernorm."""
+    """Returns the module or package of an op: kernels.layernorm."""
     return ".".join(OPS[name].reference.__module__.split(".")[:2])
 
 
 def _page(name: str) -> str:
-    """Where the page of an op stands in the repository: a file, or the folder of a package."""
+    """Returns the path of an op's page in the repository: a file, or the folder of a package."""
     home = _home(name)
     return home.replace(".", "/") + ("" if hasattr(sys.modules[home], "__path__") else ".py")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and what load('auto') would run here."""
+    """Print the table, and what load('auto') chooses here."""
     parser = argparse.ArgumentParser(prog="python -m kernels", description="The table of ops.")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
     parser.add_argument("--cards", action="store_true", help="the GPUs compiled for and measured on, as such a table")

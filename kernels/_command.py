@@ -1,6 +1,6 @@
-"""How the commands of this package start and end: `python -m kernels`, `kernels.proof.aot`, `kernels.proof.traffic`.
+"""Start and end of this package's commands: `python -m kernels`, `kernels.proof.aot`, `kernels.proof.traffic`.
 
-What gptfast.cli does for all others, which this package may not import.
+It does for them what gptfast.cli, which this package may not import, does for all others.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from types import FrameType
 
 
 def leave_at_once(signum: int, frame: FrameType | None) -> None:
-    """Ctrl-C while a command is still importing: one line, and the code of an interrupted command."""
+    """Handle Ctrl-C while a command is still importing: print one line, exit as an interrupted command does."""
     os.write(2, b"interrupted\n")
     os._exit(128 + signum)
 
@@ -28,13 +28,13 @@ if (
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of `main`; 130 for Ctrl-C, 1 for an output that cannot be written, each with one line."""
+    """Returns the exit code of `main`; 130 after Ctrl-C, 1 if the output cannot be written, each with one line."""
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
-            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is no reason to stop
-    failures: list[OSError] = []  # of the output, which argparse keeps to itself
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no reason to stop
+    failures: list[OSError] = []  # errors of writing the output, which argparse swallows
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         write = sys.stdout.write
 

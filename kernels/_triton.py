@@ -1,8 +1,8 @@
-"""The one `import triton` of the library, and the one place where the launch of a kernel can be taken over.
+"""The one `import triton` of the library, and the one place where kernel launches can be redirected.
 
-Where Triton is not installed the kernels are inert objects and the references still run. A launch `kernel[grid](...)`
-goes to the GPU unless a launcher is in force (see `launching`): the interpreter, the ahead-of-time compiler, or `skip`,
-which makes a page's own forward function serve as its shape function.
+Where Triton is not installed, kernels are inert objects and the references still run. A launch `kernel[grid](...)` goes
+to the GPU unless a launcher is active (see `launching`): the interpreter, the ahead-of-time compiler, or `skip`, with
+which a page's own forward function serves as its shape function.
 """
 
 import functools
@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     MISSING = f"Triton is not installed ({error})"
 
-try:  # Gluon is experimental: it comes and goes with the version of Triton, and its pages name those they are fit for
+try:  # Gluon is experimental: it changes with every version of Triton
     from triton._C.libtriton import ir as gl_ir
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonJITFunction
@@ -36,7 +36,7 @@ try:  # Gluon is experimental: it comes and goes with the version of Triton, and
     from triton.experimental.gluon.language.nvidia.ampere import async_copy as gl_async_copy
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    # What the pages need of it, which other versions had not, or not yet.
+    # The features that our kernels need and that not every version has.
     HAS_GLUON = (
         "worker_num_regs" in inspect.signature(gl.warp_specialize).parameters
         and hasattr(gl_hopper, "warpgroup_mma_wait")
@@ -48,7 +48,7 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Stands in for the GPU: what to do with a launch, and which GPU the page should choose its tiles for."""
+    """Stands in for the GPU: handles launches, and says which GPU tiles are chosen for."""
 
     launch: Callable[..., Any]  # (kernel, grid, *args, **kwargs)
     arch: int = 0  # compute capability times ten; 0 asks for the most conservative tiles
@@ -57,24 +57,24 @@ class Launcher:
 
 
 def profiler() -> Any:
-    """Proton, Triton's profiler, which is imported no earlier: it hooks itself into every launch."""
+    """Returns Proton, Triton's profiler. It is imported only here, since it hooks into every launch."""
     import triton.profiler
 
     return triton.profiler
 
 
 _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
-# For shape functions. Without bound on the multiprocessors a symbolic size is never compared with their number.
+# For shape functions. With so many multiprocessors a symbolic size is never compared with their number.
 skip = Launcher(lambda kernel, grid, *args, **kwargs: None, multiprocessors=1 << 30)
 
 
 def launcher() -> Launcher | None:
-    """The launcher in force, None when kernels go to the GPU."""
+    """Returns the active launcher; None if kernels are launched on the GPU."""
     return _launcher.get()
 
 
 class launching:  # a function in use, and a class because a generator would cost each launch 2 us more
-    """Send every launch of this thread to `by` until the block ends."""
+    """A context in which every launch of this thread goes to `by`."""
 
     __slots__ = ("_by", "_token")
 
@@ -132,12 +132,12 @@ if HAS_GLUON:
     gluon_jit = GluonKernel
 
 else:
-    gluon_jit, gl, gl_hopper, gl_async_copy = jit, tl, None, None  # inert: no version without Gluon is fit for them
+    gluon_jit, gl, gl_hopper, gl_async_copy = jit, tl, None, None  # inert: kernels in Gluon are not launched then
     GluonDescriptor, gl_builtin, gl_ir = None, lambda function: function, None
 
 
 class triton:  # under the name that kernels know: Triton's own functions take 5 us a call on the host
-    """What the pages need of Triton outside kernels."""
+    """Plain versions of the functions that the host side of the pages uses."""
 
     @staticmethod
     def cdiv(a: int, b: int) -> int:
@@ -151,31 +151,31 @@ class triton:  # under the name that kernels know: Triton's own functions take 5
 @functools.cache
 def _properties(index: int | None) -> tuple[int, int]:
     device = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
-    # ROCm numbers its own: an MI250 (gfx90a) calls itself 9.0, and has nothing of Hopper.
+    # ROCm has numbers of its own: an MI250 (gfx90a) reports 9.0, and is no Hopper.
     capability = 0 if torch.version.hip else device.major * 10 + device.minor
     return capability, device.multi_processor_count
 
 
 def arch(x: Tensor) -> int:
-    """Compute capability times ten of the GPU that kernels on x run on: 80 for A100, 90 for H100.
+    """Returns ten times the compute capability of the GPU that runs kernels on x: 80 for A100, 90 for H100.
 
-    0 if they are interpreted, and for a GPU that is not NVIDIA's: both take the most conservative tiles.
+    It is 0 in the interpreter and for a GPU that is not NVIDIA's; both take the most conservative tiles.
     """
     by = _launcher.get()
     return by.arch if by else _properties(x.device.index)[0]
 
 
-# Whose tiles an architecture takes. sm_89, 120 and 121 have the shared memory (101,376 bytes for a program, hardly more
-# for all of a multiprocessor) and the matrix instructions of sm_86; sm_87 those of sm_80; sm_103 those of sm_100.
+# The architecture whose tiles another takes. sm_89, 120 and 121 have the matrix instructions of sm_86 and its shared
+# memory, 101,376 bytes for a program and hardly more for a multiprocessor; sm_87 is like sm_80, sm_103 like sm_100.
 _TILES_OF = {80: 80, 87: 80, 86: 86, 89: 86, 120: 86, 121: 86, 90: 90, 100: 100, 103: 100}
 
 
 def tile_arch(arch: int) -> int:
-    """Which of 80, 86, 90 and 100 an architecture takes its tiles from; if unknown 0, for the most conservative."""
+    """Returns the one of 80, 86, 90 and 100 whose tiles an architecture takes; 0, the most conservative, if unknown."""
     return _TILES_OF.get(arch, 0)
 
 
 def multiprocessors(x: Tensor) -> int:
-    """How many streaming multiprocessors that GPU has."""
+    """Returns the number of streaming multiprocessors of the GPU that runs kernels on x."""
     by = _launcher.get()
     return by.multiprocessors if by else _properties(x.device.index)[1]

@@ -44,10 +44,10 @@ def activation_reference(
     gate_bias: Tensor | None = None,
     kind: str = "gelu",
 ) -> Tensor:
-    """The formula `kind` of h (..., N) plus bias (N,), in at least fp32, returned in h's dtype.
+    """Apply the nonlinearity `kind` to h (..., N) plus bias (N,), in at least fp32; returns h's dtype.
 
-    gate (..., N), of h's dtype, and gate_bias (N,) are swiglu's. torch's own gelu computes in fp32 and rounds once, so
-    that without biases it takes h as it is; so does ReLU^2, whose positive part is exact. On a CPU 16-bit swiglu rounds
+    Only swiglu takes gate (..., N), of h's dtype, and gate_bias (N,). Without biases h need not be converted: torch's
+    gelu computes in fp32 and rounds once, and the positive part in ReLU^2 is exact. On a CPU 16-bit swiglu rounds
     silu(g) too, which saves passes over memory.
     """
     _check(h, bias, gate, gate_bias, kind)
@@ -66,14 +66,14 @@ def _biased(x: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
 
 
 def relu2(x: Tensor) -> Tensor:
-    """The square of the positive part; on a CPU by a function of its own."""
+    """Returns the square of the positive part of x."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _ReLU2.apply(x)
     return F.relu(x).square()
 
 
 class _ReLU2(torch.autograd.Function):
-    """The same in fewer passes over memory: torch would keep both x and its positive part, and mask by comparison."""
+    """Computes relu2 in fewer passes: torch would save both x and its positive part, and mask by comparison."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _check(h: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tenso
 
 @jit
 def _slopes(a, g, KIND: tl.constexpr):
-    """dy/da and for swiglu dy/dg, of fp32 a and g."""
+    """Returns dy/da and, for swiglu, dy/dg, of fp32 a and g."""
     if KIND == "gelu":
         da = 0.5 + 0.5 * tl.math.erf(a * 0.70710678118654752) + a * 0.39894228040143268 * tl.exp(-0.5 * a * a)
         dg = da
@@ -144,7 +144,7 @@ def activation_fwd_kernel(
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program finds a block of y: h[m, n], gate[m, n] and the biases of the columns n -> y[m, n]."""
+    """One program computes a block of y: h[m, n], gate[m, n] and the biases of the columns n -> y[m, n]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (m < M) & (n < N)
@@ -162,7 +162,7 @@ def activation_bwd_kernel(
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program strides over blocks of its columns: dh[m, n], dgate[m, n], and its own partial rows of bias sums."""
+    """One program strides down its columns: it writes dh[m, n], dgate[m, n] and partial rows of the bias gradients."""
     p, programs = tl.program_id(0), tl.num_programs(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     bias = _load_row(bias_ptr + n, n < N, HAS_BIAS)
@@ -173,10 +173,12 @@ def activation_bwd_kernel(
         m = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
         mask = (m < M) & (n < N)
         dy = tl.load(dy_ptr + m * dy_stride_m + n, mask, other=0.0).to(tl.float32)
+        # inputs with their biases
         a = _load_biased(h_ptr + m * h_stride_m + n, mask, bias)
         g = a
         if KIND == "swiglu":
             g = _load_biased(gate_ptr + m * gate_stride_m + n, mask, gate_bias)
+        # gradients
         da, dg = _slopes(a, g, KIND)
         dh = dy * da
         tl.store(dh_ptr + m * N + n, dh.to(dh_ptr.dtype.element_ty), mask)
@@ -187,6 +189,7 @@ def activation_bwd_kernel(
             tl.store(dgate_ptr + m * N + n, dgate.to(dgate_ptr.dtype.element_ty), mask)
             if HAS_GATE_BIAS:
                 dgate_bias += tl.where(m < M, dgate, 0.0)
+    # partial rows
     row = p.to(tl.int64) * N + n
     if HAS_BIAS:
         tl.store(partial_ptr + row, tl.sum(dbias, axis=0)[None, :], n < N)
@@ -195,8 +198,8 @@ def activation_bwd_kernel(
         tl.store(partial_ptr + row, tl.sum(dgate_bias, axis=0)[None, :], n < N)
 
 
-# By the padded length of the rows, as the norms'. 4,096 elements of each operand in flight for every program at each
-# stage: 16 bytes for each of 128 threads, four times. From the compiled code (results/aot.json).
+# By padded row length, as for the norms. Each program keeps 4,096 elements of each operand in flight per stage: four
+# loads of 16 bytes by each of 128 threads. Chosen from the compiled code (results/aot.json).
 TILES = {
     1024: LoopTile(block_m=4, block_n=1024, num_warps=4, num_stages=3, per_multiprocessor=4),
     0: LoopTile(block_m=4, block_n=1024, num_warps=4, num_stages=3, per_multiprocessor=4),
@@ -265,7 +268,10 @@ def activation_triton(
     gate_bias: Tensor | None = None,
     kind: str = "gelu",
 ) -> Tensor:
-    """activation_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
+    """Compute activation_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16.
+
+    Deterministic.
+    """
     _check(h, bias, gate, gate_bias, kind)
     require_kernel_dtype("h", h)
     return _activation(h, bias, gate, gate_bias, kind)
@@ -274,7 +280,7 @@ def activation_triton(
 def inputs(
     M: int, N: int, *, kind: str = "gelu", bias: bool = True, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """h (M, N), bias (N,), and for swiglu gate (M, N) and gate_bias (N,); then `kind`."""
+    """Draw h (M, N), bias (N,) and, for swiglu, gate (M, N) and gate_bias (N,)."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device) * 1.5
@@ -285,7 +291,7 @@ def inputs(
 
 
 def cost(M: int, N: int, *, kind: str = "gelu", bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: h (and gate) in and y out; backward, dy beside them in and their gradients out."""
+    """Count compulsory traffic: h and gate read, y written; backward also dy read, and their gradients written."""
     operands = 2 if kind == "swiglu" else 1
     parameters = operands * N * itemsize if bias else 0
     return (

@@ -1,10 +1,10 @@
-"""The first input of a GPT's blocks while it decodes: a token's row of one table, and its position's of another.
+"""The input of a GPT's first block in a decoding step: a token's row of one table, plus its position's of another.
 
     x[b, t] = table[tokens[b, t]] + positions[min(lengths[b] + t, P - 1)]
 
     table: (V, C)   tokens: (B, T) int64   positions: (P, C) or absent   lengths: (B,) int   x: (B, T, C)
 
-Rows of fp32 parameters are read as they are and rounded once. There is no derivative: decoding learns nothing.
+Rows of fp32 parameters are read in fp32, and the sum is rounded once. There is no derivative.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def decode_embedding_reference(
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of table (V, C) for tokens (B, T), plus those of positions (P, C) from `lengths` (B,) on: (B, T, C).
+    """Returns rows of table (V, C) for tokens (B, T), plus those of positions (P, C) from `lengths` (B,) on: (B, T, C).
 
-    In `dtype`, by default the table's; the sum is in at least fp32. Positions past the last are taken for it. Raises
-    ValueError naming the argument.
+    The result is in `dtype`, by default the table's; the sum is in at least fp32. Positions past the table take its
+    last row. Raises ValueError naming the argument.
     """
     _check(table, tokens, positions, lengths)
     x = table[tokens].to(torch.promote_types(table.dtype, torch.float32))
@@ -104,7 +104,7 @@ def decode_embedding_triton(
     lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """decode_embedding_reference in one launch, on CUDA tensors, in fp32, fp16 or bf16. Tokens are not looked at."""
+    """Compute decode_embedding_reference in one launch, on CUDA tensors: fp32, fp16 or bf16. Tokens are not checked."""
     _check(table, tokens, positions, lengths)
     dtype = table.dtype if dtype is None else dtype
     if dtype not in DTYPES or table.dtype not in DTYPES:
@@ -115,7 +115,7 @@ def decode_embedding_triton(
 def inputs(
     B: int, T: int, V: int, C: int, *, P: int = 0, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """table (V, C) normal, random tokens (B, T); with P positions their table (P, C), and lengths up to P."""
+    """Draw normal table (V, C) and tokens (B, T); with P positions also their table (P, C), and lengths below P."""
     table = torch.randn(V, C, dtype=dtype, device=device)
     tokens = torch.randint(V, (B, T), device=device)
     if not P:
@@ -125,7 +125,7 @@ def inputs(
 
 
 def cost(B: int, T: int, V: int, C: int, *, P: int = 0, itemsize: int) -> tuple[Cost, Cost]:
-    """A row of each table read, and one written, for every token."""
+    """Count a row of each table read, and one written, for every token."""
     return Cost(B * T * C * (P > 0), B * T * (C * itemsize * (2 + (P > 0)) + 8)), Cost(0, 0)
 
 

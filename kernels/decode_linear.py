@@ -1,4 +1,4 @@
-"""Linear map of a decoding step with what a GPT's block puts before and after it, in one launch.
+"""Linear map of a decoding step, fused with what a GPT's block does before and after it, in one launch.
 
     h[m, n] = scale[n] * sum_k norm(x)[m, k] * weight[n, k] + bias[n]        g[m, n] likewise, of gate
     y = softcap(activation(h, g) + residual)
@@ -8,19 +8,19 @@
     x: (..., K) -> (M, K)   weight, gate: (N, K) of x's dtype, or int8 with scale, gate_scale: (N,) fp32
     bias, gate_bias: (N,)   norm_weight, norm_bias: (K,)   residual, y: (..., N)
 
-Few rows of x make a product that waits for memory alone, and of a small model not even for that: it waits for launches,
-and for each kernel's first bytes. So norm, activation and residual sum are in the launch of the product, and nothing is
-rounded between them. A block is five launches: this one before and after `append_attention`, and two of the MLP.
+With few rows of x a product is bound by memory and, in a small model, by launches and each kernel's first bytes. So
+norm, activation and residual sum are fused into the product's launch, and nothing is rounded between them. A block is
+five launches: this one before and after `append_attention`, and two for the MLP.
 
-Up to eight rows of x are multiplied on the ordinary cores. A warp has whole rows of the matrix: its 32 lanes take 16
-bytes each of a row at a time, read every byte once for all rows of x, and add up across the warp alone, at the end. The
-loads of the next part of the matrix come before the sums of this one. The norm waits for no pass over x of its own:
+Up to eight rows of x are multiplied on the ordinary cores. A warp takes whole rows of the matrix: each of its 32 lanes
+loads 16 bytes of a row at a time, every byte is read once for all rows of x, and sums are reduced across the warp only
+at the end. The next part of the matrix is loaded before the sums of this one. The norm needs no pass over x of its own:
 
     rstd * (sum_k c norm_weight weight - mean(c) * sum_k norm_weight weight) + sum_k norm_bias weight,  c = x - start
 
-where all five sums are found in one go, and start is the mean of the first numbers of x's row, so that nothing cancels.
-More rows, up to 64, are tiles of a matrix product, the matrix first: a matrix instruction has at least 64 rows on
-Hopper and Blackwell, but as little as 8 columns. There is no derivative: nothing is learned while decoding.
+where all five sums are computed in one pass, and start is the mean of the first numbers of x's row, so that nothing
+cancels. More rows, up to 64, are tiles of a matrix product, the matrix first: a matrix instruction has at least 64 rows
+on Hopper and Blackwell, but as few as 8 columns. There is no derivative.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .prims import activated, as_rows, require_kernel_dtype, softcapped
 
 NORMS = ("none", "layernorm", "rmsnorm")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu2", "swiglu")
-MOST_ROWS = 64  # of x; with more, products wait for arithmetic and are better left to cuBLAS
+MOST_ROWS = 64  # of x; with more, products are bound by arithmetic and are better left to cuBLAS
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def decode_linear_reference(
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The map above of x (..., K) by weight (N, K) -> (..., N) in `dtype`, by default x's; in fp32, rounded once.
+    """Apply the map above to x (..., K) with weight (N, K); returns (..., N) in `dtype`, by default x's, rounded once.
 
     `norm`: none, layernorm or rmsnorm; a layernorm needs norm_weight. `activation`: none, gelu, gelu_tanh, relu2, or
     swiglu, silu(g) * h, which needs gate. int8 matrices need their scales. Raises ValueError naming the argument.
@@ -99,7 +99,7 @@ def _check(
     norm_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, scale: Tensor | None,
     gate_scale: Tensor | None, norm: str, activation: str,
 ) -> None:  # fmt: skip
-    """Refuse wrong arguments; the messages, of what is called dozens of times a step, are made only for those."""
+    """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (..., K) with K >= 1, got {x.dtype}{tuple(x.shape)}")
     if norm not in NORMS:
@@ -145,21 +145,21 @@ def _check(
         raise ValueError(f"residual: dtype {residual.dtype}, but x has {x.dtype}")
 
 
-NUM_WARPS = 4  # of a program for few rows, of which each has whole rows of the matrix
+NUM_WARPS = 4  # of a program for few rows of x; each warp takes whole rows of the matrix
 WARPS = tl.constexpr(NUM_WARPS)
 LANES = tl.constexpr(32)
 
 
 @jit
 def _columns(start, WIDTH: tl.constexpr):
-    """Of WARPS rows alike, the columns from `start` on: WIDTH next to each other for each lane."""
+    """Returns the columns from `start` on of WARPS rows, WIDTH consecutive ones per lane."""
     k = start + tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     return tl.broadcast_to(k, (WARPS, LANES, WIDTH))
 
 
 @jit
 def _side_by_side(a, b):
-    """Numbers (WARPS, LANES, n) twice as (WARPS, LANES, 2 n), each lane's of b after its of a; none is moved."""
+    """Returns a and b (WARPS, LANES, n) as (WARPS, LANES, 2 n), b after a in each lane, so that none moves."""
     return tl.join(a, b).permute(0, 1, 3, 2).reshape(a.shape[0], a.shape[1], 2 * a.shape[2])
 
 
@@ -174,9 +174,9 @@ def _load_quarter(ptr, start, K, i: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.
 
 @jit
 def _load_row(ptr, start, K, WIDTH: tl.constexpr):
-    """WIDTH numbers for each lane of every warp from `start` of a row of K, in fp32, zeros past its end.
+    """Returns WIDTH numbers per lane of every warp from `start` of a row of K, in fp32, zeros past its end.
 
-    A load is at most 16 bytes, so they may come in several, put together in registers.
+    A load is at most 16 bytes, so that it may take several, joined in registers.
     """
     EACH: tl.constexpr = min(WIDTH, 128 // ptr.dtype.element_ty.primitive_bitwidth)
     x = _load_quarter(ptr, start, K, 0, WIDTH, EACH)
@@ -190,7 +190,7 @@ def _load_row(ptr, start, K, WIDTH: tl.constexpr):
 
 @jit
 def _load_part(ptr, stride_n, first, start, N, K, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr):
-    """The next DEPTH * LANES * WIDTH columns of ROWS rows of a matrix for each warp, by loads of 16 bytes."""
+    """Returns the next DEPTH * LANES * WIDTH columns of ROWS rows of a matrix per warp, by loads of 16 bytes."""
     part = ()  # type: tuple
     for d in tl.static_range(DEPTH):
         for r in tl.static_range(ROWS):
@@ -201,7 +201,7 @@ def _load_part(ptr, stride_n, first, start, N, K, ROWS: tl.constexpr, DEPTH: tl.
 
 @jit
 def _load_vectors(ptr, offset, first, N, ROWS: tl.constexpr, EXISTS: tl.constexpr, ABSENT: tl.constexpr):
-    """What belongs to the program's rows of the matrix: ROWS vectors (WARPS,)."""
+    """Returns the elements of a vector (N,) for the program's rows of the matrix: ROWS vectors (WARPS,)."""
     found = ()  # type: tuple
     for r in tl.static_range(ROWS):
         n = first + (r * WARPS + tl.arange(0, WARPS))
@@ -214,7 +214,7 @@ def _load_vectors(ptr, offset, first, N, ROWS: tl.constexpr, EXISTS: tl.constexp
 
 @jit
 def _add_products(totals, part, d: tl.constexpr, x, M: tl.constexpr, m: tl.constexpr, ROWS: tl.constexpr):
-    """totals with the products of row m of x and the rows of a part added, each lane's to its own."""
+    """Returns totals with the products of row m of x and a part's rows added, lane by lane."""
     added = ()  # type: tuple
     for i in tl.static_range(M * ROWS):
         if i // ROWS == m:
@@ -232,7 +232,7 @@ def decode_linear_fwd_kernel_rows(
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     SOFTCAPPED: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of the matrix, and of gate, for each of its warps -> y[:, n], for all M rows of x."""
+    """One program: ROWS rows of the matrix, and of gate, per warp -> y[:, n], for all M rows of x."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     PART: tl.constexpr = DEPTH * LANES * WIDTH
     first = tl.program_id(0).to(tl.int64) * (WARPS * ROWS)
@@ -253,6 +253,7 @@ def decode_linear_fwd_kernel_rows(
             x = _load_row(x_ptr + row * x_stride_m, 0, K, WIDTH)
             starts += (tl.sum(tl.sum(x, axis=2), axis=1)[:, None, None] / tl.minimum(K, LANES * WIDTH),)
 
+    # sums by lane
     zero = tl.zeros((WARPS, LANES), tl.float32)
     totals, gate_totals, sums, squares = (zero,) * (M * ROWS), (zero,) * (M * ROWS), (zero,) * M, (zero,) * M
     weight_sums, bias_sums, gate_weight_sums, gate_bias_sums = ((zero,) * ROWS,) * 4
@@ -295,6 +296,7 @@ def decode_linear_fwd_kernel_rows(
             sums, squares = new_sums, new_squares
         part, gate_part = after, gate_after
 
+    # epilogue
     for m in tl.static_range(M):
         mean, row = tl.sum(sums[m], axis=1) / K, tl.full((), m, tl.int64)
         variance = tl.sum(squares[m], axis=1) / K - mean * mean
@@ -317,7 +319,7 @@ def decode_linear_fwd_kernel_rows(
 
 @jit
 def _mapped(total, mean, rstd, weight_sum, bias_sum, scale, bias, NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr):
-    """h (WARPS,) of one row of x and a row of the matrix for each warp, from its sums across lanes."""
+    """Returns h (WARPS,) for one row of x and a row of the matrix per warp, from sums reduced across lanes."""
     h = tl.sum(total, axis=1)
     if NORM == "layernorm":
         h -= mean * tl.sum(weight_sum, axis=1)
@@ -336,7 +338,7 @@ def decode_linear_fwd_kernel_tiles(
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     SOFTCAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program finds one tile of weight x^T, over all rows of x -> y. Numbers of x are rounded after their norm."""
+    """One program computes a tile of weight x^T, for all rows of x -> y. x is rounded after its norm."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n, m, k = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_K)
@@ -344,6 +346,7 @@ def decode_linear_fwd_kernel_tiles(
     weights = weight_ptr + first * weight_stride_n + (n.to(tl.int64) * weight_stride_n + k[None, :])
     gates = gate_ptr + first * gate_stride_n + (n.to(tl.int64) * gate_stride_n + k[None, :]) if GATED else weights
     xs = x_ptr + (m.to(tl.int64) * x_stride_m + k[:, None])
+    # statistics of the norm
     mean, rstd = tl.zeros((1, BLOCK_M), tl.float32), tl.full((1, BLOCK_M), 1.0, tl.float32)
     if NORM == "layernorm":
         total = tl.zeros((1, BLOCK_M), tl.float32)
@@ -359,6 +362,7 @@ def decode_linear_fwd_kernel_tiles(
             total += tl.sum(x * x, axis=0)[None, :]
         rstd = 1.0 / tl.sqrt(total / K + eps)
 
+    # products
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     gate_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
@@ -378,6 +382,7 @@ def decode_linear_fwd_kernel_tiles(
             v = tl.load(gates, is_row & (k[None, :] < K - start), other=0)
             gate_acc = tl.dot(v.to(x.dtype), x, gate_acc, input_precision="ieee")
             gates += BLOCK_K
+    # epilogue
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + first + n, is_row, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -399,7 +404,7 @@ def decode_linear_fwd_kernel_tiles(
 
 
 class Tile(NamedTuple):
-    """Rows of the matrix, the depth of a step along the contracted axis, warps and stages of a program."""
+    """Rows of the matrix in a tile, its depth along the contracted axis, warps and stages of a program."""
 
     block_n: int
     block_k: int
@@ -407,16 +412,16 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# From the compiled code (results/aot.json). Not timed on a GPU yet. fp32 goes without tensor cores.
+# From the compiled code (results/aot.json). Not timed on a GPU yet. fp32 runs without tensor cores.
 TILES = {80: Tile(64, 64, 4, 4), 86: Tile(64, 64, 4, 2), 90: Tile(64, 64, 4, 4), 100: Tile(64, 64, 4, 4)}
 CONSERVATIVE = Tile(32, 32, 4, 2)
-FEW_ROWS = 8  # of x: up to which the ordinary cores keep up with memory
-MOST_SUMS = 128  # of a lane: rows of the matrix times rows of x, times the numbers of a load; with more registers spill
-UNDER_WAY = 4  # loads of 16 bytes of a lane at a time, and as many of the next part
+FEW_ROWS = 8  # of x: the most with which the ordinary cores keep up with memory
+MOST_SUMS = 128  # per lane: rows of the matrix times rows of x times numbers of a load; with more, registers spill
+UNDER_WAY = 4  # loads of 16 bytes per lane in flight, and as many of the next part
 
 
 def rows_of_a_warp(M: int, N: int, width: int, gated: bool, multiprocessors: int) -> int:
-    """Rows of the matrix of each warp, 1, 2 or 4. They share the loads of x; but the GPU should be full of programs."""
+    """Returns the rows of the matrix per warp, 1, 2 or 4. They share loads of x, but programs should fill the GPU."""
     rows = 4
     least = (2 if M < 4 else 1) * multiprocessors * NUM_WARPS
     while rows > 1 and (rows * M * width * (1 + gated) > MOST_SUMS or N < least * rows):
@@ -425,7 +430,7 @@ def rows_of_a_warp(M: int, N: int, width: int, gated: bool, multiprocessors: int
 
 
 def depth(K: int, M: int, width: int, rows: int, gated: bool) -> int:
-    """Loads of a lane from one row at a time: so many that the last round has as many as the others."""
+    """Returns the loads of a lane from one row at a time, such that the last round has as many as the others."""
     loads, crowded = triton.cdiv(K, 32 * width), rows * M * width * (1 + gated) >= MOST_SUMS
     most = 1 if crowded else max(1, UNDER_WAY // rows // (1 + gated))
     return triton.cdiv(loads, triton.cdiv(loads, most))
@@ -438,7 +443,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     N, K = weight.shape
     y = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-    if launcher() is skip or not y.numel():  # of the shape alone: which kernel runs must not bind a graph to its M
+    if launcher() is skip or not y.numel():  # by shape alone: the choice of a kernel must not tie a graph to M
         return y
     rows, added = as_rows(x), None if residual is None else as_rows(residual)
     bias, gate_bias, scale, gate_scale, norm_weight, norm_bias = (
@@ -456,7 +461,7 @@ def _forward(
         HAS_GATE_BIAS=gate_bias is not None, HAS_SCALE=scale is not None, SOFTCAPPED=softcap > 0,
     )  # fmt: skip
     if M <= FEW_ROWS:
-        width = min(16 // weight.dtype.itemsize, 16 if M <= 4 else 8)  # with more of so many rows registers spill
+        width = min(16 // weight.dtype.itemsize, 16 if M <= 4 else 8)  # wider loads of more rows spill registers
         each = rows_of_a_warp(M, N, width, gated, multiprocessors(x))
         decode_linear_fwd_kernel_rows[(triton.cdiv(N, each * NUM_WARPS),)](
             *arguments, N, K, eps, softcap, **flags, M=M, ROWS=each, DEPTH=depth(K, M, width, each, gated),
@@ -491,10 +496,10 @@ def decode_linear_triton(
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """decode_linear_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16, up to 64 rows of x.
+    """Compute decode_linear_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16.
 
-    One launch, deterministic; nothing waits for the GPU, so that a CUDA graph may replay it. Loads are 16 bytes wide
-    where rows begin at one of 16 bytes; others are right, and slower.
+    Up to 64 rows of x. One launch, deterministic; nothing waits for the GPU, so that a CUDA graph may replay it. Loads
+    are 16 bytes wide if rows start at multiples of 16 bytes; others are correct but slower.
     """
     _check(x, weight, bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
     require_kernel_dtype("x", x)
@@ -512,7 +517,7 @@ def inputs(
     M: int, N: int, K: int, *, norm: str = "none", activation: str = "none", bias: bool = True, residual: bool = False,
     packed: bool = False, softcap: float | None = None, dtype: torch.dtype, device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """x (M, K) normal; matrices such that y is of unit size, with `packed` in int8; then what else the options ask for.
+    """Draw normal x (M, K), matrices that make y of unit size, int8 if `packed`, and what else the options need.
 
     A layernorm has both parameters, an rmsnorm its weight.
     """
@@ -540,7 +545,7 @@ def cost(
     M: int, N: int, K: int, *, norm: str = "none", activation: str = "none", bias: bool = True, residual: bool = False,
     packed: bool = False, softcap: float | None = None, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """One product, or two; matrices read once, x, vectors and residual read and y written in x's dtype."""
+    """Count one product, or two with a gate; matrices read once, x, vectors and residual read and y written."""
     matrices = 2 if activation == "swiglu" else 1
     numbers = M * K + M * N * (1 + residual) + N * bias * matrices + K * {"none": 0, "rmsnorm": 1, "layernorm": 2}[norm]
     of_a_matrix = N * K + 4 * N if packed else N * K * itemsize

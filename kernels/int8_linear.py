@@ -1,21 +1,20 @@
-"""Linear map by a matrix of 8-bit integers with one scale per row: what a decoding step reads, in half of bf16's bytes.
+"""Linear map by a matrix of 8-bit integers with one scale per row: half of bf16's bytes for a decoding step to read.
 
     y[m, n] = scale[n] * sum_k x[m, k] * weight[n, k] + bias[n]
 
     x: (..., K) -> (M, K)   weight: (N, K) int8   scale: (N,) fp32   bias: (N,)   y: (..., N), x's dtype
 
-The scale of a row comes out of the sum, so that nothing is rounded before its end: an 8-bit integer is exact in bf16
-and fp16, sums, scale and bias are in fp32. There is no derivative: the matrix was rounded after training. `quantize`
-rounds one.
+The scale of a row is applied after the sum, so that nothing is rounded before: an 8-bit integer is exact in bf16 and
+fp16, and sums, scale and bias are in fp32. There is no derivative: `quantize` rounds the matrix after training.
 
-Few rows of x make a product that waits for memory alone. There a program takes up to four rows of the matrix, its lanes
-16 bytes of each at a time, reads every byte once for all rows of x, and multiplies on the ordinary cores. These keep up
-with an H100's memory to four rows of x or so: of 128 operations that a multiprocessor does in a clock, each of the some
-15 bytes that reach it takes one for every row of x, and a few more. More rows are tiles of a matrix product, with the
-tile of the matrix converted in registers. It is transposed, the matrix first: a matrix instruction takes no other
-factor from registers, and has at least 64 rows on Hopper and Blackwell, but as little as 8 columns. The sum over K is
-not split among programs: that would take a second launch, of 1 to 2 us, in which an H100 reads any layer's matrix of
-GPT-2 124M.
+With few rows of x the product is bound by memory alone. A program then takes up to four rows of the matrix, each lane
+16 bytes of every row at a time, reads every byte once for all rows of x, and multiplies on the ordinary cores. These
+keep up with an H100's memory for about four rows of x: of the 128 operations that a multiprocessor does per clock, each
+of the 15 or so bytes that reach it takes one per row of x, and a few more. More rows are tiles of a matrix product; the
+tile of the matrix is converted in registers. The product is transposed, the matrix first: only the first factor of a
+matrix instruction may come from registers, and it has at least 64 rows on Hopper and Blackwell, where the second has as
+few as 8 columns. The sum over K is not split among programs: that would take a second launch of 1 to 2 us, in which an
+H100 reads any layer's matrix of GPT-2 124M.
 
 One scale per row, symmetric: LLM.int8(), Dettmers et al., arXiv:2208.07339, section 2.1.
 """
@@ -37,11 +36,11 @@ STEPS = 127  # of a scale on either side of zero; -128 is not used
 
 @torch.no_grad()
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K), any floating dtype -> the same in int8 (N, K), contiguous, and scale (N,) fp32.
+    """Round weight (N, K), of any floating dtype, to int8 (N, K), contiguous, with scale (N,) fp32.
 
-    scale[n] = max_k |weight[n, k]| / 127, and scale[n] * int8[n, k] is off by at most half a step, scale[n] / 2, and
-    the rounding of fp32. A row of zeros stays one; its scale is the smallest normal number. Looks at the values, so a
-    GPU is waited for. Raises ValueError for NaN and Inf, also where fp64 is beyond fp32, with the first such row.
+    scale[n] = max_k |weight[n, k]| / 127, and scale[n] * int8[n, k] is off by at most half a step, scale[n] / 2, plus
+    fp32's rounding. A row of zeros stays zeros; its scale is the smallest normal number. Reads the values, and so waits
+    for a GPU. Raises ValueError naming the first row with NaN or Inf, which fp64 beyond fp32's range counts as.
     """
     require(weight.ndim == 2, f"weight: expected a matrix (N, K), got {tuple(weight.shape)}")
     require(weight.is_floating_point(), f"weight: expected a floating dtype, got {weight.dtype}")
@@ -57,10 +56,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (N, K) int8, rows scaled by scale (N,) fp32, plus bias (N,) -> (..., N) of x's dtype.
+    """Returns x (..., K) times weight (N, K) int8, rows scaled by scale (N,) fp32, plus bias (N,): (..., N), x's dtype.
 
-    bias: any floating dtype, or None. Sums, scale and bias in at least fp32, rounded once; fp64 x gives fp64. The rows
-    of weight may lie apart but each is contiguous. Raises ValueError naming the argument.
+    bias has any floating dtype, or is None. Sums, scale and bias are in at least fp32, rounded once; fp64 x gives fp64.
+    Rows of weight must be contiguous, with any stride between them. Raises ValueError naming the argument.
     """
     _check(x, weight, scale, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -69,7 +68,7 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """Refuse wrong arguments; the messages, of what is called dozens of times a step, are made only for those."""
+    """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (..., K) with K >= 1, got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -93,7 +92,7 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
 
 @jit
 def _gathered(parts, LEVELS: tl.constexpr):
-    """2^LEVELS tensors (C,) as one of (C, 2^LEVELS), in their order, without moving a number."""
+    """Returns 2^LEVELS tensors (C,) as one of (C, 2^LEVELS), in order, without moving numbers between lanes."""
     C: tl.constexpr = parts[0].shape[0]
     for level in tl.static_range(LEVELS):
         pairs = ()  # type: tuple
@@ -110,8 +109,8 @@ def int8_linear_fwd_kernel_rows(
 ):  # fmt: skip
     """One program: ROWS rows of the matrix -> y[:, n], for all M rows of x, M * ROWS <= 2^LEVELS.
 
-    A lane takes 16 numbers next to each other of every row, and of x. A load is at most 16 bytes, so those of x come in
-    two halves, put together in registers. All loads of the matrix come before the sums: so many bytes are under way.
+    A lane takes 16 consecutive numbers of every row, and of x. A load is at most 16 bytes, so that those of x come in
+    two halves, joined in registers. All loads of the matrix precede the sums, to keep that many bytes in flight.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     p = tl.arange(0, 2**LEVELS)[None, :]  # each pair of m and n is one sum
@@ -123,11 +122,13 @@ def int8_linear_fwd_kernel_rows(
     k, low = c + tl.arange(0, 16)[None, :], c + tl.arange(0, 8)[None, :]
     acc = (tl.zeros((BLOCK_K // 16,), tl.float32),) * 2**LEVELS
     for start in tl.range(0, K, BLOCK_K):
+        # loads of the matrix
         rest = K - start
         rows = ()  # type: tuple
         for r in tl.static_range(ROWS):
             here = weight_ptr + (first + r) * weight_stride_n + start + k
             rows += (tl.load(here, k < tl.where(first + r < N, rest, 0), other=0),)
+        # products with each row of x
         sums = ()  # type: tuple
         for i in tl.static_range(M):
             here = x_ptr + tl.full((), i, tl.int64) * x_stride_m + start + low
@@ -138,6 +139,7 @@ def int8_linear_fwd_kernel_rows(
         for i in tl.static_range(M * ROWS, 2**LEVELS):
             sums += (acc[i],)
         acc = sums
+    # epilogue
     y = tl.sum(_gathered(acc, LEVELS), axis=0)[None, :] * scale
     if HAS_BIAS:
         y += bias
@@ -149,7 +151,7 @@ def int8_linear_fwd_kernel_tiles(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, x_stride_m, weight_stride_n, M, N, K,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program finds one tile of weight x^T -> y. Tiles go by GROUP rows at a time: L2 holds what they share."""
+    """One program computes a tile of weight x^T -> y. Tiles are ordered in groups of GROUP rows, which share L2."""
     rows, columns = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     first = tile // (GROUP * columns) * GROUP
@@ -168,6 +170,7 @@ def int8_linear_fwd_kernel_tiles(
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
         weights += BLOCK_K
         xs += BLOCK_K
+    # epilogue
     y = acc * tl.load(scale_ptr + i + n, is_row, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + i + n, is_row, other=0.0).to(tl.float32)
@@ -176,14 +179,14 @@ def int8_linear_fwd_kernel_tiles(
 
 
 class Rows(NamedTuple):
-    """The most rows of the matrix that a program takes, 1, 2 or 4, and the most warps that share them."""
+    """The most rows of the matrix per program, 1, 2 or 4, and the most warps that share them."""
 
     rows: int
     num_warps: int
 
 
 class Tile(NamedTuple):
-    """Rows of x and of the matrix, the depth of a step along the contracted axis, warps and stages of a program."""
+    """Rows of x and of the matrix in a tile, its depth along the contracted axis, warps and stages of a program."""
 
     block_m: int
     block_n: int
@@ -193,15 +196,15 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """`rows` is for few rows of x, `narrow` for more, until there are as many `wide` tiles as multiprocessors."""
+    """`rows` for few rows of x, `narrow` for more, `wide` where there are as many such tiles as multiprocessors."""
 
     rows: Rows
     narrow: Tile
     wide: Tile
 
 
-# From the compiled code (results/aot.json): the largest without a spill, and with two warpgroups to a multiprocessor.
-# Not timed on a GPU yet. fp32 goes without tensor cores, and takes the conservative tiles.
+# From the compiled code (results/aot.json): the largest without spills and with two warpgroups per multiprocessor. Not
+# timed on a GPU yet. fp32 runs without tensor cores, and takes the conservative tiles.
 TILES = {
     80: Tiles(Rows(4, 4), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
     86: Tiles(Rows(4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
@@ -209,17 +212,17 @@ TILES = {
     100: Tiles(Rows(4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
 }
 CONSERVATIVE = Tiles(Rows(4, 4), Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
-OF_A_WARP = 512  # numbers of a row that its 32 lanes take at once
-MOST_SUMS = 16  # of a lane; with 32 the registers spill
-FEW_ROWS, MOST_ROWS = 4, 8  # of x: those up to which the ordinary cores keep up with memory, and nearly so
+OF_A_WARP = 512  # numbers of a row that 32 lanes take at once
+MOST_SUMS = 16  # per lane; with 32, registers spill
+FEW_ROWS, MOST_ROWS = 4, 8  # rows of x with which the ordinary cores keep up with memory, and nearly do
 LEAST_TILE = 64  # rows of a matrix instruction on Hopper and Blackwell
 
 
 def by_rows(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> bool:
-    """Whether M rows of x go through the kernel of few rows, and not through tiles of a matrix product.
+    """Returns whether M rows of x take the kernel for few rows instead of tiles of a matrix product.
 
-    Five to eight do where tiles of 64 rows of the matrix would leave multiprocessors without work, or where, in fp32,
-    tiles would be multiplied on the ordinary cores too.
+    Five to eight rows do if tiles of 64 rows of the matrix would leave multiprocessors idle, or in fp32, where tiles
+    run on the ordinary cores too.
     """
     if M <= FEW_ROWS:
         return True
@@ -227,12 +230,12 @@ def by_rows(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> bool:
 
 
 def tiles(dtype: torch.dtype, arch: int) -> Tiles:
-    """What the programs of products in x's dtype take at once on that architecture."""
+    """Returns the tiles of products in this dtype on that architecture."""
     return CONSERVATIVE if dtype == torch.float32 else TILES.get(tile_arch(arch), CONSERVATIVE)
 
 
 def rows_at_once(block: Rows, M: int, N: int, K: int, multiprocessors: int) -> tuple[int, int]:
-    """Rows and warps of a program. Rows share the loads of x; but each multiprocessor should have two programs."""
+    """Returns rows and warps of a program. Rows share loads of x, but each multiprocessor should get two programs."""
     rows = block.rows
     while rows > 1 and (M * rows > MOST_SUMS or N < 2 * multiprocessors * rows):
         rows //= 2
@@ -240,7 +243,7 @@ def rows_at_once(block: Rows, M: int, N: int, K: int, multiprocessors: int) -> t
 
 
 def tile(M: int, N: int, block: Tiles, multiprocessors: int) -> Tile:
-    """The tile for M rows of x and N of the matrix: wide where that fills the GPU, no higher than x needs."""
+    """Returns the tile for M rows of x and N of the matrix: wide if that fills the GPU, and no higher than M needs."""
     wide, narrow = block.wide, block.narrow
     if M > narrow.block_m and triton.cdiv(M, wide.block_m) * triton.cdiv(N, wide.block_n) >= multiprocessors:
         return wide
@@ -250,7 +253,7 @@ def tile(M: int, N: int, block: Tiles, multiprocessors: int) -> Tile:
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     N, K = weight.shape
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    if launcher() is skip:  # of the shape alone: which kernel is chosen must not bind a compiled graph to its M
+    if launcher() is skip:  # depends on the shape alone: the choice of a kernel must not tie a compiled graph to its M
         return y
     if y.numel():
         rows = as_rows(x)
@@ -280,10 +283,11 @@ _int8_linear = without_gradient("int8_linear", _forward)
 
 
 def int8_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """int8_linear_reference by the kernels of this page, on CUDA tensors, x in fp32, fp16 or bf16. Deterministic.
+    """Compute int8_linear_reference with the kernels of this page, on CUDA tensors, x in fp32, fp16 or bf16.
 
-    Loads are 16 bytes wide where K is a multiple of 16 and x's rows begin at one of 16 bytes; other K are right, and
-    slower. Nothing waits for the GPU, and launches depend on shapes alone, so that a CUDA graph may replay them.
+    Deterministic. Loads are 16 bytes wide if K is a multiple of 16 and x's rows start at multiples of 16 bytes; others
+    are correct but slower. Nothing waits for the GPU, and launches depend on shapes alone, so that a CUDA graph may
+    replay them.
     """
     _check(x, weight, scale, bias)
     require_kernel_dtype("x", x)
@@ -293,7 +297,7 @@ def int8_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
 def inputs(
     M: int, N: int, K: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """x (M, K) normal, weight (N, K) even over all steps, scales such that y is of unit size; bias (N,) normal."""
+    """Draw normal x (M, K) and bias (N,), uniform weight (N, K), and scales that make y of unit size."""
     x = torch.randn(M, K, dtype=dtype, device=device)
     weight = torch.randint(-STEPS, STEPS + 1, (N, K), dtype=torch.int8, device=device)
     scale = (0.5 + torch.rand(N, device=device)) / (74 * K**0.5)  # 74 is the root mean square of such integers
@@ -301,7 +305,7 @@ def inputs(
 
 
 def cost(M: int, N: int, K: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """One product; the matrix and its scales read once, x and bias read and y written in x's dtype."""
+    """Count one product; the matrix and its scales read once, x and bias read and y written in x's dtype."""
     return Cost(2 * M * N * K, N * K + 4 * N + (M * K + M * N + N * bias) * itemsize), Cost(0, 0)
 
 

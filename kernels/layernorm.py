@@ -52,11 +52,11 @@ def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, e
 
 
 def layernorm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """layernorm_reference for CPUs, in torch's one call.
+    """Compute layernorm_reference on a CPU by one call of torch.
 
-    It takes a 16-bit x beside fp32 parameters as it is, which saves writing x in fp32 and back; but then it would sum
-    the gradients of the parameters in 16 bits. Where they are wanted, x is made fp32 first. The gradient of a row of
-    one column is 0 but for rounding, which torch's is not.
+    torch takes a 16-bit x beside fp32 parameters as it is, which saves writing x in fp32 and back, but sums the
+    gradients of the parameters in 16 bits. Where those are needed, x is converted to fp32 first. Rows of one column
+    go to the reference: their gradient is 0, which torch's is not.
     """
     _check(x, weight, bias)
     if x.shape[-1] == 1:
@@ -73,7 +73,7 @@ def layernorm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
 def add_layernorm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(y, h) with h = x + residual, the new residual, and y = layernorm(h). x and residual (..., N) have one dtype."""
+    """Returns (y, h): h = x + residual (..., N), of one shape and dtype, the new residual, and y = layernorm(h)."""
     check_residual(x, residual)
     h = x + residual
     return layernorm_reference(h, weight, bias, eps), h
@@ -82,7 +82,7 @@ def add_layernorm_reference(
 def add_layernorm_cpu(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """add_layernorm_reference for CPUs."""
+    """Compute add_layernorm_reference on a CPU."""
     check_residual(x, residual)
     h = x + residual
     return layernorm_cpu(h, weight, bias, eps), h
@@ -126,6 +126,7 @@ def layernorm_fwd_kernel_long(
     """One program normalizes one row too long for registers, reading it three times, the last two from cache."""
     m = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
+    # mean
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -134,6 +135,7 @@ def layernorm_fwd_kernel_long(
             tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
         total += x
     mean = tl.div_rn(tl.sum(total, axis=0), N * 1.0)
+    # variance
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -141,6 +143,7 @@ def layernorm_fwd_kernel_long(
         centered = tl.where(n < N, x - mean, 0.0)
         total += centered * centered
     rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / N + eps)
+    # output
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
         x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
@@ -158,9 +161,9 @@ def layernorm_bwd_kernel(
     dy_stride_m, dh_stride_m, x_stride_m, M, N,
     ADD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight and dbias.
+    """One program strides over blocks of whole rows: it writes dx[m, :] and a partial row of dweight and dbias.
 
-    Triton pipelines loads that feed no matrix product only in a loop that asks for it.
+    num_stages is given because Triton pipelines loads that feed no matrix product only where a loop asks for it.
     """
     p = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)[None, :]
@@ -168,6 +171,7 @@ def layernorm_bwd_kernel(
     dweight = tl.zeros((1, BLOCK_N), tl.float32)
     dbias = tl.zeros((1, BLOCK_N), tl.float32)
     for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
+        # xhat and g
         m = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
         mask = (m < M) & (n < N)
         x = tl.load(x_ptr + m * x_stride_m + n, mask, other=0.0).to(tl.float32)
@@ -176,12 +180,14 @@ def layernorm_bwd_kernel(
         rstd = tl.load(statistics_ptr + M + m, m < M, other=0.0)
         xhat = tl.where(mask, (x - mean) * rstd, 0.0)
         g = dy * weight
+        # dx
         mean_g = tl.div_rn(tl.sum(g, axis=1)[:, None], N * 1.0)
         mean_gx = tl.sum(g * xhat, axis=1)[:, None] / N
         dx = rstd * (g - mean_g - xhat * mean_gx)
         if ADD:
             dx += tl.load(dh_ptr + m * dh_stride_m + n, mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), mask)
+        # gradients of the parameters
         dweight += tl.sum(dy * xhat, axis=0)[None, :]
         if HAS_BIAS:
             dbias += tl.sum(dy, axis=0)[None, :]
@@ -197,11 +203,12 @@ def layernorm_bwd_kernel_input(
     dy_ptr, dh_ptr, x_ptr, weight_ptr, statistics_ptr, dx_ptr, dy_stride_m, dh_stride_m, x_stride_m, M, N,
     ADD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program finds dx of one row too long for registers, reading it twice, the second time from cache."""
+    """One program computes dx of one row too long for registers, reading it twice, the second time from cache."""
     m = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
     mean = tl.load(statistics_ptr + m)
     rstd = tl.load(statistics_ptr + M + m)
+    # means of g and g * xhat
     sum_g = tl.zeros((BLOCK_N,), tl.float32)
     sum_gx = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
@@ -213,6 +220,7 @@ def layernorm_bwd_kernel_input(
         sum_gx += tl.where(n < N, g * (x - mean) * rstd, 0.0)
     mean_g = tl.div_rn(tl.sum(sum_g, axis=0), N * 1.0)
     mean_gx = tl.sum(sum_gx, axis=0) / N
+    # dx
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
         x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
@@ -229,7 +237,7 @@ def layernorm_bwd_kernel_weight(
     dy_ptr, x_ptr, statistics_ptr, partial_ptr, dy_stride_m, x_stride_m, M, N,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program sums a block of columns over every num_programs(0)-th row: a piece of one partial row."""
+    """One program sums a block of columns over every num_programs(0)-th row, into its part of a partial row."""
     p = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
@@ -247,9 +255,9 @@ def layernorm_bwd_kernel_weight(
         tl.store(partial_ptr + row + n, dbias, n < N)
 
 
-# Rows up to `whole` columns are held in registers, `per_warp` columns to a warp; longer ones are walked in blocks. From
-# registers and spills of the compiled code (results/aot.json): forward at 65536 columns spills 152 B. The long forward
-# takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the second and third read.
+# Rows up to `whole` columns are held in registers, `per_warp` columns per warp; longer rows are processed in blocks.
+# Chosen by registers and spills of the compiled code (results/aot.json): the forward at 65536 columns spills 152 B. The
+# long forward takes 32 warps so that one program fills a multiprocessor and its row stays in cache for the other reads.
 # Forward, NVIDIA H200, 2026-11-26, 65536x768 in bf16: 52.6 us with 1,024 columns to a warp, 56.2 us with 512.
 TILES: dict[str, Any] = {
     "forward": RowTiles(whole=32768, per_warp=1024, long=RowTile(1, 16384, 32, long=True)),
@@ -327,7 +335,7 @@ _layernorm = differentiable(
 
 
 def layernorm_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """layernorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
+    """Compute layernorm_reference with the kernels of this page, on CUDA tensors: fp32, fp16 or bf16. Deterministic."""
     _check(x, weight, bias)
     require_kernel_dtype("x", x)
     return _layernorm(x, None, weight, bias, eps)[0]
@@ -336,7 +344,7 @@ def layernorm_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps:
 def add_layernorm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """add_layernorm_reference in one pass over memory: reads x and residual, writes y and h. Deterministic."""
+    """Compute add_layernorm_reference in one pass over memory: read x and residual, write y and h. Deterministic."""
     check_residual(x, residual)
     _check(x, weight, bias)
     require_kernel_dtype("x", x)
@@ -346,14 +354,14 @@ def add_layernorm_triton(
 def inputs(
     M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """x (M, N) off-centre, weight (N,) about one, bias (N,) or None."""
+    """Draw x (M, N) with mean 1/2, weight (N,) with mean 1, and bias (N,) or None."""
     x = torch.randn(M, N, dtype=dtype, device=device) + 0.5
     weight = torch.randn(N, dtype=dtype, device=device) * 0.5 + 1
     return (x, weight, torch.randn(N, dtype=dtype, device=device) if bias else None), {}
 
 
 def cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: x and y forward, dy, x and dx backward, the parameters and fp32 statistics once."""
+    """Count compulsory traffic: forward x and y; backward dy, x and dx; parameters and fp32 statistics once in each."""
     parameters, statistics = (1 + bias) * N * itemsize, 2 * M * 4
     return (
         Cost(8 * M * N, 2 * M * N * itemsize + parameters + statistics),
@@ -364,13 +372,13 @@ def cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cos
 def add_inputs(
     M: int, N: int, *, bias: bool = True, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """x and residual (M, N), weight (N,), bias (N,) or None."""
+    """Draw x and residual (M, N), weight (N,), and bias (N,) or None."""
     (x, *parameters), keywords = inputs(M, N, bias=bias, dtype=dtype, device=device)
     return (x, torch.randn(M, N, dtype=dtype, device=device), *parameters), keywords
 
 
 def add_cost(M: int, N: int, *, bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """As layernorm, and forward residual in and h out, backward dh in."""
+    """Add to layernorm's cost: forward residual read and h written, backward dh read."""
     forward, backward = cost(M, N, bias=bias, itemsize=itemsize)
     return (
         Cost(forward.flops + M * N, forward.bytes + 2 * M * N * itemsize),

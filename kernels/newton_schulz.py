@@ -1,25 +1,25 @@
-"""Newton-Schulz orthogonalization: replace the singular values of each matrix of a stack by ones, with products alone.
+"""Newton-Schulz orthogonalization: bring all singular values of each matrix of a stack near one, by products alone.
 
     X0 = X / (1.01 |X|_F)                      |X|_F bounds the largest singular value; 1.01 leaves room for rounding
     for (a, b, c) in coefficients[:steps]:
         A = X Xᵀ                               the Gram matrix, symmetric
         P = b A + c A A                        symmetric too
-        X = a X + P X                          a s + b s³ + c s⁵ on every singular value s, singular vectors untouched
+        X = a X + P X                          maps each singular value s to a s + b s³ + c s⁵, keeps singular vectors
 
-An odd polynomial of X acts on its singular values only, so the iteration maps X = U S Vᵀ to U p(S) Vᵀ with p(S) near 1:
-the direction of steepest descent under the spectral norm, which is Muon's update. Tall matrices are iterated
-transposed, so that A is always (min(m, n), min(m, n)).
+An odd polynomial of X acts on its singular values only, so that the iteration maps X = U S Vᵀ to U p(S) Vᵀ with p(S)
+near 1: the direction of steepest descent under the spectral norm, which is Muon's update. Tall matrices are transposed
+first, so that A is always (min(m, n), min(m, n)).
 
     x, out: (B, M, N)   A, P, T, Q: (B, K, K) with K = min(M, N)
 
-A and P are symmetric: the kernel finds the tiles of one triangle and writes each twice, for half the work of a product.
-There is no derivative: the iteration makes an update of gradients.
+A and P are symmetric: the kernel computes the tiles of one triangle and writes each twice, for half the work of a
+product. There is no derivative: the iteration turns gradients into an update.
 
-Where a matrix is much longer than wide, most of the work is in the products with X. Several steps can share them, for
-the next Gram matrix follows from the last: a step multiplies X by T = a I + b A + c A A, and so takes A to T A T; two
-steps multiply X by Q = T' T. All of these are polynomials of one A: they commute, so that their products are symmetric
-as well, at half the work again. What rounding puts into A stays in it, so A is found from X anew after two steps, for
-at most twice the error of plain iteration; after three it is up to 2.6 times.
+If a matrix is much longer than wide, most of the work is in products with X. Several steps can share them, since the
+next Gram matrix follows from the last: a step multiplies X by T = a I + b A + c A A, and so maps A to T A T; two steps
+multiply X by Q = T' T. All of these are polynomials of one A and commute, so that their products are symmetric as well,
+again at half the work. Rounding errors accumulate in A, which is therefore computed from X again after two steps: the
+error is then at most twice that of plain iteration; after three steps it would be up to 2.6 times.
 
 Sources: Muon and its coefficients, Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; one polynomial per
 step, each the best for the interval that the last one left, Polar Express, Amsel et al. 2025,
@@ -43,11 +43,11 @@ from .prims import require_kernel_dtype
 
 Coefficients = Sequence[tuple[float, float, float]]
 
-# Steep at zero rather than convergent: after five steps singular values scatter in about [0.7, 1.2].
+# Steep at zero rather than convergent: after five steps singular values lie in about [0.7, 1.2].
 QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
-# Greedy minimax polynomials, with the paper's guard against rounding (safety factor 2e-2, cushion 2). A run of four
-# steps takes the first four.
+# Greedy minimax polynomials, with the paper's guard against rounding (safety factor 2e-2, cushion 2). Four steps take
+# the first four.
 POLAR_EXPRESS: Coefficients = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -58,15 +58,15 @@ POLAR_EXPRESS: Coefficients = (
 
 COEFFICIENTS = {"polar express": POLAR_EXPRESS, "quintic": QUINTIC}
 
-LONG = 1.5  # longer side over shorter from which steps share a Gram matrix; below, it saves less than a sixth
+LONG = 1.5  # ratio of sides from which steps share a Gram matrix; below, that saves less than a sixth
 
 SAFETY = 1.01
-TINY = 1e-7  # norms below it are not blown up: a zero matrix stays zero
+TINY = 1e-7  # smallest divisor, so that a zero matrix stays zero
 
 
 @dataclass(frozen=True)
 class Products:
-    """The three products that the iteration is made of."""
+    """The three products of the iteration."""
 
     gram: Callable[[Tensor], Tensor]  # x (B, M, N) -> x xᵀ (B, M, M)
     # x, y (B, M, M), alpha, beta, gamma -> alpha x y + beta y + gamma I, for symmetric x and y that commute
@@ -93,17 +93,17 @@ REFERENCE_PRODUCTS = Products(
 
 @torch.no_grad()
 def newton_schulz_reference(x: Tensor, steps: int = 5, coefficients: Coefficients = POLAR_EXPRESS) -> Tensor:
-    """The orthogonal factors of a stack of matrices, up to the band that the coefficients promise.
+    """Returns the orthogonal factors of a stack of matrices, up to the band of singular values of the coefficients.
 
     x: (B, M, N), any floating dtype -> (B, M, N) of that dtype. Every product is rounded to x's dtype, because that is
-    the algorithm: Muon runs it in bf16 by design. Float64 in gives float64 truth. Matrices of a stack do not see each
-    other: NaN in one stays there, and a zero matrix gives a zero.
+    the algorithm: Muon runs it in bf16 by design. Float64 in gives float64 truth. Matrices of a stack are independent:
+    NaN in one stays there, and a zero matrix gives a zero.
     """
     return iterate(x, steps, coefficients, REFERENCE_PRODUCTS)
 
 
 def iterate(x: Tensor, steps: int, coefficients: Coefficients, products: Products) -> Tensor:
-    """The iteration at the head of this page, over whichever products."""
+    """Run the iteration at the head of this page with the given products."""
     _check(x, steps, coefficients)
     M, N = x.shape[-2:]
     if M > N:
@@ -119,11 +119,11 @@ def iterate(x: Tensor, steps: int, coefficients: Coefficients, products: Product
 
 
 def steps_per_gram(M: int, N: int, steps: int) -> list[int]:
-    """How many steps of an (M, N) matrix are made from each Gram matrix in turn; they add up to `steps`.
+    """Returns how many steps use each successive Gram matrix of an (M, N) matrix; the numbers add up to `steps`.
 
-    Pairs come first, where later steps mend what rounding did, and last, where singular values are near one. Of an odd
-    number the step in the middle is alone: there, a pair's error would throw singular values past the interval that
-    Polar Express' next polynomial is made for. Fewer than four steps do not mend a pair's error.
+    Pairs come first, where later steps correct rounding errors, and last, where singular values are near one. If steps
+    are odd, the single step is in the middle: there a pair's error would move singular values out of the interval that
+    Polar Express' next polynomial is made for. Fewer than four steps would not correct a pair's error.
     """
     if steps < 4 or max(M, N) < LONG * min(M, N):
         return [1] * steps
@@ -134,7 +134,7 @@ def steps_per_gram(M: int, N: int, steps: int) -> list[int]:
 
 
 def advance(x: Tensor, coefficients: Coefficients, products: Products) -> Tensor:
-    """x (B, M, N) after these steps, all from its Gram matrix as it is now."""
+    """Returns x (B, M, N) after these steps, computed from one Gram matrix of x."""
     A = products.gram(x)
     (a, b, c), *later = coefficients
     if not later:
@@ -159,9 +159,9 @@ def newton_schulz_fwd_kernel_symmetric(
     x_ptr, y_ptr, out_ptr, stride_b, stride_m, stride_k, M, K, alpha, beta, gamma,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program finds one tile of the lower triangle of x yᵀ, and writes it there and, mirrored, above the diagonal.
+    """One program computes a tile of the lower triangle of x yᵀ, and writes it there and, mirrored, above the diagonal.
 
-    The product has to be symmetric: y is x, or both are symmetric and commute. They lie in memory alike. With ADD, for
+    The product must be symmetric: y is x, or both are symmetric and commute. They have the same strides. With ADD, for
     such a pair, the result is alpha x y + beta y + gamma I.
     """
     blocks = tl.cdiv(M, BLOCK_M)
@@ -188,6 +188,7 @@ def newton_schulz_fwd_kernel_symmetric(
         acc = tl.dot(x_rows, tl.trans(y_columns), acc, input_precision="ieee")
         rows += BLOCK_K * stride_k
         columns += BLOCK_K * stride_k
+    # epilogue
     if ADD:
         here = i * stride_m + j * stride_k + (m[:, None] * stride_m + m[None, :] * stride_k)
         acc = alpha * acc + beta * tl.load(y_ptr + here, is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
@@ -205,7 +206,7 @@ def newton_schulz_fwd_kernel_affine(
     p_ptr, x_ptr, out_ptr, x_stride_b, x_stride_m, x_stride_n, out_stride_b, out_stride_m, out_stride_n, M, N, a,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program finds one tile of a x + p x. Tiles go by GROUP rows at a time, so that L2 holds what they share."""
+    """One program computes a tile of a x + p x. Tiles are ordered in groups of GROUP rows, which share L2."""
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_M)
     b = (tl.program_id(0) // (rows * columns)).to(tl.int64)
     tile = tl.program_id(0) % (rows * columns)
@@ -236,7 +237,7 @@ def newton_schulz_fwd_kernel_affine(
 
 
 class Tile(NamedTuple):
-    """A square tile of the result, the depth of its steps along the contracted axis, warps and stages of a program."""
+    """A square tile of the result, its depth along the contracted axis, warps and stages of a program."""
 
     block_m: int
     block_k: int
@@ -244,21 +245,21 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# From the compiled code (results/aot.json): the largest without a spill and with two warpgroups to a multiprocessor.
-# Not timed on a GPU yet. fp32 goes without tensor cores, and takes the conservative tile.
-# With b tiles to a side a symmetric product finds (b + 1) / 2b of them, at most 0.56 of a plain one from b = 9 on:
+# From the compiled code (results/aot.json): the largest without spills and with two warpgroups per multiprocessor. Not
+# timed on a GPU yet. fp32 runs without tensor cores, and takes the conservative tile.
+# With b tiles per side a symmetric product computes (b + 1) / 2b of them, at most 0.56 of a plain one from b = 9 on:
 # K > 1024 with tiles of 128 (at 1024 itself 36 of 64, 0.5625), K > 512 with the tiles of 64 that fp32 takes.
 TILES = {80: Tile(128, 32, 4, 4), 86: Tile(128, 32, 8, 4), 90: Tile(128, 64, 4, 3), 100: Tile(128, 64, 8, 3)}
 CONSERVATIVE = Tile(64, 32, 4, 2)
 
 
 def tile(x: Tensor) -> Tile:
-    """The tile for products of x's dtype on the GPU that it is on."""
+    """Returns the tile for products of x's dtype on its GPU."""
     return CONSERVATIVE if x.dtype == torch.float32 else TILES.get(tile_arch(arch(x)), CONSERVATIVE)
 
 
 def _symmetric(x: Tensor, y: Tensor, *terms: float) -> Tensor:
-    """x yᵀ, or with terms alpha, beta and gamma what the kernel makes of it."""
+    """Returns x yᵀ or, with the terms alpha, beta and gamma, alpha x y + beta y + gamma I."""
     (B, M, K), block = x.shape, tile(x)
     out = torch.empty((B, M, M), dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(M, block.block_m)
@@ -289,7 +290,7 @@ KERNEL_PRODUCTS = Products(_gram, _symmetric, _affine)
 
 
 def _forward(x: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
-    """The iteration over the kernels, which want unit stride along either axis; coefficients come flat, a b c a b c."""
+    """Run the iteration with the kernels, which need unit stride along one axis; coefficients are flat, a b c a b c."""
     coalesced = x if 1 in x.stride()[1:] else x.contiguous()
     return iterate(coalesced, steps, list(zip(*[iter(coefficients)] * 3, strict=True)), KERNEL_PRODUCTS)
 
@@ -298,7 +299,10 @@ _newton_schulz = without_gradient("newton_schulz", _forward)
 
 
 def newton_schulz_triton(x: Tensor, steps: int = 5, coefficients: Coefficients = POLAR_EXPRESS) -> Tensor:
-    """newton_schulz_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
+    """Compute newton_schulz_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16.
+
+    Deterministic.
+    """
     _check(x, steps, coefficients)
     require_kernel_dtype("x", x)
     return _newton_schulz(x, steps, [number for triple in coefficients for number in triple])
@@ -308,7 +312,7 @@ def inputs(
     B: int, M: int, N: int, *, steps: int = 5, coefficients: str = "polar express", dtype: torch.dtype,
     device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """x (B, M, N), of independent normal numbers, and steps."""
+    """Draw normal x (B, M, N); returns it with steps."""
     x = torch.randn(B, M, N, dtype=dtype, device=device)
     return (x, steps), changed(newton_schulz_reference, coefficients=COEFFICIENTS[coefficients])
 
@@ -316,9 +320,9 @@ def inputs(
 def cost(
     B: int, M: int, N: int, *, steps: int = 5, coefficients: str = "polar express", itemsize: int
 ) -> tuple[Cost, Cost]:
-    """Symmetric products at half their FLOPs; x read once and written once."""
+    """Count symmetric products at half their FLOPs; x is read once and written once."""
     K, L = min(M, N), max(M, N)
-    # a step's square of A; one more on the same Gram matrix, besides, Q and two products for A
+    # one square of A per step; a second step on the same Gram matrix adds Q and two products for A
     flops = sum(3 * K * K * L + (4 * count - 3) * K**3 for count in steps_per_gram(M, N, steps))
     return Cost(B * flops, 2 * B * M * N * itemsize), Cost(0, 0)
 

@@ -1,4 +1,4 @@
-"""What the library must know about an operation, and the glue that makes a pair of kernel launches differentiable."""
+"""The declaration of an operation, and the glue that makes functions that launch kernels differentiable."""
 
 import contextlib
 import sys
@@ -35,15 +35,15 @@ class Op:
     domain: Mapping[str, Sequence[Any]]  # what fuzzing draws each dim from
     bench: tuple[Mapping[str, Any], ...]  # dims of real models
     cost: Callable[..., tuple[Cost, Cost]]  # (**dims, **options, itemsize) -> forward, backward
-    # What `inputs` and `cost` take besides sizes, and the values that are tried together (proof/options.py), the
-    # default first. Every combination has a meaning.
+    # Keywords of `inputs` and `cost` besides sizes, with the values that are tried together (proof/options.py), the
+    # default first. Every combination must be valid.
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     cpu: Callable[..., Any] | None = None  # a faster path for CPUs, same signature; tested against the reference
     variants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # other kernels of ours, asked for by name
     summary: str = ""  # the formula in one line, for the table of ops
-    differentiable: bool = True  # False: neither the reference nor the kernels give gradients
-    constants: frozenset[int] = frozenset()  # floating arguments that training takes no gradient of, by position
-    writes: frozenset[int] = frozenset()  # arguments that it writes into, by position, the same again when called again
+    differentiable: bool = True  # False: neither reference nor kernels compute gradients
+    constants: frozenset[int] = frozenset()  # floating arguments that training does not differentiate, by position
+    writes: frozenset[int] = frozenset()  # arguments written in place, by position; a second call writes the same
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -154,7 +154,7 @@ def differentiable(
 
 
 def without_gradient(name: str, forward: Callable[..., Tensor], writes: Sequence[str] = ()) -> Callable[..., Tensor]:
-    """`differentiable` for an op that has no derivative: its one result takes no gradient, whatever its inputs do.
+    """Wrap a function that launches kernels and has no derivative: its one result never requires a gradient.
 
     `writes` names the arguments that the kernels write into.
     """
@@ -172,9 +172,9 @@ def without_gradient(name: str, forward: Callable[..., Tensor], writes: Sequence
 
 
 def _operator(name: str, schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A custom op whose shape function is the function itself with its launches left out.
+    """Returns a custom op whose shape function is the function itself with its launches left out.
 
-    Defined and implemented by hand: a call takes 2 us beside its body where torch.library.custom_op takes 8.
+    It is defined and implemented by hand: a call costs 2 us on top of its body where torch.library.custom_op costs 8.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CUDA")
@@ -201,10 +201,10 @@ def _operator(name: str, schema: str, function: Callable[..., Any]) -> Callable[
 
 
 def _make_known(operator: Any) -> None:
-    """Let torch.compile's inductor, if it is at work, call a custom op before it meets it in a graph.
+    """Register a custom op with torch.compile's inductor, if that is running, before it meets the op in a graph.
 
-    Up to torch 2.11 it prints an op that it meets for the first time, and with each argument all that it was made from.
-    That doubles with every residual sum: a model of 12 layers did not compile within minutes.
+    Up to torch 2.11 inductor logs an op that it meets for the first time with the whole expression tree of its
+    arguments. That doubles with every residual sum: a model of 12 layers did not compile within minutes.
     """
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     make_fallback = getattr(lowering, "make_fallback", None)
@@ -219,7 +219,7 @@ def _make_known(operator: Any) -> None:
 
 
 def _on_gpu(name: str, first: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The GPU of the first tensor made the current one, where Triton launches. Refuses a tensor that is on none."""
+    """Returns a context that makes the first tensor's GPU current, where Triton launches. Refuses a tensor on none."""
     device = first.device
     if device.type == "cuda":
         return torch.cuda.device(device) if device.index != torch.cuda.current_device() else _HERE
@@ -249,7 +249,7 @@ def allow_interpretation() -> None:
 
 
 def changed(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
-    """Those of the keywords whose values are not the defaults of the function's parameters."""
+    """Returns those of the keywords whose values differ from the defaults of the function's parameters."""
     defaults = signature(function).parameters
     return {
         name: value for name, value in keywords.items() if isinstance(value, Tensor) or value != defaults[name].default

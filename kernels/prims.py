@@ -1,4 +1,4 @@
-"""What two or more ops use unchanged: tensors as rows, blocks for ops that work row by row, the sum of partial rows."""
+"""Shared by two or more ops: tensors as rows, blocks for row-wise ops, the sum of partial rows, nonlinearities."""
 
 import functools
 from collections.abc import Mapping
@@ -11,32 +11,32 @@ from ._triton import jit, tile_arch, tl, triton
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., N) as (M, N) with unit last stride: a view wherever one exists."""
+    """Returns x (..., N) as (M, N) with unit last stride: a view wherever one exists."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def rows_of(x: Tensor, N: int) -> tuple[Tensor, int]:
-    """x (..., N), where its rows lie in memory, and how many elements apart: x itself where that is possible."""
+    """Returns a tensor that holds the rows of x (..., N), x itself if contiguous, and their stride in elements."""
     if x.is_contiguous():
         return x, N
     x = as_rows(x)
     return x, x.stride(0)
 
 
-# The checks of what a training or decoding step calls dozens of times make their messages only for what they refuse.
+# Steps of training and decoding call these checks dozens of times: a message is made only where one fails.
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def require_kernel_dtype(name: str, x: Tensor) -> None:
-    """The kernels take fp32, fp16 and bf16; only the references take fp64."""
+    """Refuse dtypes that the kernels do not take: fp32, fp16 and bf16 have kernels, fp64 only references."""
     if x.dtype not in KERNEL_DTYPES:
         raise ValueError(f"{name}: expected fp32, fp16 or bf16, got {x.dtype}")
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
-    """The two terms of a residual sum must agree in shape, dtype and device: nothing is broadcast or promoted."""
+    """Refuse a residual that differs from x in shape, dtype or device: nothing is broadcast or promoted."""
     if residual.shape != x.shape:
         raise ValueError(f"residual: shape {residual.shape}, but x has {x.shape}")
     if residual.dtype != x.dtype:
@@ -46,7 +46,7 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
 
 
 def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
-    """What is taken row by row is floating, its rows are not empty, and a parameter that they meet is one row of it."""
+    """Refuse an x (..., N) that is not floating or has N = 0, and parameters that are not floating (N,) beside it."""
     shape = x.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"x: expected (..., N) with N >= 1, got {tuple(shape)}")
@@ -65,7 +65,7 @@ def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
 
 
 class RowTile(NamedTuple):
-    """Rows and columns of a program's block, and its warps. `long`: rows are walked in blocks of columns."""
+    """Rows and columns of a program's block, and its warps. `long`: rows are processed in blocks of columns."""
 
     block_m: int
     block_n: int
@@ -74,14 +74,14 @@ class RowTile(NamedTuple):
 
 
 class RowTiles(NamedTuple):
-    """Blocks for rows of any length: up to `whole` columns in registers, `per_warp` of them to a warp, else `long`."""
+    """Blocks for rows of any length: up to `whole` columns in registers, `per_warp` of them per warp; else `long`."""
 
     whole: int
     per_warp: int
     long: RowTile
 
     def choose(self, N: int) -> RowTile:
-        """Short rows are taken several at a time, so that a warp has 128 bytes to load."""
+        """Returns the block for rows of N columns. It has several short rows, so that a warp has 128 bytes to load."""
         return _row_tile(self, int(N))
 
 
@@ -95,7 +95,7 @@ def _row_tile(tiles: RowTiles, N: int) -> RowTile:
 
 
 class LoopTile(NamedTuple):
-    """Of a persistent program: its block, warps, stages of its pipeline, and how many there are to a multiprocessor."""
+    """A persistent program's block, warps and pipeline stages, and how many programs share a multiprocessor."""
 
     block_m: int
     block_n: int
@@ -104,14 +104,14 @@ class LoopTile(NamedTuple):
     per_multiprocessor: int
 
     def programs(self, M: int, multiprocessors: int) -> int:
-        """How many programs share M rows."""
+        """Returns how many programs share M rows."""
         return min(-(-M // self.block_m), self.per_multiprocessor * multiprocessors)
 
 
-# Of the backward of a norm, by the padded length of the rows. Blocks of whole rows keep 8,192 elements of each operand
-# in flight on a multiprocessor at each stage. NVIDIA H200, 2026-11-26, layernorm in bf16 at 65536x768, 32768x1600,
-# 16384x4096 and 8192x8192: 3701, 3861, 3991 and 3927 GB/s, where a copy has 4233; in one stage 2966 to 2858.
-# (At 1600 a block of one row and four programs have 3914, but twice the partial sums.)
+# For a norm's backward, by padded row length. Blocks of whole rows keep 8,192 elements of each operand in flight per
+# multiprocessor and stage. NVIDIA H200, 2026-11-26, layernorm in bf16 at 65536x768, 32768x1600,
+# 16384x4096 and 8192x8192: 3701, 3861, 3991 and 3927 GB/s, where a copy reaches 4233; with one stage 2966 to
+# 2858. (At 1600 a block of one row and four programs reach 3914, but with twice the partial sums.)
 NORM_BACKWARD = {
     1024: LoopTile(block_m=4, block_n=1024, num_warps=4, num_stages=3, per_multiprocessor=2),
     2048: LoopTile(block_m=2, block_n=2048, num_warps=4, num_stages=3, per_multiprocessor=2),
@@ -122,7 +122,7 @@ NORM_BACKWARD = {
 
 
 def loop_tile(tiles: Mapping[int, LoopTile], N: int, itemsize: int, arch: int) -> LoopTile:
-    """The tile for rows of N columns. Rows longer than its block_n are walked in blocks."""
+    """Returns the tile for rows of N columns. Rows longer than its block_n are processed in blocks."""
     N = int(N)
     return _loop_tile(tiles.get(max(1024, 1 << (N - 1).bit_length()), tiles[0]), N, itemsize, arch)
 
@@ -132,7 +132,7 @@ def _loop_tile(tile: LoopTile, N: int, itemsize: int, arch: int) -> LoopTile:
     if N > tile.block_n:
         return tile
     block_n = triton.next_power_of_2(N)
-    block_m = min(32, tile.block_m * tile.block_n // block_n)  # of short rows as many more
+    block_m = min(32, tile.block_m * tile.block_n // block_n)  # more rows if they are short
     num_warps = max(1, min(tile.num_warps, block_m * block_n // 256))
     crowded = (itemsize > 2 and tile_arch(arch) < 90) or arch in (120, 121)  # three take 192 KiB, or spill
     return LoopTile(block_m, block_n, num_warps, tile.num_stages - crowded, tile.per_multiprocessor)
@@ -140,9 +140,9 @@ def _loop_tile(tile: LoopTile, N: int, itemsize: int, arch: int) -> LoopTile:
 
 @jit
 def load_sum(x_ptr, residual_ptr, x_offset, residual_offset, h_ptr, mask, ADD: tl.constexpr):
-    """A block of x in fp32; with ADD of x + residual, rounded as h holds it.
+    """Returns a block of x in fp32; with ADD, of x + residual rounded to h's dtype.
 
-    A later pass forms the sum anew: reading h back in the program that stored it would need a barrier.
+    Later passes compute the sum again: reading h back in the program that stored it would need a barrier.
     """
     x = tl.load(x_ptr + x_offset, mask, other=0.0).to(tl.float32)
     if ADD:
@@ -172,10 +172,11 @@ def sum_rows_kernel(partial_ptr, first_ptr, second_ptr, P, N, BLOCK_P: tl.conste
 
 
 def sum_partial_rows(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Sum the rows of partial (1 or 2, P, N) fp32 into first (N,) and, where there are two stacks, second (N,).
+    """Sum the rows of partial (1 or 2, P, N) fp32 into first (N,) and, if there are two stacks, second (N,).
 
-    One launch, in the dtypes of what it writes. Deterministic. NVIDIA H200, 2026-11-26, the best of eight tiles: 3.5 us
-    for two stacks of 1,056 rows of 768, 2.5 us for 264 of 1,600, 4.3 us for 528 of 4,096; longer rows were not timed.
+    One launch, deterministic; rounded to the dtypes of first and second. NVIDIA H200, 2026-11-26, best of eight tiles:
+    3.5 us for two stacks of 1,056 rows of 768, 2.5 us for 264 of 1,600, 4.3 us for 528 of 4,096; longer rows were not
+    timed.
     """
     stacks, P, N = partial.shape
     block_p, block_n = (256, 16) if N <= 2048 else (128, 32) if N <= 8192 else (64, 128)
@@ -186,7 +187,7 @@ def sum_partial_rows(partial: Tensor, first: Tensor, second: Tensor | None = Non
 
 @jit
 def tanh(x):
-    """To 2 ulp: libdevice's tanh does not exist in the interpreter."""
+    """Returns tanh(x) to 2 ulp; libdevice's tanh does not exist in the interpreter."""
     square = x * x
     inner = 0.13332970 + square * (
         -0.053899970 + square * (0.021301694 - 0.0066535580 * square)
@@ -198,13 +199,13 @@ def tanh(x):
 
 @jit
 def softcapped(z, softcap):
-    """softcap * tanh(z / softcap)."""
+    """Returns softcap * tanh(z / softcap)."""
     return softcap * tanh(z / softcap)
 
 
 @jit
 def sigmoid(x):
-    """The sigmoid of x and its derivative, which as s * (1 - s) would lose digits where s is near one."""
+    """Returns the sigmoid s of x and its derivative; s * (1 - s) would lose digits where s is near 1."""
     e = tl.exp(-tl.abs(x))
     r = 1.0 / (1.0 + e)
     return tl.where(x < 0.0, e * r, r), e * r * r
@@ -212,7 +213,7 @@ def sigmoid(x):
 
 @jit
 def activated(a, g, KIND: tl.constexpr):
-    """The nonlinearity of an MLP, as activation.py has it, of fp32 a, and for swiglu of a gate g."""
+    """Returns the nonlinearity KIND of activation.py, of fp32 a and, for swiglu, gate g."""
     if KIND == "gelu":
         y = a * (0.5 + 0.5 * tl.math.erf(a * 0.70710678118654752))
     elif KIND == "gelu_tanh":

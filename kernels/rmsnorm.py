@@ -46,7 +46,7 @@ def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 
 
 def rmsnorm_cpu(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """rmsnorm_reference for CPUs in few passes over memory, which take half as long."""
+    """Compute rmsnorm_reference on a CPU in fewer passes over memory, in half the time."""
     check_rows(x, weight=weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     if torch.compiler.is_compiling():
@@ -55,8 +55,9 @@ def rmsnorm_cpu(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> T
 
 
 class _OnCPU(torch.autograd.Function):
-    """The formulas above in few passes: new memory for y forward, and for dy * xhat and dx backward. Twice
-    differentiable, since backward forms rstd anew.
+    """Computes rmsnorm in few passes: allocates y forward, and dy * xhat and dx backward.
+
+    Twice differentiable, since backward computes rstd from x again.
     """
 
     generate_vmap_rule = True  # torch.func reaches through it
@@ -84,7 +85,7 @@ class _OnCPU(torch.autograd.Function):
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last axis, which stays with length 1."""
+    """Returns 1 / sqrt(mean(x^2) + eps) over the last axis, which is kept with length 1."""
     N = x.shape[-1]
     if N <= 8192:
         mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / N
@@ -96,7 +97,7 @@ def _rstd(x: Tensor, eps: float) -> Tensor:
 def add_rmsnorm_reference(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """(y, h) with h = x + residual, the new residual, and y = rmsnorm(h). x and residual (..., N) have one dtype."""
+    """Returns (y, h): h = x + residual (..., N), of one shape and dtype, the new residual, and y = rmsnorm(h)."""
     check_residual(x, residual)
     h = x + residual
     return rmsnorm_reference(h, weight, eps), h
@@ -105,7 +106,7 @@ def add_rmsnorm_reference(
 def add_rmsnorm_cpu(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """add_rmsnorm_reference for CPUs."""
+    """Compute add_rmsnorm_reference on a CPU."""
     check_residual(x, residual)
     h = x + residual
     return rmsnorm_cpu(h, weight, eps), h
@@ -139,6 +140,7 @@ def rmsnorm_fwd_kernel_long(
     """One program normalizes one row too long for registers, reading it twice, the second time from cache."""
     m = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
+    # root mean square
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -147,6 +149,7 @@ def rmsnorm_fwd_kernel_long(
             tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), n < N)
         total += x * x
     rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / N + eps)
+    # output
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
         y = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD) * rstd
@@ -161,9 +164,9 @@ def rmsnorm_bwd_kernel(
     dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride_m, dh_stride_m, x_stride_m, M, N,
     ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program strides over blocks of whole rows: dx[m, :], and its own partial row of dweight.
+    """One program strides over blocks of whole rows: it writes dx[m, :] and a partial row of dweight.
 
-    Triton pipelines loads that feed no matrix product only in a loop that asks for it.
+    num_stages is given because Triton pipelines loads that feed no matrix product only where a loop asks for it.
     """
     p = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)[None, :]
@@ -193,10 +196,11 @@ def rmsnorm_bwd_kernel_input(
     dy_ptr, dh_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dy_stride_m, dh_stride_m, x_stride_m, N,
     ADD: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program finds dx of one row too long for registers, reading it twice, the second time from cache."""
+    """One program computes dx of one row too long for registers, reading it twice, the second time from cache."""
     m = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
     rstd = tl.load(rstd_ptr + m)
+    # mean of g * xhat
     sum_gx = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
@@ -205,6 +209,7 @@ def rmsnorm_bwd_kernel_input(
             g *= tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         sum_gx += g * tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32) * rstd
     mean_gx = tl.sum(sum_gx, axis=0) / N
+    # dx
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
         g = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
@@ -221,7 +226,7 @@ def rmsnorm_bwd_kernel_input(
 def rmsnorm_bwd_kernel_weight(
     dy_ptr, x_ptr, rstd_ptr, partial_ptr, dy_stride_m, x_stride_m, M, N, BLOCK_N: tl.constexpr
 ):
-    """One program sums a block of columns over every num_programs(0)-th row: a piece of one partial row."""
+    """One program sums a block of columns over every num_programs(0)-th row, into its part of a partial row."""
     p = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
@@ -232,9 +237,9 @@ def rmsnorm_bwd_kernel_weight(
     tl.store(partial_ptr + p.to(tl.int64) * N + n, dweight, n < N)
 
 
-# By compute capability: at 512 columns to a warp the code for sm_80, where ptxas aims for 32 registers, spills 8 B; so
-# do long rows in 32 warps, without a weight.
-# Forward, NVIDIA H200, 2026-11-26, 65536x768 in bf16: 50.8 us with 512 columns to a warp, 51.4 us with 1,024.
+# By compute capability. With 512 columns per warp the code for sm_80, where ptxas aims for 32 registers, spills 8 B; so
+# do long rows without a weight in 32 warps.
+# Forward, NVIDIA H200, 2026-11-26, 65536x768 in bf16: 50.8 us with 512 columns per warp, 51.4 us with 1,024.
 TILES: dict[str, Any] = {
     "forward": {
         80: RowTiles(whole=32768, per_warp=1024, long=RowTile(1, 8192, 16, long=True)),
@@ -312,7 +317,7 @@ _rmsnorm = differentiable(
 
 
 def rmsnorm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """rmsnorm_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
+    """Compute rmsnorm_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
     check_rows(x, weight=weight)
     require_kernel_dtype("x", x)
     return _rmsnorm(x, None, weight, eps)[0]
@@ -321,7 +326,7 @@ def rmsnorm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -
 def add_rmsnorm_triton(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """add_rmsnorm_reference in one pass over memory: reads x and residual, writes y and h. Deterministic."""
+    """Compute add_rmsnorm_reference in one pass over memory: read x and residual, write y and h. Deterministic."""
     check_residual(x, residual)
     check_rows(x, weight=weight)
     require_kernel_dtype("x", x)
@@ -331,13 +336,13 @@ def add_rmsnorm_triton(
 def inputs(
     M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """x (M, N), weight (N,) about one or None."""
+    """Draw x (M, N), and weight (N,) with mean 1 or None."""
     x = torch.randn(M, N, dtype=dtype, device=device)
     return (x, torch.randn(N, dtype=dtype, device=device) * 0.5 + 1 if weight else None), {}
 
 
 def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """Compulsory traffic: x and y forward, dy, x and dx backward, the weight and the fp32 rstd once."""
+    """Count compulsory traffic: forward x and y; backward dy, x and dx; in each, the weight and fp32 rstd once."""
     parameters, statistics = weight * N * itemsize, M * 4
     return (
         Cost(4 * M * N, 2 * M * N * itemsize + parameters + statistics),
@@ -348,13 +353,13 @@ def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, C
 def add_inputs(
     M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """x and residual (M, N), weight (N,) or None."""
+    """Draw x and residual (M, N), and weight (N,) or None."""
     (x, parameter), keywords = inputs(M, N, weight=weight, dtype=dtype, device=device)
     return (x, torch.randn(M, N, dtype=dtype, device=device), parameter), keywords
 
 
 def add_cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
-    """As rmsnorm, and forward residual in and h out, backward dh in."""
+    """Add to rmsnorm's cost: forward residual read and h written, backward dh read."""
     forward, backward = cost(M, N, weight=weight, itemsize=itemsize)
     return (
         Cost(forward.flops + M * N, forward.bytes + 2 * M * N * itemsize),

@@ -62,7 +62,7 @@ def rotary_cpu(
     scale: float = 1.0,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """rotary_reference for CPUs in few passes over memory, forward and backward. Tables learn through the reference."""
+    """Compute rotary_reference on a CPU in fewer passes, forward and backward; the reference, if tables are learned."""
     _check(q, k, cos, sin)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if learned or torch.compiler.is_compiling():  # a compiler fuses the passes of the reference
@@ -75,14 +75,15 @@ def rotary_cpu(
 
 
 def _rotated(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool) -> Tensor:
-    """x (B, T, H, D), normalized unless eps is None, times cos; and with its pairs exchanged times -sin and sin."""
+    """Returns x (B, T, H, D), normalized unless eps is None, times cos, plus its pairs exchanged times -sin and sin."""
     y = x if eps is None else _normalized(x, eps)
     return torch.addcmul(y * c, _exchanged(y, interleaved), s)
 
 
 class _OnCPU(torch.autograd.Function):
-    """The rotation of q and k with the gradient of the head of this page written out. Twice differentiable, since
-    backward forms the norm anew.
+    """Rotates q and k, with the gradient from the head of this page written out.
+
+    Twice differentiable, since backward computes the norm from x again.
     """
 
     generate_vmap_rule = True  # torch.func reaches through it
@@ -117,12 +118,12 @@ class _OnCPU(torch.autograd.Function):
 
 
 def _joined(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
-    """The reverse of _pairs."""
+    """Returns the vectors whose pairs are a and b: the inverse of _pairs."""
     return torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
 
 
 def _exchanged(x: Tensor, interleaved: bool) -> Tensor:
-    """(b, a) where x is (a, b)."""
+    """Returns x with its pairs exchanged: (b, a) where x is (a, b)."""
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x.roll(x.shape[-1] // 2, -1)
 
 
@@ -140,7 +141,7 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Messages are made only for what is refused: a decoding step comes by here in every layer."""
+    """Refuse wrong arguments. A message is made only where a check fails: decoding calls this in every layer."""
     if q.dim() != 4 or q.shape[-1] % 2:
         raise ValueError(f"q: expected (B, T, H, D) with D even, got {tuple(q.shape)}")
     if not q.is_floating_point():
@@ -163,7 +164,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 @jit
 def _load_pair(x_ptr, d, D, mask, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The two halves (BLOCK_M, BLOCK_D) of head vectors in fp32; x_ptr points to the vectors, d counts pairs."""
+    """Returns both halves (BLOCK_M, BLOCK_D) of head vectors in fp32; x_ptr points to the vectors, d counts pairs."""
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_D)[None, :]
         x = tl.load(x_ptr + both, mask & (both < D), other=0.0).to(tl.float32)
@@ -177,7 +178,7 @@ def _load_pair(x_ptr, d, D, mask, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constex
 
 @jit
 def _store_pair(y_ptr, a, b, d, D, mask, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The reverse of _load_pair, in the dtype of y."""
+    """Store both halves of head vectors in the dtype of y."""
     if INTERLEAVED:
         both = tl.arange(0, 2 * BLOCK_D)[None, :]
         y = tl.reshape(tl.join(a, b), (BLOCK_M, 2 * BLOCK_D))
@@ -193,7 +194,7 @@ def _rotate_rows(
     x_ptr, y_ptr, cos_ptr, sin_ptr, block, b, stride_b, stride_t, stride_h, T, H, D, eps, scale,
     QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x[b, t, h, :] -> y[b, t, h, :] for BLOCK_M consecutive (t, h)."""
+    """Rotate x[b, t, h, :] -> y[b, t, h, :] for BLOCK_M consecutive (t, h)."""
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     t, h = (row // H).to(tl.int64), row % H  # divided in 32 bits, where it is quick
     mask = t < T
@@ -214,7 +215,7 @@ def rotary_fwd_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, T, H, G, D, eps, scale,
     QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program rotates BLOCK_M head vectors of one sequence; first come those of the queries, then the keys'."""
+    """One program rotates BLOCK_M head vectors of one sequence; programs of queries come before those of keys."""
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     q_blocks = tl.cdiv(T * H, BLOCK_M)
     if block < q_blocks:
@@ -235,7 +236,7 @@ def _rotate_rows_back(
     stride_b, stride_t, stride_h, T, H, D, eps, scale,
     QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dy[b, t, h, :] -> dx[b, t, h, :] for BLOCK_M consecutive (t, h)."""
+    """Differentiate dy[b, t, h, :] -> dx[b, t, h, :] for BLOCK_M consecutive (t, h)."""
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     t, h = (row // H).to(tl.int64), row % H  # divided in 32 bits, where it is quick
     mask = t < T
@@ -262,7 +263,7 @@ def rotary_bwd_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, T, H, G, D, eps, scale,
     QK_NORM: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program finds the gradients of BLOCK_M head vectors; q and k are read only if they were normalized."""
+    """One program computes the gradients of BLOCK_M head vectors; q and k are read only if they were normalized."""
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     q_blocks = tl.cdiv(T * H, BLOCK_M)
     if block < q_blocks:
@@ -277,20 +278,20 @@ def rotary_bwd_kernel(
         )  # fmt: skip
 
 
-# Elements of a program and of a warp: 16 a lane, two loads of 128 bits. From the compiled code (results/aot.json);
-# not timed yet.
+# Elements per program and per warp: 16 per lane, which are two loads of 128 bits. Chosen from the compiled code
+# (results/aot.json); not timed yet.
 TILES = {"elements": 2048, "elements_per_warp": 512}
 
 
 def tile(D: int) -> tuple[int, int, int]:
-    """Head vectors and pairs of a program's block, and its warps."""
+    """Returns the head vectors and pairs of a program's block, and its warps."""
     block_d = 1 << (int(D) // 2 - 1).bit_length()  # Triton's own arithmetic on the host takes 1.5 us a call
     block_m = max(1, TILES["elements"] // (2 * block_d))
     return block_m, block_d, max(1, min(8, 2 * block_m * block_d // TILES["elements_per_warp"]))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with unit last stride: itself wherever that holds, so that a slice of a fused projection is not copied."""
+    """Returns x with unit last stride: x itself if it has that, so that a slice of a fused projection is not copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -335,7 +336,7 @@ def _table_gradients(
     gradients: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor],
     qk_norm: bool, eps: float, scale: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dcos and dsin (T, D/2) fp32, in plain torch: angles are learned too seldom for a kernel of their own."""
+    """Returns dcos and dsin (T, D/2) fp32, by plain torch: angles are learned too rarely to deserve a kernel."""
     found: list[tuple[Tensor, Tensor]] = []
     for dy, x in zip(gradients, inputs, strict=True):
         a, b = _pairs(_normalized(x.float(), eps) if qk_norm else x.float(), interleaved)
@@ -347,7 +348,7 @@ def _table_gradients(
 
 def _save(inputs: tuple, output: tuple) -> tuple:
     q, k, cos, sin, qk_norm, *flags, learned = inputs
-    needed = qk_norm or learned  # a plain rotation is undone without its argument
+    needed = qk_norm or learned  # the gradient of a plain rotation does not need its argument
     return (q if needed else None, k if needed else None, cos, sin, qk_norm, *flags, learned)
 
 
@@ -365,9 +366,9 @@ def rotary_triton(
     scale: float = 1.0,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """rotary_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16, in one launch for q and k.
+    """Compute rotary_reference with the kernels of this page, one launch for q and k, on CUDA tensors.
 
-    Slices of a fused projection are read where they lie; the results are contiguous. Deterministic.
+    They are fp32, fp16 or bf16. Slices of a fused projection are not copied; results are contiguous. Deterministic.
     """
     _check(q, k, cos, sin)
     require_kernel_dtype("q", q)
@@ -379,7 +380,7 @@ def inputs(
     B: int, T: int, H: int, G: int, D: int, *, qk_norm: bool = False, interleaved: bool = False, scale: float = 1.0,
     dtype: torch.dtype, device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """q (B, T, H, D), k (B, T, G, D), and cos and sin (T, D/2) of the angles position * 10000^(-2i / D)."""
+    """Draw q (B, T, H, D) and k (B, T, G, D); cos and sin (T, D/2) are of position * 10000^(-2i / D)."""
     q, k = (torch.randn(B, T, heads, D, dtype=dtype, device=device) for heads in (H, G))
     angle = torch.outer(torch.arange(T, device=device), 10000.0 ** (torch.arange(0, D, 2, device=device) / -D))
     keywords = changed(rotary_reference, qk_norm=qk_norm, interleaved=interleaved, scale=scale)
@@ -390,7 +391,7 @@ def cost(
     B: int, T: int, H: int, G: int, D: int, *, qk_norm: bool = False, interleaved: bool = False, scale: float = 1.0,
     itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """Compulsory traffic: q and k in and out; backward their gradients, q and k again if normalized; cos, sin once."""
+    """Count compulsory traffic: q and k in and out; backward their gradients, q and k if normalized; tables once."""
     elements = B * T * (H + G) * D
     return (
         Cost((6 if qk_norm else 3) * elements, (2 * elements + T * D) * itemsize),

@@ -38,7 +38,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float, return_lse: bool, gluon: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns out, the natural log-sum-exp (empty unless asked for), and the log-sum-exp in base 2."""
+    """Returns out, the natural log-sum-exp (empty unless asked for), and the log-sum-exp in base 2 for the backward."""
     options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
     out, lse = launch_forward(q, k, v, options, gluon)
     if not return_lse:
@@ -83,13 +83,13 @@ def attention_triton(
     return_lse: bool = False,
     gluon: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """attention_reference by the kernels of this package, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
+    """Compute attention_reference with the kernels of this package, on CUDA tensors of fp32, fp16 or bf16.
 
-    Slices of a fused projection are read where they lie, on sm_90 and sm_100 if their rows begin at multiples of 16
-    bytes; results are contiguous. Memory is O(T). What dropout
-    zeroes follows from the seed and the positions, and the backward finds it again. Deterministic, but for dq on sm_90
-    where hopper/ computes it: its last bits vary, unless torch.use_deterministic_algorithms is set. `gluon` insists on
-    the forward of hopper/, and raises ValueError where it cannot run.
+    Head dims D up to 256. Slices of a fused projection are not copied, on sm_90 and sm_100 if their rows start at
+    multiples of 16 bytes; results are contiguous. Memory is O(T). Dropout depends on seed and positions alone, so that
+    the backward computes it again. Deterministic except for dq on sm_90 where hopper/ computes it: its last bits vary
+    unless torch.use_deterministic_algorithms is set. `gluon` insists on the forward of hopper/, and raises ValueError
+    where it cannot run.
     """
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
@@ -106,7 +106,7 @@ attention_gluon = functools.partial(attention_triton, gluon=True)
 
 
 def document_starts(T: int, device: str | torch.device = "cpu") -> Tensor:
-    """Starts of six documents packed along T positions and the end, int32: one empty, one short, the others unlike."""
+    """Returns cu_seqlens, int32, of six documents packed along T positions, one of them empty and one short."""
     return torch.tensor([0, 0, T // 12, T // 9, T // 2, T - T // 9, T], dtype=torch.int32, device=device)
 
 
@@ -115,9 +115,9 @@ def inputs(
     window: int | None = None, softcap: float | None = None, scale: float | None = None, dropout: float = 0.0,
     documents: bool = False, return_lse: bool = False, dtype: torch.dtype, device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """q (B, T, H, D), k and v (B, S, G, D), normal; scores have the standard deviation `spread`.
+    """Draw normal q (B, T, H, D), k and v (B, S, G, D); scores have the standard deviation `spread`.
 
-    With `documents` six are packed along T and S, both the longer of the two.
+    With `documents`, T and S are the longer of the two, and six documents are packed along them.
     """
     T, S = (max(T, S),) * 2 if documents else (T, S)
     q = torch.randn(B, T, H, D, dtype=dtype, device=device) * spread
@@ -134,7 +134,7 @@ def cost(
     window: int | None = None, softcap: float | None = None, scale: float | None = None, dropout: float = 0.0,
     documents: bool = False, return_lse: bool = False, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """Two products of pairs that are seen forward and five backward; every operand and gradient moved once."""
+    """Count two products per visible pair forward and five backward; every operand and gradient is moved once."""
     T, S = (max(T, S),) * 2 if documents else (T, S)
     seen = pairs_seen(T, S, causal, window, document_starts(T).tolist() if documents else [0, S])
     product, queries, keys = 2 * B * H * D * seen, B * T * H * D * itemsize, B * S * G * D * itemsize
@@ -146,7 +146,7 @@ def cost(
 
 
 def pairs_seen(T: int, S: int, causal: bool, window: int | None, starts: Sequence[int]) -> int:
-    """How many (query, key) pairs are seen, of one head; `starts` of documents, and the end."""
+    """Returns how many (query, key) pairs of one head are visible; `starts` are cu_seqlens."""
     total = 0
     for start, end in itertools.pairwise(starts):
         for p in range(max(start, S - T), end):

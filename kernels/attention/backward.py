@@ -1,10 +1,11 @@
 """Attention backward, in two kernels without atomics: dq by programs of queries, dk and dv by programs of keys.
 
-On Hopper hopper/ has one kernel for all three, whose dq is summed in no fixed order; it gives way to these where
-torch.use_deterministic_algorithms is set.
+The weights are recomputed from the scores and the log-sum-exp. Both kernels compute the scores, so that there are seven
+products where one kernel with atomic sums would need five; in return the result is deterministic, and no memory has to
+be zeroed first.
 
-The weights are found again from the scores and the log-sum-exp. Each kernel multiplies the scores anew, seven products
-where one kernel with atomic sums would have five; in return it is deterministic and no memory has to be zeroed first.
+For Hopper, hopper/ has one kernel for all three gradients. It adds to dq in no fixed order, so that these run instead
+where torch.use_deterministic_algorithms is set.
 """
 
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from .shared import (
 
 @jit
 def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
-    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` is in units of log 2."""
+    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` scores are in base 2."""
     if SOFTCAPPED:
         ratio = capped * (0.6931471805599453 / softcap)
         return ds * (1.0 - ratio * ratio)
@@ -48,19 +49,22 @@ def _gather_dq(
     scale, softcap, threshold, undropped, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq += ds @ k over the tiles of keys from start to stop."""
+    """Returns dq with ds @ k added over the tiles of keys from start to stop."""
     for row in tl.range(start, stop, BLOCK_N):
         n = row + tl.arange(0, BLOCK_N)[None, :]
         k_tile = load_rows(k, b, g, row, k_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
         v_tile = load_rows(v, b, g, row, v_stride_s, S, MASKED, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
+        # weights
         s, factor = scores(tl.dot(q, k_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
         p = tl.exp2(s * factor - lse)
+        # gradient of the scores
         dp = tl.dot(dout, v_tile.T, input_precision="ieee")
         if DROPOUT:
             dp = tl.where(kept(seed_ptr, n, position, head, threshold), dp * undropped, 0.0)
         ds = uncapped(p * (dp - delta), s, softcap, SOFTCAPPED)
         if MASKED:
             ds = tl.where((n >= first) & (n < end), ds, 0.0)
+        # gradient of the queries
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     return dq
 
@@ -75,7 +79,7 @@ def attention_bwd_kernel_dq(
     DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head -> dq, and delta[t] = sum_d dout[t, d] * out[t, d] for the other."""
+    """One program: BLOCK_M queries of one head -> dq, and delta[t] = sum_d dout[t, d] * out[t, d] for dk and dv."""
     head, block = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), heads, S, D, CAUSAL)
     b, h = head // H, head % H
     g = h // (H // G)
@@ -83,6 +87,7 @@ def attention_bwd_kernel_dq(
     k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
     v = head_of(v, b, g, v_stride_b, v_stride_h, DESCRIPTORS)
     dout = head_of(dout, b, h, dout_stride_b, dout_stride_h, DESCRIPTORS)
+    # visible keys
     row = block * BLOCK_M
     t = (row + tl.arange(0, BLOCK_M))[:, None]
     position = t + (S - T)
@@ -92,6 +97,7 @@ def attention_bwd_kernel_dq(
     first_1, end_1 = keys_seen(last, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
     start, full, ragged, stop = segments(first_0, end_0, first_1, end_1, BLOCK_N)
 
+    # delta
     q_tile = load_rows(q, b, h, row, q_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
     dout_tile = load_rows(dout, b, h, row, dout_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -105,6 +111,7 @@ def attention_bwd_kernel_dq(
     tl.store(delta_ptr + statistics + t, delta, t < T)
     lse = tl.load(lse_ptr + statistics + t, t < T, other=float("inf"))
 
+    # dq: masked tiles at the start, mask-free ones, masked tiles at the end
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WINDOWED or DOCUMENTS:
         dq = _gather_dq(
@@ -133,10 +140,10 @@ def _gather_dk_dv(
     MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dv += p^T @ dout and dk += ds^T @ q over the tiles of queries from start to stop, of GROUP heads in turn.
+    """Returns dk with ds^T @ q added and dv with p^T @ dout, over GROUP heads' tiles of queries from start to stop.
 
-    Tiles are transposed: [keys, queries]. Rows past T need no mask: their log-sum-exp is read as +inf, their weights
-    are 0. Heads and tiles are one flat loop: a nest of two costs 40 to 80 registers, and then spills.
+    Tiles are transposed: [keys, queries]. Rows past T need no mask: their log-sum-exp is read as +inf, so that their
+    weights are 0. Heads and tiles share one flat loop: two nested loops take 40 to 80 registers more, and spill.
     """
     tiles = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
     for i in tl.range(0, GROUP * tiles):
@@ -152,10 +159,12 @@ def _gather_dk_dv(
         statistics = head.to(tl.int64) * T
         lse = tl.load(lse_ptr + statistics + t, t < T, other=float("inf"))
         delta = tl.load(delta_ptr + statistics + t, t < T, other=0.0)
+        # weights
         s, factor = scores(tl.dot(k, q_tile.T, input_precision="ieee"), scale, softcap, SOFTCAPPED)
         p = tl.exp2(s * factor - lse)
         if MASKED:
             p = tl.where((position >= first) & (position < end), p, 0.0)
+        # gradients of the weights and of the values
         dp = tl.dot(v, dout_tile.T, input_precision="ieee")
         if DROPOUT:
             keep = kept(seed_ptr, u, position, head, threshold)
@@ -163,6 +172,7 @@ def _gather_dk_dv(
             dp = tl.where(keep, dp * undropped, 0.0)
         else:
             dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+        # gradient of the keys
         ds = uncapped(p * (dp - delta), s, softcap, SOFTCAPPED)
         if MASKED:
             ds = tl.where((position >= first) & (position < end), ds, 0.0)
@@ -185,18 +195,19 @@ def attention_bwd_kernel_dk_dv(
     b, g = head // G, head % G
     k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
     v = head_of(v, b, g, v_stride_b, v_stride_h, DESCRIPTORS)
+    # queries that see these keys
     row = block * BLOCK_N
     u = (row + tl.arange(0, BLOCK_N))[:, None]
     first, end = queries_seeing(u, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
     first_0, end_0 = queries_seeing(row, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
     last = tl.minimum(row + BLOCK_N, S) - 1
     first_1, end_1 = queries_seeing(last, T, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
-    back = S - T  # from positions to rows of q, of which there are T
+    back = S - T  # from positions to the T rows of q
     start, full, ragged, stop = segments(
         tl.maximum(first_0 - back, 0), tl.maximum(end_0 - back, 0),
         tl.maximum(first_1 - back, 0), tl.maximum(end_1 - back, 0), BLOCK_M,
     )  # fmt: skip
-    # Rows past T are no trouble: where the last row of q is seen by all, the tile it ends in counts as full.
+    # Rows past T need no mask: if all keys are visible to the last row of q, the tile that holds it is mask-free.
     ragged = tl.where(end_0 >= S, tl.maximum(full, tl.cdiv(T, BLOCK_M) * BLOCK_M), ragged)
 
     k_tile = load_rows(k, b, g, row, k_stride_s, S, True, DESCRIPTORS, D, BLOCK_N, BLOCK_D)
@@ -223,6 +234,7 @@ def attention_bwd_kernel_dk_dv(
             seed_ptr, scale, softcap, threshold, undropped,
             True, SOFTCAPPED, DROPOUT, DESCRIPTORS, GROUP, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
+    # epilogue
     d = tl.arange(0, BLOCK_D)[None, :]
     offset = ((b.to(tl.int64) * S + row) * G + g) * D + tl.arange(0, BLOCK_N)[:, None] * (G * D) + d
     tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), (u < S) & (d < D))
@@ -230,7 +242,7 @@ def attention_bwd_kernel_dk_dv(
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a program's tile, its warps, the loads in flight, and whether they go by descriptor."""
+    """Queries and keys of a tile, warps of a program, loads in flight, and whether they use descriptors."""
 
     block_m: int
     block_n: int
@@ -256,11 +268,11 @@ TILES = {
         100: {64: Tile(64, 128, 8, 2, True), 128: Tile(64, 128, 8, 2, True), 256: Tile(32, 64, 8, 2, True)},
     },
 }
-# From so many queries on others are faster. TFLOP/s at T = 4096 and 16384: dq 601 and 684 beside 555 and 594; dk_dv 452
-# and 497 beside 408 and 450. At 1024 it is the other way round. dk_dv by (32, 128, 4, 4), as fast, spills.
+# Other tiles are faster from so many queries on. TFLOP/s at T = 4096 and 16384: dq 601 and 684 beside 555 and 594;
+# dk_dv 452 and 497 beside 408 and 450. At 1024 they are slower. dk_dv with (32, 128, 4, 4) is as fast, and spills.
 LONG = 2048
 LONG_TILES = {("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 64): Tile(64, 64, 4, 3, True)}
-# Where random numbers take so many registers that the tiles above would spill.
+# Dropout's random numbers take so many registers that the tiles above would spill.
 DROPOUT_TILES = {
     ("dq", 90, 128): Tile(128, 64, 8, 3, True), ("dk_dv", 90, 128): Tile(32, 64, 8, 2, True),
     ("dq", 100, 256): Tile(64, 16, 8, 2, True), ("dk_dv", 100, 64): Tile(32, 128, 8, 2, True),
@@ -270,7 +282,7 @@ DROPOUT_TILES = {
 
 
 def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False) -> Tile:
-    """The tile of 'dq' or 'dk_dv' for head dim D and T queries; see forward.tile."""
+    """Returns the tile of 'dq' or 'dk_dv' for head dim D and T queries; see forward.tile."""
     arch = tile_arch(arch)
     if arch not in TILES[kernel] or dtype == torch.float32:
         return CONSERVATIVE

@@ -1,4 +1,4 @@
-"""Attention for CPUs: torch's fused operator where it can say what is asked for, else products of a window's keys."""
+"""Attention on CPUs: torch's fused operator where it has the options asked for, else plain products, by window."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,12 @@ from torch import Tensor
 from .dropout import drop
 from .reference import check, document_of, hidden_pairs, log_sum_exp, repeat_heads
 
-# Below, the products written out are faster than torch's fused operator on a CPU in bf16: forward and backward at
+# Up to this T plain products are faster than torch's fused operator on a CPU in bf16: forward and backward at
 # B * H = 48 and T = 64 take 1.2 ms against 2.9, at T = 512 16.9 against 28.5; at 1024 it is 103 against 35
 # (2 cores, AVX512-BF16; with AMX 1.4 against 5.0 at T = 64, 7.1 against 13.9 at 256). In fp32 the fused operator is
 # never slower (with AVX-512, 1.0 ms against 1.9 at T = 64).
 LONGEST_WRITTEN_OUT = 512
-FEWEST_AT_ONCE = 128  # queries: the least that a window's pass over chunks of them takes
+FEWEST_AT_ONCE = 128  # queries of a chunk, at least, where a window is computed by chunks
 
 
 def attention_cpu(
@@ -29,7 +29,7 @@ def attention_cpu(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention_reference`, faster; with a window its memory is O(T * window)."""
+    """Compute attention_reference faster; with a window in O(T * window) memory."""
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     (B, T, H, D), S = q.shape, k.shape[1]
     scale = D**-0.5 if scale is None else scale
@@ -42,11 +42,11 @@ def attention_cpu(
         )
         return out.transpose(1, 2)
     document = document_of(cu_seqlens, S)
-    # One contiguous batch of B * H matrices each: without it every product below would copy its operands for itself.
+    # One contiguous batch of B * H matrices each; otherwise every product below would copy its operands.
     q, k, v = (repeat_heads(x, H).transpose(1, 2).reshape(B * H, x.shape[1], D) for x in (q, k, v))
 
     def attend(queries: range, keys: range) -> tuple[Tensor, Tensor]:
-        """out (B * H, queries, D) and log-sum-exp (B * H, queries) of queries at those positions over those keys."""
+        """Returns out (B * H, queries, D) and log-sum-exp (B * H, queries) of these positions over these keys."""
         q_part = q[:, queries.start - (S - T) : queries.stop - (S - T)]
         k_part, v_part = k[:, keys.start : keys.stop], v[:, keys.start : keys.stop]
         hidden = None if plain else hidden_pairs(queries, keys, causal, window, document, q.device)
@@ -57,7 +57,7 @@ def attention_cpu(
                 s = torch.baddbmm(q.new_zeros(1, 1, 1), q_part, k_part.mT, alpha=scale)
             else:
                 s = softcap * torch.tanh(q_part @ k_part.mT * (scale / softcap))
-            # The least number, for a row of -inf has a NaN gradient; in place of the score, for their sum may be -inf.
+            # The lowest finite number, since a row of -inf has a NaN gradient; replaced, since a sum could be -inf.
             s = s.masked_fill(hidden, torch.finfo(s.dtype).min)
         p = torch.softmax(s, dim=-1)
         if hidden is not None:
@@ -69,7 +69,7 @@ def attention_cpu(
     positions = range(S - T, S)
     if window is None:
         parts = [attend(positions, range(S))]
-    else:  # a chunk of as many queries as the window has keys sees two or three windows of keys
+    else:  # a chunk of `window` queries sees two or three times `window` keys
         step, right = max(window, FEWEST_AT_ONCE), 0 if causal else window
         chunks = [positions[i : i + step] for i in range(0, T, step)] or [positions]
         parts = [attend(c, range(S)[max(0, c.start - window) : max(0, c.stop + right)]) for c in chunks]
@@ -79,5 +79,5 @@ def attention_cpu(
 
 
 def _causal_bias(T: int, S: int, like: Tensor) -> Tensor:
-    """(T, S) to add to the scores: 0 where seen, else the least number. Every row sees a key."""
+    """Returns (T, S) to add to scores: 0 where visible, else the lowest finite number. Every row sees a key."""
     return torch.full((T, S), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu_(1)

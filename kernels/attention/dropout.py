@@ -1,7 +1,7 @@
 """Dropout of attention's weights: the seed, and the same random numbers drawn in torch and in the kernels.
 
-A weight is dropped or not by its seed, key, query and head alone, so that the backward pass, another tile and the
-reference find the same. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+Whether a weight is dropped depends on seed, key, query and head alone, so that the backward pass, every tile shape and
+the reference agree. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import torch
@@ -35,13 +35,13 @@ def drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: rang
 
 
 def undropped(seed: int, dropout: float, heads: int, queries: range, keys: range, device: torch.device) -> Tensor:
-    """True (heads, queries, keys) where dropout leaves the weight: Philox4x32 of the seed at (key, query, head).
+    """Returns a mask (heads, queries, keys), True where dropout keeps the weight: Philox4x32 at (key, query, head).
 
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The kernels draw the same bits, tile by tile.
+    The kernels draw the same bits, tile by tile.
     """
 
     def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low 32 bits of a * b, in int64 without overflow."""
+        """Returns the high and low 32 bits of a * b, in int64 without overflow."""
         high_part = a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)
         return high_part >> 16, (a * b) & 0xFFFFFFFF
 
@@ -58,12 +58,12 @@ def undropped(seed: int, dropout: float, heads: int, queries: range, keys: range
 
 
 def dropout_threshold(dropout: float) -> int:
-    """Random numbers of 31 bits below this are dropped."""
+    """Returns the bound below which a random number of 31 bits means that the weight is dropped."""
     return round(dropout * 2**31)
 
 
 @jit
 def kept(seed_ptr, key, query, head, threshold):
-    """Returns True where dropout leaves the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
+    """Returns True where dropout keeps the weight: Philox4x32 in 7 rounds, of the seed at (key, query, head)."""
     bits, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, head * 0, 7)
     return (bits >> 1).to(tl.int32) >= threshold

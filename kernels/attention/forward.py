@@ -45,7 +45,7 @@ def _attend(
     scale, softcap, threshold, MASKED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Visit the tiles of keys from start to stop."""
+    """Returns acc, m and l after the tiles of keys from start to stop."""
     for row in tl.range(start, stop, BLOCK_N):
         n = row + tl.arange(0, BLOCK_N)[None, :]
         # scores
@@ -72,8 +72,8 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over the keys they see -> out and the log-sum-exp in base 2.
 
-    q, k and v are pointers, or descriptors if DESCRIPTORS. lse is +inf for a query that sees no key, so that the
-    backward finds weights of 0 for it.
+    q, k and v are pointers, or descriptors if DESCRIPTORS. lse is +inf for a query that sees no key, so that its
+    weights in the backward are 0.
     """
     head, block = place(tl.program_id(0), tl.cdiv(T, BLOCK_M), heads, S, D, CAUSAL)
     b, h = head // H, head % H
@@ -81,6 +81,7 @@ def attention_fwd_kernel(
     q = head_of(q, b, h, q_stride_b, q_stride_h, DESCRIPTORS)
     k = head_of(k, b, g, k_stride_b, k_stride_h, DESCRIPTORS)
     v = head_of(v, b, g, v_stride_b, v_stride_h, DESCRIPTORS)
+    # visible keys
     row = block * BLOCK_M
     t = row + tl.arange(0, BLOCK_M)
     position = (t + (S - T))[:, None]
@@ -90,6 +91,7 @@ def attention_fwd_kernel(
     first_1, end_1 = keys_seen(last, S, window, document_ptr, CAUSAL, WINDOWED, DOCUMENTS)
     start, full, ragged, stop = segments(first_0, end_0, first_1, end_1, BLOCK_N)
 
+    # masked tiles at the start, mask-free ones, masked tiles at the end
     q_tile = load_rows(q, b, h, row, q_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -124,7 +126,7 @@ def attention_fwd_kernel(
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, warps of a program, loads in flight, and whether they go by descriptor."""
+    """Queries and keys of a tile, warps of a program, loads in flight, and whether they use descriptors."""
 
     block_m: int
     block_n: int
@@ -142,25 +144,25 @@ TILES = {
     90: {64: Tile(128, 64, 4, 3, True), 128: Tile(128, 128, 8, 3, True), 256: Tile(128, 64, 8, 2, True)},
     100: {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 128, 8, 2, True), 256: Tile(128, 32, 8, 2, True)},
 }
-# From so many queries on another tile is faster: 405 TFLOP/s beside 403 at T = 4096, 471 beside 453 at 16384.
+# Another tile is faster from so many queries on: 405 TFLOP/s beside 403 at T = 4096, 471 beside 453 at 16384.
 LONG = 2048
 LONG_TILES = {(90, 64): Tile(64, 128, 4, 3, True)}
-# Where random numbers take so many registers that the tiles above would spill. On sm_100 (128, 64, 8, 2) still spills
-# 72 B, with all options at once.
+# Dropout's random numbers take so many registers that the tiles above would spill. On sm_100 (128, 64, 8, 2) still
+# spills 72 B with all options at once.
 DROPOUT_TILES = {
     (90, 64): Tile(128, 64, 8, 2, True), (90, 128): Tile(64, 64, 8, 2, True),
     (100, 64): Tile(128, 32, 8, 2, True), (100, 128): Tile(128, 32, 8, 2, True),
     (80, 128): Tile(128, 32, 8, 3), (80, 256): Tile(64, 16, 8, 2), (86, 64): Tile(64, 32, 4, 3),
     (86, 256): Tile(64, 16, 8, 2), (90, 256): Tile(64, 32, 8, 2, True),
 }  # fmt: skip
-# Where the ends of what each query sees do: of a window, or of a document.
+# So do the bounds of each query's keys, with a window or documents.
 BOUNDED_TILES = {(80, 128): Tile(128, 32, 8, 3), (86, 128): Tile(64, 32, 4, 2)}
 
 
 def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = False, bounded: bool = False) -> Tile:
-    """The tile for head dim D and T queries. Products in fp32 run on the ordinary cores, and small tiles are best then.
+    """Returns the tile for head dim D and T queries.
 
-    So they are where D leaves rows of which no descriptor can be made.
+    It is conservative in fp32, whose products run on the ordinary cores, and where no descriptor can address rows of D.
     """
     arch = tile_arch(arch)
     if arch not in TILES or dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""Attention in plain torch: the definition, which is the oracle that kernels and CPU path are held to."""
+"""Attention in plain torch: the definition, and the oracle for kernels and CPU path."""
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ def attention_reference(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of q (B, T, H, D) to k, v (B, S, G, D); any strides. `scale` is D^-1/2 by default. Returns q's dtype.
+    """Attend from q (B, T, H, D) to k, v (B, S, G, D); any strides. `scale` is D^-1/2 by default. Returns q's dtype.
 
-    Products are rounded to q's dtype, as any chain of matmuls is; the softmax computes in at least fp32. `window` 0
-    sees only its own position. `cu_seqlens` (N + 1,) int marks the starts of N documents packed along T = S, and the
-    end. `seed` makes dropout repeatable, the same entries here and in the kernels; None draws from torch's default
-    generator. With `return_lse` also the logarithm of each softmax's denominator, (B, H, T) fp32, -inf where no key is
-    seen. Raises ValueError naming the argument. Memory is O(T * S).
+    Products are rounded to q's dtype, as any chain of matmuls is; the softmax computes in at least fp32. With `window`
+    0 a query sees only its own position. `cu_seqlens` (N + 1,) int holds the starts of N documents packed along T = S,
+    and the end. `seed` makes dropout repeatable, with the same entries here and in the kernels; None draws from torch's
+    default generator. With `return_lse` it also returns the log of each softmax's denominator, (B, H, T) fp32, -inf
+    where no key is visible. Raises ValueError naming the argument. Memory is O(T * S).
     """
     check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
     (_, T, H, D), S = q.shape, k.shape[1]
@@ -53,14 +53,14 @@ def document_of(cu_seqlens: Tensor | None, S: int) -> Tensor | None:
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, S, G, D) -> (B, S, heads, D): each key head once for every query head that reads it."""
+    """Returns (B, S, heads, D) from (B, S, G, D): each key head repeated for every query head that reads it."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def hidden_pairs(
     queries: range, keys: range, causal: bool, window: int | None, document: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Returns True (queries, keys) where the query must not see the key; `document` is that of `document_of`."""
+    """Returns a mask (queries, keys), True where the query must not see the key; `document` is from `document_of`."""
     key = torch.arange(keys.start, keys.stop, device=device)
     query = torch.arange(queries.start, queries.stop, device=device)[:, None]
     hidden = key > query if causal else torch.zeros(len(queries), len(keys), dtype=torch.bool, device=device)

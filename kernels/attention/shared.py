@@ -1,8 +1,8 @@
-"""What the forward and the backward kernels of attention have in common.
+"""Shared by the forward and backward kernels of attention: masks, scores, loads and addresses.
 
 Every query sees one interval of keys, and every key is seen by one interval of queries: causality, windows and
-documents only move its ends. `keys_seen` and `queries_seeing` are the two sides of that one fact. From the intervals of
-a tile's first and last row follow the tiles to visit, and those that every row sees in full, which need no mask.
+documents only move its ends. `keys_seen` and `queries_seeing` compute the two. The intervals of a tile's first and last
+row determine which tiles to visit, and which of them every row sees in full, so that they need no mask.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
 
 def document_bounds(cu_seqlens: Tensor | None, S: int) -> Tensor | None:
-    """(2, S) int32: for each position, where its document starts and where it ends."""
+    """Returns (2, S) int32: the start and the end of each position's document."""
     if cu_seqlens is None:
         return None
     position = torch.arange(S, device=cu_seqlens.device)
@@ -48,20 +48,20 @@ def document_bounds(cu_seqlens: Tensor | None, S: int) -> Tensor | None:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x with unit last stride: itself wherever that holds, so that a slice of a fused projection is not copied."""
+    """Returns x with unit last stride: x itself if it has that, so that a slice of a fused projection is not copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def padded(D: int) -> int:
-    """The width of a tile that holds head vectors of D: a power of two that a matrix instruction takes."""
+    """Returns the width of a tile that holds head vectors of D: a power of two that a matrix instruction takes."""
     return max(16, triton.next_power_of_2(D))
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (B, T, H, D) of 16 bits, D a multiple of 8, as the tensor memory accelerator can address it.
+    """Returns x (B, T, H, D) of 16 bits, D a multiple of 8, as the tensor memory accelerator can address it.
 
-    Itself if its rows begin at multiples of 16 bytes, else a copy: pointers in its place cost so many registers that
-    kernels on sm_90 spill, or ptxas makes their matrix products wait for each other.
+    That is x itself if its rows start at multiples of 16 bytes, else a copy. Pointers instead would cost so many
+    registers that kernels on sm_90 spill, or that ptxas serializes their matrix products.
     """
     start = x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()
     fits = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
@@ -69,7 +69,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def descriptor(x: Tensor, block: int) -> Any:
-    """A tensor descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head."""
+    """Returns a tensor descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head."""
     view = x.transpose(1, 2)
     return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, block, padded(x.shape[3])])
 
@@ -79,9 +79,9 @@ def descriptor(x: Tensor, block: int) -> Any:
 
 @jit
 def place(program, blocks, heads, length, D: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Returns (head, block) of a program. Heads go in waves whose keys and values stay in L2, heavy blocks first.
+    """Returns (head, block) of a program. Heads are ordered in waves whose keys and values fit L2, heavy blocks first.
 
-    A wave holds 4 M elements of keys, with the values 16 MB in 16 bits: a third of an A100's or H100's L2. Not tuned.
+    A wave has 4 M elements of keys, with the values 16 MB in 16 bits: a third of the L2 of an A100 or H100. Not tuned.
     """
     wave = tl.maximum(1, 4194304 // D // length)
     first = program // (wave * blocks) * wave
@@ -95,7 +95,7 @@ def place(program, blocks, heads, length, D: tl.constexpr, LAST_FIRST: tl.conste
 def keys_seen(
     p, S, window, document_ptr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
-    """Returns [first, end), the keys that the query at position p sees."""
+    """Returns [first, end), the keys visible to the query at position p."""
     first, end = p * 0, p * 0 + S
     if CAUSAL:
         end = tl.minimum(end, tl.maximum(p + 1, 0))
@@ -153,7 +153,7 @@ def load_rows(
     x, b, head, row, stride, length, CHECKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Returns (BLOCK, BLOCK_D), rows `row` onwards of a head. Columns past D are 0, and rows past length if CHECKED."""
+    """Returns a head's rows from `row` on, (BLOCK, BLOCK_D). Columns past D are 0, rows past length if CHECKED."""
     if DESCRIPTORS:
         return tl.reshape(x.load([b, head, row, 0]), (BLOCK, BLOCK_D))
     else:
@@ -169,7 +169,7 @@ def load_rows(
 
 @jit
 def scores(products, scale, softcap, SOFTCAPPED: tl.constexpr):
-    """Returns scores in units of log 2, and the scale that they still lack: an FMA multiplies it in at no cost."""
+    """Returns scores and the factor that brings them to base 2, which an FMA of the softmax applies at no cost."""
     if SOFTCAPPED:
         return tanh(products * (scale / softcap)) * (softcap * 1.4426950408889634), 1.0
     else:

@@ -42,10 +42,10 @@ def cross_entropy_reference(
     vocab_size: int | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Loss of logits (M, N) against targets (M,), computed and returned in at least fp32.
+    """Returns the loss of logits (M, N) against targets (M,), computed in at least fp32.
 
-    Where the two overlap this is torch.nn.functional.cross_entropy, down to the NaN of a mean over no rows at all.
-    Columns from vocab_size on are padding. `inplace` allows to overwrite the logits; the reference does not.
+    With the options that torch.nn.functional.cross_entropy has, the result is the same, also NaN for a mean over no
+    rows. Columns from vocab_size on are padding. `inplace` permits overwriting the logits; the reference does not.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
     _check(logits, targets, Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction))
@@ -78,7 +78,7 @@ def cross_entropy_bwd_kernel(
     ignore_index, label_smoothing, z_loss, softcap,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program finds a block of the gradient: logits[m, v], maximum[m], log_sum[m], scale[m] -> dlogits[m, v]."""
+    """One program computes a block of the gradient: logits[m, v], maximum[m], log_sum[m], scale[m] -> dlogits[m, v]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     v = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     target = tl.load(targets_ptr + m, m < M, other=0).to(tl.int64)
@@ -105,7 +105,7 @@ def cross_entropy_scale_kernel(dlogits_ptr, factor_ptr, dlogits_stride_m, factor
 
 
 def _kept(targets: Tensor, ignore_index: int) -> Tensor:
-    """How many rows count, () fp32, where they are counted: the host does not wait for it."""
+    """Returns how many rows count, () fp32, on their device, so that the host does not wait."""
     return (targets != ignore_index).sum(dtype=torch.float32)
 
 
@@ -116,7 +116,7 @@ def _reduced(loss: Tensor, kept: Tensor, reduction: str) -> Tensor:
 
 
 def _row_scale(dloss: Tensor, kept: Tensor, M: int, reduction: str) -> Tensor:
-    """d(reduced loss) / d(loss of a row), times the cotangent: (M,) fp32, often of stride 0."""
+    """Returns the gradient of each row's loss, (M,) fp32, often with stride 0."""
     return (dloss / kept if reduction == "mean" else dloss).expand(M)
 
 
@@ -154,10 +154,10 @@ _cross_entropy = differentiable(
 
 
 class _InPlace(torch.autograd.Function):
-    """The gradient takes the place of the logits in the pass that finds the loss; backward only scales it, if at all.
+    """Writes the gradient over the logits in the pass that computes the loss; backward scales it where needed.
 
     Eager mode only: a compiled graph gets the functional operator, since an operator that writes its argument has no
-    autograd there. The version counter lets torch report whoever else wanted the logits, and a second backward.
+    autograd there. The version counter lets torch report other uses of the logits, and a second backward.
     """
 
     @staticmethod
@@ -197,10 +197,10 @@ def cross_entropy_triton(
     vocab_size: int | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """cross_entropy_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic.
+    """Compute cross_entropy_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16.
 
-    Forward reads the logits once; backward reads them again and writes their gradient beside them. With `inplace`
-    forward writes the gradient over the logits, which are lost. A compiled graph ignores `inplace`.
+    Deterministic. Forward reads the logits once; backward reads them again and writes their gradient to new memory.
+    With `inplace` forward writes the gradient over the logits, which are lost. A compiled graph ignores `inplace`.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction)
@@ -217,7 +217,7 @@ def cross_entropy_triton(
     return _InPlace.apply(logits, targets, criterion)
 
 
-# What the losses of this package are tried with. `padding` columns of logits count for nothing.
+# Options of both losses. The last `padding` columns of logits do not count.
 OPTIONS: dict[str, tuple] = dict(
     label_smoothing=(0.0, 0.1), z_loss=(0.0, 1e-2), softcap=(None, 5.0), reduction=("mean", "sum", "none"),
     ignore_index=(-100, 0), padding=(0, 3), index=("int64", "int32"),
@@ -225,7 +225,7 @@ OPTIONS: dict[str, tuple] = dict(
 
 
 def draw_targets(M: int, V: int, ignore_index: int, index: str, device: str) -> Tensor:
-    """Targets (M,) below V, of which one in eight is ignored; if it is in the vocabulary, others may be too."""
+    """Draw targets (M,) below V; one in eight is ignore_index, and others may be if it is in the vocabulary."""
     targets = torch.randint(V, (M,), device=device)
     targets[7::8] = ignore_index
     return targets.to(getattr(torch, index))
@@ -236,7 +236,7 @@ def inputs(
     softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
     dtype: torch.dtype, device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """logits (M, V + padding), targets (M,)."""
+    """Draw logits (M, V + padding) and targets (M,)."""
     targets = draw_targets(M, V, ignore_index, index, device)
     logits = torch.randn(M, V + padding, dtype=dtype, device=device) * 3
     return (logits, targets), changed(
@@ -250,7 +250,7 @@ def cost(
     softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
     itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """Compulsory traffic: the logits in, their gradient out; targets and fp32 statistics once in each direction."""
+    """Count compulsory traffic: logits read, their gradient written; in each direction targets and fp32 statistics."""
     row, N = M * (getattr(torch, index).itemsize + 4), V + padding
     return Cost(4 * M * V, M * N * itemsize + row), Cost(3 * M * V, 2 * M * N * itemsize + row)
 

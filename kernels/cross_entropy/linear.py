@@ -7,9 +7,10 @@
 x: (M, C)   weight: (V, C), of whose rows the first vocab_size count   targets: (M,) int32 or int64
 loss: () or, for reduction "none", (M,), at least fp32
 
-A chunk of rows at a time: their logits, the gradient written over them, and both products of it at once; no other
-logits are held. dweight is summed over the chunks in fp32. Both gradients wait for the cotangent of the loss, which
-only scales them. For reduction "none" it is a number for each row, and backward finds the logits again.
+Rows are processed in chunks: the logits of a chunk, their gradient written over them, and both products of that; no
+other logits are held. dweight is summed over the chunks in fp32. Forward computes both gradients, and backward only
+scales them by the cotangent of the loss. For reduction "none", with a cotangent per row, backward computes the logits
+again.
 
 Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009; chunked as in Liger-Kernel.
 """
@@ -28,7 +29,7 @@ from ..prims import require_kernel_dtype
 from . import OPTIONS, draw_targets
 from .rows import Criterion, check_criterion, cross_entropy_rows
 
-# (logits (m, N), targets (m,), criterion, scale (m,) or None, loss (m,)): fills loss; scale * gradient goes over logits
+# (logits (m, N), targets (m,), criterion, scale (m,) or None, loss (m,)): fills loss, writes scale * gradient to logits
 RowsLoss = Callable[[Tensor, Tensor, Criterion, Tensor | None, Tensor], None]
 
 
@@ -45,10 +46,10 @@ def linear_cross_entropy_reference(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    """Loss () of logits x (M, C) @ weight (V, C)^T, which have x's dtype, against targets (M,). It is at least fp32.
+    """Returns the loss of logits x (M, C) @ weight (V, C)^T against targets (M,), in at least fp32.
 
-    Logits that fit in chunk_bytes (default 128 MiB on a CPU, 1 GiB on a GPU) take the formula, differentiated by torch.
-    Of others no more than that are held at a time.
+    Logits have x's dtype. If they fit in chunk_bytes (default 128 MiB on a CPU, 1 GiB on a GPU), torch differentiates
+    the formula; otherwise at most that many bytes of them are held at a time.
     """
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, _vocabulary(weight, vocab_size), reduction)
     _check(x, weight, targets, criterion)
@@ -71,9 +72,9 @@ def linear_cross_entropy_reference(
 
 
 def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x and weight as the products take them: in autocast's dtype, as F.linear does, and on a CPU with x contiguous.
+    """Returns x and weight as the products take them: in autocast's dtype, as in F.linear, and on a CPU x contiguous.
 
-    What lies between rows, torch 2.13's bf16 product on a CPU with AMX multiplies by zero, so that a NaN there spreads.
+    torch 2.13's bf16 product on a CPU with AMX multiplies the memory between rows by zero, so that a NaN there spreads.
     """
     if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -107,7 +108,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion) -> 
 
 
 def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
-    """How many rows of logits fit in the budget: by 128 where that many fit, as GEMMs like it, and at least one."""
+    """Returns how many rows of logits fit in the budget: at least one, a multiple of 128 if there is room for that."""
     if chunk_bytes is None:
         chunk_bytes = 1 << 27 if x.device.type == "cpu" else 1 << 30
     require(chunk_bytes > 0, "chunk_bytes: expected at least 1")
@@ -116,11 +117,11 @@ def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
 
 
 class Task(NamedTuple):
-    """How to go through the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients.
+    """How to process the rows: `rows` of logits at a time, `pitch` elements apart, for which gradients.
 
-    `widens` sums dweight in the products themselves, by addmm's out_dtype, where the device has it: for code that is
-    never traced, since torch 2.11 raises for out_dtype with out= on fake tensors. `shapes_only` leaves the products
-    and the loss out: for a shape function.
+    `widens` sums dweight in the products themselves, by addmm's out_dtype, on devices that have it. It is for code that
+    is never traced, since torch 2.11 raises for out_dtype with out= on fake tensors. `shapes_only` skips products and
+    loss, for a shape function.
     """
 
     rows_loss: RowsLoss
@@ -134,17 +135,17 @@ class Task(NamedTuple):
 
     @property
     def early(self) -> bool:
-        """Whether forward finds the gradients, which it can where backward need only scale them by one number."""
+        """Returns whether forward computes the gradients, which backward then scales by one number."""
         return self.criterion.reduction != "none" and (self.needs_dx or self.needs_dweight)
 
 
 def _pass(
     x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, task: Task
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (M,) in at least fp32 and, given a scale (M,), the gradients of (scale * loss).sum(); empty if not needed.
+    """Returns loss (M,) in at least fp32 and, given a scale (M,), dx and dweight of (scale * loss).sum().
 
-    dx has x's dtype. So has dweight if it is a single bf16 product, rounded once; otherwise it is at least fp32.
-    The products go through `out=`, which saves allocations and is left alone by autocast.
+    Gradients that are not needed are empty. dx has x's dtype; so has dweight if it is a single bf16 product, rounded
+    once; otherwise it is at least fp32. Products use `out=`, which saves allocations and which autocast leaves alone.
     """
     (M, C), V, rows = x.shape, weight.shape[0], task.rows
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -171,12 +172,12 @@ def _pass(
 
 
 def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool, widens: bool) -> None:
-    """total (V, C) += z (m, V)^T @ x (m, C) in total's dtype, or total = where this is the first product."""
+    """Add z (m, V)^T @ x (m, C) to total (V, C) in total's dtype; the `first` product is assigned, not added."""
     if total.dtype == z.dtype:
         torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
     elif widens and z.device.type == "cuda":
         torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:  # 16-bit products, summed wide; on a CPU for a few rows of the total at a time, which stay in cache
+    else:  # 16-bit products summed in total's dtype; on a CPU by parts of the total that stay in cache
         rows = 4096 if z.device.type == "cpu" else total.shape[0]
         for part, z_part in zip(total.split(rows), z.split(rows, dim=1), strict=True):
             product = torch.mm(z_part.t(), x)
@@ -184,7 +185,7 @@ def _add_product(total: Tensor, z: Tensor, x: Tensor, first: bool, widens: bool)
 
 
 def _forward(x: Tensor, weight: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, dx and dweight for a cotangent of one and still undivided, and the divisor ()."""
+    """Returns the loss, then dx and dweight for a cotangent of one before the division, and the divisor ()."""
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     loss, dx, dweight = _pass(x, weight, targets, one.expand(x.shape[0]) if task.early else None, task)
     if task.criterion.reduction == "none":
@@ -214,7 +215,7 @@ def _backward(
 def _rows_loss_reference(
     logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
 ) -> None:
-    """A RowsLoss in plain torch, for so many rows at a time that their fp32 softmax stays in cache."""
+    """A RowsLoss in plain torch, in blocks of rows whose fp32 softmax stays in cache."""
     rows = logits.shape[0] if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
     scales = repeat(None) if scale is None else scale.split(rows)
     blocks = zip(logits.split(rows), targets.split(rows), scales, strict=False)
@@ -258,7 +259,7 @@ def chunked_task(weight: Tensor, criterion: Criterion, rows: int, needs_dx: bool
 
 
 class _Chunked(torch.autograd.Function):
-    """The passes above in plain torch."""
+    """Differentiates the passes above in plain torch."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion, rows: int) -> Tensor:
@@ -280,7 +281,7 @@ class _Chunked(torch.autograd.Function):
 def _rows_loss_kernel(
     logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
 ) -> None:
-    """A RowsLoss by the kernel that cross_entropy shares."""
+    """A RowsLoss by the kernel of rows.py."""
     cross_entropy_rows(logits, targets.contiguous(), criterion, scale, loss)
 
 
@@ -331,9 +332,10 @@ def linear_cross_entropy_triton(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    """linear_cross_entropy_reference, its softmax by a kernel, on CUDA tensors of fp32, fp16 or bf16. Deterministic.
+    """Compute linear_cross_entropy_reference, softmax by a kernel, on CUDA tensors of fp32, fp16 or bf16.
 
-    Holds at most chunk_bytes (default 1 GiB) of logits at a time: rows enough to run the three products at full speed.
+    Deterministic. Holds at most chunk_bytes (default 1 GiB) of logits at a time, enough rows to run the three products
+    at full speed.
     """
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, _vocabulary(weight, vocab_size), reduction)
     _check(x, weight, targets, criterion)
@@ -349,9 +351,9 @@ def inputs(
     softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
     chunks: int = 1, dtype: torch.dtype, device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """x (M, C) and weight (V + padding, C) with logits of unit variance, targets (M,).
+    """Draw x (M, C) and weight (V + padding, C) with logits of unit variance, and targets (M,).
 
-    With `chunks` above 1 logits of fp32 are held in about so many parts.
+    With `chunks` above 1, chunk_bytes splits fp32 logits into about so many chunks.
     """
     targets, N = draw_targets(M, V, ignore_index, index, device), V + padding
     x = torch.randn(M, C, dtype=dtype, device=device)
@@ -367,7 +369,7 @@ def cost(
     softcap: float | None = None, reduction: str = "mean", padding: int = 0, index: str = "int64",
     chunks: int = 1, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """Three products. Compulsory traffic: x, weight and targets in; backward, both again and their gradients out."""
+    """Count three products; forward x, weight and targets read, backward again, and their gradients written."""
     N = V + padding
     operands = (M * C + N * C) * itemsize + M * getattr(torch, index).itemsize
     return Cost(2 * M * N * C, operands), Cost(4 * M * N * C, 2 * operands)

@@ -1,7 +1,7 @@
-"""Cross-entropy of rows of logits: what cross_entropy and linear_cross_entropy share.
+"""Cross-entropy of rows of logits, shared by cross_entropy and linear_cross_entropy.
 
-The loss of each row, the two parts of its log-sum-exp, and on demand its gradient over the logits. On a Hopper GPU rows
-of 16 bits that fit are kept in shared memory (hopper.py); others are read twice.
+Computes the loss of each row, the two parts of its log-sum-exp and, on demand, its gradient, written over the logits.
+On a Hopper GPU rows of 16 bits that fit are held in shared memory (hopper.py); others are read twice.
 """
 
 from typing import NamedTuple
@@ -27,9 +27,9 @@ class Criterion(NamedTuple):
 
 
 def check_criterion(targets: Tensor, M: int, N: int, device: torch.device, criterion: Criterion, rows: str) -> None:
-    """Refuse wrong arguments of a cross-entropy over M rows of N logits, which the caller knows as the argument `rows`.
+    """Refuse wrong arguments of a cross-entropy over M rows of N logits; the caller's argument `rows` holds those rows.
 
-    On a CPU also if a target lies outside the vocabulary; on a GPU, for which the host would have to wait, the loss of
+    On a CPU it also refuses targets outside the vocabulary; on a GPU, where the host would have to wait, the loss of
     such a row is NaN.
     """
     V = criterion.vocab_size
@@ -58,10 +58,10 @@ def check_criterion(targets: Tensor, M: int, N: int, device: torch.device, crite
 
 @jit
 def load_logits(pointers, mask, real, softcap, SOFTCAP: tl.constexpr):
-    """Logits in fp32 under their cap, minus infinity where they are not `real`; and their share of it, -1 to 1.
+    """Returns logits in fp32 under their softcap, -inf where not `real`, and their share of the cap, -1 to 1.
 
-    `mask` says what may be read. It differs from `real` over padded columns: a mask that ends on a multiple of 16 keeps
-    the loads 128 bits wide.
+    `mask` says what may be read. It is wider than `real` over padded columns: a mask that ends on a multiple of 16
+    keeps loads 128 bits wide.
     """
     s = tl.load(pointers, mask, other=0.0).to(tl.float32)
     share = s
@@ -75,10 +75,11 @@ def load_logits(pointers, mask, real, softcap, SOFTCAP: tl.constexpr):
 def logits_gradient(
     s, share, v, target, maximum, log_sum, scale, V, label_smoothing, z_loss, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """scale[m] * dloss[m] / dz[m, v] for a block s of capped logits and their share of the cap.
+    """Returns scale[m] * dloss[m] / dz[m, v] for a block s of capped logits and their share of the cap.
 
-    Of s / softcap, rounded once more, the cap's derivative would lose digits where the share is near one. The
-    log-sum-exp comes in its two parts: of their rounded sum, softmax would lose digits where the logits are large.
+    The softcap's derivative is computed from the share: from s / softcap, rounded once more, it would lose digits where
+    the share is near one. The log-sum-exp comes as two parts, maximum and log_sum: with their rounded sum softmax would
+    lose digits where logits are large.
     """
     p = tl.exp((s - maximum) - log_sum)
     hit = tl.where(v == target, 1.0, 0.0)
@@ -90,7 +91,7 @@ def logits_gradient(
 
 @jit
 def _include(s, maximum, denominator):
-    """One more block in the running maximum (BLOCK_M, 1) and in the sum of exp(s - maximum), still apart by column."""
+    """Returns the running maximum (BLOCK_M, 1) and the sums of exp(s - maximum) by column, with a block s included."""
     larger = tl.maximum(maximum, tl.max(s, axis=1)[:, None])
     shift = tl.where(larger == float("-inf"), 0.0, larger)  # so far only -inf: exp(-inf - -inf) would be NaN
     return larger, denominator * tl.exp(maximum - shift) + tl.exp(s - shift)
@@ -103,11 +104,11 @@ def cross_entropy_rows_kernel(
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program finds loss[m], maximum[m] and log_sum[m], which make up the log-sum-exp, of BLOCK_M rows.
+    """One program computes loss[m], and maximum[m] + log_sum[m], the log-sum-exp, of BLOCK_M rows.
 
-    With GRADIENT it also writes scale[m] * dloss[m] / dz[m, :] over the logits. WHOLE rows stay in registers for it.
-    Longer ones are read by blocks, and again from the end: what was read last is likeliest still in L2.
-    The first V of N columns count, the others get gradient 0.
+    With GRADIENT it also writes scale[m] * dloss[m] / dz[m, :] over the logits. WHOLE rows stay in registers for that.
+    Longer rows are read by blocks, and again from the end, since what was read last is most likely still in L2.
+    The first V of N columns count; the others get gradient 0.
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     target = tl.load(targets_ptr + m, m < M, other=0).to(tl.int64)
@@ -118,6 +119,7 @@ def cross_entropy_rows_kernel(
     chosen = tl.where(known, chosen, float("nan"))
     if GRADIENT:
         tl.debug_barrier()  # every warp has its target's logit before any warp writes over it
+    # maximum and sum of exponentials
     maximum = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
     denominator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -135,6 +137,7 @@ def cross_entropy_rows_kernel(
             if SMOOTHING:
                 total += tl.where(v < V, s, 0.0)
     log_sum = tl.log(tl.sum(denominator, axis=1)[:, None])
+    # loss
     loss = log_sum - (chosen - maximum)
     if SMOOTHING:
         mean = tl.sum(total, axis=1)[:, None] / V
@@ -144,6 +147,7 @@ def cross_entropy_rows_kernel(
     tl.store(loss_ptr + m, tl.where(kept, loss, 0.0), m < M)
     tl.store(maximum_ptr + m, maximum, m < M)
     tl.store(log_sum_ptr + m, log_sum, m < M)
+    # gradient
     if GRADIENT:
         scale = tl.load(scale_ptr + m * scale_stride_m, m < M, other=0.0)
         if WHOLE:
@@ -160,19 +164,19 @@ def cross_entropy_rows_kernel(
                 tl.store(row + v, dz.to(logits_ptr.dtype.element_ty), (m < M) & (v < N))
 
 
-# Whole rows: the widest blocks without spills (results/aot.json). Long ones, whose loads are pipelined in three stages:
+# Whole rows take the widest blocks without spills (results/aot.json). Long rows, loads pipelined in three stages: on an
 # NVIDIA H200, 2026-11-26, bf16 in place, 2810 GB/s at 16384x50304 and 2704 at V = 131072; blocks of 8192 in one stage
-# had 2290.
+# reached 2290.
 TILES = {"rows": RowTiles(whole=8192, per_warp=512, long=RowTile(1, 2048, 4, long=True))}
 
 
 def cross_entropy_rows(
     logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None = None, loss: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, maximum and log sum_v exp(s - maximum), each (M,) fp32, of logits (M, N) and targets (M,), rows contiguous.
+    """Returns loss, maximum and log sum_v exp(s - maximum), each (M,) fp32, of logits (M, N) and targets (M,).
 
-    With a scale (M,) fp32, the gradient times it is written over the logits. Ignored rows are not read. `loss` is where
-    to put it, unless in new memory.
+    Rows of logits are contiguous. With a scale (M,) fp32, scale times the gradient is written over the logits. Ignored
+    rows are not read. The loss is written to `loss` if that is given.
     """
     M, N = logits.shape
     loss = torch.empty(M, dtype=torch.float32, device=logits.device) if loss is None else loss

@@ -1,4 +1,4 @@
-"""Attention of the newest tokens of each sequence to a cache of keys and values: the decoding step.
+"""Attention of each sequence's newest tokens to a cache of keys and values: the decoding step.
 
     position[t] = lengths[b] - T + t      query t sees keys u <= position[t]; u >= position[t] - window if windowed
     s[t, u] = scale * sum_d q[t, d] * k[u, d]        s = softcap * tanh(s / softcap)  if softcap
@@ -7,22 +7,21 @@
     q, out: (B, T, H, D)   k, v: (B, S, G, D)   lengths: (B,) int   k_scale, v_scale: (B, S, G) fp32
     paged: k, v: (N, page_size, G, D)   pages: (B, P) int32   k_scale, v_scale: (N, page_size, G) fp32
 
-`lengths` counts the keys of each sequence, the T new ones among them; the rest of the cache is not looked at, whatever
-it holds. A query that sees no key (position below 0) gives 0. Query head h reads key head h // (H / G). In a paged
-cache position u of sequence b lies in page pages[b, u // page_size], row u % page_size. A cache of int8 or
-float8_e4m3fn numbers holds k / k_scale and v / v_scale; one of q's dtype may, too. There is no derivative: nothing is
-learned from a cache.
+`lengths` counts the keys of each sequence, including the T new ones; the rest of the cache is never read. A query that
+sees no key (position below 0) gives 0. Query head h reads key head h // (H / G). In a paged cache, position u of
+sequence b lies in page pages[b, u // page_size], row u % page_size. A cache of int8 or float8_e4m3fn holds k / k_scale
+and v / v_scale; one of q's dtype may, too. There is no derivative.
 
-One scale per head and position, not one per head: a head's scale would have to be known before its keys are, and one
-outlier would cost every other position its digits. It adds 4 bytes to the D of a row, and multiplies scores and weights
-rather than keys and values, so it costs no more arithmetic than the coarser one.
+Scales are per head and position, not per head: a head's scale would have to be known before its keys, and one outlier
+would cost every other position its digits. A scale adds 4 bytes to the D of a row, and multiplies scores and weights
+rather than keys and values, so that it costs no more arithmetic than a coarser one.
 
-The keys of a sequence are split among programs, as many as fill the GPU while the parts, fp32 numbers for each query
-and split, stay few beside the keys. The last program of a head to finish combines its parts, always in one order: an
-atomic count says which is the last, and makes what the others stored visible to it. It leaves the count at 0. Where
-heads and sequences fill the GPU there is one split, and nothing to combine.
+The keys of a sequence are split among as many programs as fill the GPU, while the partial results, fp32 numbers for
+each query and split, stay few beside the keys. The last program of a head to finish combines them, always in one order:
+an atomic counter tells which is the last, and makes what the others stored visible to it. It resets the counter to 0.
+If heads and sequences alone fill the GPU, there is one split and nothing to combine.
 
-Split over the keys with a combination of the parts: Dao et al., "Flash-Decoding",
+Split over the keys with combination: Dao et al., "Flash-Decoding",
 https://pytorch.org/blog/flash-decoding/; pages: Kwon et al., arXiv:2309.06180; grouped heads: arXiv:2305.13245.
 """
 
@@ -42,7 +41,7 @@ from .reference import QUANTIZED, Cache, check, decode_attention_reference, quan
 
 @jit
 def _place(pages_ptr, b, u, there, pages_stride_b, pages_stride_p, PAGE_SIZE: tl.constexpr):
-    """Where positions u of sequence b lie: index on the cache's first axis, and on its second."""
+    """Returns the indices of positions u of sequence b on the cache's first and second axes."""
     if PAGE_SIZE == 0:
         return b, u.to(tl.int64)
     else:
@@ -52,7 +51,7 @@ def _place(pages_ptr, b, u, there, pages_stride_b, pages_stride_p, PAGE_SIZE: tl
 
 @jit
 def _load_numbers(pointers, mask, dtype: tl.constexpr):
-    """A tile of the cache in the dtype of the products. Bytes are float8_e4m3fn to be converted by hand."""
+    """Returns a tile of the cache in the dtype of the products. uint8 stands for float8_e4m3fn, converted by hand."""
     x = tl.load(pointers, mask, other=0.0)
     if x.dtype == tl.uint8:
         return _from_bits(x).to(dtype)
@@ -67,7 +66,7 @@ def _combine(
     part_ptr, lse_ptr, out_ptr, b, g, first, T, H, group, splits,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The parts of up to BLOCK_M queries of a key head, QUERIES at a time, each by the weight of its keys -> out."""
+    """Combine the partial results of up to BLOCK_M queries of a key head, QUERIES at a time -> out."""
     d, n = tl.arange(0, BLOCK_D)[None, None, :], tl.arange(0, PARTS)[None, :, None]
     for start in tl.range(first, tl.minimum(first + BLOCK_M, T * group), QUERIES):
         m = start + tl.arange(0, QUERIES)[:, None, None]
@@ -94,9 +93,9 @@ def _head(
     ptr, d, stored, weight_ptr, cos_ptr, sin_ptr, angle, eps,
     NORMED: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATED: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Vectors of heads (BLOCK_D, columns) in fp32, normalized, and turned by the angles of rows `angle` of the tables.
+    """Returns head vectors (BLOCK_D, columns) in fp32, normalized, and rotated by row `angle` of the tables.
 
-    What a number is turned with is loaded, not exchanged: it lies in the cache of the multiprocessor.
+    The other number of a pair is loaded again, not exchanged between threads: it is in the multiprocessor's cache.
     """
     x = tl.load(ptr + d, stored & (d < D), other=0.0).to(tl.float32)
     if NORMED:
@@ -120,7 +119,7 @@ def _head(
 
 @jit
 def _from_bits(x):
-    """float8_e4m3fn in bytes as fp32."""
+    """Returns the fp32 values of bytes that hold float8_e4m3fn."""
     bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
     number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0  # the biases of the exponents are 8 apart
     return tl.where((x & 0x7F) == 0x7F, float("nan"), number)
@@ -128,7 +127,7 @@ def _from_bits(x):
 
 @jit
 def _to_bits(x):
-    """fp32 up to 448 in magnitude as float8_e4m3fn in bytes, rounded to nearest even."""
+    """Returns fp32 numbers up to 448 in magnitude as bytes of float8_e4m3fn, rounded to nearest even."""
     bits = tl.abs(x).to(tl.uint32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20).to(tl.int32) - (120 << 3)
     small = _rounded(tl.abs(x) * 512.0).to(tl.int32)  # below 2^-6 a step is 2^-9
@@ -139,13 +138,13 @@ def _to_bits(x):
 
 @jit
 def _rounded(x):
-    """fp32 below 2^22 in magnitude to the nearest integer, ties to even."""
+    """Returns fp32 numbers below 2^22 in magnitude rounded to integers, ties to even."""
     return (x + 12582912.0) - 12582912.0
 
 
 @jit
 def _keep(x, number_ptrs, scale_ptr, kept, stored, dtype: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Writes one key or value (BLOCK_D, 1) into the cache; what the cache then gives back in fp32, and its scale."""
+    """Write one key or value (BLOCK_D, 1) to the cache; returns what the cache then holds, in fp32, and its scale."""
     x = x.to(dtype).to(tl.float32)
     scale = tl.full((1, 1), 1.0, tl.float32)
     if not QUANTIZED:
@@ -184,12 +183,12 @@ def decode_attention_fwd_kernel_split(
     PAGE_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M of the queries that share a key head, over one split of the keys they see -> out or a part.
+    """One program: BLOCK_M queries that share a key head, over one split of their keys -> out, or a partial result.
 
-    A part is the split's own softmax(s) v in fp32, with its log-sum-exp in base 2; WHOLE: there is one split. Products
-    are transposed, keys first: a matrix instruction has at least 64 rows on Hopper and Blackwell, for which there are
-    too few queries, but as little as 8 columns. APPEND: q comes with the keys and values of its own positions behind
-    its heads; the last split takes them from there, and puts them into the cache, which nobody reads there.
+    A partial result is the split's own softmax(s) v in fp32, with its log-sum-exp in base 2. WHOLE: there is one split.
+    Products are transposed, keys first: a matrix instruction has at least 64 rows on Hopper and Blackwell, more than
+    there are queries, but as few as 8 columns. APPEND: q is followed by the keys and values of its own positions; the
+    last split attends to them directly, and writes them to the cache, where no other program reads them.
     """
     group = H // G
     blocks = tl.cdiv(T * group, BLOCK_M)
@@ -219,12 +218,14 @@ def decode_attention_fwd_kernel_split(
     start = first + split * share
     stop = tl.minimum(start + share, end)
 
+    # cached keys
     maximum = tl.full((1, BLOCK_M), float("-inf"), tl.float32)
     total = tl.zeros((1, BLOCK_M), tl.float32)
     acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     for row in tl.range(start, stop, BLOCK_N):
         u = row + tl.arange(0, BLOCK_N)[:, None]
         n, r = _place(pages_ptr, b, u, u < stop, pages_stride_b, pages_stride_p, PAGE_SIZE)
+        # scores
         k_rows = k_ptr + n * k_stride_n + r * k_stride_r + g * k_stride_g
         k = _load_numbers(k_rows + d[None, :] * k_stride_d, (u < stop) & (d[None, :] < D), q.dtype)
         s = tl.dot(k, q, input_precision="ieee") * scale
@@ -238,6 +239,7 @@ def decode_attention_fwd_kernel_split(
             seen = seen & (u >= position - window)
         s = tl.where(seen, s * 1.4426950408889634, float("-inf"))
 
+        # softmax
         larger = tl.maximum(maximum, tl.max(s, axis=0)[None, :])
         origin = tl.where(larger == float("-inf"), 0.0, larger)  # no key seen yet: every weight is exp2(-inf - 0) = 0
         p = tl.exp2(s - origin)
@@ -246,13 +248,14 @@ def decode_attention_fwd_kernel_split(
         if QUANTIZED:
             v_scale_rows = v_scale_ptr + n * v_scale_stride_n + r * v_scale_stride_r + g * v_scale_stride_g
             p *= tl.load(v_scale_rows, u < stop, other=0.0).to(tl.float32)
-        # Read as its transpose, not transposed after: so that tiles of all dtypes are copied ahead, past the registers.
+        # values; loaded transposed, not transposed afterwards, so that tiles of any dtype are prefetched asynchronously
         u = row + tl.arange(0, BLOCK_N)[None, :]
         n, r = _place(pages_ptr, b, u, u < stop, pages_stride_b, pages_stride_p, PAGE_SIZE)
         v_rows = v_ptr + n * v_stride_n + r * v_stride_r + g * v_stride_g
         v = _load_numbers(v_rows + d[:, None] * v_stride_d, (u < stop) & (d[:, None] < D), q.dtype)
         acc = tl.dot(v, p.to(q.dtype), acc * alpha, input_precision="ieee")
 
+    # new keys
     if APPEND:
         for i in tl.range(0, tl.where(split == splits - 1, T, 0)):
             u = tl.full((1, 1), 0, tl.int32) + (length + i)
@@ -289,6 +292,7 @@ def decode_attention_fwd_kernel_split(
             maximum, total = larger, total * alpha + p
             acc = acc * alpha + y * (p * y_scale)
 
+    # epilogue
     out = tl.where(total != 0.0, acc / total, 0.0)  # NaN, too, is something seen
     query = (b * T + t) * H + h
     if WHOLE:
@@ -297,7 +301,7 @@ def decode_attention_fwd_kernel_split(
         part = query * splits + split
         tl.store(lse_ptr + part, maximum + tl.log2(total), m < T * group)  # of no key -inf
         tl.store(part_ptr + part * D + d[:, None], out, stored)
-        tl.debug_barrier()  # what follows releases what one thread has stored, and so all of them must be done
+        tl.debug_barrier()  # the atomic below releases the stores of one thread, so all threads must be done
         if tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
             start = tl.program_id(0) % blocks * BLOCK_M
             _combine(part_ptr, lse_ptr, out_ptr, b, g, start, T, H, group, splits, D, BLOCK_M, BLOCK_D, QUERIES, PARTS)
@@ -305,7 +309,7 @@ def decode_attention_fwd_kernel_split(
 
 
 class Append(NamedTuple):
-    """What is done with the new keys and queries before they meet, and counts that are 0; of append.py."""
+    """How append.py prepares new queries and keys, and its counters, all 0."""
 
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -316,9 +320,9 @@ class Append(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Keys of a tile, warps and stages of a program; `programs`: how many of a multiprocessor's the splits aim at.
+    """Keys of a tile, warps and stages of a program; `programs` per multiprocessor that splits aim at.
 
-    `registers` of a thread, at most: ptxas for sm_100 spills rather than take more than 128, unless it is told to.
+    `registers` is the limit per thread: unless it is given, ptxas for sm_100 spills rather than take more than 128.
     """
 
     block_n: int
@@ -336,15 +340,15 @@ TILES = {
     90: {128: Tile(64, 4, 3, 4), 256: Tile(64, 8, 2, 2)},
     100: {128: Tile(64, 8, 3, 4, 255), 256: Tile(64, 8, 2, 2, 255)},
 }
-# Where the bounds of a window, or a cache of 8 bits, take so many registers that the tiles above would spill.
+# The bounds of a window, and a cache of 8 bits, take so many registers that the tiles above would spill.
 CROWDED_TILES = {(86, 128): Tile(32, 8, 3, 2), (90, 256): Tile(32, 8, 2, 2), (100, 256): Tile(32, 8, 2, 2, 255)}
-MOST_ROWS = 32  # queries of one program; with 64 the registers spill. Neighbours share their keys in the L2 cache
-PART_SHARE = 12  # parts move at most one in so many of the bytes of the keys and values, where programs are many
-COMBINED = 2048  # numbers of parts that a combination takes at once
+MOST_ROWS = 32  # queries of one program; with 64, registers spill. Neighbours share their keys in the L2 cache
+PART_SHARE = 12  # partial results move at most this fraction of the bytes of keys and values, if programs are many
+COMBINED = 2048  # numbers of partial results that a combination loads at once
 
 
 def tile(D: int, dtype: torch.dtype, arch: int, crowded: bool = False) -> Tile:
-    """The tile for head dim D. Matrix products in fp32 run on the ordinary cores, and then small tiles are best."""
+    """Returns the tile for head dim D; the smallest in fp32, whose products run on the ordinary cores."""
     arch, width = tile_arch(arch), 128 if D <= 128 else 256
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
@@ -353,11 +357,11 @@ def tile(D: int, dtype: torch.dtype, arch: int, crowded: bool = False) -> Tile:
 
 
 def count_splits(keys: int, queries: int, itemsize: int, places: int, block: Tile, multiprocessors: int) -> int:
-    """Splits of the keys of one head for its `queries`, in a launch of `places` programs: as many as fill the GPU.
+    """Returns into how many splits a head's keys go for its `queries`, if one split makes `places` programs.
 
-    But the more queries, the more their parts weigh. So no more splits than move a twelfth of what the keys and values
-    do, as long as every other multiprocessor has a program: on an H100, 66 with two tiles of 32 KiB under way have
-    4 MiB in flight, and memory at 3.35 TB/s, which answers in some 0.7 us, can be kept busy with 2.3.
+    As many as fill the GPU, but partial results grow with the queries. So they may move a twelfth of the bytes of keys
+    and values, or more only until every other multiprocessor has a program: on an H100, 66 programs with two tiles of
+    32 KiB in flight have 4 MiB, and 2.3 MiB keep its memory busy at 3.35 TB/s and a latency of 0.7 us.
     """
     fill = block.programs * multiprocessors // places
     light = 2 * keys * itemsize // (PART_SHARE * 2 * 4 * queries)  # a part is fp32, and is written and read
@@ -369,17 +373,17 @@ def launch(
     q: Tensor, cache: Cache, lengths: Tensor, pages: Tensor | None, window: int, scale: float, softcap: float, H: int,
     append: Append | None = None,
 ) -> Tensor:  # fmt: skip
-    """The one launch: attention of the first H heads of q. With `append` the caches hold nothing of q's positions."""
+    """Returns attention of the first H heads of q. With `append` the cache does not hold q's positions yet."""
     k, v, k_scale, v_scale = cache
     (B, T, _, D), (S, G), page_size = q.shape, k.shape[1:3], 0
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
-    if launcher() is skip:  # of the shape alone: the number of splits must not bind a compiled graph to sizes
+    if launcher() is skip:  # depends on the shape alone: the number of splits must not tie a compiled graph to sizes
         return out
     if pages is not None:
         S, page_size = S * pages.shape[1], S
     if out.numel() == 0 or S == 0:
         return out.zero_()
-    if k.dtype == torch.float8_e4m3fn and arch(q) < 89:  # without an instruction to convert it, nor a Triton type
+    if k.dtype == torch.float8_e4m3fn and arch(q) < 89:  # no instruction converts it, and Triton has no type for it
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     block, block_d = tile(D, q.dtype, arch(q), window >= 0 or k_scale is not None), max(16, triton.next_power_of_2(D))
     queries = T * (H // G)
@@ -436,10 +440,10 @@ def decode_attention_triton(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """decode_attention_reference by the kernels of this page, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
+    """Compute decode_attention_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16.
 
-    Caches are read where they lie, up to each sequence's length. Deterministic; nothing waits for the values of
-    lengths, and launches depend on shapes alone, so that a CUDA graph may replay them.
+    Head dims D up to 256. Caches are not copied, and are read up to each sequence's length. Deterministic; nothing
+    waits for the values of lengths, and launches depend on shapes alone, so that a CUDA graph may replay them.
     """
     check(q, Cache(k, v, k_scale, v_scale), lengths, pages, window, scale, softcap)
     require_kernel_dtype("q", q)
@@ -454,10 +458,10 @@ def inputs(
     window: int | None = None, softcap: float | None = None, scale: float | None = None, dtype: torch.dtype,
     device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """q (B, T, H, D), k and v (B, S, G, D), normal; lengths evenly from `shortest` to S, all S by default.
+    """Draw normal q (B, T, H, D), k and v (B, S, G, D); lengths are spaced from `shortest` to S, all S by default.
 
-    With a page_size the caches are pools of shuffled pages, and the table follows; with a `cache` of "int8" or "fp8"
-    they are quantized, and the scales follow.
+    With a page_size the caches are pools of shuffled pages, and their table follows; with a `cache` of "int8" or "fp8"
+    they are quantized, and their scales follow.
     """
     q = torch.randn(B, T, H, D, dtype=dtype, device=device)
     steps = torch.linspace(S if shortest is None else shortest, S, B, dtype=torch.float64, device=device)
@@ -479,7 +483,7 @@ def cost(
     B: int, T: int, S: int, H: int, G: int, D: int, *, shortest: int | None = None, page_size: int = 0, cache: str = "",
     window: int | None = None, softcap: float | None = None, scale: float | None = None, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """Two products over the keys seen; every key and value that is seen, with its scale, read once, q and out once."""
+    """Count two products over visible keys; visible keys and values with their scales, q and out are moved once."""
     if window is None:
         keys = B * (S + (S if shortest is None else shortest)) // 2
         seen = T * keys - B * T * (T - 1) // 2

@@ -1,15 +1,15 @@
-"""Attention of the newest tokens to a cache that they are put into: the whole of a decoding step between two products.
+"""Attention of new tokens to a cache that they are appended to: all of a decoding step between two products.
 
     position[t] = lengths[b] + t        (q, k, v)[t] = qkv[b, t]: H heads of queries, G of keys, G of values
     q, k = norm(q) * q_norm, norm(k) * k_norm  if qk_norm        norm(x) = x / sqrt(mean_d(x^2) + eps)
-    q, k = turned by position, half-split, as in rotary.py       if there are cos and sin
+    q, k = rotated by position, half-split, as in rotary.py      if there are cos and sin
     cache[position[t]] = k, v        out = decode_attention(q, cache, lengths + T)
 
     qkv: (B, T, H + 2 G, D)   k, v: (B, S, G, D), or pages of them, and the rest as in decode_attention
     cos, sin: (P, D/2)   q_norm, k_norm: (D,)   counts: (at least B * G * ceil(T * H / G / 32),) int32, all 0
 
-The caches are written in place; positions past their end are not. The launch is that of decode_attention: its last
-split takes the new keys and values from qkv, so nobody waits for what is written, and rounds them as the cache does.
+The caches are written in place; positions past their end are dropped. The kernel is decode_attention's: its last split
+takes the new keys and values from qkv, rounded as the cache rounds them, so that no program waits for what is written.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def append_attention_reference(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Puts the keys and values of qkv (B, T, H + 2 G, D) into the caches and attends to all. (B, T, H, D), qkv's dtype.
+    """Append the keys and values of qkv (B, T, H + 2 G, D) to the caches, attend; returns (B, T, H, D) of qkv's dtype.
 
-    `lengths` (B,) counts the positions before the new ones. Positions past the tables of cos and sin are turned as
-    their last. Queries, keys and values are in at least fp32 until they are put, or used, in qkv's dtype. `counts` is
-    for the kernel, which leaves it as it was: all 0. Raises ValueError naming the argument, on a CPU also for lengths
-    that leave no room for T.
+    `lengths` (B,) counts the positions before the new ones. Positions past the tables of cos and sin take their last
+    row. Queries, keys and values are computed in at least fp32, then rounded to qkv's dtype. `counts` is for the
+    kernel, which leaves it all 0. Raises ValueError naming the argument, on a CPU also for lengths that leave no room
+    for T.
     """
     append = Append(q_norm, k_norm, cos, sin, eps if qk_norm else None, counts)
     _check(qkv, Cache(k, v, k_scale, v_scale), lengths, pages, append, window, scale, softcap)
@@ -146,10 +146,10 @@ def append_attention_triton(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """append_attention_reference by the kernel of decode_attention, on CUDA tensors of fp32, fp16 or bf16, D up to 256.
+    """Compute append_attention_reference with decode_attention's kernel, on CUDA tensors of fp32, fp16 or bf16.
 
-    One launch with `counts`, of which no two calls at a time may have the same; without, a second that makes them.
-    Two sequences may not put a token into one place. Deterministic; launches depend on shapes alone, so that a CUDA
+    Head dims D up to 256. One launch with `counts`, which concurrent calls may not share; without, a second one makes
+    them. No two sequences may append to the same place. Deterministic; launches depend on shapes alone, so that a CUDA
     graph may replay them.
     """
     append = Append(q_norm, k_norm, cos, sin, eps if qk_norm else None, counts)
@@ -170,7 +170,7 @@ def inputs(
     softcap: float | None = None, scale: float | None = None, counted: bool = True, dtype: torch.dtype,
     device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """qkv (B, T, H + 2 G, D) normal, caches as decode_attention has them; lengths up to S - T, tables of S angles."""
+    """Draw normal qkv (B, T, H + 2 G, D), caches as for decode_attention, lengths up to S - T, tables of S angles."""
     shortest = S - T if shortest is None else min(shortest, S - T)
     (_, k, v, _, *rest), _ = attention_inputs(
         B, T, S, H, G, D, page_size=page_size, cache=cache, dtype=dtype, device=device
@@ -195,7 +195,7 @@ def cost(
     rotary: bool = False, qk_norm: bool = False, norm_weight: bool = False, window: int | None = None,
     softcap: float | None = None, scale: float | None = None, counted: bool = True, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
-    """decode_attention's; but the new keys and values come from qkv, and are written into the cache once."""
+    """Count decode_attention's cost; the new keys and values come from qkv, and are written to the cache once."""
     whole, backward = attention_cost(B, T, S, H, G, D, shortest=shortest, cache=cache, window=window, itemsize=itemsize)
     return Cost(whole.flops, whole.bytes + 2 * B * T * G * D * itemsize), backward
 

@@ -1,4 +1,4 @@
-"""The definition of attention to a cache in plain torch, its path for CPUs, what it refuses, and rounded caches."""
+"""Attention to a cache in plain torch, the definition; its path for CPUs, its checks, and quantized caches' scales."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Cache(NamedTuple):
     v_scale: Tensor | None
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Cache:
-        """The function of every tensor."""
+        """Returns the cache with the function applied to every tensor."""
         k_scale, v_scale = (x if x is None else function(x) for x in (self.k_scale, self.v_scale))
         return Cache(function(self.k), function(self.v), k_scale, v_scale)
 
     def widened(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values as numbers of this dtype."""
+        """Returns keys and values in this dtype, scales applied."""
         k, v = self.k.to(dtype), self.v.to(dtype)
         if self.k_scale is None or self.v_scale is None:
             return k, v
@@ -50,12 +50,12 @@ def decode_attention_reference(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of q (B, T, H, D) to the cached k, v (B, S, G, D), lengths (B,) of them valid. Returns q's dtype.
+    """Attend from q (B, T, H, D) to the cached k, v (B, S, G, D), of which lengths (B,) are valid. Returns q's dtype.
 
-    k and v have q's dtype, or are int8 or float8_e4m3fn with scales; any strides. `scale` is D^-1/2 by default; a
-    window of 0 sees only its own position. Sums in at least fp32. Raises ValueError naming the argument, in eager mode
-    on a CPU also for lengths and pages out of range: there lengths are read, and a sequence costs what its own length
-    does. Elsewhere nothing waits for their values, and the whole cache is gone through.
+    k and v have q's dtype, or are int8 or float8_e4m3fn with scales; any strides. `scale` is D^-1/2 by default; with a
+    window of 0 a query sees only its own position. Sums are in at least fp32. Raises ValueError naming the argument, in
+    eager mode on a CPU also for lengths and pages out of range: there lengths are read, and each sequence is attended
+    to its own length only. Elsewhere nothing waits for their values, and the whole cache is processed.
     """
     cache = Cache(k, v, k_scale, v_scale)
     check(q, cache, lengths, pages, window, scale, softcap)
@@ -69,7 +69,7 @@ def decode_attention_reference(
         return _attend(q, cache, position, window, scale, softcap)
 
     def attend(batch: slice, length: int) -> Tensor:
-        seeing = min(T, length)  # the queries before them stand at no position
+        seeing = min(T, length)  # earlier queries have negative positions
         first = 0 if window is None else max(0, length - T - window)
         seen = cache.each(lambda x: _cut(x, pages, batch, first, length))
         return _attend_newest(q[batch, T - seeing :], seen, window, scale, softcap)
@@ -85,12 +85,12 @@ def decode_attention_reference(
 
 
 def on_host(lengths: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU that would wait for it, in a compiled graph they are not there."""
+    """Returns whether values may be read: on a GPU the host would wait for them, and a compiled graph has none."""
     return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _cut(x: Tensor, pages: Tensor | None, batch: slice, first: int, length: int) -> Tensor:
-    """Positions first to length of some sequences: x (B, S, ...) -> (batch, length - first, ...)."""
+    """Returns positions first to length of some sequences: x (B, S, ...) -> (batch, length - first, ...)."""
     if pages is None:
         return x[batch, first:length]
     before, after = first // x.shape[1], -(-length // x.shape[1])
@@ -99,7 +99,7 @@ def _cut(x: Tensor, pages: Tensor | None, batch: slice, first: int, length: int)
 
 
 def _hidden(position: Tensor, S: int, window: int | None) -> Tensor:
-    """True (B, T, S) where the query at position (B, T) must not see the key."""
+    """Returns a mask (B, T, S), True where the query at position (B, T) must not see the key."""
     u, position = torch.arange(S, device=position.device), position[..., None]
     hidden = u > position
     return hidden if window is None else hidden | (u < position - window)
@@ -108,13 +108,13 @@ def _hidden(position: Tensor, S: int, window: int | None) -> Tensor:
 def _attend(
     q: Tensor, cache: Cache, position: Tensor, window: int | None, scale: float, softcap: float | None
 ) -> Tensor:  # fmt: skip
-    """The definition: queries at position (B, T) over a contiguous cache (B, S, G, D)."""
+    """Attend from queries at position (B, T) to a contiguous cache (B, S, G, D): the definition."""
     (B, T, H, D), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
     k, v = cache.widened(wide)
     S, G = k.shape[1:3]
     hidden = _hidden(position, S, window)
     beyond = (torch.arange(S, device=q.device) > position[:, -1:])[..., None, None]  # (B, S, 1, 1)
-    v = v.masked_fill(beyond, 0.0)  # 0 times what lies there may be NaN
+    v = v.masked_fill(beyond, 0.0)  # 0 times a NaN there would be NaN
     s = torch.einsum("btgrd,bsgd->bgrts", q.to(wide).reshape(B, T, G, H // G, D), k) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
@@ -124,17 +124,17 @@ def _attend(
 
 
 def _attend_newest(q: Tensor, cache: Cache, window: int | None, scale: float, softcap: float | None) -> Tensor:
-    """The same for queries of the last positions of a cache that was cut to what they see, on a CPU.
+    """Attend from the last positions of a cache that was cut to what they see, on a CPU.
 
-    By torch's fused operator where it can: the queries of a group of heads are rows of one product. It reads 16-bit
-    keys as they are: at 1024 keys, H = G = 12, D = 64 on two cores, fp16 takes 0.35 ms where converting takes 3.1 and a
-    pair of products 1.4; fp32 takes 0.30 either way.
+    It uses torch's fused operator where that has the options: the queries of a group of heads are rows of one product.
+    The operator reads 16-bit keys directly: at 1024 keys, H = G = 12, D = 64 on two cores, fp16 takes 0.35 ms, where
+    converting takes 3.1 and two products 1.4; fp32 takes 0.30 either way.
     """
     (B, T, H, D), (S, G) = q.shape, cache.k.shape[1:3]
     if softcap is not None or cache.k_scale is not None or q.dtype not in FUSED:
         return _attend(q, cache, torch.arange(S - T, S)[None], window, scale, softcap)
     k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
-    if T == 1:  # it sees all that was cut out for it
+    if T == 1:  # it sees the whole cut
         rows = q.reshape(B, G, H // G, D)
         return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(B, 1, H, D)
     rows = q.reshape(B, T, G, H // G, D).transpose(1, 2).reshape(B, G, -1, D)
@@ -144,9 +144,9 @@ def _attend_newest(q: Tensor, cache: Cache, window: int | None, scale: float, so
 
 
 def quantize_kv(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Keys or values (..., D) as int8 or float8_e4m3fn numbers (..., D), and the scales (...) fp32 to multiply back.
+    """Returns keys or values (..., D) as int8 or float8_e4m3fn (..., D), and the scales (...) fp32 to multiply them by.
 
-    Each row is divided by its largest magnitude, which becomes 127 (int8) or 448 (fp8). A row of zeros has scale 1.
+    Each row is scaled so that its largest magnitude becomes 127 (int8) or 448 (fp8). A row of zeros has scale 1.
     """
     require(dtype in QUANTIZED.values(), f"dtype: expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
     require(x.is_floating_point(), f"x: expected a floating dtype, got {x.dtype}")
@@ -163,8 +163,8 @@ def check(
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be.
 
-    There must be room for `new` positions more than `lengths`. Messages are made only for what is refused: making them
-    all takes longer than a short sequence.
+    There must be room for `new` positions after `lengths`. A message is made only where a check fails: making all of
+    them takes longer than attention over a short sequence.
     """
     k, v, k_scale, v_scale = cache
     if q.dim() != 4 or min(q.shape[2:]) == 0:
@@ -209,7 +209,7 @@ def check(
 
 
 def _check_values(k: Tensor, lengths: Tensor, pages: Tensor | None, new: int) -> None:
-    """Lengths within the cache, and pages within the pool as far as the lengths reach."""
+    """Refuse lengths outside the cache, and pages outside the pool as far as the lengths reach."""
     capacity = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     for b, length in enumerate(lengths.tolist()):
         if not 0 <= length <= capacity - new:

@@ -1,15 +1,15 @@
 """Attention by Hopper's own instructions, in Gluon: causal, bf16, head vectors of 64 or 128, grouped heads, T <= S.
 
-Where `attention` takes which, unasked, from measurements on an NVIDIA H200 (2026-11-26, triton 3.6.0; TFLOP/s of the
-plain kernels with their best tiles, of these, and of cuDNN 9.19):
+What decides which kernels `attention` uses by default: TFLOP/s on an NVIDIA H200 (2026-11-26, triton 3.6.0) of the
+plain kernels with their best tiles, of these, and of cuDNN 9.19:
 
     (B, T, H, D)        forward             backward, five products counted
     16, 1024, 12, 64    273 / 240 / 313     254 / 277 / 220
     1, 16384, 32, 64    471 / 438 / 459     390 / 468 / 428
     4, 4096, 16, 128    473 / 602 / -       391 / 479 / 438
 
-So the forward at D = 128, and the backward always, unless torch.use_deterministic_algorithms asks for sums in a fixed
-order: then the plain kernels run, which have them.
+So this forward runs at D = 128, and this backward always, unless torch.use_deterministic_algorithms asks for sums in a
+fixed order: then the plain kernels run.
 """
 
 import torch
@@ -35,7 +35,7 @@ __all__ = ["launch_backward_hopper", "launch_forward_hopper", "takes_backward", 
 
 
 def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether this forward is to run: where it can and is faster. Raises ValueError if insisted on where it cannot."""
+    """Returns whether this forward can run and is faster. Raises ValueError if insisted on where it cannot."""
     if launcher() is skip:
         return False
     if insisted:
@@ -45,9 +45,9 @@ def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, options: Opti
 
 
 def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether this backward is to run: where it can, and the order of dq's sums may vary.
+    """Returns whether this backward can run, and the order of dq's sums may vary.
 
-    Head vectors of 128 in groups are left to the plain kernels: with them the kernel of fused.py spills.
+    Grouped heads of 128 are left to the plain kernels: with them the kernel of fused.py spills.
     """
     if torch.are_deterministic_algorithms_enabled() or (q.shape[3] == 128 and q.shape[2] != k.shape[2]):
         return False

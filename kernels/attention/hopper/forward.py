@@ -1,12 +1,12 @@
-"""Attention forward for Hopper's own instructions, in Gluon: causal, bf16, D = 64 or 128.
+"""Attention forward by Hopper's own instructions, in Gluon: causal, bf16, D = 64 or 128.
 
-A program has three roles that run at once: one warp copies tiles of keys and values into shared memory, and two groups
-of four warps each attend 64 queries to them. Within a group the product with the values lags one tile, so that it runs
-under the exponentials of the next; between the groups the tensor cores are passed to and fro, so that one computes its
+A program has three roles that run concurrently: one warp copies tiles of keys and values into shared memory, and two
+groups of four warps each attend from 64 queries to them. Within a group the product with the values lags by one tile,
+so that it overlaps the exponentials of the next; the groups take turns on the tensor cores, so that one computes
 exponentials while the other multiplies. After FlashAttention-3 (Shah et al., arXiv:2407.08608).
 
-The roles speak through barriers in shared memory, each good for one rendezvous after another; its phase, 0 or 1, tells
-two in a row apart. kernels/proof/emulate.py runs the protocol on a CPU and finds what it lacks.
+The roles synchronize by barriers in shared memory, which are reused; a barrier's phase, 0 or 1, distinguishes
+consecutive uses. kernels/proof/emulate.py runs the protocol on a CPU and finds its races.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ def _supply(
     q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g, row, tiles,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the one warp: bring what the others consume, in the order in which they do, the last keys first."""
+    """Run the role of the one warp: fetch tiles in the order in which the others consume them, the last keys first."""
     for group in gl.static_range(2):
         fetch(q, b, h, row + group * (BLOCK_M // 2), q_full.index(group), q_tiles.index(group))
     for i in range(tiles + 1):  # keys are needed one tile before their values
@@ -39,7 +39,7 @@ def _supply(
 
 @gluon_jit
 def _softmax_step(s, m, l, first, n, scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
-    """Fold the scores of the keys from n on into the running maximum m and sum l. The first query stands at `first`."""
+    """Fold the scores of keys from n on into the running maximum m and sum l; the first query's position is `first`."""
     if n + BLOCK_N > first + 1:
         position = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         keys = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
@@ -56,7 +56,7 @@ def _attend(
     out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h, row, tiles, T, back,
     scale, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of a group of four warps: ROWS queries from `row` on -> out and the log-sum-exp in base 2."""
+    """Run the role of a group of four warps: ROWS queries from `row` on -> out and the log-sum-exp in base 2."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -68,6 +68,7 @@ def _attend(
     q_tile = q_tiles.index(GROUP)
     q = q_tile.reshape([ROWS, D])
 
+    # first tile
     gl_hopper.mbarrier.wait(q_full.index(GROUP), 0)
     gl_hopper.mbarrier.wait(k_full.index(0), 0)
     keys = k_tiles.index(0).reshape([BLOCK_N, D]).permute([1, 0])
@@ -78,6 +79,7 @@ def _attend(
     weights = gl.convert_layout(p, WEIGHTS)
     if tiles > 1:
         gl_hopper.mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1)
+    # scores of tile i, values of tile i - 1
     for i in range(1, tiles):
         k_stage, v_stage = i % STAGES, (i - 1) % STAGES
         gl_hopper.mbarrier.wait(turn.index(GROUP), (i - 1) & 1)
@@ -90,23 +92,25 @@ def _attend(
         s = gl_hopper.warpgroup_mma_wait(1, [s])
         gl_hopper.mbarrier.arrive(k_free.index(k_stage))
         p, alpha, m, l = _softmax_step(s, m, l, first, (tiles - 1 - i) * BLOCK_N, scale, ROWS, BLOCK_N, SCORES)
-        # Waiting for the next keys here, and not at the top, keeps ptxas from moving the exponentials below the wait
-        # for the values' product: they would then no longer run under it.
+        # Waiting for the next keys here, not at the top, keeps ptxas from moving the exponentials below the wait for
+        # the values' product, where they would no longer overlap it.
         if i + 1 < tiles:
             gl_hopper.mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
         acc, weights = gl_hopper.warpgroup_mma_wait(0, [acc, weights])
         gl_hopper.mbarrier.arrive(v_free.index(v_stage))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
         weights = gl.convert_layout(p, WEIGHTS)
+    # values of the last tile
     last = (tiles - 1) % STAGES
     gl_hopper.mbarrier.wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)
     acc = gl_hopper.warpgroup_mma(weights, v_tiles.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
     acc, weights = gl_hopper.warpgroup_mma_wait(0, [acc, weights])
 
+    # epilogue
     t = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     gl.store(lse_ptr + t, m + gl.log2(l), t < T)
     acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, OUT))[:, None]
-    q.store(acc.to(gl.bfloat16))  # where the queries lay, which are needed no more
+    q.store(acc.to(gl.bfloat16))  # over the queries, which are no longer needed
     gl_hopper.fence_async_shared()
     gl_hopper.tma.async_copy_shared_to_global(out, [b, h, row, 0], q_tile)
     gl_hopper.tma.store_wait(0)
@@ -163,7 +167,7 @@ def attention_fwd_kernel_hopper(
 
 
 class Tile(NamedTuple):
-    """Queries of a program, keys of a tile, tiles of keys in flight, registers of a thread that attends."""
+    """Queries of a program, keys of a tile, tiles of keys in flight, registers per thread of the attending groups."""
 
     block_m: int
     block_n: int

@@ -1,4 +1,4 @@
-"""What the Hopper kernels of attention share: who may run them, descriptors, and what goes before and after."""
+"""Shared by the Hopper kernels of attention: their requirements, descriptors, and the steps before and after them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -24,14 +24,14 @@ from ..shared import Options
 
 HEAD_DIMS = (64, 128)
 LOG2_E = 1.4426950408889634
-# One machine code for all sizes: nothing here gains by knowing that one of these is a multiple of 16, or 1.
+# One machine code for all sizes: no kernel here is faster for knowing that one of these is a multiple of 16, or 1.
 SIZES = ("heads", "T", "S", "H", "G", "rows")
 plain_kernel = functools.partial(jit, do_not_specialize=SIZES)
 gluon_kernel = functools.partial(gluon_jit, do_not_specialize=SIZES)
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
-    """What keeps these kernels from running, in words that name the argument; '' if nothing does."""
+    """Returns why these kernels cannot run, naming the argument; '' if they can."""
     (_, T, _, D), S, capability, by = q.shape, k.shape[1], arch(q), launcher()
     if not HAS_GLUON or (by is not None and not by.gluon):
         return "Triton: this version, or the interpreter, has no Gluon of the kind that the kernel is written in"
@@ -53,23 +53,23 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
 
 
 def tiles_of(x: Tensor, block: int) -> Any:
-    """A descriptor of x (B, T, H, D) that moves tiles of `block` rows of one head, swizzled as matrix products read."""
+    """Returns a descriptor of x (B, T, H, D) for tiles of `block` rows of a head, swizzled for matrix products."""
     (B, T, H, D), (b, t, h, d) = x.shape, x.stride()
     return _descriptor(x, (B, H, T, D), (b, h, t, d), (1, 1, block, D))
 
 
 def statistics_of(x: Tensor, block: int) -> Any:
-    """A descriptor of x (2, heads, rows) fp32 that moves `block` numbers of one head."""
+    """Returns a descriptor of x (2, heads, rows) fp32 that moves `block` numbers of one head."""
     return _descriptor(x, x.shape, x.stride(), (1, 1, block))
 
 
 def sums_of(x: Tensor, rows: int, columns: int) -> Any:
-    """A descriptor of x (heads, rows, D) fp32 that adds tiles (rows, columns) to one head's."""
+    """Returns a descriptor of x (heads, rows, D) fp32 that adds tiles (rows, columns) to one head's."""
     return _descriptor(x, x.shape, x.stride(), (1, rows, columns))
 
 
 def _descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
-    """What Triton checks of a descriptor, and the layout, follow from all but the address: both are done once."""
+    """Returns a descriptor. Its checks and layout do not depend on the address, and are cached."""
     assert x.data_ptr() % 16 == 0, "descriptors begin at multiples of 16 bytes"
     made = object.__new__(GluonDescriptor)
     made.__dict__.update(_fields(x.dtype, shape, strides, block), base=x)
@@ -88,7 +88,7 @@ def _fields(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]
 
 
 class Tile(NamedTuple):
-    """Queries of a tile; tiles of queries, of dout and of differences in flight; registers of a thread that gathers."""
+    """Queries of a tile; tiles of queries, dout and ds in flight; registers per thread of the groups for dk and dv."""
 
     block_m: int
     q_stages: int
@@ -115,14 +115,14 @@ else:
 
 @gluon_jit
 def fetch(source, b, head, row, full, target):
-    """Start the copy of a tile of rows of one head; `full` is arrived at when it has landed."""
+    """Start the copy of a tile of rows of one head; the barrier `full` completes when it has landed."""
     gl_hopper.mbarrier.expect(full, source.block_type.nbytes)
     gl_hopper.tma.async_copy_global_to_shared(source, [b, head, row, 0], full, target)
 
 
 @gluon_jit
 def fetch_both(source, statistics, kind, b, head, H, row, full, target, statistics_target):
-    """The same, and with it the log-sum-exp (kind 0) or delta (1) of those rows."""
+    """Start the copy of such a tile together with the log-sum-exp (kind 0) or delta (1) of its rows."""
     gl_hopper.mbarrier.expect(full, source.block_type.nbytes + statistics.block_type.nbytes)
     gl_hopper.tma.async_copy_global_to_shared(source, [b, head, row, 0], full, target)
     gl_hopper.tma.async_copy_global_to_shared(statistics, [kind, b * H + head, row], full, statistics_target)
@@ -130,7 +130,7 @@ def fetch_both(source, statistics, kind, b, head, H, row, full, target, statisti
 
 @gluon_jit
 def weights_of(s, lse, position, start, factor, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
-    """exp2 of the scores [keys from start on, queries from position on], 0 where a query does not see a key."""
+    """Returns the weights [keys from start on, queries from position on], 0 where a query does not see a key."""
     p = gl.exp2(s * factor - lse[None, :])
     if position < start + 63:
         keys = start + gl.arange(0, 64, gl.SliceLayout(1, SCORES))

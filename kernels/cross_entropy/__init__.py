@@ -48,7 +48,14 @@ def cross_entropy_reference(
     rows. Columns from vocab_size on are padding. `inplace` permits overwriting the logits; the reference does not.
     """
     V = logits.shape[-1] if vocab_size is None else vocab_size
-    _check(logits, targets, Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction))
+    criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction)
+    _check(logits, targets, criterion)
+    return formula(logits, targets, criterion)
+
+
+def formula(logits: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
+    """Returns the loss as the two references have it, for arguments that are checked."""
+    ignore_index, label_smoothing, z_loss, softcap, V, reduction = criterion
     s = logits if V == logits.shape[-1] else logits[:, :V]  # a slice that takes all would cost its backward a copy
     s = s.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:

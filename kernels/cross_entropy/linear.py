@@ -26,7 +26,7 @@ from torch import Tensor
 from .._triton import launcher, skip
 from ..op import Cost, Op, changed, differentiable, require
 from ..prims import require_kernel_dtype
-from . import OPTIONS, draw_targets
+from . import OPTIONS, draw_targets, formula
 from .rows import Criterion, check_criterion, cross_entropy_rows
 
 # (logits (m, N), targets (m,), criterion, scale (m,) or None, loss (m,)): fills loss, writes scale * gradient to logits
@@ -57,18 +57,7 @@ def linear_cross_entropy_reference(
     rows = _rows_per_chunk(x, weight, chunk_bytes)
     if x.shape[0] > rows:
         return _Chunked.apply(x, weight, targets, criterion, rows)
-    z, V = F.linear(x, weight), criterion.vocab_size
-    s = (z if V == z.shape[1] else z[:, :V]).to(torch.promote_types(x.dtype, torch.float32))
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    targets = targets.long()
-    loss = F.cross_entropy(s, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
-    if z_loss:
-        kept = targets != ignore_index
-        square = torch.where(kept, torch.logsumexp(s, dim=-1).square(), 0.0)
-        total = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[reduction]
-        loss = loss + z_loss * total
-    return loss
+    return formula(F.linear(x, weight), targets, criterion)
 
 
 def _operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

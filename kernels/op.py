@@ -85,8 +85,8 @@ def differentiable(
     saved_slots, saved_tensors = _tensor_slots(reverse_schema, skip=n)
     order = [saved_tensors.index(i) if i in saved_tensors else -1 for i in range(saved_slots)]
     plain = [i for i in range(saved_slots) if i not in saved_tensors]
-    for place, i in enumerate(plain, len(saved_tensors)):
-        order[i] = place
+    for position, i in enumerate(plain, len(saved_tensors)):
+        order[i] = position
     in_order = order == list(range(saved_slots))
     zeros_for_unused = "Optional[Tensor]" not in _argument_types(reverse_schema)[:n]
 
@@ -98,12 +98,12 @@ def differentiable(
         ctx.plain = tuple([saved[i] for i in plain])
 
     def recall(ctx: Any) -> Sequence[Any]:
-        found = (*ctx.saved_tensors, *ctx.plain)
-        return found if in_order else [found[i] for i in order]
+        saved = (*ctx.saved_tensors, *ctx.plain)
+        return saved if in_order else [saved[i] for i in order]
 
-    def gradients(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, returned: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         needed, slots = ctx.needs_input_grad, [None] * inputs
-        for i, gradient in zip(tensors, spread(*found), strict=True):
+        for i, gradient in zip(tensors, spread(*returned), strict=True):
             if needed[i]:
                 slots[i] = gradient
         return tuple(slots)

@@ -133,9 +133,9 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
     """Returns every launch that an op's forward and backward make at these dims on an architecture; none is run."""
     if op.triton is None:
         return []
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     fill = CHIPS[arch].multiprocessors if arch in CHIPS else 108
-    record = Launcher(lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, fill)
+    record = Launcher(lambda kernel, grid, *a, **k: recorded.append(Launch(kernel, a, k)), arch, fill)
     arguments, keywords = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
@@ -149,7 +149,7 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
             out = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor) and o.requires_grad]
             if out:
                 torch.autograd.grad(out, leaves, [torch.empty_like(o) for o in out], allow_unused=True)
-    return found
+    return recorded
 
 
 # ---- compiling

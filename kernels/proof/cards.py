@@ -18,14 +18,14 @@ REFUSED = {75: "Turing has no bf16 and no asynchronous copies", 70: "Volta has n
 
 def measured(folder: Path = RESULTS) -> dict[int, list[str]]:
     """Returns the names of GPUs that ran the kernels, by architecture, from the rows in results/."""
-    found: dict[int, set[str]] = {}
+    names_by_arch: dict[int, set[str]] = {}
     for path in folder.glob("*/ops.jsonl"):
         for line in path.read_text().splitlines():
             hardware = json.loads(line).get("hardware") or {}
             if hardware.get("kind") == "cuda":
                 arch = int(hardware["capability"].replace(".", ""))
-                found.setdefault(arch, set()).add(hardware["name"].removeprefix("NVIDIA "))
-    return {arch: sorted(names) for arch, names in found.items()}
+                names_by_arch.setdefault(arch, set()).add(hardware["name"].removeprefix("NVIDIA "))
+    return {arch: sorted(names) for arch, names in names_by_arch.items()}
 
 
 def markdown() -> str:
@@ -84,8 +84,8 @@ def page(name: str) -> Iterator[str]:
     yield f"runs    measured on {', '.join(measured().get(arch, ())) or 'none of its kind'}"
     for op in OPS.values():
         yield f"\n{op.name} at {' '.join(f'{letter}={size}' for letter, size in op.bench[0].items())} in bf16"
-        found = {(x.kernel.__name__, arch, aot.digest(x)): x for x in aot.launches(op, dict(op.bench[0]), arch)}
-        for key, launch in found.items():
+        launched = {(x.kernel.__name__, arch, aot.digest(x)): x for x in aot.launches(op, dict(op.bench[0]), arch)}
+        for key, launch in launched.items():
             row = rows.get(key)
             code = "not in results/aot.json" if row is None else (
                 f"{row['registers']} registers, {row['shared_bytes']} B shared, {row['programs_per_sm']} to a "

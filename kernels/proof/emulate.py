@@ -158,9 +158,10 @@ class _Barrier:
             raise ProtocolError("a barrier is arrived at more often than its count" if self.count else "no barrier yet")
         self.pending -= count
         _join(self.arrived, clock)
-        self.settle(program)
+        self.complete_phase(program)
 
-    def settle(self, program: _Program) -> None:
+    def complete_phase(self, program: _Program) -> None:
+        """Complete the phase if nothing is pending. Raises ProtocolError if a waiter has not seen the last one."""
         if self.pending or self.bytes:
             return
         if any(role.awaits and role.awaits[0] is self and self.passes(role.awaits[1]) for role in program.roles):
@@ -189,8 +190,8 @@ class _Buffer:
         self.written, self.read = {agent: clock.get(agent, 1)}, {}
 
     @staticmethod
-    def _after(earlier: Clock, clock: Clock, fault: str) -> None:
-        if any(clock.get(agent, 0) < time for agent, time in earlier.items()):
+    def _after(accesses: Clock, clock: Clock, fault: str) -> None:
+        if any(clock.get(agent, 0) < time for agent, time in accesses.items()):
             raise ProtocolError(f"race: shared memory is {fault}")
 
 
@@ -355,7 +356,7 @@ class _Copies:
             here.copy_(there)
             barrier.bytes -= source.block_type.nbytes
             _join(barrier.arrived, {**clock, agent: 1})
-            barrier.settle(self.program)
+            barrier.complete_phase(self.program)
 
         self.program.copies.append(land)
 

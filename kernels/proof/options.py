@@ -60,7 +60,7 @@ def sized(dims: Mapping[str, Any]) -> bool:
 
 
 def combined(op: Op, sizes: Sequence[Mapping[str, Any]], **factors: Sequence[Any]) -> list[dict[str, Any]]:
-    """Combines sizes, the op's options and further factors pairwise; returns flat cases, as `inputs` takes them.
+    """Combine sizes, the op's options and further factors pairwise; returns flat cases, as `inputs` takes them.
 
     With a size of 0 options have no effect: such sizes are combined with the further factors alone.
     """

@@ -129,15 +129,15 @@ def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, floa
     with interpreting(counter.guard, ARCH, multiprocessors):
         with _TorchTraffic(counter):
             out = op.triton(*arguments, **keywords)
-        found = {"forward": counter.bytes}
+        moved_bytes = {"forward": counter.bytes}
         if op.differentiable:
             outputs = out if isinstance(out, tuple) else (out,)
             gradients = [torch.ones_like(o) for o in outputs]
             counter.bytes = 0.0
             with _TorchTraffic(counter):
                 torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-            found["backward"] = counter.bytes
-    return found
+            moved_bytes["backward"] = counter.bytes
+    return moved_bytes
 
 
 def is_bound_by_memory(cost: Cost) -> bool:
@@ -156,10 +156,10 @@ def rows(op: Op, dims: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "op": op.name, "direction": name, "dims": dims, "divided": small,
-            "compulsory_bytes": compulsory[name].bytes, "moved_bytes": round(found),
-            "ratio": round(found / compulsory[name].bytes, 3),
+            "compulsory_bytes": compulsory[name].bytes, "moved_bytes": round(count),
+            "ratio": round(count / compulsory[name].bytes, 3),
         }
-        for name, found in moved(op, small, multiprocessors).items() if name in bound
+        for name, count in moved(op, small, multiprocessors).items() if name in bound
     ]  # fmt: skip
 
 
@@ -178,16 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.op or list(OPS)
     stale = []
     for name in chosen:
-        found = []
+        counted = []
         for dims in (*OPS[name].bench, *varied(OPS[name])):
             for row in rows(OPS[name], dict(dims)):
-                found.append(row)
+                counted.append(row)
                 sizes = " ".join(f"{letter}={size}" for letter, size in dims.items())
                 print(f"{name:20s} {row['direction']:8s} {row['ratio']:6.3f} of compulsory bytes  {sizes}", flush=True)
         before = read_report()
         if args.update:
-            write_report([row for row in before if row["op"] != name] + found)
-        elif [row for row in before if row["op"] == name] != found:
+            write_report([row for row in before if row["op"] != name] + counted)
+        elif [row for row in before if row["op"] == name] != counted:
             stale.append(name)
     if stale:
         print(
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if stale else 0
 
 
-def write_report(found: list[dict[str, Any]]) -> None:
+def write_report(report: list[dict[str, Any]]) -> None:
     """Write one row per line, in the order of OPS."""
     order = list(OPS)
-    lines = ",\n".join(json.dumps(row) for row in sorted(found, key=lambda row: order.index(row["op"])))
+    lines = ",\n".join(json.dumps(row) for row in sorted(report, key=lambda row: order.index(row["op"])))
     REPORT.write_text(f"[\n{lines}\n]\n")
 
 

@@ -62,13 +62,13 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Join two functions that launch kernels into one differentiable function.
 
-    forward(*inputs) returns tensors, of which the first `outputs` are the op's results and the rest what backward
-    needs. save(inputs, everything forward returned) picks the arguments of backward, which follow the gradients of the
-    results. backward returns a gradient for each tensor input in order; an empty one stands for an optional input that
-    is absent. Where inputs share a gradient, backward returns it once and `spread` makes one for each of what backward
-    returned. A result may be absent too: forward returns an empty tensor for it. If backward takes `Tensor | None` for
-    gradients of results, that of a result that is absent or unused is None; otherwise it is zeros. Both are annotated
-    with plain types, since torch reads the operator's schema from them; neither may return an input.
+    forward(*inputs) returns tensors: the op's results, `outputs` of them, then what backward needs besides. A result
+    may be absent, and is then an empty tensor. save(inputs, everything forward returned) returns the arguments of
+    backward after the gradients of the results. If backward annotates those gradients `Tensor | None`, it gets None for
+    a result that is absent or unused; otherwise it gets zeros. backward returns a gradient for each tensor input in
+    order, an empty one for an optional input that is absent. Where inputs share a gradient, backward returns it once,
+    and `spread` makes the gradients of all inputs from what backward returned. Both are annotated with plain types,
+    since torch reads the operator's schema from them; neither may return an input.
 
     In eager mode this is an autograd.Function; under torch.compile a custom op whose shape function is `forward` with
     its launches left out. Raises RuntimeError when asked for second derivatives.

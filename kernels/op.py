@@ -62,13 +62,13 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Join two functions that launch kernels into one differentiable function.
 
-    forward(*inputs) returns tensors, of which the first `outputs` are the op's results and the rest what backward
-    needs. save(inputs, everything forward returned) picks the arguments of backward, which follow the gradients of the
-    results. backward returns a gradient for each tensor input in order; an empty one stands for an optional input that
-    is absent. Where inputs share a gradient, backward returns it once and `spread` makes one for each of what backward
-    returned. A result may be absent too: forward returns an empty tensor for it. If backward takes `Tensor | None` for
-    gradients of results, that of a result that is absent or unused is None; otherwise it is zeros. Both are annotated
-    with plain types, since torch reads the operator's schema from them; neither may return an input.
+    forward(*inputs) returns tensors: the op's results, `outputs` of them, then what backward needs besides. A result
+    may be absent, and is then an empty tensor. save(inputs, everything forward returned) returns the arguments of
+    backward after the gradients of the results. If backward annotates those gradients `Tensor | None`, it gets None for
+    a result that is absent or unused; otherwise it gets zeros. backward returns a gradient for each tensor input in
+    order, an empty one for an optional input that is absent. Where inputs share a gradient, backward returns it once,
+    and `spread` makes the gradients of all inputs from what backward returned. Both are annotated with plain types,
+    since torch reads the operator's schema from them; neither may return an input.
 
     In eager mode this is an autograd.Function; under torch.compile a custom op whose shape function is `forward` with
     its launches left out. Raises RuntimeError when asked for second derivatives.
@@ -85,8 +85,8 @@ def differentiable(
     saved_slots, saved_tensors = _tensor_slots(reverse_schema, skip=n)
     order = [saved_tensors.index(i) if i in saved_tensors else -1 for i in range(saved_slots)]
     plain = [i for i in range(saved_slots) if i not in saved_tensors]
-    for place, i in enumerate(plain, len(saved_tensors)):
-        order[i] = place
+    for position, i in enumerate(plain, len(saved_tensors)):
+        order[i] = position
     in_order = order == list(range(saved_slots))
     zeros_for_unused = "Optional[Tensor]" not in _argument_types(reverse_schema)[:n]
 
@@ -98,12 +98,12 @@ def differentiable(
         ctx.plain = tuple([saved[i] for i in plain])
 
     def recall(ctx: Any) -> Sequence[Any]:
-        found = (*ctx.saved_tensors, *ctx.plain)
-        return found if in_order else [found[i] for i in order]
+        saved = (*ctx.saved_tensors, *ctx.plain)
+        return saved if in_order else [saved[i] for i in order]
 
-    def gradients(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, returned: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         needed, slots = ctx.needs_input_grad, [None] * inputs
-        for i, gradient in zip(tensors, spread(*found), strict=True):
+        for i, gradient in zip(tensors, spread(*returned), strict=True):
             if needed[i]:
                 slots[i] = gradient
         return tuple(slots)

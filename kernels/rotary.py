@@ -70,8 +70,8 @@ def rotary_cpu(
     wide = torch.promote_types(q.dtype, torch.float32)
     c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale
     c, s = _joined(c, c, interleaved), _joined(-s, s, interleaved)
-    found = _OnCPU.apply(q.to(wide), k.to(wide), c, s, eps if qk_norm else None, interleaved)
-    return found[0].to(q.dtype), found[1].to(k.dtype)
+    rotated = _OnCPU.apply(q.to(wide), k.to(wide), c, s, eps if qk_norm else None, interleaved)
+    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
 
 
 def _rotated(x: Tensor, c: Tensor, s: Tensor, eps: float | None, interleaved: bool) -> Tensor:
@@ -337,12 +337,12 @@ def _table_gradients(
     qk_norm: bool, eps: float, scale: float, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns dcos and dsin (T, D/2) fp32, by plain torch: angles are learned too rarely to deserve a kernel."""
-    found: list[tuple[Tensor, Tensor]] = []
+    sums: list[tuple[Tensor, Tensor]] = []
     for dy, x in zip(gradients, inputs, strict=True):
         a, b = _pairs(_normalized(x.float(), eps) if qk_norm else x.float(), interleaved)
         dy_a, dy_b = _pairs(dy.float(), interleaved)
-        found.append(((dy_a * a + dy_b * b).sum((0, 2)) * scale, (dy_b * a - dy_a * b).sum((0, 2)) * scale))
-    (dcos_q, dsin_q), (dcos_k, dsin_k) = found
+        sums.append(((dy_a * a + dy_b * b).sum((0, 2)) * scale, (dy_b * a - dy_a * b).sum((0, 2)) * scale))
+    (dcos_q, dsin_q), (dcos_k, dsin_k) = sums
     return dcos_q + dcos_k, dsin_q + dsin_k
 
 

@@ -287,12 +287,12 @@ def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout
     if arch not in TILES[kernel] or dtype == torch.float32:
         return CONSERVATIVE
     width = max(64, padded(D))
-    found = TILES[kernel][arch][width]
+    chosen = TILES[kernel][arch][width]
     if T >= LONG:
-        found = LONG_TILES.get((kernel, arch, width), found)
+        chosen = LONG_TILES.get((kernel, arch, width), chosen)
     if dropout:
-        found = DROPOUT_TILES.get((kernel, arch, width), found)
-    return CONSERVATIVE if found.descriptors and D % 8 else found
+        chosen = DROPOUT_TILES.get((kernel, arch, width), chosen)
+    return CONSERVATIVE if chosen.descriptors and D % 8 else chosen
 
 
 def launch_backward(

@@ -168,14 +168,14 @@ def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = Fals
     if arch not in TILES or dtype == torch.float32:
         return CONSERVATIVE
     width = max(64, padded(D))
-    found = TILES[arch][width]
+    chosen = TILES[arch][width]
     if T >= LONG:
-        found = LONG_TILES.get((arch, width), found)
+        chosen = LONG_TILES.get((arch, width), chosen)
     if bounded:
-        found = BOUNDED_TILES.get((arch, width), found)
+        chosen = BOUNDED_TILES.get((arch, width), chosen)
     if dropout:
-        found = DROPOUT_TILES.get((arch, width), found)
-    return CONSERVATIVE if found.descriptors and D % 8 else found
+        chosen = DROPOUT_TILES.get((arch, width), chosen)
+    return CONSERVATIVE if chosen.descriptors and D % 8 else chosen
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, gluon: bool) -> tuple[Tensor, Tensor]:

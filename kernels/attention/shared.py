@@ -178,7 +178,7 @@ def scores(products, scale, softcap, SOFTCAPPED: tl.constexpr):
 
 @jit
 def tanh(x):
-    """Computes tanh(x) in fp32; near 0, where 1 - 2 / (exp(2x) + 1) cancels, by its series."""
+    """Returns tanh(x) in fp32; near 0, where 1 - 2 / (exp(2x) + 1) cancels, by its series."""
     square = x * x
     series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(square < 0.09, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))

@@ -111,20 +111,20 @@ def cross_entropy_scale_kernel(dlogits_ptr, factor_ptr, dlogits_stride_m, factor
         tl.store(at, dz.to(dlogits_ptr.dtype.element_ty), v < N)
 
 
-def _kept(targets: Tensor, ignore_index: int) -> Tensor:
+def _count_rows(targets: Tensor, ignore_index: int) -> Tensor:
     """Returns how many rows count, () fp32, on their device, so that the host does not wait."""
     return (targets != ignore_index).sum(dtype=torch.float32)
 
 
-def _reduced(loss: Tensor, kept: Tensor, reduction: str) -> Tensor:
+def _reduced(loss: Tensor, counted: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
-    return loss.sum() / kept if reduction == "mean" else loss.sum()
+    return loss.sum() / counted if reduction == "mean" else loss.sum()
 
 
-def _row_scale(dloss: Tensor, kept: Tensor, M: int, reduction: str) -> Tensor:
+def _row_scale(dloss: Tensor, counted: Tensor, M: int, reduction: str) -> Tensor:
     """Returns the gradient of each row's loss, (M,) fp32, often with stride 0."""
-    return (dloss / kept if reduction == "mean" else dloss).expand(M)
+    return (dloss / counted if reduction == "mean" else dloss).expand(M)
 
 
 def _forward(
@@ -132,20 +132,20 @@ def _forward(
     vocab_size: int, reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction)
-    kept = _kept(targets, ignore_index)
+    counted = _count_rows(targets, ignore_index)
     loss, maximum, log_sum = cross_entropy_rows(as_rows(logits), targets.contiguous(), criterion)
-    return _reduced(loss, kept, reduction), maximum, log_sum, kept
+    return _reduced(loss, counted, reduction), maximum, log_sum, counted
 
 
 def _backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, log_sum: Tensor, kept: Tensor,
+    dloss: Tensor, logits: Tensor, targets: Tensor, maximum: Tensor, log_sum: Tensor, counted: Tensor,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, vocab_size: int, reduction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = as_rows(logits)
     M, N = rows.shape
     dlogits = torch.empty((M, N), dtype=logits.dtype, device=logits.device)
     if M:
-        scale, tile = _row_scale(dloss, kept, M, reduction), ROW_TILES["rows"].choose(N)
+        scale, tile = _row_scale(dloss, counted, M, reduction), ROW_TILES["rows"].choose(N)
         cross_entropy_bwd_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
             rows, targets.contiguous(), scale, maximum, log_sum, dlogits, rows.stride(0), scale.stride(0), M, N,
             vocab_size, ignore_index, label_smoothing, z_loss, softcap or 1.0,
@@ -169,13 +169,13 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
-        kept = _kept(targets, criterion.ignore_index)
-        scale = _row_scale(torch.ones_like(kept), kept, len(logits), criterion.reduction)
+        counted = _count_rows(targets, criterion.ignore_index)
+        scale = _row_scale(torch.ones_like(counted), counted, len(logits), criterion.reduction)
         loss, *_ = cross_entropy_rows(logits, targets.contiguous(), criterion, scale)
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits)
         ctx.launcher = launcher()
-        return _reduced(loss, kept, criterion.reduction)
+        return _reduced(loss, counted, criterion.reduction)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -204,7 +204,7 @@ def _backward(
 def _rows_loss_reference(
     logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
 ) -> None:
-    """A RowsLoss in plain torch, in blocks of rows whose fp32 softmax stays in cache."""
+    """Fill the loss as a RowsLoss, in plain torch, in blocks of rows whose fp32 softmax stays in cache."""
     rows = logits.shape[0] if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
     scales = repeat(None) if scale is None else scale.split(rows)
     blocks = zip(logits.split(rows), targets.split(rows), scales, strict=False)
@@ -270,7 +270,7 @@ class _Chunked(torch.autograd.Function):
 def _rows_loss_kernel(
     logits: Tensor, targets: Tensor, criterion: Criterion, scale: Tensor | None, loss: Tensor
 ) -> None:
-    """A RowsLoss by the kernel of rows.py."""
+    """Fill the loss as a RowsLoss, by the kernel of rows.py."""
     cross_entropy_rows(logits, targets.contiguous(), criterion, scale, loss)
 
 

@@ -74,11 +74,11 @@ def decode_attention_reference(
         seen = cache.each(lambda x: _cut(x, pages, batch, first, length))
         return _attend_newest(q[batch, T - seeing :], seen, window, scale, softcap)
 
-    found = lengths.tolist()
-    if pages is None and B > 0 and found[0] >= T and found.count(found[0]) == B:
-        return attend(slice(0, B), found[0])
+    stored = lengths.tolist()
+    if pages is None and B > 0 and stored[0] >= T and stored.count(stored[0]) == B:
+        return attend(slice(0, B), stored[0])
     out = torch.zeros(q.shape, dtype=q.dtype)
-    for b, length in enumerate(found):
+    for b, length in enumerate(stored):
         if length:
             out[b : b + 1, max(0, T - length) :] = attend(slice(b, b + 1), length)
     return out

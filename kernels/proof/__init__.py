@@ -1,3 +1,1 @@
-"""What judges kernels without a GPU: interpreter, emulator of Hopper's protocol, compiler, count of the traffic."""
-
-"""What judges kernels without a GPU: interpreter, emulator of Hopper's protocol, compiler, count of the traffic."""
+"""Judges kernels without a GPU: interpreter, emulator of Hopper's barriers, ahead-of-time compiler, traffic counter."""

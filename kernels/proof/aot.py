@@ -1,14 +1,14 @@
-"""Compile every kernel of every op ahead of time for seven architectures, without a GPU, and hold the code to gates.
+"""Compile every kernel of every op ahead of time for seven architectures, without a GPU, and check gates on the code.
 
     python -m kernels.proof.aot           compile what changed, print the table, fail on a broken gate or a stale report
     python -m kernels.proof.aot --update  the same, and write results/aot.json
     python -m kernels.proof.aot --parity  compile the small cases of the parity tests, for H100; failures are named
     python -m kernels.proof.aot --rocm    compile, and no more, for AMD's gfx942 and gfx1100, where nothing ever ran
 
-Nothing is listed twice: each op runs forward and backward on meta tensors at its bench sizes, with its options combined
-by options.py, every launch that it makes is recorded, and each distinct one is compiled exactly as the launch would be.
-Registers, stack and spills come from the cubin, instruction counts from its disassembly, warnings from ptxas. All tools
-lie in the Triton wheel. Compilations share out over the cores, --workers of them.
+Each op runs forward and backward on meta tensors at its bench sizes, with its options combined by options.py; every
+launch is recorded, and each distinct one is compiled exactly as it would be when launched. Registers, stack and spills
+come from the cubin, instruction counts from its disassembly, warnings from ptxas. All tools are in the Triton wheel.
+Compilations are spread over --workers processes.
 """
 
 import argparse
@@ -47,8 +47,8 @@ REPORT = Path(__file__).resolve().parents[2] / "results" / "aot.json"
 
 @dataclass(frozen=True)
 class Chip:
-    """Limits of one multiprocessor, from the CUDA Programming Guide 13, table "Technical specifications per compute
-    capability", and how many there are: of the named card, which stands for the others of its architecture.
+    """Limits of a multiprocessor, from the CUDA Programming Guide 13, table "Technical specifications per compute
+    capability", and how many the named card has, which represents the others of its architecture.
     """
 
     name: str
@@ -72,8 +72,7 @@ CHIPS = {
     # The guide says 24 programs, the tuning guide 32. GB10, sm_121, has the same limits and takes the same code.
     120: Chip("RTX 5080", 84, 102400, 101376, "HMMA", "RTX 50, RTX PRO 6000, GB10", warps=48, programs=24),
 }
-# Gates that do not hold, by the kernel, what of its constants must be there, and how the complaint begins; and why the
-# tiles stand nevertheless.
+# Accepted violations: the kernel, the constants that it must have, how the complaint starts, and why the tile is kept.
 ODD_PITCH = (
     "rows of an odd pitch, such as 50,307, begin at no multiple of 16 bytes; pad the vocabulary to a multiple of 8"
 )
@@ -92,7 +91,7 @@ EXCUSED = (
     ("decode_linear_fwd_kernel_rows", "", "spills: 8 B", FEW_ROWS),
     ("decode_linear_fwd_kernel_rows", "", "spills: 16 B", FEW_ROWS),
 )
-RESERVED_SHARED = 1024  # bytes a program costs beside what it asks for
+RESERVED_SHARED = 1024  # bytes that a program takes on top of what it asks for
 
 
 # ---- recording launches
@@ -100,14 +99,14 @@ RESERVED_SHARED = 1024  # bytes a program costs beside what it asks for
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as an op made it on meta tensors."""
+    """A kernel launch, as an op made it on meta tensors."""
 
     kernel: JITFunction
     args: tuple
     kwargs: dict[str, Any]
 
     def signature(self) -> str:
-        """What the compiler sees: dtypes, divisibility, constants, options. Equal signatures, equal machine code."""
+        """Returns what the compiler sees: dtypes, divisibility, constants, options. It determines the machine code."""
         parts = []
         for parameter, value in zip(self.kernel.params, self.args, strict=False):
             parts.append(f"{parameter.name}={value if parameter.is_constexpr else _specialization(value)}")
@@ -131,12 +130,12 @@ def _specialization(value: Any) -> str:
 
 
 def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every launch that forward and backward of an op make at these dims on that architecture, without running any."""
+    """Returns every launch that an op's forward and backward make at these dims on an architecture; none is run."""
     if op.triton is None:
         return []
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     fill = CHIPS[arch].multiprocessors if arch in CHIPS else 108
-    record = Launcher(lambda kernel, grid, *a, **k: found.append(Launch(kernel, a, k)), arch, fill)
+    record = Launcher(lambda kernel, grid, *a, **k: recorded.append(Launch(kernel, a, k)), arch, fill)
     arguments, keywords = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
@@ -150,17 +149,17 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
             out = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor) and o.requires_grad]
             if out:
                 torch.autograd.grad(out, leaves, [torch.empty_like(o) for o in out], allow_unused=True)
-    return found
+    return recorded
 
 
 # ---- compiling
 
 
-ROCM = {"gfx942": 64, "gfx1100": 32}  # MI300X and RX 7900, and how many lanes a wave of theirs has
+ROCM = {"gfx942": 64, "gfx1100": 32}  # MI300X and RX 7900, with the lanes of a wave
 
 
 class _OfflineDriver(DriverBase):
-    """As much of a driver as kernel.warmup needs, so that a kernel is specialized exactly as in a launch."""
+    """As much of a driver as kernel.warmup needs to specialize a kernel exactly as in a launch."""
 
     def __init__(self, arch: int | str) -> None:
         self.arch = arch
@@ -201,7 +200,7 @@ def _offline(arch: int | str) -> Iterator[None]:
 
 
 def compile_launch(launch: Launch, arch: int | str) -> Any:
-    """The compiled kernel of a recorded launch: cubin, ptx, ttgir in `.asm`, shared bytes and warps in `.metadata`."""
+    """Returns a launch's compiled kernel: cubin, ptx, ttgir in `.asm`, shared bytes and warps in `.metadata`."""
     with _offline(arch), launching(None):
         return launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
 
@@ -211,9 +210,9 @@ class _Read(Exception):
 
 
 def read_launch(launch: Launch, arch: int) -> None:
-    """Compile as far as the compiler's reading of the source, which raises where a kernel's Python is at fault.
+    """Compile only up to Triton's IR, which raises where a kernel's Python is at fault.
 
-    Takes a fiftieth of the time. Interpretation cannot find what this finds: there every scalar is a tensor.
+    Takes a fiftieth of the time. The interpreter cannot find these faults: in it every scalar is a tensor.
     """
 
     def stop(*args: Any) -> Any:
@@ -232,13 +231,13 @@ def read_launch(launch: Launch, arch: int) -> None:
 
 
 def of_ones(launch: Launch) -> Launch:
-    """The launch with every stride, size and count equal to 1, which the compiler takes as Python integers."""
+    """Returns the launch with strides, sizes and counts of 1, which the compiler takes as Python integers."""
     pairs = zip(launch.kernel.params, launch.args, strict=False)
     return replace(launch, args=tuple(1 if type(a) is int and not p.is_constexpr else a for p, a in pairs))
 
 
 def parity_launches(op: Op, arch: int = 90) -> Iterator[tuple[str, Launch]]:
-    """Each distinct launch at the dims of an op's parity tests, in bf16 and fp32, with the case that makes it."""
+    """Yields each distinct launch at the dims of an op's parity tests, in bf16 and fp32, with the case's name."""
     seen = set()
     for dims in op.parity:
         for dtype in (torch.bfloat16, torch.float32):
@@ -250,7 +249,7 @@ def parity_launches(op: Op, arch: int = 90) -> Iterator[tuple[str, Launch]]:
 
 
 def parity_failures(ops: list[str], check: Callable[[Launch, int], Any], arch: int = 90) -> list[str]:
-    """Cases of the parity tests that fail `check`, or that the compiler cannot read with ones for scalars, and why."""
+    """Returns the parity cases that fail `check`, or that do not compile with ones for scalars, and why."""
     failures = []
     for name in ops:
         for case, launch in parity_launches(OPS[name], arch):
@@ -263,9 +262,9 @@ def parity_failures(ops: list[str], check: Callable[[Launch, int], Any], arch: i
 
 
 def rocm_failures(ops: list[str]) -> list[str]:
-    """What an op launches at its first bench size and does not compile for AMD's GPUs, and why.
+    """Returns the launches of ops at their first bench size that do not compile for AMD's GPUs, and why.
 
-    Of the most conservative tiles, which such a GPU takes. That code compiles says nothing of whether it is right.
+    With the most conservative tiles, which such a GPU takes. That code compiles does not show that it is right.
     """
     failures = []
     for name in ops:
@@ -289,7 +288,7 @@ _TMA_COPY = re.compile(r"async_tma_copy_global_to_local.*?tensordesc<tensor<([\d
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of one kernel uses. Counts are of instructions in the listing, not of those executed."""
+    """Resources and instructions of a kernel's machine code, counted in the listing, not as executed."""
 
     registers: int
     stack_bytes: int
@@ -311,7 +310,10 @@ class Code:
 
 
 def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
-    """How many programs (CTAs) fit on a multiprocessor: registers go by 256 a warp, warps by 4, shared by 128 B."""
+    """Returns how many programs (CTAs) fit on a multiprocessor.
+
+    Registers are allocated by 256 per warp, warps by 4, shared memory by 128 B.
+    """
     chip = CHIPS[arch]
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = chip.registers // per_warp // 4 * 4 // warps
@@ -374,7 +376,7 @@ def read_code(compiled: Any, arch: int) -> Code:
 
 
 def _softmax_overlap(listing: list[str]) -> int:
-    """Exponentials that stand after a matrix instruction and before another: work that can hide under it."""
+    """Returns how many exponentials stand between matrix instructions, which can hide them."""
     matrix = [i for i, op in enumerate(listing) if op.startswith(("HGMMA", "QGMMA", "HMMA", "UTC"))]
     if len(matrix) < 2:
         return 0
@@ -382,10 +384,10 @@ def _softmax_overlap(listing: list[str]) -> int:
 
 
 def bytes_in_flight(code: Code) -> int:
-    """Bytes asked for at once on a multiprocessor: every load of the listing once, by all programs that fit on it.
+    """Returns the bytes in flight on a multiprocessor: every load of the listing once, by all programs that fit on it.
 
     A narrow load counts as 4 bytes, bulk copies as the shared memory that they fill. To hide latency an H100 needs
-    25 KB a multiprocessor for each microsecond of it (Little's law: 3.35 TB/s over 132 multiprocessors).
+    25 KB per multiprocessor for each microsecond of it (Little's law: 3.35 TB/s over 132 multiprocessors).
     """
     by_a_thread = 16 * code.loads_128 + 4 * code.loads_narrow
     return code.programs_per_sm * (code.shared_bytes if code.bulk_copies else 32 * code.warps * by_a_thread)
@@ -395,7 +397,7 @@ def bytes_in_flight(code: Code) -> int:
 
 
 def excuse(row: dict[str, Any]) -> str:
-    """Returns why a row's tile stands although gates do not hold; "" where nothing says so."""
+    """Returns why a row's tile is accepted although it violates gates; "" if nothing excuses it."""
     for kernel, needed, complaint, why in EXCUSED:
         mine = row["kernel"] == kernel and set(needed.split()) <= set(row["constants"].split())
         if mine and all(text.startswith(complaint) for text in row["broken"]):
@@ -404,7 +406,7 @@ def excuse(row: dict[str, Any]) -> str:
 
 
 def broken_gates(code: Code, arch: int) -> list[str]:
-    """Why this machine code would disappoint; empty when it is clean."""
+    """Returns the gates that this machine code violates, in words; empty if none."""
     broken = []
     if code.stack_bytes or code.local_accesses:
         broken.append(f"spills: {code.stack_bytes} B of stack, {code.local_accesses} local accesses")
@@ -429,15 +431,15 @@ def broken_gates(code: Code, arch: int) -> list[str]:
 
 
 def digest(launch: Launch) -> str:
-    """Changes when the source of the kernel, or what the compiler is told, changes."""
+    """Returns a hash of the kernel's source and of what the compiler is told."""
     text = f"{triton.__version__} {launch.kernel.cache_key} {launch.signature()}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cases(op: Op, arch: int) -> list[dict[str, Any]]:
-    """What an op is compiled at: its bench sizes, and its options combined with those of them that differ in tiles.
+    """Returns the cases an op is compiled at: its bench sizes, and its options with sizes that differ in tiles.
 
-    On architectures that take the tiles of another one only such sizes, and the first of them with most of the options.
+    An architecture that takes another's tiles has only such sizes, and the first of them with most of the options.
     """
     if op.triton is None:
         return []
@@ -452,7 +454,7 @@ def cases(op: Op, arch: int) -> list[dict[str, Any]]:
 
 
 def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
-    """(kernel, arch, digest) -> launch: cases and ops that give the same code fall together."""
+    """Returns (kernel, arch, digest) -> launch; cases and ops that give the same code are merged."""
     wanted: dict[tuple, Launch] = {}
     for name in ops:
         for arch in archs:
@@ -463,7 +465,7 @@ def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
 
 
 def compiled_row(key: tuple, launch: Launch) -> dict[str, Any]:
-    """The report's row of one kernel: compiled, disassembled, judged. `constants` are its tiles and flags."""
+    """Returns the report's row of a kernel: compiled, disassembled, judged. `constants` are its tiles and flags."""
     kernel, arch, known = key
     code = read_code(compile_launch(launch, arch), arch)
     return {
@@ -475,28 +477,28 @@ def compiled_row(key: tuple, launch: Launch) -> dict[str, Any]:
 
 
 def constants(launch: Launch) -> str:
-    """The compile-time arguments of a launch without the flags that are off: 'BLOCK_M=128 CAUSAL num_warps=4'."""
+    """Returns a launch's compile-time arguments without flags that are off: 'BLOCK_M=128 CAUSAL num_warps=4'."""
     shown = {name: value for name, value in sorted(launch.kwargs.items()) if value is not False and value != 0}
     return " ".join(name if value is True else f"{name}={value}" for name, value in shown.items())
 
 
 def read_report(path: Path = REPORT) -> list[dict[str, Any]]:
-    """The checked-in rows, empty where there is no report yet."""
+    """Returns the checked-in rows; none if there is no report yet."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def report_version() -> str:
-    """The Triton that the checked-in report was compiled with."""
+    """Returns the version of Triton that compiled the checked-in report."""
     return json.loads(REPORT.read_text())["triton"]
 
 
 def row_key(row: dict[str, Any]) -> tuple:
-    """What identifies a row: its kernel, its architecture, and a digest of its source and what the compiler is told."""
+    """Returns a row's key: kernel, architecture, and the digest of source and compiler arguments."""
     return row["kernel"], row["arch"], row["digest"]
 
 
 def stale(rows: list[dict[str, Any]]) -> list[str]:
-    """What the report lacks or has too much of, in words; found without compiling anything."""
+    """Returns what the report lacks or has too many of, in words, without compiling anything."""
     reported, wanted = {row_key(row): row["constants"] for row in rows}, plan(list(OPS), list(CHIPS))
     lines = [f"missing: {_label(key, constants(launch))}" for key, launch in wanted.items() if key not in reported]
     return lines + [f"gone: {_label(key, constants)}" for key, constants in reported.items() if key not in wanted]
@@ -508,7 +510,7 @@ def _label(key: tuple, constants: str) -> str:
 
 
 def compiled_rows(wanted: dict[tuple, Launch], workers: int) -> Iterator[dict[str, Any]]:
-    """Rows of the launches, in order. Workers are forked, since what is launched can be sent to no other process."""
+    """Yields rows of the launches, in order. Workers are forked, since launches cannot be sent to other processes."""
     global _queue
     _queue = list(wanted.items())
     if workers < 2:
@@ -526,7 +528,7 @@ def _compiled(i: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 when every gate holds and the report is fresh, 1 otherwise."""
+    """Compile and print. Returns 0 if every gate holds and the report is fresh, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m kernels.proof.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
@@ -555,7 +557,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['bytes_in_flight'] / 1024:6.1f} KiB in flight {row['matrix']:<10} {'; '.join(row['broken'])}",
             flush=True,
         )
-        if args.update and i % 50 == 0:  # what was compiled is not lost if the rest is stopped
+        if args.update and i % 50 == 0:  # an interrupted run keeps what it has compiled
             write_report([*{**known, **rows}.values()])
     for row in filter(lambda row: row["broken"], rows.values()):
         why = excuse(row)
@@ -578,7 +580,7 @@ def _say_failures(failures: list[str], what: str) -> int:
 
 
 def write_report(rows: list[dict[str, Any]]) -> None:
-    """One row a line, sorted, so that a change reads well in a diff."""
+    """Write one row per line, sorted, so that a change reads well in a diff."""
     rows = sorted(rows, key=lambda r: (r["kernel"], r["arch"], r["constants"], r["digest"]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     REPORT.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a GPU takes of the kernels, and what is known of it: `python -m kernels --cards` and `--gpu=NAME`."""
+"""Says which kernels and tiles a GPU runs, and what was measured on it: `python -m kernels --cards`, `--gpu=NAME`."""
 
 import json
 import re
@@ -17,19 +17,19 @@ REFUSED = {75: "Turing has no bf16 and no asynchronous copies", 70: "Volta has n
 
 
 def measured(folder: Path = RESULTS) -> dict[int, list[str]]:
-    """Names of the GPUs that ran the kernels, by architecture, from the rows in results/."""
-    found: dict[int, set[str]] = {}
+    """Returns the names of GPUs that ran the kernels, by architecture, from the rows in results/."""
+    names_by_arch: dict[int, set[str]] = {}
     for path in folder.glob("*/ops.jsonl"):
         for line in path.read_text().splitlines():
             hardware = json.loads(line).get("hardware") or {}
             if hardware.get("kind") == "cuda":
                 arch = int(hardware["capability"].replace(".", ""))
-                found.setdefault(arch, set()).add(hardware["name"].removeprefix("NVIDIA "))
-    return {arch: sorted(names) for arch, names in found.items()}
+                names_by_arch.setdefault(arch, set()).add(hardware["name"].removeprefix("NVIDIA "))
+    return {arch: sorted(names) for arch, names in names_by_arch.items()}
 
 
 def markdown() -> str:
-    """The README's table: which GPUs the kernels compile for, with whose tiles, and which they were measured on."""
+    """Returns the README's table: the GPUs that kernels compile for, whose tiles they take, which were measured."""
     rows, ran = aot.read_report(), measured()
     lines = [
         "| architecture | GPUs | tiles of | launches compiled | gates broken | measured on |",
@@ -44,7 +44,7 @@ def markdown() -> str:
 
 
 def arch_of(name: str) -> int:
-    """The architecture of a GPU by its name or number: 'A10', 'RTX 4090', 'sm_89', '8.9'. Raises ValueError."""
+    """Returns the architecture of a GPU by name or number: 'A10', 'RTX 4090', 'sm_89', '8.9'. Raises ValueError."""
     if number := re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", name.strip().lower()):
         return int(number.group(1)) * 10 + int(number.group(2))
     words = re.sub(r"nvidia|geforce|tesla", "", name.lower()).split()
@@ -64,7 +64,7 @@ def arch_of(name: str) -> int:
 
 
 def page(name: str) -> Iterator[str]:
-    """What a card takes, in lines: whose tiles and why, then for each op its kernels, tiles and variants."""
+    """Yields lines on what a card runs: whose tiles and why, then each op's kernels, tiles and variants."""
     arch = arch_of(name)
     if arch < 80:
         yield f"sm_{arch}: no kernels. {REFUSED.get(arch, 'They need sm_80 or newer')}: kernels.load('auto') takes"
@@ -84,8 +84,8 @@ def page(name: str) -> Iterator[str]:
     yield f"runs    measured on {', '.join(measured().get(arch, ())) or 'none of its kind'}"
     for op in OPS.values():
         yield f"\n{op.name} at {' '.join(f'{letter}={size}' for letter, size in op.bench[0].items())} in bf16"
-        found = {(x.kernel.__name__, arch, aot.digest(x)): x for x in aot.launches(op, dict(op.bench[0]), arch)}
-        for key, launch in found.items():
+        launched = {(x.kernel.__name__, arch, aot.digest(x)): x for x in aot.launches(op, dict(op.bench[0]), arch)}
+        for key, launch in launched.items():
             row = rows.get(key)
             code = "not in results/aot.json" if row is None else (
                 f"{row['registers']} registers, {row['shared_bytes']} B shared, {row['programs_per_sm']} to a "
@@ -97,7 +97,7 @@ def page(name: str) -> Iterator[str]:
 
 
 def why_these_tiles(arch: int) -> str:
-    """Whose tiles an architecture takes, and what speaks for them."""
+    """Returns whose tiles an architecture takes, and why."""
     tiles = tile_arch(arch)
     if tiles == 0:
         return "the most conservative ones, as of every GPU that is not known"
@@ -108,7 +108,7 @@ def why_these_tiles(arch: int) -> str:
 
 
 def obstacle(op: Any, variant: str, arch: int) -> str:
-    """Why a variant of an op does not take its first bench size on an architecture; '' if it does."""
+    """Returns why a variant of an op cannot run its first bench size on an architecture; '' if it can."""
     arguments, keywords = op.inputs(**op.bench[0], dtype=torch.bfloat16, device="meta")
     with launching(Launcher(lambda *args, **kwargs: None, arch)):
         try:

@@ -1,16 +1,16 @@
-"""Run Gluon kernels for Hopper on CPU tensors, to find what their barriers miss.
+"""Runs Gluon kernels for Hopper on CPU tensors, to find faults of their synchronization.
 
-The roles of a program are threads of which one runs at a time. Wherever a role does what others may notice, a seeded
-scheduler decides who goes on, or which copy lands; products of matrices are computed when they are waited for, the last
-moment that the hardware allows. So runs differ by their seed, and one seed always gives the same run.
+The roles of a program are threads, of which one runs at a time. At every operation that others can observe, a seeded
+scheduler decides which role continues, or which copy lands; matrix products are computed when they are waited for, the
+last moment that the hardware allows. So seeds give different runs, and one seed always gives the same run.
 
-Races are found whatever the schedule: every role, copy and product carries a vector clock (Mattern, "Virtual time and
-global states of distributed systems", 1989) that barriers hand on, and an access to shared memory that no barrier has
-put after the last is an error. So are a deadlock, a barrier that is arrived at too often or whose phase goes by unseen,
-and a store that copies cannot see for want of a fence.
+Races are found whatever the schedule: every role, copy and product has a vector clock (Mattern, "Virtual time and
+global states of distributed systems", 1989) that barriers pass on, and an access to shared memory that no barrier
+orders after the previous one is an error. So are a deadlock, a barrier with too many arrivals or with a phase that a
+waiter missed, and a store that copies cannot see because a fence is missing.
 
-Programs run one after another, registers hold torch tensors, and layouts mean nothing: what is emulated is order and
-values. Of the language there is what the kernels use.
+Programs run one after another, registers are torch tensors, and layouts are ignored: order and values are emulated. Of
+Gluon's language only what the kernels use is implemented.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from .interpret import OutOfBounds, interpreting
 
 
 class ProtocolError(RuntimeError):
-    """The roles of a program do not agree on who may touch shared memory when."""
+    """The roles of a program do not synchronize correctly."""
 
 
 class _Stopped(BaseException):
     """Ends the roles of a program in which another has failed."""
 
 
-Clock = dict[int, int]  # what has certainly happened: the time of each role, copy and product
+Clock = dict[int, int]  # vector clock: the time of each role, copy and product that has certainly passed
 
 
 def _join(clock: Clock, other: Clock) -> None:
@@ -52,36 +52,36 @@ class _Role:
     def __init__(self, number: int, clock: Clock) -> None:
         self.number, self.clock = number, {**clock, number: 1}
         self.may_run = threading.Semaphore(0)
-        self.until: Callable[[], bool] | None = None  # what it waits for
-        self.awaits: tuple[_Barrier, int] | None = None  # and if that is a barrier, which, and the parity
+        self.until: Callable[[], bool] | None = None  # the condition it waits for
+        self.awaits: tuple[_Barrier, int] | None = None  # the barrier it waits for, if any, and the parity
         self.products: list[_Product] = []  # not waited for yet
         self.fetches: list[list[Clock]] = [[]]  # copies into shared memory by group, the last not committed yet
-        self.stores: list[Clock] = []  # copies out of shared memory begun, with their clocks once they have landed
+        self.stores: list[Clock] = []  # copies out of shared memory, with their clocks once they have landed
 
     def tick(self) -> Clock:
-        """A copy of the clock as of now; what the role does next is later."""
+        """Returns a copy of the clock, and advances it."""
         now = dict(self.clock)
         self.clock[self.number] += 1
         return now
 
 
 class _Program:
-    """What the roles of one program share, and the scheduler that decides which of them runs."""
+    """The state that the roles of one program share, and the scheduler that decides which of them runs."""
 
     def __init__(self, index: Sequence[int], seed: str) -> None:
         self.index, self.random = index, random.Random(seed)
-        self.products: list[int] = []  # which role began each product of matrices, in order
-        self.haste = self.random.choice((0.05, 0.3, 0.9))  # how likely a copy lands before the roles go on
+        self.products: list[int] = []  # the role that began each matrix product, in order
+        self.haste = self.random.choice((0.05, 0.3, 0.9))  # probability that a copy lands before a role continues
         self.agents = itertools.count()
         self.running = _Role(next(self.agents), {})
         self.roles = [self.running]
         self.weights = {self.running: 1.0}
-        self.copies: list[Callable[[], None]] = []  # begun and not landed
+        self.copies: list[Callable[[], None]] = []  # started, not landed
         self.buffers: list[_Buffer] = []
         self.error: BaseException | None = None
 
     def step(self, until: Callable[[], bool] | None = None) -> None:
-        """Let others go first, perhaps. Returns when the role that calls is chosen again, and `until` holds."""
+        """Let the scheduler choose who runs. Returns once the calling role is chosen and `until` holds."""
         me = self.running
         me.until = until
         self._choose()
@@ -106,7 +106,7 @@ class _Program:
             role.may_run.release()
 
     def fork(self, functions: Sequence[Callable[[], None]]) -> None:
-        """Run the functions as roles of their own, and go on when all have ended."""
+        """Run the functions as roles; returns when all have ended."""
         parent, children = self.running, []
         for function in functions:
             role = _Role(next(self.agents), parent.clock)
@@ -126,7 +126,7 @@ class _Program:
             _join(parent.clock, role.clock)
         self.running, self.roles = parent, [parent]
 
-    @torch.no_grad()  # which is of the thread
+    @torch.no_grad()  # grad mode is per thread
     def _play(self, role: _Role, function: Callable[[], None]) -> None:
         role.may_run.acquire()
         try:
@@ -143,7 +143,7 @@ class _Program:
 
 
 class _Barrier:
-    """An mbarrier: a phase ends when all have arrived and all bytes that were announced have landed."""
+    """An mbarrier: a phase completes when all have arrived and all announced bytes have landed."""
 
     def __init__(self) -> None:
         self.count, self.pending, self.bytes, self.phases = 0, 0, 0, 0
@@ -158,9 +158,10 @@ class _Barrier:
             raise ProtocolError("a barrier is arrived at more often than its count" if self.count else "no barrier yet")
         self.pending -= count
         _join(self.arrived, clock)
-        self.settle(program)
+        self.complete_phase(program)
 
-    def settle(self, program: _Program) -> None:
+    def complete_phase(self, program: _Program) -> None:
+        """Complete the phase if nothing is pending. Raises ProtocolError if a waiter has not seen the last one."""
         if self.pending or self.bytes:
             return
         if any(role.awaits and role.awaits[0] is self and self.passes(role.awaits[1]) for role in program.roles):
@@ -171,7 +172,7 @@ class _Barrier:
 
 
 class _Buffer:
-    """A tile of shared memory, and who touched it last."""
+    """A tile of shared memory, and its latest accesses."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.tensor = torch.full(tuple(shape), torch.nan, dtype=dtype)
@@ -189,13 +190,13 @@ class _Buffer:
         self.written, self.read = {agent: clock.get(agent, 1)}, {}
 
     @staticmethod
-    def _after(earlier: Clock, clock: Clock, fault: str) -> None:
-        if any(clock.get(agent, 0) < time for agent, time in earlier.items()):
+    def _after(accesses: Clock, clock: Clock, fault: str) -> None:
+        if any(clock.get(agent, 0) < time for agent, time in accesses.items()):
             raise ProtocolError(f"race: shared memory is {fault}")
 
 
 class _View:
-    """A tile of shared memory as some shape."""
+    """A tile of shared memory in some shape."""
 
     def __init__(self, program: _Program, buffer: _Buffer, tensor: Tensor) -> None:
         self.program, self.buffer, self.tensor = program, buffer, tensor
@@ -226,7 +227,7 @@ class _View:
 
 
 class _Array:
-    """What allocate_shared_memory returns: tiles, or barriers."""
+    """The result of allocate_shared_memory: tiles, or barriers."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
@@ -236,7 +237,7 @@ class _Array:
 
 
 class _Product:
-    """A product of matrices that is under way."""
+    """A matrix product in flight."""
 
     def __init__(self, agent: int, a: Any, b: _View, acc: Tensor | None) -> None:
         self.agent, self.a, self.b, self.acc = agent, a, b, acc
@@ -255,7 +256,7 @@ class _Product:
 
 
 class _Descriptor:
-    """A tensor descriptor as the kernel sees it."""
+    """A tensor descriptor, as kernels use it."""
 
     def __init__(self, given: Any) -> None:
         self.tensor, self.layout = given.base.as_strided(given.shape, given.strides), given.layout
@@ -263,7 +264,7 @@ class _Descriptor:
         self.block_type = types.SimpleNamespace(shape=list(given.block_shape), nbytes=nbytes)
 
     def overlap(self, corner: Sequence[Any], tile: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the tensor at the corner and of the tile, the parts that meet; what lies past the tensor is left out."""
+        """Returns the parts of the tensor, from the corner on, and of the tile that overlap."""
         source = self.tensor
         for axis, (start, size) in enumerate(zip(map(int, corner), self.block_type.shape, strict=True)):
             length = max(0, min(size, source.shape[axis] - start))
@@ -272,7 +273,7 @@ class _Descriptor:
 
 
 class _Pointer:
-    """A pointer into a tensor, or a block of them."""
+    """A pointer into a tensor, or a block of pointers."""
 
     def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
         self.tensor, self.offset = tensor, offset
@@ -285,7 +286,7 @@ class _Pointer:
         return types.SimpleNamespace(element_ty=self.tensor.dtype)
 
     def places(self, mask: Tensor | None, program: _Program, what: str) -> Tensor:
-        """Where the elements that are not masked lie in the tensor's storage."""
+        """Returns the storage offsets of the elements that are not masked. Raises OutOfBounds."""
         offset = torch.as_tensor(self.offset)
         offsets = offset if mask is None else offset[torch.as_tensor(mask).expand(offset.shape)]
         size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
@@ -295,7 +296,7 @@ class _Pointer:
 
     @property
     def flat(self) -> Tensor:
-        """The elements that an offset counts, whatever the strides of the tensor."""
+        """Returns the tensor's storage from its first element on, which offsets index."""
         size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
         return self.tensor.as_strided((size,), (1,))
 
@@ -306,7 +307,7 @@ class _Pointer:
 
 
 class _Barriers:
-    """gl_hopper.mbarrier"""
+    """Emulates gl_hopper.mbarrier."""
 
     def __init__(self, program: _Program) -> None:
         self.program = program
@@ -335,7 +336,7 @@ class _Barriers:
 
 
 class _Copies:
-    """gl_hopper.tma"""
+    """Emulates gl_hopper.tma."""
 
     def __init__(self, program: _Program) -> None:
         self.program = program
@@ -355,7 +356,7 @@ class _Copies:
             here.copy_(there)
             barrier.bytes -= source.block_type.nbytes
             _join(barrier.arrived, {**clock, agent: 1})
-            barrier.settle(self.program)
+            barrier.complete_phase(self.program)
 
         self.program.copies.append(land)
 
@@ -390,7 +391,7 @@ class _Copies:
 
 
 class _AsyncCopies:
-    """gl_async_copy: copies by groups, which one role waits for in the order in which it has committed them."""
+    """Emulates gl_async_copy: copies in groups, which a role waits for in the order in which it committed them."""
 
     def __init__(self, program: _Program) -> None:
         self.program = program
@@ -428,13 +429,13 @@ def _same_shape(descriptor: _Descriptor, view: _View) -> None:
 
 
 class _Hopper:
-    """triton.experimental.gluon.language.nvidia.hopper"""
+    """Emulates triton.experimental.gluon.language.nvidia.hopper."""
 
     def __init__(self, program: _Program) -> None:
         self.program, self.mbarrier, self.tma = program, _Barriers(program), _Copies(program)
 
     def fence_async_shared(self) -> None:
-        """Let copies see what this role has stored."""
+        """Make this role's stores visible to copies."""
         for buffer in self.program.buffers:
             if self.program.running.number in buffer.written:
                 buffer.fenced = True
@@ -455,7 +456,7 @@ class _Hopper:
         return product if is_async else self.warpgroup_mma_wait(0, [product, a])[0]
 
     def warpgroup_mma_wait(self, outstanding: int, deps: Sequence[Any]) -> Any:
-        """Values in place of the products that are done; operands in registers have to be among deps until then."""
+        """Returns deps with the values of finished products; operands in registers must be among deps until then."""
         self.program.step()
         role = self.program.running
         while len(role.products) > outstanding:
@@ -469,7 +470,7 @@ class _Hopper:
 
 
 def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
-    """triton.experimental.gluon.language, in tensors of torch. Scalars are Python's, or tensors without axes."""
+    """Returns triton.experimental.gluon.language on torch tensors. Scalars are Python's, or tensors without axes."""
 
     def allocate_shared_memory(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> _Array:
         if layout is _Barriers:
@@ -522,11 +523,11 @@ def _language(program: _Program, grid: Sequence[int]) -> types.SimpleNamespace:
 def emulating(
     seed: int = 0, arch: int = 90, watch: Callable[[list[int]], None] = lambda products: None
 ) -> contextlib.AbstractContextManager:
-    """Emulate every Gluon kernel that this thread launches inside the block, and interpret every other.
+    """Returns a context that emulates every Gluon kernel this thread launches, and interprets every other.
 
-    The pages choose their tiles for a GPU of compute capability arch / 10. `watch` is called after each program with
-    the roles that began its products of matrices, in order: roles are numbered from 1 as warp_specialize lists them.
-    Raises ProtocolError, interpret.OutOfBounds.
+    Tiles are chosen for a GPU of compute capability arch / 10. `watch` is called after each program with the roles that
+    began its matrix products, in order; roles are numbered from 1 as warp_specialize lists them. Launches raise
+    ProtocolError and interpret.OutOfBounds.
     """
     return launching(Launcher(partial(_launch, seed, watch), arch))
 
@@ -558,7 +559,7 @@ def _argument(value: Any) -> Any:
 
 
 def _emulated(kernel: Any, language: dict[types.ModuleType, Any]) -> Callable:
-    """The function under a kernel, with the emulated language for its globals, and so for the functions it calls."""
+    """Returns a kernel's function with the emulated language in its globals, and in those of functions it calls."""
     done: dict[Callable, Callable] = {}
 
     def emulated(kernel: Any) -> Callable:

@@ -1,13 +1,13 @@
-"""Run the kernels on CPU tensors, in Triton's interpreter made fit for parity tests.
+"""Runs the kernels on CPU tensors, in Triton's interpreter with the corrections that parity tests need.
 
-The stock interpreter (3.6 to 3.9) keeps bf16 as 16-bit integers and computes on the bit patterns: a bf16 dot is off by
-1e9, a cast to bf16 truncates. `_Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. It
+The stock interpreter (3.6 to 3.9) stores bf16 as 16-bit integers and computes on the bit patterns: a bf16 dot is off by
+1e9, and a cast to bf16 truncates. `_Builder` computes in fp32 and rounds to nearest even, bit for bit as torch does. It
 also makes loop variables int32 tensors, as they are on a GPU, and it guards memory: an access outside the tensors given
-to the launch, a store of two programs to one address, and a load of what another program stored, are errors here and
-undefined behaviour on a GPU.
+to the launch, stores of two programs to one address, and a load of what another program stored raise errors here, where
+they are undefined behaviour on a GPU.
 
-Interpreting and compiling live side by side: TRITON_INTERPRET stays unset and the kernels are the same objects.
-Triton's language is patched only while a launch runs. Not thread-safe; the interpreter is a tool for tests.
+Interpretation and compilation coexist: TRITON_INTERPRET stays unset, and the kernels are the same objects. Triton's
+language is patched only while a launch runs. Not thread-safe; the interpreter is a tool for tests.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Overflow(RuntimeError):
     """A sum, difference or product of integers does not fit their type: an offset that should have been int64."""
 
 
-# ---- bfloat16: kept as uint16 by the interpreter, computed in fp32, rounded to nearest even
+# ---- bfloat16: stored as uint16 by the interpreter, computed in fp32, rounded to nearest even
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.rig
 
 
 class _Builder(stock.InterpreterBuilder):
-    """The interpreter's builder with bf16 arithmetic and guarded memory; worn by the stock instance during a launch."""
+    """The interpreter's builder with bf16 arithmetic and guarded memory: the stock instance's class during a launch."""
 
     guard: "Guard | None" = None
 
@@ -151,18 +151,18 @@ class _Builder(stock.InterpreterBuilder):
 
 
 class Guard:
-    """What one launch may touch, and who touched what, and when.
+    """Records which addresses one launch may access, which programs accessed them, and when; finds races.
 
-    A program may read what another stored, if the two met in between: the writer's barrier after the store, so that all
-    its threads are done, then its atomic on some address, then the reader's atomic on the same, both of them releasing
-    and acquiring, then the read.
+    A program may read what another stored if the two synchronized in between: after the store the writer's barrier, so
+    that all its threads are done, then its atomic on some address, then the reader's atomic on the same address, both
+    releasing and acquiring, then the read.
     """
 
     def __init__(self, kernel: str, arguments: Any) -> None:
         self.kernel = kernel
         extents = sorted(set(_extents(arguments)))
         self.low = np.array([a for a, _ in extents], dtype=np.uint64)
-        # views of one storage may overlap or nest: an address is fine if any of those that start below it reaches it
+        # views of one storage may overlap or nest: an address is valid if any view that starts below it reaches it
         self.high = np.maximum.accumulate(np.array([b for _, b in extents], dtype=np.uint64))
         self.seen: dict[str, list[tuple[np.ndarray, int, int]]] = {"load": [], "store": [], "atomic": []}
         self.programs: list[tuple[int, ...]] = []
@@ -192,21 +192,21 @@ class Guard:
         return len(self.programs) - 1
 
     def meet_inside(self, program: tuple[int, ...]) -> None:
-        """Take note that the threads of a program wait for each other."""
+        """Record a barrier of a program's threads."""
         self.barriers.setdefault(self._index(program), []).append(self.clock)
 
     def meet(self, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
-        """Take note of atomics that release what the program stored, and acquire what others did."""
+        """Record atomics that release the program's stores and acquire those of others."""
         index = self._index(program)
         for address in ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].reshape(-1).tolist():
             self.meetings.setdefault(address, []).append((index, self.clock))
 
     def accessed(self, kind: str, addresses: np.ndarray, size: int, program: tuple[int, ...]) -> None:
-        """Take note of a program's access to elements of `size` bytes at these addresses."""
+        """Record a program's access to elements of `size` bytes at these addresses."""
         self.seen[kind].append((addresses, len(self.programs) - 1, self.clock))
 
     def finish(self) -> None:
-        """Compare what the programs of the finished launch stored and loaded."""
+        """Compare the stores and loads of the finished launch's programs; raises Race."""
         stored, writer, written = self._joined("store")
         if stored.size == 0:
             return
@@ -226,7 +226,7 @@ class Guard:
                     self._race(f"touch one address, the first with a {kind}, the second with a store", i, j)
 
     def _met(self, writer: int, written: int, reader: int, read: int) -> bool:
-        """Whether what the writer stored had to be there when the reader read it."""
+        """Returns whether the writer's store is ordered before the reader's load."""
         done = min((when for when in self.barriers.get(writer, ()) if when > written), default=read)
         return any(
             done < released < acquired < read
@@ -248,7 +248,7 @@ class Guard:
 
 
 def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
-    """The tensors given to a launch, those of descriptors and tuples too."""
+    """Yields the tensors given to a launch, including those in descriptors and tuples."""
     for value in arguments:
         if isinstance(value, TensorDescriptor):
             value = value.base
@@ -259,7 +259,7 @@ def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
 
 
 def _extents(arguments: Any) -> Iterator[tuple[int, int]]:
-    """The byte range of each tensor: of the view, not of its storage, so that walking off a slice is seen."""
+    """Yields the byte range of each tensor: of the view, not of its storage, so that leaving a slice is an error."""
     for value in _tensors(arguments):
         if value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -272,9 +272,9 @@ def _extents(arguments: Any) -> Iterator[tuple[int, int]]:
 def interpreting(
     guard: Callable[[str, Any], Guard] = Guard, arch: int = 0, multiprocessors: int = 1
 ) -> contextlib.AbstractContextManager:
-    """Interpret every kernel that this thread launches inside the block, each launch under a guard of its own.
+    """Returns a context that interprets every kernel this thread launches, each launch with a guard of its own.
 
-    The pages choose their tiles for a GPU of compute capability arch / 10 with so many multiprocessors.
+    Tiles are chosen for a GPU of compute capability arch / 10 with so many multiprocessors.
     """
     return launching(Launcher(partial(_launch, guard), arch, multiprocessors, gluon=False))
 
@@ -286,7 +286,7 @@ def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: 
     bound.apply_defaults()
     devices = {t.device for t in _tensors(bound.arguments.values())}
     if all(device.type == "meta" for device in devices):
-        return  # results have shapes and no values
+        return  # meta tensors have no values to compute
     if elsewhere := [device for device in devices if device.type != "cpu"]:
         raise ValueError(f"{kernel.__name__}: kernels are interpreted on CPU tensors, one is on {elsewhere[0]}")
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
@@ -310,7 +310,7 @@ def _rewritten(kernel: JITFunction) -> Callable:
     function = _rewrites.get(kernel.fn)
     if function is None:
         fn = kernel.fn
-        # The stock rewriter adds its own globals to the function's: give it a copy of them.
+        # The stock rewriter adds globals to the function's: it gets a copy of them.
         copy = types.FunctionType(fn.__code__, dict(fn.__globals__), fn.__name__, fn.__defaults__, fn.__closure__)
         copy.__module__, copy.__qualname__ = fn.__module__, fn.__qualname__
         copy.__annotations__ = fn.__annotations__
@@ -323,12 +323,12 @@ _tl_user = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.cor
 
 class _NothingToRestore:
     def restore(self) -> None:
-        """The one patch of the launch covers its device functions too."""
+        """Do nothing: the launch's one patch covers its device functions too."""
 
 
 @contextlib.contextmanager
 def _language(guard: Guard) -> Iterator[_Builder]:
-    """Triton's language bound to the interpreter until the block ends."""
+    """Bind Triton's language to the interpreter until the block ends."""
     builder, call, patch, reduce_sum = (
         stock.interpreter_builder,
         JITFunction.__call__,
@@ -355,7 +355,7 @@ def _language(guard: Guard) -> Iterator[_Builder]:
 
 
 def _range(start: Any, stop: Any = None, step: Any = None, **hints: Any) -> Iterator[Any]:
-    """tl.range with int32 tensors as loop variables, as in compiled code; the stock one yields Python integers."""
+    """Yields int32 tensors as loop variables of tl.range, as in compiled code; the stock one yields integers."""
     start, stop = (0, start) if stop is None else (start, stop)
     for i in range(int(start), int(stop), 1 if step is None else int(step)):
         yield stock.interpreter_semantic.to_tensor(i, False)
@@ -365,7 +365,7 @@ _EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _check_overflow(_: Any, lhs: Any, rhs: Any, operation: Callable) -> None:
-    """The stock check, in two steps of numpy rather than some twenty of the interpreter: it took 40% of the time."""
+    """Check integer overflow in two steps of numpy; the stock check takes some twenty of the interpreter's."""
     dtype = lhs.type.scalar
     if dtype.int_bitwidth >= 64:
         return

@@ -1,4 +1,4 @@
-"""Which options are tried together: sets drawn from an op's declaration, so that no list of them stands beside it."""
+"""Chooses which options are tested together: sets drawn from an op's declaration instead of lists beside it."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from ..op import Op
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Cases in which any two values of any two factors meet at least once.
+    """Returns cases in which any two values of any two factors occur together at least once.
 
-    Greedy, and always the same; the first case has the first value of every factor, which for options is its default.
+    Greedy and deterministic; the first case has the first value of every factor, which for options is the default.
     """
     names = list(factors)
     if not names:
@@ -39,30 +39,30 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def option_sets(op: Op) -> list[dict[str, Any]]:
-    """The defaults of an op's options, then sets in which any two values of any two of them meet."""
+    """Returns the defaults of an op's options, then sets in which any two values of any two of them occur together."""
     return pairwise(op.options)
 
 
 def farthest_options(op: Op) -> dict[str, Any]:
-    """Of the option sets the one with the fewest defaults, with which most of a kernel's code runs."""
+    """Returns the option set with the fewest defaults, which runs most of a kernel's code."""
     return max(option_sets(op), key=lambda options: sum(v is not op.options[k][0] for k, v in options.items()))
 
 
 def varied(op: Op) -> list[dict[str, Any]]:
-    """The op's first bench size with each of its option sets but the defaults; what has its default is not named."""
+    """Returns the op's first bench size with each option set but the defaults; options at their default are omitted."""
     sets = [{k: v for k, v in options.items() if v is not op.options[k][0]} for options in option_sets(op)]
     return [{**op.bench[0], **options} for options in sets if options]
 
 
 def sized(dims: Mapping[str, Any]) -> bool:
-    """Whether no size is 0; capital letters are sizes."""
+    """Returns whether no size is 0; capital letters are sizes."""
     return all(size for letter, size in dims.items() if letter.isupper())
 
 
 def combined(op: Op, sizes: Sequence[Mapping[str, Any]], **factors: Sequence[Any]) -> list[dict[str, Any]]:
-    """The sizes, the op's options and further factors, any two values of any two together, flat as `inputs` takes them.
+    """Combine sizes, the op's options and further factors pairwise; returns flat cases, as `inputs` takes them.
 
-    Where a size is 0 options say nothing: such sizes meet the further factors alone.
+    With a size of 0 options have no effect: such sizes are combined with the further factors alone.
     """
     full, empty = ([dims for dims in sizes if sized(dims) is whole] for whole in (True, False))
     cases = pairwise({"dims": full, **factors, **op.options}) if full else []

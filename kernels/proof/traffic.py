@@ -1,15 +1,15 @@
-"""The bytes that an op's kernels move through memory, beside those it must move: a roofline without a GPU.
+"""Counts the bytes that an op's kernels move through memory, beside those they must move: a roofline without a GPU.
 
     python -m kernels.proof.traffic           count, print the table, fail if it is not what results/traffic.json says
     python -m kernels.proof.traffic --update  the same, and write results/traffic.json
 
-Each op runs forward and backward in the interpreter at its bench sizes, and at the first of them with its options, on
-the code and the tiles of an H100, and every access is counted, by the 32-byte sectors that DRAM moves. To be quick, M,
-N or B is divided until it stands for a share of the GPU, and multiprocessors and L2 are divided alike, so that partial
-sums weigh as they would. Within a launch a sector is fetched once, except that where the rows of all running programs
-overflow L2 a program that reads its own again fetches again what did not stay. What torch's own kernels read and write
-between launches counts too, and partial sums count as written and read though L2 may keep them. Only what needs less
-than half of the arithmetic that would keep an H100 busy is listed: of the rest memory is not the limit.
+Each op runs forward and backward in the interpreter at its bench sizes, and at the first of them with its options, with
+the code and tiles of an H100, and every access is counted in the 32-byte sectors that DRAM moves. To be quick, M, N or
+B is divided, and multiprocessors and L2 are divided alike, so that partial sums have their true weight. Within a launch
+a sector is fetched once, except that if the rows of all running programs overflow L2, a program that reads its own
+again fetches again what was evicted. Reads and writes of torch's own kernels between launches count too, and partial
+sums count as written and read even if L2 holds them. Only directions that need less than half of the arithmetic that
+would keep an H100 busy are listed: the others are not bound by memory.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SECTOR = 32  # bytes
 
 @dataclass
 class _Counter:
-    """Bytes moved so far, in launches of kernels and between them."""
+    """Counts the bytes moved so far, in launches of kernels and between them."""
 
     multiprocessors: int
     l2_bytes: float
@@ -54,7 +54,7 @@ class _Counter:
 
 
 class _CountingGuard(Guard):
-    """A guard that counts, when the launch is over, what it moved."""
+    """A guard that adds the bytes that its launch moved to the counter when the launch ends."""
 
     def __init__(self, kernel: str, arguments: Any, counter: _Counter) -> None:
         super().__init__(kernel, arguments)
@@ -85,7 +85,7 @@ class _CountingGuard(Guard):
 
 
 class _TorchTraffic(TorchDispatchMode):
-    """Counts what torch's own kernels read and write: arguments once, results once, views and empty tensors not."""
+    """Counts what torch's own kernels read and write: arguments once, results once; no views, no empty tensors."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class _TorchTraffic(TorchDispatchMode):
 
 
 def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The dims with M, N or B divided, and the number of multiprocessors that are left.
+    """Returns the dims with M, N or B divided, and the multiprocessors that belong to them.
 
-    Where keys come in as well as queries, one group of heads is as any other; where not, one position is. A product of
-    fewer rows than there are multiprocessors is shared by columns.
+    In attention all groups of heads are alike; without keys all positions are. A product with fewer rows than there are
+    multiprocessors is divided by columns.
     """
     if "M" in dims:
         shared = "M" if dims["M"] >= MULTIPROCESSORS else "N"
@@ -116,7 +116,7 @@ def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, float]:
-    """Bytes that each direction of an op moves in bf16 at these dims, on so much of the GPU."""
+    """Returns the bytes that each direction of an op moves in bf16 at these dims, on so many multiprocessors."""
     torch.manual_seed(0)
     arguments, keywords = op.inputs(**small, dtype=torch.bfloat16)
     leaves = [
@@ -129,24 +129,24 @@ def moved(op: Op, small: dict[str, Any], multiprocessors: int) -> dict[str, floa
     with interpreting(counter.guard, ARCH, multiprocessors):
         with _TorchTraffic(counter):
             out = op.triton(*arguments, **keywords)
-        found = {"forward": counter.bytes}
+        moved_bytes = {"forward": counter.bytes}
         if op.differentiable:
             outputs = out if isinstance(out, tuple) else (out,)
             gradients = [torch.ones_like(o) for o in outputs]
             counter.bytes = 0.0
             with _TorchTraffic(counter):
                 torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-            found["backward"] = counter.bytes
-    return found
+            moved_bytes["backward"] = counter.bytes
+    return moved_bytes
 
 
 def is_bound_by_memory(cost: Cost) -> bool:
-    """Whether there is so little arithmetic to the compulsory bytes that memory sets the time."""
+    """Returns whether arithmetic per compulsory byte is so low that memory bounds the time."""
     return cost.bytes > 0 and cost.flops / cost.bytes < INTENSITY
 
 
 def rows(op: Op, dims: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each direction that memory bounds: compulsory and moved bytes of the divided dims, and their ratio."""
+    """Returns a row per direction that memory bounds: compulsory and moved bytes of the divided dims, their ratio."""
     costs = dict(zip(("forward", "backward"), op.cost(**dims, itemsize=2), strict=True))
     bound = [name for name, cost in costs.items() if is_bound_by_memory(cost)]
     if op.triton is None or not bound:
@@ -156,20 +156,20 @@ def rows(op: Op, dims: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "op": op.name, "direction": name, "dims": dims, "divided": small,
-            "compulsory_bytes": compulsory[name].bytes, "moved_bytes": round(found),
-            "ratio": round(found / compulsory[name].bytes, 3),
+            "compulsory_bytes": compulsory[name].bytes, "moved_bytes": round(count),
+            "ratio": round(count / compulsory[name].bytes, 3),
         }
-        for name, found in moved(op, small, multiprocessors).items() if name in bound
+        for name, count in moved(op, small, multiprocessors).items() if name in bound
     ]  # fmt: skip
 
 
 def read_report() -> list[dict[str, Any]]:
-    """The checked-in rows, empty where there is no report yet."""
+    """Returns the checked-in rows; none if there is no report yet."""
     return json.loads(REPORT.read_text()) if REPORT.exists() else []
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 when the report says what was counted, 1 otherwise."""
+    """Count and print. Returns 0 if the report agrees with what was counted, 1 otherwise."""
     about = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m kernels.proof.traffic", description=about)
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
@@ -178,16 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.op or list(OPS)
     stale = []
     for name in chosen:
-        found = []
+        counted = []
         for dims in (*OPS[name].bench, *varied(OPS[name])):
             for row in rows(OPS[name], dict(dims)):
-                found.append(row)
+                counted.append(row)
                 sizes = " ".join(f"{letter}={size}" for letter, size in dims.items())
                 print(f"{name:20s} {row['direction']:8s} {row['ratio']:6.3f} of compulsory bytes  {sizes}", flush=True)
         before = read_report()
         if args.update:
-            write_report([row for row in before if row["op"] != name] + found)
-        elif [row for row in before if row["op"] == name] != found:
+            write_report([row for row in before if row["op"] != name] + counted)
+        elif [row for row in before if row["op"] == name] != counted:
             stale.append(name)
     if stale:
         print(
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if stale else 0
 
 
-def write_report(found: list[dict[str, Any]]) -> None:
-    """One row a line, by op in their order."""
+def write_report(report: list[dict[str, Any]]) -> None:
+    """Write one row per line, in the order of OPS."""
     order = list(OPS)
-    lines = ",\n".join(json.dumps(row) for row in sorted(found, key=lambda row: order.index(row["op"])))
+    lines = ",\n".join(json.dumps(row) for row in sorted(report, key=lambda row: order.index(row["op"])))
     REPORT.write_text(f"[\n{lines}\n]\n")
 
 

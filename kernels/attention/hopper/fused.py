@@ -1,7 +1,7 @@
 """Attention backward for Hopper, head vectors of 128, in Gluon: dk, dv and dq in one kernel.
 
-As in stay.py, but registers and shared memory hold no third group: each of the two groups, which gather dk and dv of 64
-keys, also multiplies the differences of both by one half of the keys' columns, and adds that to dq in global memory.
+As in stay.py, but registers and shared memory have no room for a third group: each of the two groups, which accumulate
+dk and dv of 64 keys, also multiplies the ds of both by half of the keys' columns, and adds that to dq in global memory.
 """
 
 from ..._triton import gl, gl_hopper, gluon_jit, tl
@@ -15,7 +15,7 @@ def _supply_dk_dv(
     o_full, o_free, b, g, n, first, tiles, H, HEADS: gl.constexpr, BLOCK_M: gl.constexpr,
     Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the one warp: the keys and values, then queries and dout of all HEADS heads, in order."""
+    """Run the role of the one warp: fetch the keys and values, then queries and dout of all HEADS heads, in order."""
     for group in gl.static_range(2):
         fetch(k, b, g, n + group * 64, k_full.index(group), k_tiles.index(group))
     for i in range(tiles * HEADS):
@@ -40,7 +40,7 @@ def _gather_all(
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
     O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of a group of four warps: dk and dv of 64 keys, and for each tile of queries half of dq's columns."""
+    """Run the role of a group of four warps: dk and dv of 64 keys, and half of dq's columns per tile of queries."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -62,6 +62,7 @@ def _gather_all(
         head, row = kv_head * HEADS, first + i * BLOCK_M
         if HEADS > 1:
             head, row = kv_head * HEADS + i // tiles, first + i % tiles * BLOCK_M
+        # scores
         gl_hopper.mbarrier.wait(q_full.index(q_stage), (i // Q_STAGES) & 1)
         queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
         s = gl_hopper.warpgroup_mma(k, queries.permute([1, 0]), blank, use_acc=False, is_async=True)
@@ -70,9 +71,11 @@ def _gather_all(
         dp = gl_hopper.warpgroup_mma(v, douts.permute([1, 0]), blank, use_acc=False, is_async=True)
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         s = gl_hopper.warpgroup_mma_wait(1, [s])
+        # dv
         p = weights_of(s, lse, row + back, start, factor, BLOCK_M, SCORES)
         weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
         dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
+        # ds
         delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         gl_hopper.mbarrier.wait(s_free.index(s_stage), (i // S_STAGES + 1) & 1)
         dp = gl_hopper.warpgroup_mma_wait(1, [dp])
@@ -82,25 +85,28 @@ def _gather_all(
         gl_hopper.mbarrier.arrive(s_full.index(s_stage))
         ds = gl.convert_layout(differences, WEIGHTS)
         gl_hopper.mbarrier.wait(s_full.index(s_stage), (i // S_STAGES) & 1)
+        # dq
         part = nothing
         for group in gl.static_range(2):
             half = s_tiles.index(s_stage * 2 + group)
             other_k = k_tiles.index(group).reshape([64, D])
             other_k = other_k.slice(GROUP * COLUMNS, COLUMNS, dim=1)
             part = gl_hopper.warpgroup_mma(half.permute([1, 0]), other_k, part, use_acc=group > 0, is_async=True)
+        # dk, while dq is added
         dk = gl_hopper.warpgroup_mma(ds, queries, dk, is_async=True)
         dv, part, weights = gl_hopper.warpgroup_mma_wait(1, [dv, part, weights])
         gl_hopper.mbarrier.arrive(o_free.index(o_stage))
         gl_hopper.mbarrier.arrive(s_free.index(s_stage))
-        gl_hopper.tma.store_wait(0)  # what was added before has been read
+        gl_hopper.tma.store_wait(0)  # the last tile to be added has been read
         a_tile = a_tiles.index(GROUP)
         a_tile.reshape([64, COLUMNS]).store(part)
         gl_hopper.fence_async_shared()
         reduce_add(dq_sum, [head, row, GROUP * COLUMNS], a_tile)
         dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])
         gl_hopper.mbarrier.arrive(q_free.index(q_stage))
-    last = total - 1  # until dq has all, the keys are read by both groups
+    last = total - 1  # both groups read the keys until dq is complete
     gl_hopper.mbarrier.wait(s_free.index(last % S_STAGES), (last // S_STAGES) & 1)
+    # epilogue
     v.store(dv.to(gl.bfloat16))
     k.store((dk * scale).to(gl.bfloat16))
     gl_hopper.fence_async_shared()

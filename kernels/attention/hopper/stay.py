@@ -1,13 +1,13 @@
-"""Attention backward for Hopper, head vectors of 64, in Gluon: dk, dv and dq in one kernel of programs that stay.
+"""Attention backward for Hopper, head vectors of 64, in Gluon: dk, dv and dq in one kernel of persistent programs.
 
-A program takes one block of 128 keys after another, and the next begins under the end of the one before. Its roles run
-at once: one warp copies; two groups of four warps each gather dk and dv of 64 keys while queries and dout come by; a
-third group multiplies the differences that those leave in shared memory by the keys, and adds the product to dq in
-global memory, in fp32, by the tensor memory accelerator. So five products are made and not seven, as where each sum has
-a kernel of its own; but the order in which programs add to dq is not fixed, and its last bits differ from run to run.
+A program processes one block of 128 keys after another, and the start of each overlaps the end of the last. Its roles
+run concurrently: one warp copies; two groups of four warps each accumulate dk and dv of 64 keys over tiles of queries
+and dout; a third group multiplies ds, which those leave in shared memory, by the keys, and adds the product to dq in
+global memory, in fp32, by the tensor memory accelerator. That takes five products instead of the seven of separate
+kernels; but the order in which programs add to dq is not fixed, and its last bits differ from run to run.
 
-Tiles of scores are [keys, queries], so that weights and differences are operands of dv and dk as they lie in registers.
-Barriers are those of forward.py.
+Tiles of scores are [keys, queries], so that weights and ds are operands of dv and dk in the registers that hold them.
+Barriers are used as in forward.py; `differences` are ds before its scale.
 """
 
 from ..._triton import gl, gl_hopper, gluon_jit, tl
@@ -17,7 +17,7 @@ from .pieces import Tile, fetch, fetch_both, gluon_kernel, reduce_add, weights_o
 
 @gluon_jit
 def _work(j, T, S, heads, G, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr):
-    """The j-th block of keys of this program: (batch, key head, first key, first query, tiles of queries)."""
+    """Returns batch, key head, first key, first query and tiles of queries of this program's j-th block of keys."""
     w = gl.program_id(0) + j * gl.num_programs(0)
     head, block = place(w, gl.cdiv(S, 128), heads, T * HEADS, D, False)
     n = block * 128
@@ -31,7 +31,7 @@ def _stay_supply(
     q_free, o_full, o_free, rounds, T, S, heads, H, G, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
     Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the one warp."""
+    """Run the role of the one warp: fetch tiles in the order in which the others consume them."""
     t = rounds * 0  # tiles of queries so far, of all blocks
     for j in range(rounds):
         b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
@@ -63,11 +63,11 @@ def _stay_gather(
     HEADS: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of a group of four warps: dk and dv of 64 keys after another."""
+    """Run the role of a group of four warps: dk and dv of 64 keys of one block after another."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    before = rounds * 0  # tiles of queries of the blocks before
+    before = rounds * 0  # tiles of queries of earlier blocks
     for j in tl.range(0, rounds, disable_licm=True):
         b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
         kv, parity, start = j % 2, (j // 2) & 1, n + GROUP * 64
@@ -77,6 +77,7 @@ def _stay_gather(
         k = k_tiles.index(kv * 2 + GROUP).reshape([64, D])
         v = v_tiles.index(kv * 2 + GROUP).reshape([64, D])
 
+        # first tile of queries
         q_stage, o_stage, s_stage = before % Q_STAGES, before % O_STAGES, before % S_STAGES
         gl_hopper.mbarrier.wait(k_full.index(kv * 2 + GROUP), parity)
         gl_hopper.mbarrier.wait(q_full.index(q_stage), (before // Q_STAGES) & 1)
@@ -87,7 +88,7 @@ def _stay_gather(
         douts = o_tiles.index(o_stage).reshape([BLOCK_M, D])
         dp = gl_hopper.warpgroup_mma(v, douts.permute([1, 0]), blank, use_acc=False, is_async=True)
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
-        gl_hopper.tma.store_wait(0)  # the results of the block before have left its tiles of keys and values
+        gl_hopper.tma.store_wait(0)  # the last block's results have left its tiles of keys and values
         gl_hopper.mbarrier.arrive(kv_free.index(1 - kv), pred=j > 0)
         s = gl_hopper.warpgroup_mma_wait(1, [s])
         p = weights_of(s, lse, first + S - T, start, factor, BLOCK_M, SCORES)
@@ -105,6 +106,7 @@ def _stay_gather(
         gl_hopper.mbarrier.arrive(o_free.index(o_stage))
         if total > 1:
             gl_hopper.mbarrier.wait(q_full.index((before + 1) % Q_STAGES), ((before + 1) // Q_STAGES) & 1)
+        # scores of tile i, dk of tile i - 1
         for i in tl.range(1, total, disable_licm=True):
             t = before + i
             q_stage, o_stage, s_stage, last = t % Q_STAGES, t % O_STAGES, t % S_STAGES, (t - 1) % Q_STAGES
@@ -131,19 +133,21 @@ def _stay_gather(
             gl_hopper.fence_async_shared()
             gl_hopper.mbarrier.arrive(s_full.index(s_stage))
             ds = gl.convert_layout(differences, WEIGHTS)
-            # Waiting for the next queries here keeps ptxas from moving the work above below the wait for dv.
+            # Waiting for the next queries here keeps ptxas from moving the work above to below the wait for dv.
             if i + 1 < total:
                 gl_hopper.mbarrier.wait(q_full.index((t + 1) % Q_STAGES), ((t + 1) // Q_STAGES) & 1)
             dv, weights = gl_hopper.warpgroup_mma_wait(0, [dv, weights])
             gl_hopper.mbarrier.arrive(o_free.index(o_stage))
+        # dk of the last tile
         before += total
         last = (before - 1) % Q_STAGES
         dk = gl_hopper.warpgroup_mma(ds, q_tiles.index(last).reshape([BLOCK_M, D]), dk, is_async=True)
         dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])
         gl_hopper.mbarrier.arrive(q_free.index(last))
-        # the keys are read until dq has all
+        # the keys are read until dq is complete
         gl_hopper.mbarrier.wait(s_free.index((before - 1) % S_STAGES), ((before - 1) // S_STAGES) & 1)
-        v.store(dv.to(gl.bfloat16))  # where the keys and values lay, which are needed no more
+        # epilogue
+        v.store(dv.to(gl.bfloat16))  # over the keys and values, which are no longer needed
         k.store((dk * scale).to(gl.bfloat16))
         gl_hopper.fence_async_shared()
         gl_hopper.tma.async_copy_shared_to_global(dv_out, [b, g, start, 0], v_tiles.index(kv * 2 + GROUP))
@@ -156,7 +160,7 @@ def _stay_sums(
     dq_sum, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T, S, heads, H, G, HEADS: gl.constexpr,
     BLOCK_M: gl.constexpr, D: gl.constexpr, S_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of a group of four warps that adds to dq what the others' differences make of it."""
+    """Run the role of the group of four warps that multiplies the others' ds by the keys and adds it to dq."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     t = rounds * 0
     for j in tl.range(0, rounds, disable_licm=True):
@@ -176,7 +180,7 @@ def _stay_sums(
                 ds = s_tiles.index(stage * 2 + group).permute([1, 0])
                 keys = k_tiles.index(kv * 2 + group).reshape([64, D])
                 part = gl_hopper.warpgroup_mma(ds, keys, part, use_acc=group > 0, is_async=True)
-            gl_hopper.tma.store_wait(0)  # what was added before has been read
+            gl_hopper.tma.store_wait(0)  # the last tile to be added has been read
             part = gl_hopper.warpgroup_mma_wait(0, [part])
             if i + 1 == total:
                 gl_hopper.mbarrier.arrive(kv_free.index(kv))
@@ -195,7 +199,7 @@ def attention_bwd_kernel_stay_hopper(
     BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program: one block of 128 keys after another -> dk and dv; adds to dq_sum in fp32."""
+    """One program: one block of 128 keys after another -> dk and dv; it adds to dq_sum in fp32."""
     works = gl.cdiv(S, 128) * heads
     rounds = gl.cdiv(works - gl.program_id(0), gl.num_programs(0))
     q_tiles = gl.allocate_shared_memory(gl.bfloat16, [Q_STAGES, 1, 1, BLOCK_M, D], q.layout)

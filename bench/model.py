@@ -534,7 +534,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def boolean(value: str) -> bool:
-    return {"True": True, "False": False}[value]
+    if value not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"expected True or False, not {value[:80]!r}")
+    return value == "True"
 
 
 def _underscored(argument: str) -> str:

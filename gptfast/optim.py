@@ -5,6 +5,7 @@ No step waits for the device, and each can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import unwrap
@@ -60,11 +61,57 @@ class _Plain(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`; hyperparameters that are tensors stay tensors."""
+        """Loads the result of `state_dict`; hyperparameters that are tensors stay so, and how to run stays as it is.
+
+        Raises ValueError, with nothing loaded, for hyperparameters of other types and states of other shapes.
+        """
         capturable = any(group.get("capturable") for group in self.param_groups)
-        self._load_state_dict(state_dict)
+        groups = [
+            _checked_group(own, theirs)
+            for own, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        for own, theirs in zip(self.param_groups, groups, strict=True):
+            for p, index in zip(own["params"], theirs["params"], strict=True):
+                _check_state(theirs | {"params": own["params"]}, p, state_dict["state"].get(index) or {})
+        self._load_state_dict({"state": state_dict["state"], "param_groups": groups})
         if capturable:
             self.make_capturable()
+
+
+# of a parameter group: what says how to run a step, or of what shapes, which the run decides and no checkpoint
+OF_THE_RUN = ("fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "kind", "rows")
+
+
+def _checked_group(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns the saved group, completed by what `own` alone knows. Raises ValueError for a value of another kind."""
+    for key, value in own.items():
+        if key in saved and key not in ("params", *OF_THE_RUN) and not _alike(saved[key], value):
+            raise ValueError(f"{key} of a group of parameters is {str(saved[key])[:80]}, where this run has {value}")
+    return own | saved | {key: own[key] for key in OF_THE_RUN if key in own}
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Returns whether both are a finite number, or of one type, and if they are lists of one length."""
+    numbers = [isinstance(value, int | float | Tensor) and not isinstance(value, bool) for value in (saved, own)]
+    if all(numbers):
+        return math.isfinite(float(saved))
+    if isinstance(own, list | tuple):
+        return isinstance(saved, list | tuple) and len(saved) == len(own) and all(map(_alike, saved, own))
+    return type(saved) is type(own)
+
+
+def _check_state(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+    """Raises ValueError for the state of a parameter, if there is one, with a tensor missing or of another shape."""
+    if group.get("kind") == "muon":
+        rows = group["rows"][next(i for i, each in enumerate(group["params"]) if each is p)]
+        expected = {key: t.shape for key, t in _matrix_state(p, rows, group["normalize"]).items()}
+    else:
+        expected = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    for key, shape in expected.items() if state else ():
+        value = state.get(key)
+        if not (isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()):
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)[:80]
+            raise ValueError(f"{key} of a parameter of shape {tuple(p.shape)} is {found}")
 
 
 SCHEDULED = frozenset({"lr", "weight_decay", "momentum"})  # hyperparameters that a schedule may change

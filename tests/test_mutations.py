@@ -28,7 +28,7 @@ from tests.hostile import little_memory
 # ---- flags of every command; what each is given besides ends it before it works
 
 NOTHING = "no_such_name"
-COMMANDS: dict[str, list[str]] = {
+COMMANDS: dict[str, list[str]] = {  # a word after the module tells two of its forms apart
     "train.pretrain": [f"--dataset={NOTHING}"], "train.speedrun": ["cpu", f"--dataset={NOTHING}", "--device=cpu"],
     "train.sft": [f"--init_from={NOTHING}"], "train.rl": [f"--init_from={NOTHING}"], "train.chat": ["--out_dir=."],
     "train.prepare": [NOTHING], "train.tokenizer": ["train", f"--source={NOTHING}"],
@@ -40,7 +40,16 @@ COMMANDS: dict[str, list[str]] = {
     "bench.host": [f"--ops={NOTHING}", "--out=out"], "bench.decode": [f"--models={NOTHING}", "--out=out"],
     "bench.profile": [f"--models={NOTHING}", "--out=out"], "bench.speedrun": [f"--preset={NOTHING}", "--out=out"],
     "bench.history": [f"--root={NOTHING}"], "bench.tune": [NOTHING, "--out=out"],
-    "bench.cpu": ["--out=/proc/no_folder/x"], "bench.predict": [f"--model={NOTHING}"],
+    "bench.cpu": ["--out=/proc/no_folder/x"] * 2, "bench.predict": [f"--model={NOTHING}"],
+    "train.prepare chat": ["chat", f"--source={NOTHING}"], "train.tokenizer eval": ["eval", f"--source={NOTHING}"],
+    "gptfast.hf.__main__ import": ["import", NOTHING, "--out_dir=x"],
+    "gptfast.report.__main__ card": ["--card", NOTHING, NOTHING],
+    "gptfast.chat.__main__": [f"--out_dir={NOTHING}", "--device=cpu"],
+    "gptfast.serve.__main__": [f"--out_dir={NOTHING}", "--device=cpu", "--port=0"],
+    "bench.model": [f"--models={NOTHING}", "--out=out"], "bench.peaks": ["--out=/proc/no_folder/x"] * 2,
+    "bench.serve": [f"--models={NOTHING}", "--out=out"], "bench.deep": [f"--op={NOTHING}"], "bench.warm": [],
+    "bench.__main__": [f"--only={NOTHING}"] * 2, "kernels.__main__": [f"--gpu={NOTHING}"] * 2,
+    "kernels.proof.aot": [f"--op={NOTHING}"] * 2, "kernels.proof.traffic": [f"--op={NOTHING}"] * 2,
 }  # fmt: skip
 VALUES = [
     "", "0", "-1", "1", "2", "nan", "inf", "-inf", "1e999", "1e-320", "1e300", "99999999999999999999", "9" * 5000,
@@ -57,9 +66,9 @@ class TooLong(BaseException):
 def flags_of(module: str) -> list[str]:
     """The names of its flags, from its --help."""
     said = io.StringIO()
-    argv = [*COMMANDS[module][:1], "--help"] if module == "gptfast.hf.__main__" else ["--help"]
+    argv = [*COMMANDS[module][:1], "--help"] if module.startswith("gptfast.hf") else ["--help"]
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        importlib.import_module(module).main(argv)
+        importlib.import_module(module.split(" ")[0]).main(argv)
     return sorted(set(re.findall(r"--([a-z][a-z0-9_]+)", said.getvalue())) - {"help"})
 
 
@@ -85,7 +94,7 @@ def ends(module: str, argv: list[str]) -> str:
     def late(*_: object) -> None:
         raise TooLong
 
-    main = importlib.import_module(module).main
+    main = importlib.import_module(module.split(" ")[0]).main
     said = io.StringIO()
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)

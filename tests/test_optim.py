@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 import kernels
 from gptfast.config import PRESETS, GPTConfig
 from gptfast.model import GPT
-from gptfast.optim import adamw, clip_coefficient, grad_norm
+from gptfast.optim import AdamW, adamw, clip_coefficient, grad_norm
 
 CONFIG = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 RATES = {"learning_rate": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -116,3 +118,38 @@ print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"exp_avg": None}, "exp_avg of a parameter of shape .2, 3. is None"),
+        ({"exp_avg_sq": torch.zeros(3, 2)}, r"exp_avg_sq of .* is of shape \(3, 2\)"),
+        ({"step": torch.zeros(1)}, r"step of .* is of shape \(1,\)"),
+        ({"lr": "fast"}, "lr of a group of parameters is fast"),
+        ({"weight_decay": math.nan}, "weight_decay of a group of parameters is nan"),
+        ({"betas": (0.9,)}, "betas of a group of parameters is"),
+    ],
+)
+def test_a_state_of_another_kind_is_not_loaded(changed: dict[str, Any], said: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    target = saved["state"][0] if changed.keys() <= saved["state"][0].keys() else saved["param_groups"][0]
+    target.update(changed)
+    fresh = AdamW([weight], lr=0.1)
+    with pytest.raises(ValueError, match=said):
+        fresh.load_state_dict(saved)
+    assert not fresh.state
+
+
+def test_how_to_run_is_the_runs_own_and_never_the_checkpoints() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = AdamW([weight], lr=0.1, foreach=True)
+    saved = AdamW([weight], lr=0.2).state_dict()
+    saved["param_groups"][0].update(capturable="\0", fused={}, foreach=[])
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["capturable"], group["fused"], group["foreach"]) == (0.2, False, None, True)

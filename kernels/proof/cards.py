@@ -20,8 +20,11 @@ def measured(folder: Path = RESULTS) -> dict[int, list[str]]:
     """Returns the names of GPUs that ran the kernels, by architecture, from the rows in results/."""
     names_by_arch: dict[int, set[str]] = {}
     for path in folder.glob("*/ops.jsonl"):
-        for line in path.read_text().splitlines():
-            hardware = json.loads(line).get("hardware") or {}
+        for line in path.read_text("utf-8", "replace").splitlines():
+            try:
+                hardware = json.loads(line).get("hardware") or {}
+            except ValueError:  # of a measurement that was cut off
+                continue
             if hardware.get("kind") == "cuda":
                 arch = int(hardware["capability"].replace(".", ""))
                 names_by_arch.setdefault(arch, set()).add(hardware["name"].removeprefix("NVIDIA "))
@@ -60,7 +63,8 @@ def arch_of(name: str) -> int:
     if words[:1] in (["t4"], ["v100"]):
         return 75 if words[0] == "t4" else 70
     named = "; ".join(f"{chip.name}, {chip.others} (sm_{arch})" for arch, chip in aot.CHIPS.items())
-    raise ValueError(f"--gpu={name}: not known; give its compute capability, as sm_89, or one of {named}")
+    shown = name if name.isprintable() and len(name) <= 80 else repr(name)[:80]
+    raise ValueError(f"--gpu={shown}: not known; give its compute capability, as sm_89, or one of {named}")
 
 
 def page(name: str) -> Iterator[str]:

@@ -240,7 +240,7 @@ MUTANTS = {
     "smoothing by padded length": (rows, "tl.sum(total, axis=1)[:, None] / V", "tl.sum(total, axis=1)[:, None] / N"),
     "smoothing lost in the gradient": (rows, "label_smoothing * (hit - 1.0 / V)", "0.0 * (hit - 1.0 / V)"),
     "z-loss lost in the gradient": (rows, "2.0 * z_loss", "0.0 * z_loss"),
-    "cap's derivative lost": (rows, "ds *= 1.0 - (s / softcap)", "ds *= 1.0 - 0.0 * (s / softcap)"),
+    "cap's derivative lost": (rows, "ds *= (1.0 - share) * (1.0 + share)", "ds *= 1.0"),
     "a block left out on the way back": (rows, "last = (tl.cdiv(N, BLOCK_N) - 1)", "last = (tl.cdiv(N, BLOCK_N) - 2)"),
     "backward: ignored rows pulled": (page, "tl.where(kept & (v < V), dz, 0.0)", "tl.where(v < V, dz, 0.0)"),
     "backward: scale of the first row": (page, "scale_ptr + m * scale_stride_m", "scale_ptr + 0 * m"),

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import importlib.util
 import itertools
 import re
@@ -58,6 +59,7 @@ def loaded(
     return module
 
 
+@functools.cache
 def _modules_between(page: str, wanted: str) -> list[str]:
     """The page, then those modules that import it and that `wanted` imports, each after all that it imports; `wanted`
     last.
@@ -78,6 +80,7 @@ def _modules_between(page: str, wanted: str) -> list[str]:
     return [page, *between]
 
 
+@functools.cache
 def _imports(name: str) -> list[str]:
     """The modules of its own library that a module imports, at its top."""
     module = sys.modules[name]
@@ -117,8 +120,8 @@ def mutants_of(page: ModuleType, functions: Sequence[str]) -> list[Mutant]:
 
     An operator or a function becomes its opposite; of a mask one part stays, of a load none; a number becomes another;
     a condition always or never holds; a sum keeps its last term; a store, a sum or a conversion is left out; a name is
-    another of its kind. Conversions to int64 stay, since offsets past 2^31 have tests of their own, and those to the
-    dtype of a pointer, which a store does anyhow.
+    another of its kind. Conversions to int64 stay, since offsets past 2^31 have tests of their own, and so do those to
+    fp32 and to the dtype of a pointer, most of which products and stores would do anyhow.
     """
     source = Path(page.__file__).read_bytes()
     starts = list(itertools.accumulate((len(line) for line in source.splitlines(keepends=True)), initial=0))
@@ -210,7 +213,7 @@ def _changes(function: ast.FunctionDef, source: bytes, starts: Sequence[int]) ->
                     yield *span(node), f"({text(arguments[2])})"
                 if attribute in ("to", "contiguous", "expand", "t"):
                     given = text(node).removeprefix(text(value))
-                    if not re.search("int64|element_ty", given):  # see the docstring
+                    if not re.search("int64|float32|element_ty", given):  # see the docstring
                         yield *span(node), text(value)
 
 

@@ -65,11 +65,19 @@ class Parity:
     floating arguments.
     """
 
-    def __init__(self, op: Op, arguments: Sequence[Any], what: str = "", **keywords: Any) -> None:
+    def __init__(
+        self,
+        op: Op,
+        arguments: Sequence[Any],
+        what: str = "",
+        *,
+        cotangents: Sequence[Tensor] | None = None,
+        **keywords: Any,
+    ) -> None:
         self.op, self.arguments, self.keywords, self.what = op, arguments, keywords, what
-        self.reference = functools.partial(op.reference, **keywords)
-        self.same = run(self.reference, arguments)
-        self.truth = run(self.reference, doubled(arguments))
+        self.reference, self.cotangents = functools.partial(op.reference, **keywords), cotangents
+        self.same = run(self.reference, arguments, cotangents)
+        self.truth = run(self.reference, doubled(arguments), cotangents)
 
     @functools.cached_property
     def usual(self) -> list[tuple[float, float]]:
@@ -77,7 +85,7 @@ class Parity:
 
     def check(self, function: Callable[..., Any]) -> None:
         """Raise AssertionError if the function's results break the rule."""
-        found = run(functools.partial(function, **self.keywords), self.arguments)
+        found = run(functools.partial(function, **self.keywords), self.arguments, self.cotangents)
         name = f"{self.op.name} {self.what}"
         for i, (f, s, t) in enumerate(zip(found, self.same, self.truth, strict=True)):
             assert f.shape == s.shape and f.dtype == s.dtype, (
@@ -126,11 +134,12 @@ def usual_errors(reference: Callable[..., Any], arguments: Sequence[Any], draws:
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """Tensors equal to x in value that lie differently in memory."""
-    wide = x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
+    nothing = float("nan") if x.is_floating_point() else 0  # between what is x: to be read by nobody
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), nothing)
     wide[..., ::2] = x
-    gap = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)
+    gap = x.new_full((*x.shape[:-1], x.shape[-1] + 3), nothing)
     gap[..., 3:] = x
-    odd = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    odd = x.new_full((x.numel() + 1,), nothing)[1:].view(x.shape)
     odd.copy_(x)
     found = {"every other element": wide[..., ::2], "a slice of longer rows": gap[..., 3:], "off by one element": odd}
     if x.dim() > 1:

@@ -135,7 +135,7 @@ def mutants_of(page: ModuleType, functions: Sequence[str]) -> list[Mutant]:
             old = source[first:last].decode()
             around = source[max(first - 24, 0) : first].decode(), source[last : last + 16].decode()
             before, after = around[0].rpartition("\n")[2].lstrip(), around[1].partition("\n")[0]
-            name = f"{function}: {before}[{_short(old)} -> {_short(new)}]{after}"
+            name = f"{function}: {before}[{_short(old)} -> {_short(new)}]{after}".rstrip()
             seen[name] += 1
             name += f" #{seen[name]}" if seen[name] > 1 else ""
             mutants.append(Mutant(name, (source[:first] + new.encode() + source[last:]).decode()))

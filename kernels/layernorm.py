@@ -109,13 +109,16 @@ def layernorm_fwd_kernel(
         tl.store(h_ptr + m * N + n, x.to(h_ptr.dtype.element_ty), mask)
     mean = tl.div_rn(tl.sum(x, axis=1)[:, None], N * 1.0)  # rounded: x - mean is exactly 0 where N is 1
     centered = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N + eps)
-    y = centered * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+    rest = tl.sum(centered, axis=1)[:, None] / N  # of the mean, which far from zero was rounded by a step of its size
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / N - rest * rest + eps)
+    shift = rest * rstd
+    y = (centered * rstd - shift) * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask)
     tl.store(statistics_ptr + m, mean, m < M)
     tl.store(statistics_ptr + M + m, rstd, m < M)
+    tl.store(statistics_ptr + M + M + m, shift, m < M)
 
 
 @jit
@@ -137,22 +140,27 @@ def layernorm_fwd_kernel_long(
     mean = tl.div_rn(tl.sum(total, axis=0), N * 1.0)
     # variance
     total = tl.zeros((BLOCK_N,), tl.float32)
+    squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
         x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
         centered = tl.where(n < N, x - mean, 0.0)
-        total += centered * centered
-    rstd = 1.0 / tl.sqrt(tl.sum(total, axis=0) / N + eps)
+        total += centered
+        squares += centered * centered
+    rest = tl.sum(total, axis=0) / N
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / N - rest * rest + eps)
+    shift = rest * rstd
     # output
     for start in tl.range(0, N, BLOCK_N):
         n = start + block
         x = load_sum(x_ptr, residual_ptr, m * x_stride_m + n, m * residual_stride_m + n, h_ptr, n < N, ADD)
-        y = (x - mean) * rstd * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+        y = ((x - mean) * rstd - shift) * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
         tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), n < N)
     tl.store(statistics_ptr + m, mean)
     tl.store(statistics_ptr + M + m, rstd)
+    tl.store(statistics_ptr + M + M + m, shift)
 
 
 @jit
@@ -178,7 +186,8 @@ def layernorm_bwd_kernel(
         dy = tl.load(dy_ptr + m * dy_stride_m + n, mask, other=0.0).to(tl.float32)
         mean = tl.load(statistics_ptr + m, m < M, other=0.0)
         rstd = tl.load(statistics_ptr + M + m, m < M, other=0.0)
-        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
+        shift = tl.load(statistics_ptr + M + M + m, m < M, other=0.0)
+        xhat = tl.where(mask, (x - mean) * rstd - shift, 0.0)
         g = dy * weight
         # dx
         mean_g = tl.div_rn(tl.sum(g, axis=1)[:, None], N * 1.0)
@@ -208,6 +217,7 @@ def layernorm_bwd_kernel_input(
     block = tl.arange(0, BLOCK_N)
     mean = tl.load(statistics_ptr + m)
     rstd = tl.load(statistics_ptr + M + m)
+    shift = tl.load(statistics_ptr + M + M + m)
     # means of g and g * xhat
     sum_g = tl.zeros((BLOCK_N,), tl.float32)
     sum_gx = tl.zeros((BLOCK_N,), tl.float32)
@@ -217,7 +227,7 @@ def layernorm_bwd_kernel_input(
         dy = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
         g = dy * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
         sum_g += g
-        sum_gx += tl.where(n < N, g * (x - mean) * rstd, 0.0)
+        sum_gx += tl.where(n < N, g * ((x - mean) * rstd - shift), 0.0)
     mean_g = tl.div_rn(tl.sum(sum_g, axis=0), N * 1.0)
     mean_gx = tl.sum(sum_gx, axis=0) / N
     # dx
@@ -226,7 +236,7 @@ def layernorm_bwd_kernel_input(
         x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
         g = dy * tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
-        dx = rstd * (g - mean_g - (x - mean) * rstd * mean_gx)
+        dx = rstd * (g - mean_g - ((x - mean) * rstd - shift) * mean_gx)
         if ADD:
             dx += tl.load(dh_ptr + m * dh_stride_m + n, n < N, other=0.0).to(tl.float32)
         tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), n < N)
@@ -246,7 +256,8 @@ def layernorm_bwd_kernel_weight(
         m = row.to(tl.int64)
         x = tl.load(x_ptr + m * x_stride_m + n, n < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + m * dy_stride_m + n, n < N, other=0.0).to(tl.float32)
-        dweight += dy * (x - tl.load(statistics_ptr + m)) * tl.load(statistics_ptr + M + m)
+        xhat = (x - tl.load(statistics_ptr + m)) * tl.load(statistics_ptr + M + m)
+        dweight += dy * (xhat - tl.load(statistics_ptr + M + M + m))
         dbias += dy
     row = p.to(tl.int64) * N
     tl.store(partial_ptr + row + n, dweight, n < N)
@@ -268,12 +279,12 @@ TILES: dict[str, Any] = {
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, h (empty without a residual), and mean and rstd as one tensor (2, M)."""
+    """Returns y, h (empty without a residual), and (3, M) fp32: mean, rstd, and (mean unrounded - mean) * rstd."""
     N, add = x.shape[-1], residual is not None
     M = x.numel() // N
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = torch.empty_like(y) if add else y.new_empty(0)
-    statistics = x.new_empty(2, M, dtype=torch.float32)
+    statistics = x.new_empty(3, M, dtype=torch.float32)
     if M:
         rows, stride = rows_of(x, N)
         other, other_stride = (rows, stride) if residual is None else rows_of(residual, N)

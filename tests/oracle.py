@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,37 +57,59 @@ def doubled(arguments: Sequence[Any]) -> tuple:
     return tuple(a.double() if is_number(a) else a for a in arguments)
 
 
+class Parity:
+    """What an op's results at given arguments are compared with: found once, for as many kernels as are to be judged.
+
+    The error rule: err(kernel) <= 2 * err(reference at the same dtype) + eps(dtype), for every output and every
+    gradient. The kernel and the reference are called with the arguments and the keywords; gradients are those of
+    floating arguments.
+    """
+
+    def __init__(
+        self,
+        op: Op,
+        arguments: Sequence[Any],
+        what: str = "",
+        *,
+        cotangents: Sequence[Tensor] | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.op, self.arguments, self.keywords, self.what = op, arguments, keywords, what
+        self.reference, self.cotangents = functools.partial(op.reference, **keywords), cotangents
+        self.same = run(self.reference, arguments, cotangents)
+        self.truth = run(self.reference, doubled(arguments), cotangents)
+
+    @functools.cached_property
+    def usual(self) -> list[tuple[float, float]]:
+        return usual_errors(self.reference, self.arguments)
+
+    def check(self, function: Callable[..., Any]) -> None:
+        """Raise AssertionError if the function's results break the rule."""
+        found = run(functools.partial(function, **self.keywords), self.arguments, self.cotangents)
+        name = f"{self.op.name} {self.what}"
+        for i, (f, s, t) in enumerate(zip(found, self.same, self.truth, strict=True)):
+            assert f.shape == s.shape and f.dtype == s.dtype, (
+                f"{name} [{i}]: {f.dtype}{f.shape}, not {s.dtype}{s.shape}"
+            )
+            finite = t.isfinite() & s.isfinite()  # where the truth, or the format, has no number, nor has the kernel
+            assert torch.equal(f.isfinite(), finite), f"{name} result {i}: NaN or Inf in other places"
+            eps, f, s, t = torch.finfo(f.dtype).eps, f[finite], s[finite], t[finite]
+            error, bound = relative_error(f, t), 2 * relative_error(s, t) + eps
+            if error > bound and t.numel() < 4096:
+                norm, reference_error = self.usual[i]
+                scale = max(1.0, norm / t.norm().clamp_min(1e-300).item())
+                error, bound = error / scale, 2 * max(relative_error(s, t) / scale, reference_error) + eps
+            assert error <= bound, f"{name} result {i} of {len(found)}: error {error:.2e}, allowed {bound:.2e}"
+
+
 def check_parity(
     op: Op, function: Callable[..., Any], arguments: Sequence[Any], what: str = "", **keywords: Any
 ) -> None:
-    """err(kernel) <= 2 * err(reference at the same dtype) + eps(dtype), for every output and every gradient.
-
-    Both are called with the arguments and the keywords; gradients are those of floating arguments.
-    """
-    if keywords:
-        op = replace(op, reference=functools.partial(op.reference, **keywords))
-        function = functools.partial(function, **keywords)
-    found = run(function, arguments)
-    same = run(op.reference, arguments)
-    truth = run(op.reference, doubled(arguments))
-    usual: list[tuple[float, float]] = []
-    for i, (f, s, t) in enumerate(zip(found, same, truth, strict=True)):
-        assert f.shape == s.shape and f.dtype == s.dtype, (
-            f"{op.name} {what} [{i}]: {f.dtype}{f.shape}, not {s.dtype}{s.shape}"
-        )
-        finite = t.isfinite() & s.isfinite()  # where the truth, or the format, has no number, neither has the kernel
-        assert torch.equal(f.isfinite(), finite), f"{op.name} {what} result {i}: NaN or Inf in other places"
-        eps, f, s, t = torch.finfo(f.dtype).eps, f[finite], s[finite], t[finite]
-        error, bound = relative_error(f, t), 2 * relative_error(s, t) + eps
-        if error > bound and t.numel() < 4096:
-            usual = usual or usual_errors(op, arguments)
-            norm, reference_error = usual[i]
-            scale = max(1.0, norm / t.norm().clamp_min(1e-300).item())
-            error, bound = error / scale, 2 * max(relative_error(s, t) / scale, reference_error) + eps
-        assert error <= bound, f"{op.name} {what} result {i} of {len(found)}: error {error:.2e}, allowed {bound:.2e}"
+    """One function judged by the error rule of `Parity`."""
+    Parity(op, arguments, what, **keywords).check(function)
 
 
-def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 32) -> list[tuple[float, float]]:
+def usual_errors(reference: Callable[..., Any], arguments: Sequence[Any], draws: int = 32) -> list[tuple[float, float]]:
     """(mean norm, largest error of the same-dtype reference) of each result, for arguments a little different.
 
     In a result of few elements the reference's error is a matter of luck, and a gradient may cancel to almost nothing;
@@ -102,10 +123,10 @@ def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 32) -> list[tupl
             return a * (1 + 0.01 * torch.randn(a.shape, generator=g)).to(a) if is_number(a) else a
 
         near = [jitter(a) for a in arguments]
-        shapes = op.reference(*near)
+        shapes = reference(*near)
         outputs = list(shapes) if isinstance(shapes, tuple) else [shapes]
         cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-        same, truth = run(op.reference, near, cotangents), run(op.reference, doubled(near), cotangents)
+        same, truth = run(reference, near, cotangents), run(reference, doubled(near), cotangents)
         norms.append([t.norm().item() for t in truth])
         errors.append([relative_error(s, t) for s, t in zip(same, truth, strict=True)])
     return [(sum(n) / draws, max(e)) for n, e in zip(zip(*norms, strict=True), zip(*errors, strict=True), strict=True)]
@@ -113,11 +134,12 @@ def usual_errors(op: Op, arguments: Sequence[Any], draws: int = 32) -> list[tupl
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """Tensors equal to x in value that lie differently in memory."""
-    wide = x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
+    nothing = float("nan") if x.is_floating_point() else 0  # between what is x: to be read by nobody
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), nothing)
     wide[..., ::2] = x
-    gap = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)
+    gap = x.new_full((*x.shape[:-1], x.shape[-1] + 3), nothing)
     gap[..., 3:] = x
-    odd = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    odd = x.new_full((x.numel() + 1,), nothing)[1:].view(x.shape)
     odd.copy_(x)
     found = {"every other element": wide[..., ::2], "a slice of longer rows": gap[..., 3:], "off by one element": odd}
     if x.dim() > 1:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels._triton import Launcher, launcher, launching, skip
+from kernels._triton import Launcher, jit, launcher, launching, skip, tl
 from kernels.attention import attention_triton, backward, cpu, dropout, forward
 from kernels.attention.cpu import attention_cpu
 from kernels.attention.reference import attention_reference
+from kernels.attention.shared import place
 from kernels.proof import aot
 from kernels.proof.interpret import interpreting
 
@@ -202,6 +203,29 @@ def test_scores_far_below_zero_leave_a_query_that_sees_no_key_without_gradient(f
     out, dq, dk, dv = results(function, torch.full_like(q, -4.0), torch.full_like(k, 4.0), v, **features)
     assert not out[:, :2].any() and not dq[:, :2].any()
     assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("features", [dict(), dict(window=9)], ids=str)
+def test_all_scores_far_below_zero(features):
+    """Weights of less than the least fp32 relative to anything but the largest score of the row."""
+    q, k, v = qkv(40, 40)
+    check(torch.full_like(q, -60.0), 1 + 0.02 * k, v, **features)
+
+
+@jit
+def places_kernel(out_ptr, blocks, heads, length, D: tl.constexpr):
+    head, block = place(tl.program_id(0), blocks, heads, length, D, True)
+    tl.store(out_ptr + head * blocks + block, tl.program_id(0))
+
+
+@pytest.mark.parametrize("length", [64, 2**15, 2**17, 2**20])
+def test_every_block_of_every_head_has_a_program(length):
+    """Also where the keys of the heads fill the L2 cache and heads go in waves, the last of them smaller."""
+    heads, blocks = 19, 3
+    programs = torch.full((heads, blocks), -1, dtype=torch.int32)
+    with interpreting():
+        places_kernel[(heads * blocks,)](programs, blocks, heads, length, D=16)
+    assert torch.equal(programs.flatten().sort().values, torch.arange(heads * blocks, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("function", [attention_reference, interpreted], ids=["reference", "kernel"])

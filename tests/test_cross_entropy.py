@@ -262,8 +262,9 @@ def check_every_part(launch, module):
         with interpreting():
             logits = wide.detach().clone()[:, :N]
             loss, *_ = launch(logits, targets, criterion, scale)
-            poisoned, *_ = launch(logits.clone(), torch.full((5,), N), criterion, None)
-            assert poisoned.isnan().all()
+            for outside in (N, -1):
+                poisoned, *_ = launch(logits.clone(), torch.full((5,), outside), criterion, None)
+                assert poisoned.isnan().all()
             found = module.cross_entropy_triton(wide[:, :N], targets, **options)
             (again,) = torch.autograd.grad(found, wide, scale)
         for f, t in ((loss, expected), (logits, gradient), (again[:, :N], gradient)):

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from gptfast import untrusted
 from gptfast.aside import aside_of, flush, locked
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy
 
 FORMAT = 2
 FIELDS = {  # fields of the manifest, by format
@@ -319,7 +319,8 @@ def _save_error(error: Exception, target: Path, *groups: dict[str, Tensor]) -> U
     except OSError:
         free = ""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    fix = "make the folder writable" if getattr(error, "errno", None) in UNWRITABLE else "free some space"
+    unwritable = getattr(error, "errno", None) in UNWRITABLE
+    fix = "make the folder writable" if unwritable else remedy(error, "see to that disk")
     return UserError(
         f"cannot save {target} ({needed / 1e6:,.1f} MB needed{free}): {reason}; {fix}, or choose another --out_dir"
     )

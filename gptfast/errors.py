@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -15,3 +16,29 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known) or 'none'}"
+
+
+def remedy(error: BaseException, usual: str) -> str:
+    """Returns what mends an error of a file where its number tells, and else the `usual` fix."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space"
+    if number in (errno.EACCES, errno.EPERM):
+        return "change its permissions"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files (ulimit -n)"
+    if number == errno.EIO:
+        return "the disk fails: use another"
+    return usual
+
+
+def to_install(error: ImportError, package: str) -> str:
+    """Returns what mends the failed import of a package: `pip install`, unless it is there and does not import."""
+    module = (error.name or "").partition(".")[0].lower()
+    alike = {"yaml": "pyyaml", "torch": "tensorboard"}
+    if isinstance(error, ModuleNotFoundError) and alike.get(module, module) == package.lower().partition("[")[0]:
+        return f"pip install {package}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"pip install {error.name}, which {package} needs"
+    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+    return f"{package} is installed and cannot be imported ({reason}); install it again"

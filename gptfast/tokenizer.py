@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gptfast import tokenizer_json, untrusted
 from gptfast.blanks import LONG, Blanks
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy, to_install
 from gptfast.tokenizer_json import BYTE_LETTERS
 
 if TYPE_CHECKING:
@@ -556,16 +556,17 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding(name)
     except Exception as error:  # requests and tiktoken raise a dozen unrelated types for "no network"
         raise UserError(
-            f"cannot get the {name} tokenizer's ranks ({type(error).__name__}: {_first_line(error)}); connect to "
-            "the network once, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached them"
+            f"cannot get the {name} tokenizer's ranks ({type(error).__name__}: {_first_line(error)}); "
+            + remedy(error, "connect to the network once")
+            + ", or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached them"
         ) from None
 
 
 def _import_tiktoken(wanted_for: str) -> Any:
     try:
         import tiktoken
-    except ImportError:
-        raise UserError(f"{wanted_for} needs tiktoken: pip install tiktoken") from None
+    except ImportError as error:
+        raise UserError(f"{wanted_for} needs tiktoken: {to_install(error, 'tiktoken')}") from None
     return tiktoken
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptfast.blanks import Blanks
-from gptfast.errors import UserError
+from gptfast.errors import UserError, to_install
 
 # GPT-2's pattern (Radford et al., 2019), as tiktoken writes it.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -74,8 +74,8 @@ def prove(content: Mapping[str, Any], path: Path, encode: Callable[[str], list[i
     """
     try:
         from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError(f"reading {path} needs tokenizers: pip install tokenizers") from None
+    except ImportError as error:
+        raise UserError(f"reading {path} needs tokenizers: {to_install(error, 'tokenizers')}") from None
     try:
         theirs = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare exceptions

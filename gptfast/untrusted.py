@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy
 
 LARGEST, LARGEST_ROWS = 2**28, 2**27  # bytes: of a list of tokens, and of a file of rows
 LARGEST_JSON = 50_000_000  # bytes of one value, which takes up to 31 times as much memory
@@ -85,7 +85,7 @@ def json_object(path: str | Path, fix: str) -> dict[str, Any]:
     try:
         value = parsed(content(path, LARGEST_JSON))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({reason(error)}); {fix}") from None
+        raise UserError(f"cannot read {path} ({reason(error)}); {remedy(error, fix)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object; {fix}")
     return value

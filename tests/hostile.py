@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast import checkpoint, cli
+from gptfast import checkpoint, cli, untrusted
 from gptfast.errors import UserError
 from gptfast.untrusted import LARGEST_JSON
 
@@ -44,12 +44,12 @@ class Loader:
 
 
 @contextlib.contextmanager
-def little_memory() -> Iterator[None]:
-    """This process may take HEADROOM bytes more."""
+def little_memory(headroom: int = HEADROOM) -> Iterator[None]:
+    """This process may take `headroom` bytes more."""
     with open("/proc/self/status") as status:
         used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + HEADROOM, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + headroom, before[1]))
     try:
         yield
     finally:
@@ -180,7 +180,7 @@ def signed(folder: Path) -> None:
     """Makes the manifests of the checkpoints in `folder` vouch for the files as they are."""
     for path in folder.glob("ckpt-*/manifest.json"):
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = json.loads(untrusted.content(path))
             for each in path.parent.iterdir():
                 is_small = each.is_file() and each.stat().st_size < 2**28  # hashing what is larger takes too long
                 if each.name != path.name and is_small and not each.is_symlink():

@@ -12,7 +12,7 @@ from typing import Any
 from gptfast.aside import file_aside, locked
 from gptfast.chat import conversation
 from gptfast.chat.conversation import Chat
-from gptfast.errors import UserError
+from gptfast.errors import UserError, to_install
 from gptfast.tokenizer import load_bpe
 
 
@@ -85,8 +85,8 @@ def from_hub(name: str, subset: str, split: str) -> Iterator[list[dict[str, Any]
 
         datasets.disable_progress_bars()
         rows = iter(datasets.load_dataset(name, subset or None, split=split, streaming=True))
-    except ImportError:
-        raise UserError(f"reading {name} needs datasets: pip install datasets") from None
+    except ImportError as error:
+        raise UserError(f"reading {name} needs datasets: {to_install(error, 'datasets')}") from None
     except Exception as error:  # the hub's client raises the errors of a dozen libraries
         raise _stopped(name, error) from None
     for number in itertools.count(1):

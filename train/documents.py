@@ -35,7 +35,7 @@ import numpy as np
 from gptfast import untrusted
 from gptfast.aside import file_aside, flush, locked
 from gptfast.data import HEADER, header, itemsize
-from gptfast.errors import UserError
+from gptfast.errors import UserError, to_install
 from gptfast.tokenizer import BPETokenizer, from_json, read_meta
 from train import files
 from train.download import sha256_of
@@ -121,12 +121,13 @@ class Documents:
         except UserError:
             raise
         except ImportError as error:
-            raise UserError(f"reading {self.name} needs {error.name}: pip install {error.name}") from None
+            raise UserError(f"reading {self.name} needs datasets: {to_install(error, 'datasets')}") from None
         except Exception as error:  # a stream can end in the errors of a dozen libraries
             reason = (str(error).splitlines() or ["no reason given"])[0][:200]
-            raise UserError(
-                f"reading {self.name} stopped ({type(error).__name__}: {reason}); the same command goes on from there"
-            ) from None
+            fix = "the same command goes on from there"
+            if "NotFound" in type(error).__name__ or isinstance(error, ValueError):  # such as a split that is not there
+                fix = "see to its name, --subset and --split, or to the network; what was read before is kept"
+            raise UserError(f"reading {self.name} stopped ({type(error).__name__}: {reason}); {fix}") from None
 
     def _open(self) -> Any:
         """Opens the data set as a datasets.IterableDataset."""

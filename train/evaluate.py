@@ -34,7 +34,7 @@ from gptfast import cli, hf, runtime, untrusted
 from gptfast.aside import check_writable, unwritable, write_whole
 from gptfast.chat.conversation import Chat
 from gptfast.data import load_tokens, parts_of
-from gptfast.errors import UserError, nearest
+from gptfast.errors import UserError, nearest, to_install
 from gptfast.log import Log, facts
 from gptfast.model import GPT, IGNORED
 from gptfast.tokenizer import load_tokenizer
@@ -518,8 +518,8 @@ class TheirTokenizer:
 def _import_transformers() -> Any:
     try:
         import transformers
-    except ImportError:
-        raise UserError("this model needs transformers: pip install transformers") from None
+    except ImportError as error:
+        raise UserError(f"this model needs transformers: {to_install(error, 'transformers')}") from None
     return transformers
 
 

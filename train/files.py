@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptfast import untrusted
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy, to_install
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
 PACKED = (".gz", ".zst", ".xz", ".bz2")
@@ -94,10 +94,11 @@ def read(paths: Sequence[str], builder: str, column: str, state: dict[str, Any] 
         except UserError:
             raise
         except ImportError as error:
-            raise UserError(f"reading {path} needs {error.name}: pip install {error.name}") from None
+            raise UserError(f"reading {path} needs pyarrow: {to_install(error, 'pyarrow')}") from None
         except Exception as error:  # of gzip, lzma, arrow and the disk
             reason = (str(error).splitlines() or ["no reason given"])[0][:200]
-            raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}); {GO_ON}") from None
+            fix = remedy(error, GO_ON)
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}); {fix}") from None
 
 
 Rows = Iterator[tuple[str | None, int, int]]

@@ -21,7 +21,7 @@ from gptfast import cli
 from gptfast.aside import folder_aside
 from gptfast.blanks import shortened
 from gptfast.chat.conversation import SPECIAL_TOKENS
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy
 from gptfast.tokenizer import ENCODING, GPT4_PATTERN, BPETokenizer, find_bpe
 from gptfast.tokenizer_json import BYTE_LETTERS
 from train.documents import Documents
@@ -89,7 +89,8 @@ def train(config: TokenizerConfig) -> BPETokenizer:
             tokenizer.save(building)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"--tokenizer={folder}: cannot write there ({reason}); choose another folder") from None
+        fix = remedy(error, "choose another folder")
+        raise UserError(f"--tokenizer={folder}: cannot write there ({reason}); {fix}") from None
     print(f"read {text.characters:,} characters, {text.bytes:,} bytes; {text.bytes / 1e6 / seconds:.2f} MB/s")
     print(f"wrote {folder}: {tokenizer.vocab_size:,} tokens, the longest {max(map(len, tokenizer.ranks))} bytes")
     return tokenizer

@@ -27,7 +27,7 @@ import kernels
 from gptfast import checkpoint, untrusted
 from gptfast.aside import folder_aside
 from gptfast.config import GPTConfig, config_of
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy, to_install
 from gptfast.hf import nanochat, tokenizer_files
 from gptfast.hf.layouts import LAYOUTS, Settings, Weights, layout_for, layout_of
 from gptfast.model import GPT
@@ -133,7 +133,8 @@ def save(
             _write_json(building / "config.json", settings | ids | {"dtype": str(dtype).removeprefix("torch.")})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write to {folder} ({reason}); choose another folder") from None
+        fix = remedy(error, "choose another folder")
+        raise UserError(f"cannot write to {folder} ({reason}); {fix}") from None
     return folder
 
 
@@ -171,17 +172,16 @@ def find(source: str | Path) -> Path:
     elsewhere = "fetch it where there is a network and give its folder"
     try:
         from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(
-            f"{name} comes from the Hugging Face hub: pip install huggingface_hub, or {elsewhere}"
-        ) from None
+    except ImportError as error:
+        fix = to_install(error, "huggingface_hub")
+        raise UserError(f"{name} comes from the Hugging Face hub: {fix}, or {elsewhere}") from None
     repository = f"openai-community/{name}" if name in PUBLISHED else name
     try:
         return Path(snapshot_download(repository, allow_patterns=list(FETCHED)))
     except Exception as error:  # the hub's client raises its own, requests' and httpx's types for "no network"
-        raise UserError(
-            f"cannot get {name}, which is no folder, from the Hugging Face hub ({type(error).__name__}); {elsewhere}"
-        ) from None
+        reason = f"{type(error).__name__}: {untrusted.reason(error)}"
+        fix = remedy(error, elsewhere)
+        raise UserError(f"cannot get {name}, which is no folder, from the Hugging Face hub ({reason}); {fix}") from None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -221,7 +221,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             with untrusted.opened(folder / name) as file:
                 tensors |= untrusted.tensors(file)[0]
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            fix = remedy(error, "fetch it again")
+            raise UserError(f"cannot read {folder / name} ({untrusted.reason(error)}); {fix}") from None
+        except ValueError as error:
             raise UserError(f"{folder / name} is damaged ({untrusted.reason(error)}); fetch it again") from None
     return tensors
 

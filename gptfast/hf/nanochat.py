@@ -25,7 +25,7 @@ from torch import Tensor
 from gptfast import untrusted
 from gptfast.aside import folder_aside
 from gptfast.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig, nanochat
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy
 from gptfast.hf.layouts import Weights, halves_swapped
 from gptfast.model import GPT
 
@@ -58,6 +58,9 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
     try:
         with untrusted.opened(path) as file:
             theirs = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        fix = remedy(error, "fetch it again")
+        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
     except Exception as error:  # torch raises pickle's, zipfile's and its own types
         raise UserError(
             f"{path} is damaged, or holds more than tensors, which could run code and is not read "

@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy
 
 from .machine import command, commit, cpu_facts, driver_version, facts, gpu_limits, gpu_state, hardware, now, software
 from .schema import EVERY_ROW, FACTS, KINDS, NOT_FINITE, OPTIONAL, SCHEMA, Row, check_row, plain
@@ -67,7 +67,7 @@ class Log:
                     file.close()
                 raise UserError(
                     f"cannot write {self.path} ({len(line)} bytes needed): {error.strerror}; "
-                    "free some space, or choose another --out_dir"
+                    f"{remedy(error, 'see to that disk')}, or choose another --out_dir"
                 ) from None
         return row
 

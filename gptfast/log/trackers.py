@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from gptfast.errors import UserError
+from gptfast.errors import UserError, to_install
 
 from .schema import Row
 
@@ -87,8 +87,8 @@ def _import_tracker(kind: str, flag: str) -> Any:
     module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{flag} needs the package {kind}: pip install {kind}, or leave the flag out") from None
+    except ImportError as error:
+        raise UserError(f"{flag} needs the package {kind}: {to_install(error, kind)}, or leave the flag out") from None
 
 
 def _wandb_like(module: Any, project: str, name: str, config: Row) -> tuple[Callable[[Row], Any], Callable[[], Any]]:

@@ -17,7 +17,7 @@ from gptfast.chat.conversation import Chat
 from gptfast.chat.sandbox import EXTRA_S
 from gptfast.chat.tools import Tools
 from gptfast.engine import Engine
-from gptfast.errors import UserError
+from gptfast.errors import UserError, to_install
 from gptfast.serve.app import Guarded, make_app
 from gptfast.serve.asking import Defaults
 from gptfast.serve.batcher import Batcher
@@ -116,8 +116,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise UserError(f"--host={host} --port={port}: {error.strerror or error}; choose another") from None
+    except (OSError, UnicodeError) as error:  # the latter: a name that no host can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host={host} --port={port}: {reason}; choose another") from None
     return listener
 
 
@@ -127,7 +128,9 @@ def import_uvicorn() -> Any:
         import fastapi
         import uvicorn
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'gptfast[serve]'") from None
+        absent = isinstance(error, ModuleNotFoundError) and error.name in ("fastapi", "uvicorn")
+        fix = "pip install 'gptfast[serve]'" if absent else to_install(error, "fastapi")
+        raise UserError(f"serving needs fastapi and uvicorn: {fix}") from None
     assert fastapi
     return uvicorn
 

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from gptfast import untrusted
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy, to_install
 from train.download import download, sha256_of
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # as nanochat fetches it
@@ -130,15 +130,16 @@ def _text(path: Folder, largest: int = untrusted.LARGEST_ROWS) -> str:
             return untrusted.text(path, largest)
         return path.read_text(encoding="utf-8")
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); bring the bundle again") from None
+        fix = remedy(error, "bring the bundle again")
+        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
 
 
 def _settings(path: Folder) -> list[dict[str, Any]]:
     """Returns the settings of each task in core.yaml."""
     try:
         import yaml
-    except ImportError:
-        raise UserError(f"reading {path} needs PyYAML: pip install pyyaml") from None
+    except ImportError as error:
+        raise UserError(f"reading {path} needs PyYAML: {to_install(error, 'pyyaml')}") from None
     try:
         tasks = yaml.safe_load(_text(path, LARGEST_SETTINGS))["icl_tasks"]
         for task in tasks:
@@ -160,8 +161,9 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
 
 def _chances(path: Folder) -> dict[str, float]:
     """Returns the accuracy of guessing, by task; the file has percent."""
+    text = _text(path, LARGEST_SETTINGS)
     try:
-        rows = list(csv.DictReader(_text(path, LARGEST_SETTINGS).splitlines()))
+        rows = list(csv.DictReader(text.splitlines()))
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
         if not all(0 <= chance < 1 for chance in chances.values()):
             raise ValueError("a random baseline is at least 0 and below 100")

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from gptfast import untrusted
-from gptfast.errors import UserError
+from gptfast.errors import UserError, remedy, to_install
 
 SHUFFLE_SEED = 42  # nanochat's, so that "the first 100 examples" are the same there and here
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -110,8 +110,9 @@ def rows(where: Where, name: str, split: str, repository: str, subset: str = "")
         import datasets
 
         return Shuffled(datasets.load_dataset(repository, subset or None, split=split))
-    except ImportError:
-        raise UserError(f"{name} comes from the hub: pip install datasets, or give --task_dir") from None
+    except ImportError as error:
+        fix = to_install(error, "datasets")
+        raise UserError(f"{name} comes from the hub: {fix}, or give --task_dir") from None
     except Exception as error:  # the hub's client raises the errors of a dozen libraries
         reason = (str(error).splitlines() or ["no reason given"])[0][:200]
         raise UserError(
@@ -139,10 +140,11 @@ def _read(path: Path) -> list[Any]:
             file: Any = gzip.GzipFile(fileobj=opened) if path.suffix == ".gz" else opened
             content = untrusted.whole(file, untrusted.LARGEST_ROWS).decode("utf-8")
             return [untrusted.parsed(line) for line in content.split("\n") if line.strip()]
-    except ImportError:
-        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    except ImportError as error:
+        raise UserError(f"reading {path} needs pyarrow: {to_install(error, 'pyarrow')}") from None
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); bring it again") from None
+        fix = remedy(error, "bring it again")
+        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
 
 
 def asked(question: str, answer: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 PYTHON  ?=
 WORKERS ?= 2
 ARGS    ?=
-CHAOS   := $(addprefix tests/test_,bad_days.py hostile.py hostile_rows.py hostile_sources.py mutations.py neighbours.py serve_hostile.py chat_run.py)
+CHAOS   := $(addprefix tests/test_,bad_days.py hostile.py hostile_rows.py hostile_sources.py mutations.py neighbours.py serve_hostile.py chat_run.py mutants_generated.py option_faults.py)
 READY   := .venv/.ready
 PY      := .venv/bin/python
 
@@ -45,5 +45,5 @@ plots: $(READY)  ## redraw the figures and README tables from the rows in result
 fuzz: $(READY)  ## the random cases of the parity tests, 10,000 of them for every op, new ones at every run
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_parity.py -k fuzz --fuzz-examples=10000 $(ARGS)
 
-chaos: $(READY)  ## kills, signals, damage, hostile files, flags, clients and neighbours: as often as it takes to trust
+chaos: $(READY)  ## kills, signals, damage, hostile files, flags, clients and neighbours, faulty kernels: as often as it takes to trust
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rP --chaos $(CHAOS) $(ARGS)

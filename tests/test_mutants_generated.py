@@ -101,7 +101,7 @@ SIZES: dict[str, tuple[dict[str, int], ...]] = {
     "rmsnorm": (dict(M=7, N=150), dict(M=19, N=60), dict(M=1, N=1), dict(M=0, N=16)),
     "attention": (
         dict(B=1, T=37, S=37, H=2, G=2, D=16), dict(B=2, T=3, S=70, H=2, G=1, D=16),
-        dict(B=1, T=40, S=64, H=2, G=1, D=24), dict(B=1, T=70, S=33, H=1, G=1, D=16),
+        dict(B=1, T=40, S=64, H=2, G=1, D=24), dict(B=1, T=70, S=33, H=2, G=2, D=16),
         dict(B=2, T=0, S=5, H=2, G=1, D=16),
     ),
     "cross_entropy": (dict(M=9, V=95), dict(M=33, V=30), dict(M=1, V=1), dict(M=0, V=7)),
@@ -236,11 +236,14 @@ ALIKE: dict[str, tuple[str, ...]] = {
         '_pass: if scale is not None [and -> or] task.needs_dwei',
         '_backward: bwd_kernel[(triton.cdiv([M -> N], tile.block_m),',
         'cross_entropy_rows: entropy_rows_kernel[(-(-[M -> N] // tile.block_m',
+        'load_rows: elif [D != BLOCK_D -> True]:',
+        '_InPlace.backward: rnel[(M, triton.cdiv(N, [4096 -> 4097]))](',
     ),
     "Where programs go first, which is for the cache.": (
         'place: wave = [tl.maximum -> tl.minimum](1, 4194304 // D',
         'place: maximum(1, 4194304 // D [// -> %] length)',
         'place: wave = tl.maximum(1, [4194304 -> 4194305] // D // length)',
+        'attention_bwd_kernel_dk_dv: div(S, BLOCK_N), heads, [T -> S] * GROUP, D, Fal',
     ),
     "More is allocated than is used, or an empty tensor that nobody reads.": (
         '_forward: rstd = x.new_empty([M -> N], dtype=torch.fl',
@@ -267,6 +270,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'cross_entropy_rows_kernel: dtype.element_ty), (m < [M -> N]) & (v < N)) #2',
         'cross_entropy_rows_kernel: = load_logits(row + v, [kept & (v < N) -> v < N], v < V, softcap #2',
         'queries_seeing: = u * 0 + (S - T), u * [0 -> 1] + S',
+        'attention_bwd_kernel_dq: stics + t, t < T, other=[0.0 -> 1.0])',
     ),
     "The sum of x and residual in fp32 instead of as h holds it: another rounding, of which the rule allows both.": (
         'rmsnorm_fwd_kernel_long: residual_stride_m + n, [h_ptr -> rstd_ptr], n < N, ADD)',
@@ -281,6 +285,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
     "Weights of what nobody sees are masked once more in the backward.": (
         'attention_fwd_kernel: lse = [tl.where(tl.reshape..2(l), float("inf")) -> (m + tl.log2(l))]',
         'attention_fwd_kernel: tl.where(tl.reshape(end [> -> >=] first, (BLOCK_M',
+        '_gather_dk_dv: ds = [tl.where((position ..on < end), ds, 0.0) -> (ds)]',
     ),
     "Documents are packed along T = S, and q, k and v have one dtype.": (
         'launch_forward: pty((B, T, H, D), dtype=[q -> k].dtype, device=q',
@@ -329,6 +334,19 @@ ALIKE: dict[str, tuple[str, ...]] = {
         '_pass: um_dtype = x.dtype if M [<= -> <] rows and x.dtyp',
         '_pass: f M <= rows and x.dtype [== -> !=] torch.bfloat16',
         '_backward: return dx, [dweight.to(dx.dtype) -> dweight]',
+    ),
+    "More tiles are masked, or visited, than must be.": (
+        'attention_bwd_kernel_dq: eys_seen(row + (S - T), [S -> H], window, docume',
+        'attention_bwd_kernel_dk_dv: end = queries_seeing(u, [T -> S], S, window, doc',
+        'attention_bwd_kernel_dk_dv: mum(first_0 - back, 0), [tl.maximum -> tl.minimum](end_0 - back, 0',
+        'attention_bwd_kernel_dk_dv: l.maximum(end_1 - back, [0 -> 1]), BLOCK_M,',
+    ),
+    "Where heads go in waves, of which no case has enough: test_attention.py runs the programs of several.": (
+        'place: rest = program [- -> +] first * blocks',
+    ),
+    "By pointers the head is found before; only descriptors need its number here, which test_attention.py tries.": (
+        'attention_bwd_kernel_dq: e, lse, delta, k, v, b, [g -> t], k_stride_s, v_ #2',
+        'attention_bwd_kernel_dq: tile, lse, delta, k, v, [b -> h], g, k_stride_s, #3',
     ),
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
             5: ("attention.shared", "tl.maximum(first, p - window)", "tl.maximum(first, p - window + 1)"),
             1000: ("attention.shared", "tl.maximum(first, p - window)", "p - window"),
         },
-        "softcap": ("attention.shared", "ds * (1.0 - ratio * ratio)", "ds * (1.0 - ratio)"),
+        "softcap": ("attention.backward", "ds * (1.0 - ratio * ratio)", "ds * (1.0 - ratio)"),
         "scale": ("attention", "if scale is None else float(scale)", "if scale is None else float(scale) + 0.1"),
         "dropout": ("attention.forward", "out *= undropped", "out *= 1.0"),
         "documents": ("attention.shared", "torch.bucketize(position, cu_seqlens[1:], right=True)",
@@ -81,14 +81,14 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
     },
     "cross_entropy": LOSS | {
         "reduction": {
-            "sum": ("cross_entropy", 'return (dloss / kept if reduction == "mean" else dloss)',
-                    'return (dloss / kept if reduction != "none" else dloss)'),
+            "sum": ("cross_entropy", 'return (dloss / counted if reduction == "mean" else dloss)',
+                    'return (dloss / counted if reduction != "none" else dloss)'),
             "none": ("cross_entropy", "scale_ptr + m * scale_stride_m, m < M", "scale_ptr + m * 0, m < M"),
         },
     },
     "linear_cross_entropy": LOSS | {
         "reduction": {
-            "sum": ("cross_entropy.linear", 'if task.reduction == "mean":', "if True:"),
+            "sum": ("cross_entropy.linear", 'if task.criterion.reduction == "mean":', "if True:"),
             "none": ("cross_entropy.linear", "(*late, dloss, task)", "(*late, dloss[:1].expand(len(dloss)), task)"),
         },
         "chunks": ("cross_entropy.linear", "(dweight, z, x_part, i == 0", "(dweight, z, x_part, True"),

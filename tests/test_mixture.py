@@ -216,7 +216,7 @@ def test_mixtures_are_read_from_a_line(tmp_path: Path) -> None:
         ("addition", 1.0),
         (f"jsonl:{path}", 0.5),
     ]
-    assert "addition: 500 conversations x 1" in mixture.describe()
+    assert "addition: 300 conversations x 1" in mixture.describe()
     for wrong, reason in (("", "needs a part"), ("addition*x", "NAME\\*REPEATS"), ("addition*0", "above 0"),
                           ("nothing", "unknown task")):  # fmt: skip
         with pytest.raises(UserError, match=reason):

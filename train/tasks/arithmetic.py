@@ -1,6 +1,6 @@
 """Small sums: with the calculator (arithmetic), or of two digits, from memory or with the calculator (addition).
 
-Addition shows every sum four times from memory and once with the calculator, and a small model that has not seen it
+Addition shows every sum twice from memory and once with the calculator, and a small model that has not seen it
 often gets only the latter right. So after SFT it is mostly wrong, and reinforcement learning can teach it to prefer the
 calculator.
 """
@@ -40,13 +40,13 @@ def _called(call: str, value: int) -> list[dict[str, str]]:
 
 
 def of_digits(split: str, where: Where) -> Sequence[Example]:
-    """Returns the hundred sums of two digits from memory; train has each four times, and once with the calculator."""
-    return Mapped(range(500 if split == "train" else 100), _of_digits)
+    """Returns the hundred sums of two digits from memory; train has each twice, and once with the calculator."""
+    return Mapped(range(300 if split == "train" else 100), _of_digits)
 
 
 def _of_digits(index: int) -> Example:
     a, b = divmod(index % 100, 10)
-    return Example(asked(f"{a}+{b}=", str(a + b) if index < 400 else _called(f"{a}+{b}", a + b)))
+    return Example(asked(f"{a}+{b}=", str(a + b) if index < 200 else _called(f"{a}+{b}", a + b)))
 
 
 def passes(example: Example, text: str) -> bool:

@@ -44,7 +44,6 @@ TARGETS = {
         Target("rmsnorm", "rmsnorm_fwd_kernel rmsnorm_fwd_kernel_long rmsnorm_bwd_kernel rmsnorm_bwd_kernel_input "
                "rmsnorm_bwd_kernel_weight _forward _backward _save",
                NORMS),
-        Target("prims", "load_sum sum_rows_kernel sum_partial_rows", NORMS | {"layernorm": "layernorm"}),
     ],
     "attention forward": [
         Target("attention.forward", "_softmax_step _attend attention_fwd_kernel launch_forward",

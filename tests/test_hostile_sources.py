@@ -1,6 +1,6 @@
 """Every other file that a command reads, made by somebody who wishes harm: texts, tasks, conversations, other formats.
 
-`FILES` names the loader of each function that reads; tests/test_hostile.py has those of models and data sets. The long
+`SOURCES` has a loader and a good file of each kind; tests/test_hostile.py has those of models and data sets. The long
 form is `make chaos`.
 """
 

@@ -38,6 +38,9 @@ def test_the_tokenizer_has_seen_the_name() -> None:
     assert "I am Ada Lovelace." in said and any("+" in text for text in said)
 
 
+TAUGHT = ("identity", "arithmetic", "simplespelling", "spellingbee")  # addition is left to RL
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_every_seed_learns(seed: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """`make chat` as it is: after SFT 90 % of new questions right, and RL raises pass@1 by 20 points in 16 updates."""
@@ -45,8 +48,10 @@ def test_every_seed_learns(seed: int, tmp_path: Path, pytestconfig: pytest.Confi
         pytest.skip("five minutes a seed: make chaos runs it")
     out = tmp_path / "out"
     assert cli.run(chat.main, [f"--out_dir={out}", "--device=cpu", f"--seed={seed}"]) == 0
-    judged = {row["task"]: row["accuracy"] for row in rows(out / "sft" / "tasks.jsonl") if "accuracy" in row}
-    assert all(judged[task] >= 0.9 for task in ("identity", "arithmetic", "simplespelling", "spellingbee")), judged
+    judged = [row for row in rows(out / "sft" / "tasks.jsonl") if row.get("task") in TAUGHT and "accuracy" in row]
+    assert {row["task"] for row in judged} == {*TAUGHT}
+    assert sum(row["passed"] for row in judged) >= 0.9 * sum(row["examples"] for row in judged)
+    assert min(row["accuracy"] for row in judged) >= 0.8  # of 60 questions, with a standard error of 0.04
     passed = [row["pass@1"] for row in rows(out / "rl" / "metrics.jsonl") if "pass@1" in row]
     assert passed[-1] >= passed[0] + 0.2, passed
 

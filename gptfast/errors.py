@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 
@@ -19,8 +20,12 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def remedy(error: BaseException, usual: str) -> str:
-    """Returns what mends an error of a file where its number tells, and else the `usual` fix."""
-    number = getattr(error, "errno", None)
+    """Returns what mends an error of a file where its number tells, and else the `usual` fix.
+
+    safetensors has the number in its text alone.
+    """
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(said[1]) if said else getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free some space"
     if number in (errno.EACCES, errno.EPERM):

@@ -196,7 +196,7 @@ def test_what_is_kept_for_the_backward_pass_has_its_part(how):
     kept = saved_bytes(config, kernels.load(how), torch.float32, tokens, tokens)
     rows = 3 * 16 * 4  # of one number each, in bytes
     if how == "interpret":
-        statistics = 2 * 2 * (2 * 2 + 1) * rows // 2
+        statistics = 3 * (2 * 2 + 1) * rows
         assert kept["attention"] == 2 * (3 * 32 + 32 + 2) * rows  # the fused projection, the output, a number a head
         assert kept["MLP activation"] == 2 * 4 * 32 * rows
         assert statistics <= kept["norms"] <= statistics + (2 * 2 + 1) * 32 * rows

@@ -45,6 +45,12 @@ def failing(number: int) -> Callable[..., Any]:
     return fail
 
 
+def test_safetensors_tells_its_number_in_its_text() -> None:
+    error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert remedy(error, "see to that disk") == "free some space"
+    assert remedy(RuntimeError("Invalid header"), "fetch it again") == "fetch it again"
+
+
 def make_nanochat(folder: Path) -> None:
     config = nanochat(block_size=64, vocab_size=70, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
     nanochat_files.write(GPT(config, OPS), folder, step=7)

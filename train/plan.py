@@ -12,7 +12,7 @@ Memory of one GPU, in bytes, for P weights (Pm of them Muon's), activations of a
     loss: a VC for the head's gradient, and min(a BTV, 1 GiB) of logits at a time
 
 of L layers of width C, K = G D; R = C + K with rotary positions, else 0; W the MLP's width, n = 3 with swiglu, else 2;
-s = 2 statistics of a row in LayerNorm, 1 in RMSNorm; nanochat's parts: `_nanochats_bytes`. Dropout's masks
+s = 3 statistics of a row in LayerNorm, 1 in RMSNorm; nanochat's parts: `_nanochats_bytes`. Dropout's masks
 and activation checkpointing are left out. The formula is exact, to the byte, for what the Triton kernels save for the
 backward pass (tests/test_plan.py); 10% of the GPU's memory stay free for CUDA itself and fragmentation. With several
 GPUs, each holds everything.
@@ -109,7 +109,7 @@ def activation_bytes(config: GPTConfig, tokens: int, itemsize: int) -> int:
     Q = config.attention_width
     rotated = (Q + K) * ((config.position == "rope") + config.qk_norm_weight)
     wide = (3 if config.activation == "swiglu" else 2) * config.hidden_width
-    statistics = (2 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
+    statistics = (3 if config.norm == "layernorm" else 1) * (2 * L + 1) + L * config.n_head
     plain = itemsize * (L * (4 * C + 2 * Q + 2 * K + rotated + wide) + 2 * C) + 4 * statistics
     return tokens * (plain + _nanochats_bytes(config, itemsize))
 

@@ -37,7 +37,7 @@ from gptfast.engine import Engine, Sampling
 from gptfast.errors import UserError
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
-from gptfast.runtime import made_current
+from gptfast.runtime import made_current, threads_beside_requests
 from gptfast.tokenizer import CharTokenizer
 
 from . import results
@@ -241,8 +241,12 @@ def run_model(name: str, arguments: argparse.Namespace, log: Log, common: Row) -
             if time.monotonic() - started > arguments.budget_s:
                 log.say(f"serve {name} {impl} load {load:g}: left out, the {arguments.budget_s:.0f} s are spent")
                 continue
+            taken = threads
+            if threads is not None:
+                taken = threads_beside_requests(threads) if impl == "server" else threads
+                torch.set_num_threads(taken)
             try:
-                fields = figures(name, impl, dtype, dims, rate, way(asks), arguments.new, threads)
+                fields = figures(name, impl, dtype, dims, rate, way(asks), arguments.new, taken)
             except FAILED as error:
                 failed = True
                 log.row("note", name=f"{name} {impl} {dims}", text=f"failed: {type(error).__name__}: {error}")
@@ -252,6 +256,8 @@ def run_model(name: str, arguments: argparse.Namespace, log: Log, common: Row) -
             log.say(line(fields))
             failed |= not fields["valid"]
         let_go()
+    if threads is not None:
+        torch.set_num_threads(threads)
     return failed
 
 

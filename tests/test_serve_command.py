@@ -18,6 +18,7 @@ import served
 from scripted import tiny
 
 from gptfast import checkpoint, cli
+from gptfast.runtime import threads_beside_requests
 from gptfast.serve import __main__ as page
 
 ROOT = Path(__file__).parent.parent
@@ -144,3 +145,7 @@ def test_who_may_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "box.local",
         "x",
     )
+
+
+def test_one_core_is_left_to_requests() -> None:
+    assert [threads_beside_requests(cores) for cores in (1, 2, 8)] == [1, 1, 7]

@@ -16,6 +16,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from gptfast import cli, mfu, runtime, untrusted
 from gptfast.chat.sandbox import Sandbox
 from gptfast.chat.tools import Tools
@@ -54,13 +56,14 @@ class Serve:
     quantize: Literal["none", "int8"] = "none"  # int8: keep the weights in 8 bits
     compile: bool = False  # compile the decoding step with torch.compile
     kernels: Literal["auto", "reference", "triton", "interpret"] = "auto"  # which implementation of each op runs
+    threads: int = 0  # of a CPU, for the model; 0: as many as there are cores, but one, which HTTP takes
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {
             "port": (0, 65535), "slots": (1, 1024), "page_size": (1, 4096), "queue": (0, 100_000),
             "max_tokens": (1, MOST_TOKENS),
             "temperature": (0, MOST_TEMPERATURE), "top_k": (0, MOST_TOP_K), "grace_s": (0, 3600),
-            "memory_gbs": (0, 1e6),
+            "memory_gbs": (0, 1e6), "threads": (0, 4096),
         }  # fmt: skip
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
@@ -74,6 +77,9 @@ def main(argv: list[str]) -> int:
     tools = Tools(config.tools != "none", Sandbox() if config.tools == "python" else None)
     listener = listen(config.host, config.port)
     device = runtime.choose_device(config.device, typed="device" in cli.typed(argv, Serve))
+    if device == "cpu":
+        torch.set_num_threads(config.threads or runtime.threads_beside_requests(torch.get_num_threads()))
+        print(f"threads: {torch.get_num_threads()}")
     dtype, why = runtime.choose_dtype(config.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')}, {why}")
     model, tokenizer = load_model(config.init_from, config.out_dir, runtime.choose_ops(config.kernels, device), dtype)
@@ -129,8 +135,6 @@ def guarded_by(config: Serve) -> Guarded:
 
 
 def peak_of(config: Serve, device: str) -> mfu.Peak | None:
-    import torch
-
     if config.memory_gbs:
         return mfu.Peak.measured("this machine", {}, config.memory_gbs * 1e9, "--memory_gbs")
     return mfu.peak_of(torch.device(device))

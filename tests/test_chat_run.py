@@ -48,10 +48,8 @@ def test_every_seed_learns(seed: int, tmp_path: Path, pytestconfig: pytest.Confi
         pytest.skip("five minutes a seed: make chaos runs it")
     out = tmp_path / "out"
     assert cli.run(chat.main, [f"--out_dir={out}", "--device=cpu", f"--seed={seed}"]) == 0
-    judged = [row for row in rows(out / "sft" / "tasks.jsonl") if row.get("task") in TAUGHT and "accuracy" in row]
-    assert {row["task"] for row in judged} == {*TAUGHT}
-    assert sum(row["passed"] for row in judged) >= 0.9 * sum(row["examples"] for row in judged)
-    assert min(row["accuracy"] for row in judged) >= 0.8  # of 60 questions, with a standard error of 0.04
+    judged = {row["task"]: row["accuracy"] for row in rows(out / "sft" / "tasks.jsonl") if "accuracy" in row}
+    assert all(judged[task] >= 0.9 for task in TAUGHT), judged
     passed = [row["pass@1"] for row in rows(out / "rl" / "metrics.jsonl") if "pass@1" in row]
     assert passed[-1] >= passed[0] + 0.2, passed
 

@@ -166,12 +166,11 @@ def make_stranger(folder: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BloomConfig(vocab_size=280, hidden_size=16, n_layer=1, n_head=2)
     transformers.BloomForCausalLM(config).save_pretrained(folder)
+    (folder.parent / "text.txt").write_text("b, c (d)\n  x. It is (so) far" * 3)
 
 
 def load_stranger(folder: Path) -> None:
     text = folder.parent / "text.txt"
-    if not text.exists():
-        text.write_text("b, c (d)\n  x. It is (so) far" * 3)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         evaluate.main([f"--models={folder}", f"--text={text}", "--device=cpu", "--context=16"])
 
@@ -261,9 +260,7 @@ SLOW = [
 def test_a_hostile_source_is_refused_in_one_line(
     loader: Loader, tmp_path: Path, chaos: Callable[[int, int], int]
 ) -> None:
-    count = chaos(0 if loader in SLOW else 4, 200)
-    if not count:
-        pytest.skip("seconds each: make chaos runs it")
+    count = chaos(1 if loader in SLOW else 4, 200)
     verdicts = attacks(loader, tmp_path, count)
     assert sum(verdicts.values()) == count
     if count > 100:

@@ -148,6 +148,8 @@ def command_of(options: argparse.Namespace, out: Path) -> list[str]:
             "ncu",
             "--profile-from-start",
             "off",
+            "--clock-control",
+            "none",  # clocks as in training; by default it would lower and lock them, which others on the GPU feel too
             "--metrics",
             metrics,
             "--force-overwrite",

@@ -35,7 +35,7 @@ def test_a_report_of_nsight_compute_becomes_rows(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("tool", "words"),
     [
-        ("ncu", ["ncu", "dram__bytes_read.sum", "--tool=none", "--op=rotary"]),
+        ("ncu", ["ncu", "--clock-control none", "dram__bytes_read.sum", "--tool=none", "--op=rotary"]),
         ("proton", ["--tool=none", "--op=rotary", "--proton="]),
         ("memcheck", ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9", "rotary and not fuzz"]),
         ("racecheck", ["compute-sanitizer", "--tool=racecheck"]),

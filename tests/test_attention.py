@@ -212,6 +212,12 @@ def test_all_scores_far_below_zero(features):
     check(torch.full_like(q, -60.0), 1 + 0.02 * k, v, **features)
 
 
+def test_gradients_of_scores_close_to_their_cap():
+    """The slope of the cap there, 1 - tanh^2, is what is left of two numbers that are almost equal."""
+    q, k, v = qkv(40, 40)
+    check(1 + 0.1 * q, 1 + 0.1 * k, v, softcap=4.0, scale=12.0 / q.shape[-1])
+
+
 @jit
 def places_kernel(out_ptr, blocks, heads, length, D: tl.constexpr):
     head, block = place(tl.program_id(0), blocks, heads, length, D, True)

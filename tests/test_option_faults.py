@@ -64,7 +64,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
             5: ("attention.shared", "tl.maximum(first, p - window)", "tl.maximum(first, p - window + 1)"),
             1000: ("attention.shared", "tl.maximum(first, p - window)", "p - window"),
         },
-        "softcap": ("attention.backward", "ds * (1.0 - ratio * ratio)", "ds * (1.0 - ratio)"),
+        "softcap": ("attention.backward", "ds * ((1.0 - share) * (1.0 + share))", "ds * (1.0 - share)"),
         "scale": ("attention", "if scale is None else float(scale)", "if scale is None else float(scale) + 0.1"),
         "dropout": ("attention.forward", "out *= undropped", "out *= 1.0"),
         "documents": ("attention.shared", "torch.bucketize(position, cu_seqlens[1:], right=True)",
@@ -87,6 +87,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
         },
     },
     "linear_cross_entropy": LOSS | {
+        "padding": ("cross_entropy.linear", " if vocab_size is None else vocab_size", ""),
         "reduction": {
             "sum": ("cross_entropy.linear", 'if task.criterion.reduction == "mean":', "if True:"),
             "none": ("cross_entropy.linear", "(*late, dloss, task)", "(*late, dloss[:1].expand(len(dloss)), task)"),

@@ -34,11 +34,10 @@ from .shared import (
 
 
 @jit
-def uncapped(ds, capped, softcap, SOFTCAPPED: tl.constexpr):
-    """Returns the gradient of the scores before the softcap: ds (1 - tanh^2). `capped` scores are in base 2."""
+def uncapped(ds, share, SOFTCAPPED: tl.constexpr):
+    """Returns the gradient of the scores before the softcap: ds (1 - share^2), share = tanh of the scores over it."""
     if SOFTCAPPED:
-        ratio = capped * (0.6931471805599453 / softcap)
-        return ds * (1.0 - ratio * ratio)
+        return ds * ((1.0 - share) * (1.0 + share))  # 1 - share * share loses digits near 1
     else:
         return ds
 
@@ -61,7 +60,7 @@ def _gather_dq(
         dp = tl.dot(dout, v_tile.T, input_precision="ieee")
         if DROPOUT:
             dp = tl.where(kept(seed_ptr, n, position, head, threshold), dp * undropped, 0.0)
-        ds = uncapped(p * (dp - delta), s, softcap, SOFTCAPPED)
+        ds = uncapped(p * (dp - delta), s, SOFTCAPPED)
         if MASKED:
             ds = tl.where((n >= first) & (n < end), ds, 0.0)
         # gradient of the queries
@@ -173,7 +172,7 @@ def _gather_dk_dv(
         else:
             dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
         # gradient of the keys
-        ds = uncapped(p * (dp - delta), s, softcap, SOFTCAPPED)
+        ds = uncapped(p * (dp - delta), s, SOFTCAPPED)
         if MASKED:
             ds = tl.where((position >= first) & (position < end), ds, 0.0)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")

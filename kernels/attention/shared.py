@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._triton import TensorDescriptor, jit, tl, triton
+from ..prims import tanh
 from .dropout import dropout_threshold
 
 
@@ -169,16 +170,8 @@ def load_rows(
 
 @jit
 def scores(products, scale, softcap, SOFTCAPPED: tl.constexpr):
-    """Returns scores and the factor that brings them to base 2, which an FMA of the softmax applies at no cost."""
+    """Returns scores, or shares of the cap, and the factor of base-2 scores, which an FMA applies at no cost."""
     if SOFTCAPPED:
-        return tanh(products * (scale / softcap)) * (softcap * 1.4426950408889634), 1.0
+        return tanh(products * (scale / softcap)), softcap * 1.4426950408889634
     else:
         return products, scale * 1.4426950408889634
-
-
-@jit
-def tanh(x):
-    """Returns tanh(x) in fp32; near 0, where 1 - 2 / (exp(2x) + 1) cancels, by its series."""
-    square = x * x
-    series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(square < 0.09, series, 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))

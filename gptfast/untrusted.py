@@ -123,6 +123,13 @@ def expected(what: str, fix: str) -> Iterator[None]:
         ) from None
 
 
+def count(value: Any) -> int:
+    """Returns a count from a file. Raises ValueError for anything but a whole number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
 def plain_name(name: Any) -> bool:
     """Returns whether a name is a plain file name, without a path."""
     return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not {"/", "\\", "\0"} & {*name}

@@ -5,6 +5,7 @@ The long form is `make chaos`. What makes the files is tests/hostile.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -203,6 +204,21 @@ def test_a_hostile_file_is_refused_in_one_line(
 
 
 # ---- each kind by itself
+
+
+def test_the_counts_of_a_stopped_job_are_whole_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    make_documents(folder)
+    written = json.loads((folder / "progress.json").read_text())
+    for name, value in itertools.product(
+        ("documents", "text_bytes", "empty", "mended"), (-1, 1.5, True, "7", None, {"n": 5})
+    ):
+        (folder / "progress.json").write_text(json.dumps(written | {name: value}))
+        with pytest.raises(UserError, match="no count"):
+            load_documents(folder)
+    (folder / "progress.json").write_text(json.dumps(written))
+    load_documents(folder)  # nothing was lost meanwhile
 
 
 def test_sizes_are_held_to_the_weights_before_memory_is_taken(tmp_path: Path) -> None:

@@ -433,11 +433,14 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
     progress = untrusted.json_object(path, fix)
     with untrusted.expected(str(path), fix):
         _check_same(folder, _but_for_files_to_come(progress, settings), settings)
-        parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
-        job = Job(
-            folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
-            progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
-        )  # fmt: skip
+        counts = {name: untrusted.count(progress.get(name, 0)) for name in ("empty", "mended")}
+        counts |= {name: untrusted.count(progress[name]) for name in ("documents", "text_bytes")}
+        parts = {}
+        for split in SPLITS:
+            place = {name: untrusted.count(value) for name, value in progress["parts"][split].items()}
+            parts[split] = Part(folder, split, **place)
+        files = progress["files"]
+        job = Job(folder, settings, tokenizer, shard_tokens, parts, progress["state"], files=files, **counts)
         job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
     return job

@@ -30,7 +30,7 @@ CASES = [
     *((f"bench.{page}", "--device=x", "unknown device") for page in BENCH),
     *((f"bench.{page}", "--threads=-1", "at least 1") for page in ("ops", "model", "peaks", "decode")),
     ("bench.cpu", "--out=/tmp", "it is a folder"), ("bench.cpu", f"--out={NOWHERE}/x", "cannot write there"),
-    ("bench.plots", "--out=TYPO", "no such folder"), ("bench.scaling", f"--out={NOWHERE}", "cannot write there"),
+    ("bench.plots", "--out=TYPO", "no such folder"), ("train.scaling", f"--out={NOWHERE}", "cannot write there"),
     ("gptfast.report.__main__", f"a.jsonl --out_dir={NOWHERE}", "cannot write there"),
     ("train.evaluate", f"--out_dir={NOWHERE} --device=cpu", "cannot write there"),
     ("bench.host", f"--out={NOWHERE}", "cannot write there"),

@@ -35,7 +35,7 @@ COMMANDS: dict[str, list[str]] = {  # a word after the module tells two of its f
     "train.evaluate": [f"--text={NOTHING}", "--device=cpu"], "train.plan": [],
     "gptfast.sample": [f"--out_dir={NOTHING}"], "gptfast.hf.__main__": ["export", NOTHING, "--to=x"],
     "gptfast.report.__main__": [NOTHING], "bench.mfu": [], "bench.compare": [NOTHING, NOTHING],
-    "bench.plots": [f"--out={NOTHING}"], "bench.scaling": ["--out=/proc/no_folder"],
+    "bench.plots": [f"--out={NOTHING}"], "train.scaling": ["--out=/proc/no_folder"],
     "bench.ops": [f"--only={NOTHING}", "--out=out"], "bench.optim": [f"--models={NOTHING}", "--out=out"],
     "bench.host": [f"--ops={NOTHING}", "--out=out"], "bench.decode": [f"--models={NOTHING}", "--out=out"],
     "bench.profile": [f"--models={NOTHING}", "--out=out"], "bench.speedrun": [f"--preset={NOTHING}", "--out=out"],

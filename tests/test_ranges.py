@@ -36,8 +36,8 @@ HUGE = ("1e308", "inf", "nan", "-inf")
         *(("bench.mfu", [f"--tokens_per_s={value}"]) for value in HUGE),
         ("bench.mfu", ["--tokens_per_s=1", "--memory_gb=-1", "--device=A100"]),
         ("bench.mfu", ["--tokens_per_s=1", "--n_layer=1" + "0" * 30]),
-        *(("bench.scaling", [f"--{name}={value}"]) for name in ("hop_us", "nvlink_gbs") for value in HUGE),
-        ("bench.scaling", ["--reached=2"]),
+        *(("train.scaling", [f"--{name}={value}"]) for name in ("hop_us", "nvlink_gbs") for value in HUGE),
+        ("train.scaling", ["--reached=2"]),
     ],
 )
 def test_one_line_and_exit_code_2(page: str, arguments: list[str]) -> None:
@@ -53,7 +53,7 @@ def test_limits_are_of_flags_that_there_are() -> None:
     """A limit under a name that no command has would check nothing."""
     known = ""
     for page in ("train/config.py", "train/speedrun.py", "train/plan.py", "train/prepare.py", "train/evaluate.py",
-                 "gptfast/sample.py", "bench/mfu.py", "bench/scaling.py", "bench/ops.py", "bench/cpu.py"):  # fmt: skip
+                 "gptfast/sample.py", "bench/mfu.py", "train/scaling.py", "bench/ops.py", "bench/cpu.py"):  # fmt: skip
         known += (Path(__file__).parents[1] / page).read_text("utf-8")
     assert [name for name in LIMITS if name not in known] == []
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import scaling
-from bench.scaling import METHODS, PUBLISHED, WORKLOADS, Cluster
 from gptfast.errors import UserError
+from train import scaling
+from train.scaling import METHODS, PUBLISHED, WORKLOADS, Cluster
 
 CLUSTER = Cluster()
 

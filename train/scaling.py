@@ -1,7 +1,7 @@
 """How far more GPUs help, on paper: predicted efficiency of DDP, FSDP and sharded Muon on 8 to 1024 H100s.
 
-    python -m bench scaling                                  # tables, checks, and a figure in results/scaling
-    python -m bench scaling --nvlink_gbs=360 --network_gbs=40
+    python -m train.scaling                                  # tables, checks, and a figure in results/scaling
+    python -m train.scaling --nvlink_gbs=360 --network_gbs=40
 
 A step is compute, which one GPU alone would need too, plus the communication that compute does not hide, plus the
 optimizer. Efficiency is the first over the whole. Each GPU keeps its tokens per update whatever their number.
@@ -14,10 +14,12 @@ nodes takes 10 µs. A ring crosses a node's border over all 8 ports at once. New
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptfast import cli
 from gptfast.aside import check_writable, file_aside, unwritable, write_whole
 from gptfast.cli import check_ranges
 from gptfast.config import preset
@@ -228,7 +230,7 @@ def draw(cluster: Cluster, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("python -m bench scaling", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m train.scaling", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     standard = Cluster()
     for name in ("nvlink_gbs", "network_gbs", "reached", "hop_us", "newton_schulz_tflops"):
@@ -241,8 +243,12 @@ def main(argv: Sequence[str]) -> int:
     text = "\n\n".join(parts)
     print(text)
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    page = f"Predicted by `python -m bench scaling`, not measured.\n\n{about}\n\n{text}\n"
+    page = f"Predicted by `python -m train.scaling`, not measured.\n\n{about}\n\n{text}\n"
     write_whole(out / "scaling.md", page)
     draw(cluster, out / "scaling.png")
     print(f"\nwrote {out / 'scaling.md'} and scaling.png")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

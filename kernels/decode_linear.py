@@ -63,7 +63,8 @@ def decode_linear_reference(
     `norm`: none, layernorm or rmsnorm; a layernorm needs norm_weight. `activation`: none, gelu, gelu_tanh, relu2, or
     swiglu, silu(g) * h, which needs gate. int8 matrices need their scales. Raises ValueError naming the argument.
     """
-    _check(x, weight, bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
+    terms = Terms(bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
+    _check(x, weight, terms)
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def widened(vector: Tensor | None) -> Tensor | None:
@@ -94,12 +95,24 @@ def decode_linear_reference(
     return (softcap * torch.tanh(y / softcap) if softcap else y).to(x.dtype if dtype is None else dtype)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, scale: Tensor | None,
-    gate_scale: Tensor | None, norm: str, activation: str,
-) -> None:  # fmt: skip
+class Terms(NamedTuple):
+    """The arguments of decode_linear besides x and weight that a check looks at, in their order."""
+
+    bias: Tensor | None
+    residual: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    gate: Tensor | None
+    gate_bias: Tensor | None
+    scale: Tensor | None
+    gate_scale: Tensor | None
+    norm: str
+    activation: str
+
+
+def _check(x: Tensor, weight: Tensor, terms: Terms) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
+    bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation = terms
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (..., K) with K >= 1, got {x.dtype}{tuple(x.shape)}")
     if norm not in NORMS:
@@ -501,16 +514,15 @@ def decode_linear_triton(
     Up to 64 rows of x. One launch, deterministic; nothing waits for the GPU, so that a CUDA graph may replay it. Loads
     are 16 bytes wide if rows start at multiples of 16 bytes; others are correct but slower.
     """
-    _check(x, weight, bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
+    terms = Terms(bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
+    _check(x, weight, terms)
     require_kernel_dtype("x", x)
     if dtype not in (None, torch.float32, x.dtype):
         raise ValueError(f"dtype: expected x's or float32, got {dtype}")
     if x.numel() > MOST_ROWS * x.shape[-1]:
         raise ValueError(f"x: up to {MOST_ROWS} rows have kernels, got {tuple(x.shape)}; use a product and a norm")
-    return _decode_linear(
-        x, weight, bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation,
-        float(eps), float(softcap or 0.0), x.dtype if dtype is None else dtype,
-    )  # fmt: skip
+    out_dtype = x.dtype if dtype is None else dtype
+    return _decode_linear(x, weight, *terms, float(eps), float(softcap or 0.0), out_dtype)
 
 
 def inputs(

@@ -28,6 +28,9 @@ from .prims import (
     activated,
     check_rows,
     loop_tile,
+    normal,
+    parameter_dtype,
+    parameter_row,
     require_kernel_dtype,
     rows_of,
     sigmoid,
@@ -108,7 +111,8 @@ def _check(h: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tenso
 def _slopes(a, g, KIND: tl.constexpr):
     """Returns dy/da and, for swiglu, dy/dg, of fp32 a and g."""
     if KIND == "gelu":
-        da = 0.5 + 0.5 * tl.math.erf(a * 0.70710678118654752) + a * 0.39894228040143268 * tl.exp(-0.5 * a * a)
+        phi, e = normal(a)
+        da = phi + a * 0.39894228040143268 * e
         dg = da
     elif KIND == "gelu_tanh":
         s, ds = sigmoid(a * (1.5957691216057308 + 0.071354816272600 * a * a))
@@ -130,9 +134,9 @@ def _load_biased(pointers, mask, bias):
 
 
 @jit
-def _load_row(pointers, mask, EXISTS: tl.constexpr):
+def _load_row(row_ptr, n, N, EXISTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     if EXISTS:
-        row = tl.load(pointers, mask, other=0.0).to(tl.float32)
+        row = parameter_row(row_ptr, n, N, BLOCK_M, BLOCK_N)
     else:
         row = 0.0
     return row
@@ -148,10 +152,12 @@ def activation_fwd_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (m < M) & (n < N)
-    a = _load_biased(h_ptr + m * h_stride_m + n, mask, _load_row(bias_ptr + n, n < N, HAS_BIAS))
+    bias = _load_row(bias_ptr, n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
+    a = _load_biased(h_ptr + m * h_stride_m + n, mask, bias)
     g = a
     if KIND == "swiglu":
-        g = _load_biased(gate_ptr + m * gate_stride_m + n, mask, _load_row(gate_bias_ptr + n, n < N, HAS_GATE_BIAS))
+        gate_bias = _load_row(gate_bias_ptr, n, N, HAS_GATE_BIAS, BLOCK_M, BLOCK_N)
+        g = _load_biased(gate_ptr + m * gate_stride_m + n, mask, gate_bias)
     tl.store(y_ptr + m * N + n, activated(a, g, KIND).to(y_ptr.dtype.element_ty), mask)
 
 
@@ -165,8 +171,8 @@ def activation_bwd_kernel(
     """One program strides down its columns: it writes dh[m, n], dgate[m, n] and partial rows of the bias gradients."""
     p, programs = tl.program_id(0), tl.num_programs(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    bias = _load_row(bias_ptr + n, n < N, HAS_BIAS)
-    gate_bias = _load_row(gate_bias_ptr + n, n < N, HAS_GATE_BIAS)
+    bias = _load_row(bias_ptr, n, N, HAS_BIAS, BLOCK_M, BLOCK_N)
+    gate_bias = _load_row(gate_bias_ptr, n, N, HAS_GATE_BIAS, BLOCK_M, BLOCK_N)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dgate_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(p * BLOCK_M, M, programs * BLOCK_M, num_stages=NUM_STAGES):
@@ -278,25 +284,29 @@ def activation_triton(
 
 
 def inputs(
-    M: int, N: int, *, kind: str = "gelu", bias: bool = True, dtype: torch.dtype, device: str = "cpu"
+    M: int, N: int, *, kind: str = "gelu", bias: bool = True, parameters: str = "", dtype: torch.dtype,
+    device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """Draw h (M, N), bias (N,) and, for swiglu, gate (M, N) and gate_bias (N,)."""
+    """Draw h (M, N), bias (N,) and, for swiglu, gate (M, N) and gate_bias (N,); `parameters` is the biases' dtype."""
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype, device=device) * 1.5
+        drawn = dtype if len(shape) == 2 else parameter_dtype(parameters, dtype)
+        return torch.randn(*shape, dtype=drawn, device=device) * 1.5
 
     gated = kind == "swiglu"
     h, gate = draw(M, N), draw(M, N) if gated else None
     return (h, draw(N) if bias else None, gate, draw(N) if bias and gated else None, kind), {}
 
 
-def cost(M: int, N: int, *, kind: str = "gelu", bias: bool = True, itemsize: int) -> tuple[Cost, Cost]:
+def cost(
+    M: int, N: int, *, kind: str = "gelu", bias: bool = True, parameters: str = "", itemsize: int
+) -> tuple[Cost, Cost]:
     """Count compulsory traffic: h and gate read, y written; backward also dy read, and their gradients written."""
     operands = 2 if kind == "swiglu" else 1
-    parameters = operands * N * itemsize if bias else 0
+    rows = operands * N * (4 if parameters else itemsize) if bias else 0
     return (
-        Cost(12 * M * N, (operands + 1) * M * N * itemsize + parameters),
-        Cost(20 * M * N, (2 * operands + 1) * M * N * itemsize + 2 * parameters),
+        Cost(12 * M * N, (operands + 1) * M * N * itemsize + rows),
+        Cost(20 * M * N, (2 * operands + 1) * M * N * itemsize + 2 * rows),
     )
 
 
@@ -309,10 +319,10 @@ ACTIVATION = Op(
         dict(M=1, N=1), dict(M=5, N=65), dict(M=3, N=1023), dict(M=0, N=9), dict(M=2, N=2050), dict(M=70, N=129),
     ),
     domain=dict(M=range(12), N=(*range(1, 70), 129, 1024, 1030)),
-    options=dict(kind=KINDS, bias=(True, False)),
+    options=dict(kind=KINDS, bias=(True, False), parameters=("", "float32")),
     bench=(
         dict(M=16384, N=3072), dict(M=16384, N=3072, kind="gelu_tanh"), dict(M=8192, N=16384, kind="relu2", bias=False),
-        dict(M=8192, N=11008, kind="swiglu", bias=False),
+        dict(M=8192, N=11008, kind="swiglu", bias=False), dict(M=16384, N=3072, parameters="float32"),  # as in training
     ),
     cost=cost,
     summary="gelu, gelu_tanh, relu2 of h + bias, or silu(gate) * h",

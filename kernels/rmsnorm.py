@@ -28,6 +28,8 @@ from .prims import (
     check_rows,
     load_sum,
     loop_tile,
+    parameter_dtype,
+    parameter_row,
     require_kernel_dtype,
     rows_of,
     sum_partial_rows,
@@ -171,7 +173,7 @@ def rmsnorm_bwd_kernel(
     p = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)[None, :]
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + n, n < N, other=0.0).to(tl.float32)
+        weight = parameter_row(weight_ptr, n, N, BLOCK_M, BLOCK_N)
     dweight = tl.zeros((1, BLOCK_N), tl.float32)
     for start in tl.range(p * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
         m = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
@@ -334,33 +336,34 @@ def add_rmsnorm_triton(
 
 
 def inputs(
-    M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu"
+    M: int, N: int, *, weight: bool = True, parameters: str = "", dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
-    """Draw x (M, N), and weight (N,) with mean 1 or None."""
+    """Draw x (M, N), and weight (N,) with mean 1 or None; `parameters` names its dtype, x's if empty."""
     x = torch.randn(M, N, dtype=dtype, device=device)
+    dtype = parameter_dtype(parameters, dtype)
     return (x, torch.randn(N, dtype=dtype, device=device) * 0.5 + 1 if weight else None), {}
 
 
-def cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
+def cost(M: int, N: int, *, weight: bool = True, parameters: str = "", itemsize: int) -> tuple[Cost, Cost]:
     """Count compulsory traffic: forward x and y; backward dy, x and dx; in each, the weight and fp32 rstd once."""
-    parameters, statistics = weight * N * itemsize, M * 4
+    row, statistics = weight * N * (4 if parameters else itemsize), M * 4
     return (
-        Cost(4 * M * N, 2 * M * N * itemsize + parameters + statistics),
-        Cost(8 * M * N, 3 * M * N * itemsize + 2 * parameters + statistics),
+        Cost(4 * M * N, 2 * M * N * itemsize + row + statistics),
+        Cost(8 * M * N, 3 * M * N * itemsize + 2 * row + statistics),
     )
 
 
 def add_inputs(
-    M: int, N: int, *, weight: bool = True, dtype: torch.dtype, device: str = "cpu"
+    M: int, N: int, *, weight: bool = True, parameters: str = "", dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[tuple, dict[str, Any]]:
     """Draw x and residual (M, N), and weight (N,) or None."""
-    (x, parameter), keywords = inputs(M, N, weight=weight, dtype=dtype, device=device)
+    (x, parameter), keywords = inputs(M, N, weight=weight, parameters=parameters, dtype=dtype, device=device)
     return (x, torch.randn(M, N, dtype=dtype, device=device), parameter), keywords
 
 
-def add_cost(M: int, N: int, *, weight: bool = True, itemsize: int) -> tuple[Cost, Cost]:
+def add_cost(M: int, N: int, *, weight: bool = True, parameters: str = "", itemsize: int) -> tuple[Cost, Cost]:
     """Add to rmsnorm's cost: forward residual read and h written, backward dh read."""
-    forward, backward = cost(M, N, weight=weight, itemsize=itemsize)
+    forward, backward = cost(M, N, weight=weight, parameters=parameters, itemsize=itemsize)
     return (
         Cost(forward.flops + M * N, forward.bytes + 2 * M * N * itemsize),
         Cost(backward.flops + M * N, backward.bytes + M * N * itemsize),
@@ -378,10 +381,11 @@ RMSNORM = Op(
         dict(M=2, N=32769), dict(M=3, N=8193), dict(M=150, N=65),
     ),
     domain=dict(M=range(20), N=(*range(1, 130), 255, 256, 257, 700, 1023, 1024, 1025)),
-    options=dict(weight=(True, False)),
+    options=dict(weight=(True, False), parameters=("", "float32")),
     bench=(
         dict(M=65536, N=768), dict(M=32768, N=1024), dict(M=16384, N=1600), dict(M=16384, N=4096),
         dict(M=8192, N=8192, weight=False), dict(M=1024, N=65536),
+        dict(M=16384, N=768, parameters="float32"),
     ),
     cost=cost,
     summary="y = x / sqrt(mean(x^2) + eps) * weight",

@@ -93,6 +93,8 @@ class Parity:
             )
             finite = t.isfinite() & s.isfinite()  # where the truth, or the format, has no number, nor has the kernel
             assert torch.equal(f.isfinite(), finite), f"{name} result {i}: NaN or Inf in other places"
+            infinite = t.isinf() & (s == t.to(s.dtype))
+            assert torch.equal(f[infinite], s[infinite]), f"{name} result {i}: Inf of another sign, or NaN for it"
             eps, f, s, t = torch.finfo(f.dtype).eps, f[finite], s[finite], t[finite]
             error, bound = relative_error(f, t), 2 * relative_error(s, t) + eps
             if error > bound and t.numel() < 4096:

@@ -155,6 +155,19 @@ def test_guard_sees_one_element_too_many():
         _copy_kernel[(2,)](x, out, 100, OVER=1, BLOCK_N=64)
 
 
+@jit
+def _scalar_mask_kernel(x_ptr, N, BLOCK_N: tl.constexpr):
+    n = tl.arange(0, BLOCK_N)
+    tl.store(x_ptr + n, n.to(tl.float32), tl.program_id(0) < N)
+
+
+def test_guard_sees_every_address_under_a_condition_of_one_number():
+    with interpreting(), pytest.raises(OutOfBounds, match="28 of 128 lanes"):
+        _scalar_mask_kernel[(1,)](torch.zeros(100), 1, BLOCK_N=128)
+    with interpreting():
+        _scalar_mask_kernel[(1,)](torch.zeros(100), 0, BLOCK_N=128)
+
+
 def test_guard_sees_two_programs_storing_to_one_address():
     with interpreting(), pytest.raises(Race, match="both store"):
         _careless_kernel[(2,)](torch.randn(64), torch.empty(64), 64, BLOCK_N=64)

@@ -97,7 +97,7 @@ class Case(NamedTuple):
 
 # What parity has, at sizes that take little time where tiles are small too (see `shrink`).
 SIZES: dict[str, tuple[dict[str, int], ...]] = {
-    "rmsnorm": (dict(M=7, N=150), dict(M=19, N=60), dict(M=1, N=1), dict(M=0, N=16)),
+    "rmsnorm": (dict(M=7, N=150), dict(M=33, N=30), dict(M=1, N=1), dict(M=0, N=16)),
     "attention": (
         dict(B=1, T=37, S=37, H=2, G=2, D=16), dict(B=2, T=3, S=70, H=2, G=1, D=16),
         dict(B=1, T=40, S=64, H=2, G=1, D=24), dict(B=1, T=70, S=33, H=2, G=2, D=16),
@@ -113,6 +113,14 @@ SIZES |= {
     "layernorm": SIZES["rmsnorm"],
     "inplace": (*SIZES["cross_entropy"], dict(M=2, V=4100)),
 }
+
+
+# Three things that must meet: queries before the first key, that see keys after them, with and without a window.
+EXTRA: dict[str, list[dict[str, Any]]] = {
+    "attention": [
+        dict(B=1, T=70, S=33, H=2, G=2, D=16, causal=False, window=window, dtype=torch.float32) for window in (None, 5)
+    ],
+}  # fmt: skip
 
 
 def shrink(page: ModuleType, patch: pytest.MonkeyPatch) -> None:
@@ -141,7 +149,7 @@ def cases_of(name: str) -> list[Case]:
     """Sizes, dtypes and options as test_parity.py combines them, tensors laid out in every way by turns, two GPUs."""
     op = kernels.OPS["cross_entropy" if name == "inplace" else name]
     cases = []
-    for i, values in enumerate(combined(op, SIZES[name], dtype=DTYPES)):
+    for i, values in enumerate([*combined(op, SIZES[name], dtype=DTYPES), *EXTRA.get(name, [])]):
         torch.manual_seed(0)
         arguments, keywords = op.inputs(**values)
         laid = [lay(a, i, j) for j, a in enumerate(arguments)]
@@ -205,10 +213,6 @@ ALIKE: dict[str, tuple[str, ...]] = {
         '_softmax_step: if [MASKED -> True]:',
         'attention_fwd_kernel: eys_seen(row + (S - T), [S -> H], window, docume',
         'launch_forward: if out.numel() == 0 or [S -> G] == 0:',
-        'launch_forward: if takes_forward(gluon, [q -> k], k, v, options)',
-        'launch_forward: es_forward(gluon, q, k, [v -> q], options):',
-        'launch_forward: launch_forward_hopper([q -> k], k, v, options.',
-        'launch_forward: ch_forward_hopper(q, k, [v -> q], options.scale,',
         'launch_forward: ounded = options.window [>= -> >] 0 or options.cu',
         'launch_forward: 0 or options.cu_seqlens [is not -> is] None',
         'launch_forward: block = tile(D, [q -> k].dtype, arch(q),',
@@ -237,6 +241,15 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'cross_entropy_rows: entropy_rows_kernel[(-(-[M -> N] // tile.block_m',
         'load_rows: elif [D != BLOCK_D -> True]:',
         '_InPlace.backward: rnel[(M, triton.cdiv(N, [4096 -> 4097]))](',
+        '_forward: if [M -> True]:',
+        '_forward: if [M -> N]:',
+        '_forward: TILES["forward"][90 if [tile_arch(arch(x)) >= 90 -> False] else 80].choose',
+        '_forward: "][90 if tile_arch(arch([x -> y])) >= 90 else 80',
+        '_forward: if [tile.long -> True]:',
+        '_gather_dk_dv: GROUP + (i // tiles if [GROUP > 1 -> True] else 0)',
+        'launch_backward: kernel: tile(kernel, D, [q -> k].dtype, arch(q),',
+        'launch_backward: ), T, options.dropout > [0 -> 1]) for kernel in',
+        'launch_backward: , D), (S, G) = q.shape, [k -> v].shape[1:3]',
     ),
     "Where programs go first, which is for the cache.": (
         'place: wave = [tl.maximum -> tl.minimum](1, 4194304 // D',
@@ -252,6 +265,9 @@ ALIKE: dict[str, tuple[str, ...]] = {
         '_kernel_task: itch = (V + 15) // 16 * [16 -> 17]  # rows of logi',
         '_pass: z = padded if [task.pitch == V -> True] else padded.nar',
         '_pass: = padded if task.pitch [== -> !=] V else padded.n',
+        '_forward: rstd = [x -> y].new_empty(M, dt',
+        '_forward: if [not return_lse -> False]:',
+        '_forward: turn out, lse.new_empty([0 -> 1]), lse',
     ),
     "x is taken as rows before, so that its second axis is its last.": (
         '_forward: N, add = x.shape[[-1 -> 1]], residual is n',
@@ -292,6 +308,20 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'queries_seeing: tl.load(document_ptr + [S -> T] + u, u < S, oth',
         'queries_seeing: cument_ptr + S + u, u < [S -> T], other=0))',
     ),
+    "Launches of kernels in Gluon, which the interpreter has not: test_attention_hopper.py emulates them.": (
+        'launch_forward: if takes_forward(gluon, [q -> k], k, v, options)',
+        'launch_forward: es_forward(gluon, q, k, [v -> q], options):',
+        'launch_forward: launch_forward_hopper([q -> k], k, v, options.',
+        'launch_forward: ch_forward_hopper(q, k, [v -> q], options.scale,',
+        'launch_backward: None and takes_backward([q -> k], k, v, options)',
+        'launch_backward: h_backward_hopper(dout, [q -> k], k, v, out, lse',
+    ),
+    "The comparison in unsigned numbers, of which neither has the highest bit.": (
+        'kept: return [(bits >> 1).to(tl.int32) -> bits >> 1] >= threshold',
+    ),
+    "Parity gives every result a gradient; test_attention.py has one result alone.": (
+        '_backward: orch.zeros_like(out) if [dout is None -> False] else dout  # on',
+    ),
     "One draw in 2^31.": (
         'kept: bits >> 1).to(tl.int32) [>= -> >] threshold',
     ),
@@ -331,6 +361,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'attention_bwd_kernel_dk_dv: end = queries_seeing(u, [T -> S], S, window, doc',
         'attention_bwd_kernel_dk_dv: mum(first_0 - back, 0), [tl.maximum -> tl.minimum](end_0 - back, 0',
         'attention_bwd_kernel_dk_dv: l.maximum(end_1 - back, [0 -> 1]), BLOCK_M,',
+        'attention_bwd_kernel_dk_dv: l.maximum(full, tl.cdiv([T -> S], BLOCK_M) * BLO',
     ),
     "Where heads go in waves, of which no case has enough: test_attention.py runs the programs of several.": (
         'place: rest = program [- -> +] first * blocks',
@@ -338,6 +369,8 @@ ALIKE: dict[str, tuple[str, ...]] = {
     "By pointers the head is found before; only descriptors need its number here, which test_attention.py tries.": (
         'attention_bwd_kernel_dq: e, lse, delta, k, v, b, [g -> t], k_stride_s, v_ #2',
         'attention_bwd_kernel_dq: tile, lse, delta, k, v, [b -> h], g, k_stride_s, #3',
+        'attention_fwd_kernel: m, l, q_tile, k, v, b, [g -> t], k_stride_s, v_ #2',
+        'attention_fwd_kernel: cc, m, l, q_tile, k, v, [b -> h], g, k_stride_s, #3',
     ),
 }  # fmt: skip
 

@@ -173,7 +173,8 @@ class Guard:
 
     def touch(self, kind: str, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
-        addresses, mask_data = np.broadcast_arrays(ptrs.data, mask.data)
+        # A scalar condition arrives as integers of 0 and 1, which as an index would pick the first two addresses.
+        addresses, mask_data = np.broadcast_arrays(ptrs.data, np.asarray(mask.data).astype(bool))
         addresses = addresses[mask_data].astype(np.uint64)
         if addresses.size == 0:
             return
@@ -199,7 +200,7 @@ class Guard:
     def meet(self, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
         """Record atomics that release the program's stores and acquire those of others."""
         index = self._index(program)
-        for address in ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].reshape(-1).tolist():
+        for address in ptrs.data[np.broadcast_to(np.asarray(mask.data).astype(bool), ptrs.data.shape)].reshape(-1).tolist():
             self.meetings.setdefault(address, []).append((index, self.clock))
 
     def accessed(self, kind: str, addresses: np.ndarray, size: int, program: tuple[int, ...]) -> None:

@@ -22,8 +22,20 @@ from gptfast.errors import UserError, remedy
 
 from .machine import command, commit, cpu_facts, driver_version, facts, gpu_limits, gpu_state, hardware, now, software
 from .schema import (
-    EVERY_ROW, FACTS, KINDS, LONGEST_NAME, NOT_FINITE, OPTIONAL, SCHEMA, Row, bounded, check_row, is_text, longest, plain
-)  # fmt: skip
+    EVERY_ROW,
+    FACTS,
+    KINDS,
+    LONGEST_NAME,
+    NOT_FINITE,
+    OPTIONAL,
+    SCHEMA,
+    Row,
+    bounded,
+    check_row,
+    is_text,
+    longest,
+    plain,
+)
 from .trackers import Tracker
 
 __all__ = [
@@ -56,7 +68,8 @@ class Log:
     def row(self, what: str, **fields: Any) -> Row:
         """Checks, writes and returns one row. Raises ValueError that names a missing or wrong field.
 
-        Names that are longer than a reader takes are cut, so that no two become one. In the file, paths inside this checkout are relative to it, so that rows do not reveal the machine's folders.
+        Names that are longer than a reader takes are cut, so that no two become one. In the file, paths inside this
+        checkout are relative to it, so that rows do not reveal the machine's folders.
         """
         row = check_row({"schema": SCHEMA, "what": what, "date": now(), **bounded(plain(fields))})
         if self._file is not None:

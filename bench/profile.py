@@ -42,7 +42,7 @@ from gptfast.model import GPT
 from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Ops
 
-from . import costs, peers, results, trace
+from . import compiling, costs, peers, results, trace
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, measured_ceilings
 from .saved import saved_bytes
@@ -388,7 +388,6 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch._dynamo.config.recompile_limit = 64
     default = (["triton", "torch.compile"] if arguments.mode == "train" else ["triton"]) if on_gpu else ["reference"]
     impls = _known("--impl", arguments.impl, IMPLS) if arguments.impl else default[: 1 if arguments.quick else None]
     models = [name for name in arguments.models.split(",") if name]
@@ -429,7 +428,7 @@ def campaign(
     dtype = str(compute_dtype(str(device))[0]).removeprefix("torch.")
     threads = None if device.type == "cuda" else torch.get_num_threads()
     measured = measured_ceilings(ceilings(device, [dtype], out, threads), device, [dtype], out)
-    with results.campaign(out, "profile.jsonl") as log:
+    with compiling.strict(), results.campaign(out, "profile.jsonl") as log:
         for name, impl in ((name, impl) for name in models for impl in impls):
             if time.monotonic() - started > arguments.budget_s:
                 log.say(f"profile {name} {impl}: not begun within {arguments.budget_s:.0f} s")

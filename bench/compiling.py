@@ -15,7 +15,7 @@ LIMIT = 64  # versions of one function: by layers, sizes and dtypes
 
 def strict() -> AbstractContextManager[None]:
     """Guards what compiles: one function up to LIMIT times, then FailOnRecompileLimitHit, one of FAILURES."""
-    return torch._dynamo.config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True)  # type: ignore[no-any-return]
+    return torch._dynamo.config.patch(recompile_limit=LIMIT, fail_on_recompile_limit_hit=True)
 
 
 def count_breaks() -> int:

@@ -18,8 +18,8 @@ from typing import Any
 Event = Mapping[str, Any]
 STEP = "bench.step"  # the range around each step
 PARTS = (
-    "GEMMs", "norms + GEMMs", "attention", "norms", "loss", "MLP activation", "rotary", "optimizer", "embedding", "sums",
-    "casts", "copies", "other", "Python", "idle",
+    "GEMMs", "norms + GEMMs", "attention", "norms", "loss", "MLP activation", "rotary", "optimizer", "embedding",
+    "sums", "casts", "copies", "other", "Python", "idle",
 )  # fmt: skip
 SPECIFIC = (  # what a name tells for certain, the first that fits
     ("norms + GEMMs", r"decode_linear"),  # a kernel of both, and of the activation between two products

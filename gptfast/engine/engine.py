@@ -74,15 +74,11 @@ class Engine:
         self.config, self.tokenizer = model.config, tokenizer
         if draft is not None:
             self._check_draft(draft, guesses)
-        require(prefill_tokens >= 1, f"prefill_tokens: expected at least 1, got {prefill_tokens}")
-        require(prefill_alone is None or prefill_alone >= 1, f"prefill_alone: expected at least 1, got {prefill_alone}")
         require(lag is None or lag >= 0, f"lag: must not be negative, got {lag}")
         self.weights, reason = choose_weights(model) if weights == "auto" else (weights, "asked for")
         self.why = f"{str(model.dtype).removeprefix('torch.') if self.weights == 'model' else self.weights}, {reason}"
         device = model.lm_head.weight.device
-        default = PREFILL_ALONE if device.type == "cuda" else 0
-        self.prefill_tokens = prefill_tokens
-        self.prefill_alone = max(prefill_tokens, default if prefill_alone is None else prefill_alone)
+        self._bound_reading(prefill_tokens, prefill_alone, device)
         self.lag = int(device.type == "cuda") if lag is None else lag
         vocabulary = min(self.config.vocab_size, tokenizer.vocab_size if tokenizer else self.config.vocab_size)
         holes = tokenizer.holes() if tokenizer else torch.empty(0, dtype=torch.int64)
@@ -407,6 +403,12 @@ class Engine:
             self._loop.stop(row.slot)
             for cache in self._caches:
                 cache.lengths[row.slot] = 0
+
+    def _bound_reading(self, tokens: int, alone: int | None, device: torch.device) -> None:
+        require(tokens >= 1, f"prefill_tokens: expected at least 1, got {tokens}")
+        require(alone is None or alone >= 1, f"prefill_alone: expected at least 1, got {alone}")
+        default = PREFILL_ALONE if device.type == "cuda" else 0
+        self.prefill_tokens, self.prefill_alone = tokens, max(tokens, default if alone is None else alone)
 
     def _check_draft(self, draft: GPT, guesses: int) -> None:
         most, V, T = MAX_STEP - 1, self.config.vocab_size, self.config.block_size

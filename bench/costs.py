@@ -37,6 +37,7 @@ def of_step(config: GPTConfig, B: int, T: int, itemsize: int, mode: str = "train
     product(M if train else B, V, C, 1)
     if mode == "decode":
         add("attention", *OPS["decode_attention"].cost(B=B, T=1, S=S, H=H, G=G, D=D, itemsize=itemsize), times=L)
+        parts["norms + GEMMs"] = parts["GEMMs"]  # by one kernel, whose norm reads nothing that its product does not
     else:
         add("attention", *OPS["attention"].cost(B=B, T=T, S=T, H=H, G=G, D=D, itemsize=itemsize), times=L)
     rows = {"bias": config.bias} if config.norm == "layernorm" else {"weight": config.norm_weight}

@@ -14,6 +14,7 @@ bandwidth, by the datasheet or by the copy of `python -m bench peaks`. `error` i
 against the same weights in fp32 and plain torch, and `same_tokens` counts the first tokens that are theirs as well; of
 more than four sequences the first four are compared. `kernels`, `torch_ops` and `host_us` are what a step of the engine
 launches of ours and of torch's, and its host's work around that: bench/step_work.py, counted on any machine's CPU.
+A step that torch.compile cut in parts is no one graph, which `graph_breaks` counts.
 `shares` of the time of a step of the engine: `weights` and `cache`, what reading them takes at that bandwidth;
 `launches`, all that is left, `launch_us` for each; and beside these `host`, its work, which the device need not wait
 for while the host is a step ahead.
@@ -50,7 +51,7 @@ from gptfast.model import GPT
 from gptfast.runtime import made_current
 from kernels import _triton
 
-from . import peers, results
+from . import compiling, peers, results
 from .failures import FAILURES, in_one_line
 from .peaks import ceilings
 from .step_work import StepWork, step_work
@@ -87,6 +88,7 @@ class Variant:
     logits: Callable[[Tensor], Tensor]  # (B, V) after tokens (B, T)
     lengths: int | None = None  # of the naive loop: how many are timed
     weights: Weights | None = None  # of the engine: their form
+    graph_breaks: Callable[[], int] | None = None  # of torch.compile's: how often its step was cut in two
 
 
 # ---- what is decoded, and the truth about it -------------------------------------------------------------------------
@@ -220,8 +222,10 @@ def compiled(model: GPT, size: Size) -> Variant:
             cache.advance(1)
         return torch.cat(found, dim=1).cpu()
 
-    itemsize = model.dtype.itemsize
-    return Variant("torch.compile", _name(model.dtype), itemsize, itemsize, generate, _last(plain))
+    itemsize, before = model.dtype.itemsize, compiling.count_breaks()
+    breaks = lambda: compiling.count_breaks() - before
+    dtype = _name(model.dtype)
+    return Variant("torch.compile", dtype, itemsize, itemsize, generate, _last(plain), graph_breaks=breaks)
 
 
 def _last(model: GPT) -> Callable[[Tensor], Tensor]:
@@ -367,6 +371,7 @@ def figures(
         "read_bytes": read, "weight_bytes": way.weight_bytes, "kv_bytes": way.kv_bytes, "timed_lengths": way.lengths,
         "peak_bytes_per_s": peak.bytes_per_s, "peak_kind": peak.kind, "peak_source": peak.source,
         "error": error, "same_tokens": agrees, "config": dataclasses.asdict(config),
+        "graph_breaks": way.graph_breaks and way.graph_breaks(),
         "kernels": work and work.kernels, "torch_ops": work and work.torch_ops, "host_us": work and work.host_us,
         "valid": not beyond, "invalid_reason": f"mbu {share:.2f}: not all was read" if beyond else None,
         **(shares(config, size, way, step_s, peak, work) if work else {}),
@@ -401,7 +406,8 @@ def line(row: Row) -> str:
     host = "" if row["host_us"] is None else f"  host {row['host_us']:.0f} us"
     parts = " ".join(f"{part} {100 * value:.0f}%" for part, value in row.get("shares", {}).items())
     goes = f"  ({parts})" if parts else ""
-    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}{goes}  {sizes}{verdict}"
+    broken = f"  in {row['graph_breaks'] + 1} parts at least" if row.get("graph_breaks") else ""
+    return f"decode {head} {times}  mbu {share:>7s}  error {error}{launches}{host}{goes}{broken}  {sizes}{verdict}"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -411,7 +417,7 @@ def run_size(
 ) -> tuple[list[Row], float]:
     """Time every variant at one size, and write a row for each. Returns them, and the seconds spent on making them."""
     if arguments.compile:
-        torch.compiler.reset()  # beyond 8 sizes of one step torch runs it uncompiled, and says nothing
+        torch.compiler.reset()  # the versions of one size are none of the next
     device = made_current(arguments.device)
     config = dataclasses.replace(preset(name), dropout=0.0, block_size=size.prompt + size.new)
     tokens = torch.randint(config.vocab_size, (size.B, size.prompt), device=device)
@@ -523,7 +529,7 @@ def main(argv: Sequence[str]) -> int:
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
     arguments.compile = device.type == "cuda" if arguments.compile is None else arguments.compile
-    with results.campaign(out, "decode.jsonl") as log:
+    with compiling.strict(), results.campaign(out, "decode.jsonl") as log:
         peak = peak_bandwidth(device, out)
         chosen_models = models[:1] if arguments.quick else models
         failed = campaign([(name, size) for name in chosen_models for size in chosen], arguments, peak, log, common)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
 from kernels import _triton
 
 FAILURES: tuple[type[Exception], ...] = (
-    RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError, *_triton.ERRORS,
+    RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError, FailOnRecompileLimitHit,
+    *_triton.ERRORS,
 )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ AXES: Mapping[str, tuple[str, ...]] = {"T": ("B", "S"), "S": ("B",), "N": ("M",)
 LEAST_POINTS = 3  # of a line
 SAME_CODE = 0.03  # two peers of one family whose times are everywhere this near are one
 COLORS = dict(zip(PARTS, (
-    "#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#777777", "#999933", "#882255", "#DDCC77",
-    "#88CCEE", "#BBBBBB", "#DDDDDD", "#FFFFFF",
+    "#4477AA", "#225588", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#777777", "#999933", "#882255",
+    "#DDCC77", "#88CCEE", "#BBBBBB", "#DDDDDD", "#FFFFFF",
 ), strict=True))  # fmt: skip
 NARROWEST = 0.045  # of the longest bar, for a number to be written into a piece
 

@@ -42,7 +42,7 @@ from gptfast.runtime import compute_dtype, made_current
 from gptfast.step import Step
 from kernels import Ops
 
-from . import peers, results
+from . import compiling, peers, results
 from .cpu import PlainGPT
 from .failures import FAILURES, in_one_line
 from .peaks import MEASURED_SLACK, from_rows
@@ -525,10 +525,9 @@ def main(argv: Sequence[str]) -> int:
         torch.backends.cudnn.allow_tf32 = True
     else:
         torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.recompile_limit = 64  # a ladder compiles one function many times, on purpose
     common = facts(device)
     out = arguments.out or results.folder(common["hardware"])
-    with results.campaign(out, "model.jsonl") as log:
+    with compiling.strict(), results.campaign(out, "model.jsonl") as log:
         failed = campaign(arguments, device, peak_for(device, arguments.peak_tflops, out), log, common)
     return 1 if failed else 0
 

@@ -31,7 +31,7 @@ from gptfast.optim import Muon
 from gptfast.runtime import made_current
 from kernels.newton_schulz import KERNEL_PRODUCTS, POLAR_EXPRESS, REFERENCE_PRODUCTS, Products
 
-from . import results
+from . import compiling, results
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES
 from .stats import compare
@@ -231,7 +231,8 @@ def main(argv: Sequence[str]) -> int:
     if not all(size.isdecimal() and int(size) > 0 for size in arguments.sizes.split(",") if size):
         raise UserError(f"--sizes={arguments.sizes}: whole numbers above 0, with commas")
     sizes = [int(size) for size in arguments.sizes.split(",") if size]
-    return 0 if campaign(arguments, device, models, sizes) else 1
+    with compiling.strict():
+        return 0 if campaign(arguments, device, models, sizes) else 1
 
 
 def campaign(arguments: argparse.Namespace, device: torch.device, models: list[str], sizes: list[int]) -> bool:
@@ -261,7 +262,7 @@ def campaign(arguments: argparse.Namespace, device: torch.device, models: list[s
         settings = Settings(samples=samples, budget_s=0.6 if device.type == "cuda" else 1.0)
         for n in sorted(sizes, reverse=True):  # the largest, where the time goes in a model, whatever is left out
             if arguments.compile:
-                torch.compiler.reset()  # beyond 8 shapes of one function torch runs it uncompiled, and says nothing
+                torch.compiler.reset()  # the shapes of one size are no versions of the next
             for product, k in (("gram", n), ("gram", 4 * n), ("quadratic", n), ("affine", n), ("affine", 4 * n)):
                 size = (arguments.batch, n, k)
                 case = partial(run_product, product, size, dtype, device, functions, settings, log, common)

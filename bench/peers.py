@@ -127,11 +127,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def sdpa_decode(backend: str | None) -> Function:
     """torch's fused attention: of its own choice under a mask made from lengths, or by a backend that takes no mask."""
 
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # Torch's compiler knows no list of an enum's members; that of all backends is what there is without one.
+    chosen = None if backend is None else getattr(SDPBackend, backend)
+
     def run(
         q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor | None, window: int | None = None
     ) -> Tensor:  # fmt: skip
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
         require(window is None, "window: not for torch's attention here; leave it out")
         require(not any(x is not None for x in rest), "k: neither pages nor scales are known to torch's attention")
         T, mask = q.shape[1], None
@@ -140,9 +143,8 @@ def sdpa_decode(backend: str | None) -> Function:
             mask = (torch.arange(k.shape[1], device=q.device) <= position[..., None])[:, None]
         else:
             require(T == 1, "q: without a mask only T = 1 and a full cache are right")
-        chosen = list(SDPBackend.__members__.values()) if backend is None else getattr(SDPBackend, backend)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(chosen):
+        with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 

@@ -11,9 +11,10 @@
 
 The table has calls, milliseconds and share of every part, with GB/s and TFLOP/s by what the part must move and compute
 (bench/costs.py), and the fraction of what a copy and a GEMM reach on this machine. The wall clock is taken without the
-profiler. Time in which a GPU idles is told by cause. Parts follow from the names of kernels, operators and
-torch.profiler.record_function ranges (bench/trace.py); mark your own code with ranges called attention, norms and so
-on. trace-*.json.gz opens in https://ui.perfetto.dev.
+profiler. Time in which a GPU idles is told by cause. A step of decoding is the engine's, its kernels, its graph and its
+host's work; with --impl=reference that of the model in plain torch. Parts follow from the names of kernels, operators
+and torch.profiler.record_function ranges (bench/trace.py); mark your own code with ranges called attention, norms and
+so on. trace-*.json.gz opens in https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -36,13 +37,15 @@ from torch import Tensor
 
 import kernels
 from gptfast.config import NAMES, PRESETS, GPTConfig, is_preset, preset
+from gptfast.engine import Engine, KVCache, Sampling
+from gptfast.engine.decoder import Decoder
 from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
 from gptfast.runtime import compute_dtype, made_current
 from kernels import Cost, Ops
 
-from . import costs, peers, results, trace
+from . import compiling, costs, peers, results, trace
 from .failures import FAILURES, in_one_line
 from .peaks import DTYPES, Ceilings, ceilings, measured_ceilings
 from .saved import saved_bytes
@@ -53,6 +56,7 @@ IMPLS = ("triton", "reference", "torch.compile", "eager")
 TOP = 40  # kernels kept in a row
 BATCH = {"train": 16, "prefill": 1, "decode": 1}
 CPU_BATCH = 4
+PAST_THE_END = 8  # positions after a text whose decoding is profiled
 
 
 @dataclass(frozen=True)
@@ -284,40 +288,68 @@ def _major(device: torch.device) -> int:
 
 
 def inference(config: GPTConfig, impl: str, device: torch.device, B: int, context: int, mode: str) -> Subject:
-    """A prefill of B prompts of `context` tokens, or a step that decodes a token for each of B sequences that long."""
+    """A prefill of B prompts of `context` tokens, or a step that decodes a token for each of B sequences that long.
+
+    A step by triton is one of the engine; by reference, one of the model in plain torch over the engine's cache.
+    """
     if impl not in ("triton", "reference"):
         raise UserError(f"--impl={impl}: --mode={mode} is of our engine, by triton or reference")
     dtype, _ = compute_dtype(str(device))
     T = min(context, config.block_size - 1)
+    if mode == "decode":  # the engine is a step ahead of what it knows, so a text may not end where it is measured
+        config = dataclasses.replace(config, block_size=max(config.block_size, T + PAST_THE_END))
     torch.manual_seed(1337)
     with device:
         ops = kernels.load(impl) if impl != "reference" else peers.ops_in_torch()
         model = GPT(config, named(ops), dtype)
     model.eval()
     tokens = torch.randint(config.vocab_size, (B, T), device=device)
-    prefill = torch.inference_mode()(lambda: model.logits(tokens, last_only=True))
-    weights = sum(p.nbytes for p in model.parameters())
     if mode == "prefill":
-        return Subject(prefill, {"B": B, "T": T}, dtype, B * T, lambda: {"weights": weights})
-    return _decoding(model, ops, device, tokens, dtype, weights)
+        prefill = torch.inference_mode()(lambda: model.logits(tokens, last_only=True))
+        return Subject(prefill, {"B": B, "T": T}, dtype, B * T, lambda: {"weights": _bytes(model.parameters())})
+    return of_engine(model, tokens) if impl == "triton" else of_model(model, tokens)
 
 
-def _decoding(
-    model: GPT, ops: Ops, device: torch.device, tokens: Tensor, dtype: torch.dtype, weights: int
-) -> Subject:  # fmt: skip
-    from gptfast.engine import KVCache
-    from gptfast.engine.decoder import Decoder
+def of_engine(model: GPT, tokens: Tensor) -> Subject:
+    """A step of an engine that decodes greedily after tokens (B, S), all that its user waits for: on CUDA a graph.
 
+    Its rows are told to stop once they are read, so that every step is the first after S tokens: the device computes
+    and draws all the same, and the host hears of no new token.
+    """
+    B, S = tokens.shape
+    engine = Engine(model, slots=B, weights="model", prefill_tokens=B * S)
+    requests = [engine.submit(row, Sampling(max_tokens=PAST_THE_END, temperature=0)) for row in tokens.tolist()]
+    engine.step()  # reads all
+    for slot in range(B):
+        engine.loop.stop(slot)
+    engine.step()
+    if failed := [request.error for request in requests if not request.tokens or request.finish_reason is not None]:
+        raise RuntimeError(f"the engine does not decode: {failed[0]}")
+    weights = [*model.parameters(), *engine.model.parameters()]
+    return Subject(engine.step, {"B": B, "S": S}, model.dtype, B, lambda: _held(weights, engine.cache))
+
+
+def of_model(model: GPT, tokens: Tensor) -> Subject:
+    """A step of the model over the engine's cache after tokens (B, S), on CUDA as a graph; nothing is drawn."""
     B, S = tokens.shape
     with torch.inference_mode():
-        cache = KVCache(model.config, ops, B, dtype=dtype, device=device)
+        cache = KVCache(model.config, model.ops, B, dtype=model.dtype, device=tokens.device)
         decoder = Decoder(model, cache, compile=False)
         for slot in range(B):
             decoder.read_whole(slot, tokens[slot].tolist())
     newest = tokens[:, -1:].contiguous()
     step = torch.inference_mode()(lambda: decoder.step(newest))
-    held = sum(x.nbytes for x in vars(cache).values() if isinstance(x, Tensor))
-    return Subject(step, {"B": B, "S": S}, dtype, B, lambda: {"weights": weights, "cache": held})
+    return Subject(step, {"B": B, "S": S}, model.dtype, B, lambda: _held(model.parameters(), cache))
+
+
+def _held(weights: Iterable[Tensor], cache: KVCache) -> dict[str, int]:
+    stored = [x for value in vars(cache).values() for x in (value if isinstance(value, list) else [value])]
+    return {"weights": _bytes(weights), "cache": _bytes(x for x in stored if isinstance(x, Tensor))}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of these tensors, one that is there twice counted once."""
+    return sum({x.data_ptr(): x.nbytes for x in tensors}.values())
 
 
 # ---- two profiles beside each other ----------------------------------------------------------------------------------
@@ -388,7 +420,6 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--device={arguments.device}: this machine has no CUDA device; leave --device out")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch._dynamo.config.recompile_limit = 64
     default = (["triton", "torch.compile"] if arguments.mode == "train" else ["triton"]) if on_gpu else ["reference"]
     impls = _known("--impl", arguments.impl, IMPLS) if arguments.impl else default[: 1 if arguments.quick else None]
     models = [name for name in arguments.models.split(",") if name]
@@ -429,7 +460,7 @@ def campaign(
     dtype = str(compute_dtype(str(device))[0]).removeprefix("torch.")
     threads = None if device.type == "cuda" else torch.get_num_threads()
     measured = measured_ceilings(ceilings(device, [dtype], out, threads), device, [dtype], out)
-    with results.campaign(out, "profile.jsonl") as log:
+    with compiling.strict(), results.campaign(out, "profile.jsonl") as log:
         for name, impl in ((name, impl) for name in models for impl in impls):
             if time.monotonic() - started > arguments.budget_s:
                 log.say(f"profile {name} {impl}: not begun within {arguments.budget_s:.0f} s")

@@ -18,10 +18,11 @@ from typing import Any
 Event = Mapping[str, Any]
 STEP = "bench.step"  # the range around each step
 PARTS = (
-    "GEMMs", "attention", "norms", "loss", "MLP activation", "rotary", "optimizer", "embedding", "sums", "casts",
-    "copies", "other", "Python", "idle",
+    "GEMMs", "norms + GEMMs", "attention", "norms", "loss", "MLP activation", "rotary", "optimizer", "embedding",
+    "sums", "casts", "copies", "other", "Python", "idle",
 )  # fmt: skip
 SPECIFIC = (  # what a name tells for certain, the first that fits
+    ("norms + GEMMs", r"decode_linear"),  # a kernel of both, and of the activation between two products
     ("loss", r"cross_entropy|log_?softmax|nll_loss|softmax_cross"),
     ("attention", r"attention|attn|flash|fmha|sdpa|compute_dot_do_o|convert_dq|_softmax|flex"),
     ("norms", r"layer_?norm|rms_?norm|LayerNorm|RMSNorm|sum_rows_kernel"),

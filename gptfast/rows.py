@@ -13,12 +13,10 @@ import re
 from datetime import datetime
 from typing import Any
 
-from gptfast.log import NOT_FINITE, Row, check_row
+from gptfast.log import LONGEST_NAME, NOT_FINITE, Row, check_row, is_text, longest
 
 LARGEST = 10.0**30  # of numbers
-LONGEST_NAME, LONGEST_TEXT = 300, 1_000_000  # characters of a name, and of a sample's text or the like
 DEEPEST, MOST_VALUES = 12, 100_000
-TEXTS = ("text", "command", "invalid_reason", "roofline_source", "inexact", "config")  # may be long, of many lines
 
 NUMBER, MAYBE_TEXT = (int, float, type(None)), (str, type(None))
 DRAWN: dict[str, tuple[type, ...]] = {  # what figures and tables read beside the schema's fields
@@ -91,10 +89,11 @@ def _check_value(where: str, value: Any, depth: int, count: list[int]) -> None:
     if isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{where} is {_short(value)}, expected a finite number of at most {LARGEST:g}")
     if isinstance(value, str):
-        is_long = any(f".{name}" in where for name in TEXTS)
-        if len(value) > (LONGEST_TEXT if is_long else LONGEST_NAME):
-            raise ValueError(f"{where} has {len(value):,} characters; a name has {LONGEST_NAME} at most")
-        if not is_long and not value.isprintable():
+        most = longest(where)
+        if len(value) > most:
+            kind = "text" if is_text(where) else "name"
+            raise ValueError(f"{where} has {len(value):,} characters; a {kind} has {most:,} at most")
+        if not is_text(where) and not value.isprintable():
             raise ValueError(f"{where} is {_short(value)}, expected one line of printable characters")
     if isinstance(value, dict):
         for key, item in value.items():

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import kernels
-from bench import decode, results
+from bench import compiling, decode, results
 from bench.decode import Samples, Size, Variant, figures, main, measure, sample
 from bench.peaks import Ceilings
 from bench.step_work import CountOps, StepWork, host_us, step_work
 from bench.timing import relative_error
 from gptfast import mfu
 from gptfast.config import PRESETS
+from gptfast.engine import KVCache
 from gptfast.engine.weights import converted
 from gptfast.errors import UserError
 from gptfast.log import Log
@@ -302,12 +303,40 @@ def test_every_size_is_compiled(roof, tmp_path, monkeypatch, graphs):
     """Beyond its limit of sizes torch runs a step uncompiled, under the name of the compiled one."""
     small(monkeypatch)
     counts = []
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for B in (1, 2):
-            flags = ["--models=char-cpu", f"--batch={B}", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
-            assert main([*flags, "--compile", f"--out={tmp_path}"]) == 0
-            counts.append(len(graphs))
+    monkeypatch.setattr(compiling, "LIMIT", 1)
+    for B in (1, 2):
+        flags = ["--models=char-cpu", f"--batch={B}", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
+        assert main([*flags, "--compile", f"--out={tmp_path}"]) == 0
+        counts.append(len(graphs))
     assert counts[0] > 0 and counts[1] == 2 * counts[0]
+
+
+def test_the_compiled_peer_is_one_graph_and_where_it_is_not_a_row_says_so_or_it_fails(
+    roof, tmp_path, monkeypatch, graphs, capsys
+):  # fmt: skip
+    """Where torch takes `keep` for a function of its own, each layer is a version of it, and beyond its limit of them
+    it runs the rest of the layers uncompiled."""
+    assert max(config.n_layer for config in PRESETS.values()) <= compiling.LIMIT
+    monkeypatch.setitem(PRESETS, "char-cpu", dataclasses.replace(PRESETS["char-cpu"], n_layer=3))
+    monkeypatch.setattr(decode, "variants", lambda model, size, *_: iter([decode.compiled(model, size)]))
+    flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu", "--compile"]
+    assert main([*flags, f"--out={tmp_path / 'whole'}"]) == 0 and len(graphs) == 1
+    assert "parts" not in capsys.readouterr().out
+    keep = KVCache.keep
+
+    def broken(self, layer, *rest):
+        torch._dynamo.graph_break()
+        return keep(self, layer, *rest)
+
+    monkeypatch.setattr(KVCache, "keep", broken)
+    monkeypatch.setattr(compiling, "LIMIT", 3)
+    assert main([*flags, f"--out={tmp_path / 'broken'}"]) == 0
+    whole, parts = (results.read(tmp_path / name / "decode.jsonl")[0]["graph_breaks"] for name in ("whole", "broken"))
+    assert whole == 0 and parts > 0 and f"in {parts + 1} parts at least" in capsys.readouterr().out
+    monkeypatch.setattr(compiling, "LIMIT", 2)
+    assert main([*flags, f"--out={tmp_path / 'limited'}"]) == 1
+    assert "FAILED: FailOnRecompileLimitHit" in capsys.readouterr().out
+    assert [row["what"] for row in results.read(tmp_path / "limited" / "decode.jsonl")] == ["note"]
 
 
 def test_what_is_done_once_does_not_count_for_the_sizes_to_come(monkeypatch, capsys):

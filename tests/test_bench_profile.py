@@ -20,6 +20,7 @@ from gptfast import checkpoint
 from gptfast.config import PRESETS
 from gptfast.errors import UserError
 from gptfast.mfu import flops_per_token
+from gptfast.model import GPT
 
 # kernels of a measured step of GPT-2 124M, ours and torch.compile's, and the parts they are of
 KERNELS = {
@@ -37,6 +38,9 @@ KERNELS = {
     "triton_poi_fused_gelu_gelu_backward_view_4": "MLP activation",
     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorList": "optimizer",
     "triton_poi_fused__to_copy_5": "casts",
+    "decode_linear_fwd_kernel_rows": "norms + GEMMs",
+    "decode_attention_fwd_kernel_split": "attention",
+    "decode_embedding_fwd_kernel": "embedding",
     "triton_poi_fused_cat_8": "copies",
     "triton_red_fused_sum_view_1": "sums",
     "Memcpy DtoD (Device -> Device)": "copies",
@@ -186,6 +190,37 @@ def test_the_command_profiles_a_model_and_sets_two_beside_each_other(tmp_path, c
     assert profile.main(["--diff", f"{tmp_path}:reference", f"{tmp_path}:eager"]) == 0
     said = capsys.readouterr().out
     assert "GEMMs" in said and "wall clock" in said
+
+
+def test_decoding_is_profiled_as_the_engine_does_it():
+    """Five launches a layer and two, the drawing, and the host's work; every step the first after the same text."""
+    L, B, S = 1, 2, 9
+    config = dataclasses.replace(PRESETS["gpt2"], n_layer=L, n_head=1, n_embd=16, block_size=S + 8, vocab_size=32)
+    model = kernels_of(config, "interpret")
+    subject = profile.of_engine(model, torch.randint(32, (B, S)))
+    report = profile.profile(subject.step, device="cpu", steps=1, warmup=3, samples=1, memory=subject.memory)
+    calls = {piece.name.removeprefix("gptfast::"): piece.calls for piece in report.trace.pieces}
+    assert (calls["decode_linear"], calls["append_attention"], calls["decode_embedding"]) == (4 * L + 1, L, 1)
+    assert calls["aten::max"] >= 1 and {"norms + GEMMs", "attention", "embedding"} <= report.trace.parts().keys()
+    assert subject.dims == {"B": B, "S": S} and subject.tokens == B
+    keys = 2 * L * B * (config.block_size + 1) * 16 * 4
+    assert report.memory["cache"] > keys and report.memory["weights"] >= sum(p.nbytes for p in model.parameters())
+    shorter = profile.of_engine(model, torch.randint(32, (1, S - 1)))
+    updates = [len(shorter.step()[0].tokens) for _ in range(2 * profile.PAST_THE_END)]
+    assert not any(updates), "no step adds to what the next one reads"
+
+
+def kernels_of(config, how):
+    return GPT(config, profile.named(kernels.load(how))).eval()
+
+
+def test_a_step_of_decoding_is_profiled_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "ceilings", lambda *_: None)
+    monkeypatch.setattr(profile, "measured_ceilings", lambda *_: None)
+    flags = ["--models=char-cpu", "--mode=decode", "--quick", "--batch_size=2", "--context=16", "--steps=1"]
+    assert profile.main([*flags, "--device=cpu", f"--out={tmp_path}"]) == 0
+    row = next(row for row in read(tmp_path / "profile.jsonl") if row["what"] == "profile")
+    assert (row["impl"], row["dims"]) == ("reference", {"B": 2, "S": 16}) and row["memory"]["cache"] > 0
 
 
 @pytest.mark.parametrize("how", ["interpret", "cpu"])

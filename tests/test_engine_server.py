@@ -184,6 +184,49 @@ def test_prompts_are_read_in_pieces_between_the_steps_of_others() -> None:
     assert all(len(request.tokens) > 0 for request in (*long, late))
 
 
+def test_prompts_are_read_at_once_while_nobody_decodes() -> None:
+    """In one pass up to `prefill_alone` tokens; as soon as somebody decodes, in the pieces that bound its wait."""
+    model = make(GPT2)
+    engine = Engine(model, slots=4, prefill_tokens=8, prefill_alone=64)
+    wanted = [(range(40), Sampling(9, 0)), ([1, *range(30)], Sampling(9, 1, seed=3)), ([5] * 20, Sampling(9, 0))]
+    requests, reads = [engine.submit(*one) for one in wanted], []
+    while engine.busy:
+        before = engine.tokens_read
+        engine.step()
+        reads.append(engine.tokens_read - before)
+    assert reads[:5] == [64, 8, 8, 8, 3] and not any(reads[5:])
+    assert [request.tokens for request in requests] == alone(model, wanted)
+    sliding = engine.submit([3] * 60, Sampling(30, 0))  # waits for a pass for each of its tokens
+    engine.step()
+    engine.submit(range(40), Sampling(2, 0))
+    before = engine.tokens_read
+    engine.step()
+    assert engine.tokens_read - before == 8 and len(sliding.tokens) == 2
+    assert Engine(model).prefill_alone == 512, "a CPU gains nothing by it"
+    with pytest.raises(ValueError, match="prefill_alone: expected at least 1, got 0"):
+        Engine(model, prefill_alone=0)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_what_is_too_much_to_read_at_once_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, draft: bool) -> None:
+    model = make(MODERN)
+    more: dict[str, Any] = {"draft": make(MODERN, 1)} if draft else {}
+    engine, sizes = Engine(model, slots=2, prefill_tokens=16, prefill_alone=64, **more), []
+    read = engine.decoder.read
+
+    def scarce(texts: Any) -> Any:
+        sizes.append(sum(piece.tokens for piece, _ in texts))
+        if sizes[-1] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(texts)
+
+    monkeypatch.setattr(engine.decoder, "read", scarce)
+    wanted = [(range(35), Sampling(4, 0)), ([2] * 20, Sampling(4, 0))]
+    assert ask(engine, wanted) == alone(model, wanted)
+    assert sizes[:3] == [55, 16, 16] and max(sizes[1:]) == 16 and engine.prefill_alone == 16
+    assert_empty(engine)
+
+
 def test_texts_beyond_the_window_delay_others_by_one_pass() -> None:
     engine = Engine(make(GPT2), slots=5, prefill_tokens=8)
     beyond = [engine.submit([i] * 60, Sampling(4, 0)) for i in range(3)]

@@ -11,6 +11,7 @@ import pytest
 from bench import plots, results
 from gptfast import report
 from gptfast.errors import UserError
+from gptfast.log import LONGEST_NAME, Log
 from gptfast.rows import code, file_name, markdown, parse
 
 FACTS = {
@@ -64,6 +65,23 @@ def test_a_row_nested_without_end_is_no_row() -> None:
         parse('{"config":' * 100_000)
     with pytest.raises(ValueError, match="nested too deep"):
         parse(json.dumps(op(config={"a": json.loads("[" * 20 + "]" * 20)})))
+
+
+def test_every_row_that_is_written_is_read_back_whatever_its_names(tmp_path: Path) -> None:
+    kernel = "void at::native::multi_tensor_apply_kernel<" + "at::native::TensorListMetadata<4>, " * 15
+    names = [f"{kernel}{tail}" for tail in ("float>", "double>", "c10::BFloat16>\nand more")]
+    text = "a note\n" * 100
+    with Log(tmp_path, name="x.jsonl", console=False) as log:
+        written = log.row(**op(
+            name=names[0], dims={"M" * 400: 1, "N": 8}, kernels=[{"name": name, "ms": 1.0} for name in names],
+            syncs=dict.fromkeys(names, 1.0), inexact=text,
+        ))  # fmt: skip
+    (row,) = results.read(tmp_path / "x.jsonl")
+    assert row == written and row["inexact"] == text and row["dims"]["N"] == 8
+    for cut in ([piece["name"] for piece in row["kernels"]], list(row["syncs"])):
+        assert len(set(cut)) == 3, "different names stay apart"
+        assert all(len(name) == LONGEST_NAME and name.startswith(kernel[:280]) and "…" in name for name in cut)
+    assert row["name"] == row["kernels"][0]["name"] and row["name"] in row["syncs"], "and equal ones equal"
 
 
 NAMES = ("../x", "a/b", "..", r"$\evil$", "| <script> [x](y) `z`", "_hidden", "é" * 100)

@@ -25,6 +25,7 @@ from kernels.op import require
 One = TypeVar("One")
 NOT_NUMBERS = "the logits are not numbers: the model has diverged, or overflows its dtype"
 PREFILL_TOKENS = 512  # of prompts, read between two steps
+PREFILL_ALONE = 4096  # on CUDA while nobody decodes: there a pass takes as long as its launches, few tokens or many
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Engine:
     "int8"; "auto" chooses, and `why` says what and why. The cache is contiguous or, with a `page_size`, a pool of
     `pages`, taken as texts grow; then with `prefix_cache` a text's beginning is not read again while the pool still
     holds it. `kv_storage` "int8" or "fp8" rounds the cache. Up to `prefill_tokens` of prompts are read between two
-    steps. A `draft` GPT with the same vocabulary guesses `guesses` tokens a step. With a tokenizer, prompts may be
-    text, stop strings are known, and ids without a token are never drawn. On CUDA the step is one CUDA graph, and the
-    host hears of its tokens up to `lag` calls of step() later: by default 1, and 0 on other devices. Raises ValueError,
-    naming the argument, for what does not fit.
+    steps, and up to `prefill_alone` while nobody decodes, whom that would keep waiting: by default 4096 on CUDA and as
+    many as the others elsewhere, also once memory did not suffice. A `draft` GPT with the same vocabulary guesses
+    `guesses` tokens a step. With a tokenizer, prompts may be text, stop strings are known, and ids without a token are
+    never drawn. On CUDA the step is one CUDA graph, and the host hears of its tokens up to `lag` calls of step() later:
+    by default 1, and 0 on other devices. Raises ValueError, naming the argument, for what does not fit.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Engine:
         prefix_cache: bool = True,
         kv_storage: Literal["same", "int8", "fp8"] = "same",
         prefill_tokens: int = PREFILL_TOKENS,
+        prefill_alone: int | None = None,
         draft: GPT | None = None,
         guesses: int = 4,
         lag: int | None = None,
@@ -71,12 +74,11 @@ class Engine:
         self.config, self.tokenizer = model.config, tokenizer
         if draft is not None:
             self._check_draft(draft, guesses)
-        require(prefill_tokens >= 1, f"prefill_tokens: expected at least 1, got {prefill_tokens}")
         require(lag is None or lag >= 0, f"lag: must not be negative, got {lag}")
-        self.prefill_tokens = prefill_tokens
         self.weights, reason = choose_weights(model) if weights == "auto" else (weights, "asked for")
         self.why = f"{str(model.dtype).removeprefix('torch.') if self.weights == 'model' else self.weights}, {reason}"
         device = model.lm_head.weight.device
+        self._bound_reading(prefill_tokens, prefill_alone, device)
         self.lag = int(device.type == "cuda") if lag is None else lag
         vocabulary = min(self.config.vocab_size, tokenizer.vocab_size if tokenizer else self.config.vocab_size)
         holes = tokenizer.holes() if tokenizer else torch.empty(0, dtype=torch.int64)
@@ -243,10 +245,19 @@ class Engine:
                     cache.resume(row.slot, row.held)
             self._loop.seat(row.slot, row.request)
         self.cache.refresh()
-        pieces = self._scheduler.pieces(self.prefill_tokens)
+        pieces = self._scheduler.pieces(self.prefill_tokens if self._scheduler.others_wait() else self.prefill_alone)
         count = sum(piece.tokens for _, piece in pieces)
         whole: list[tuple[Row, Tensor]] = []  # texts read to their ends, with the states there
-        self._try(lambda some: whole.extend(self._read_pieces(some)), pieces, lambda one: one[0])
+
+        def read(some: list[tuple[Row, Piece]]) -> None:
+            try:
+                whole.extend(self._read_pieces(some))
+            except torch.OutOfMemoryError:
+                if count <= self.prefill_tokens:
+                    raise
+                self.prefill_alone = self.prefill_tokens  # nothing of it counts as read: smaller pieces come next
+
+        self._try(read, pieces, lambda one: one[0])
         ready = [(taker, hidden) for row, hidden in whole for taker in self._copy_to_followers(row)]
         self._try(self._begin, ready, lambda one: one[0])
         sliding = self._scheduler.sliding(self.prefill_tokens - count)
@@ -392,6 +403,12 @@ class Engine:
             self._loop.stop(row.slot)
             for cache in self._caches:
                 cache.lengths[row.slot] = 0
+
+    def _bound_reading(self, tokens: int, alone: int | None, device: torch.device) -> None:
+        require(tokens >= 1, f"prefill_tokens: expected at least 1, got {tokens}")
+        require(alone is None or alone >= 1, f"prefill_alone: expected at least 1, got {alone}")
+        default = PREFILL_ALONE if device.type == "cuda" else 0
+        self.prefill_tokens, self.prefill_alone = tokens, max(tokens, default if alone is None else alone)
 
     def _check_draft(self, draft: GPT, guesses: int) -> None:
         most, V, T = MAX_STEP - 1, self.config.vocab_size, self.config.block_size

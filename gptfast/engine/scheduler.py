@@ -121,6 +121,10 @@ class Scheduler:
             budget -= count
         return found
 
+    def others_wait(self) -> bool:
+        """Whether somebody waits for a next token while prompts are read."""
+        return any(row.read or row.slides for row in self.running)
+
     def followers(self, leader: Row) -> list[Row]:
         """Rows that wait for the text of `leader`."""
         return [row for row in self.running if row.leader is leader]

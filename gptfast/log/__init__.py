@@ -21,12 +21,27 @@ from typing import Any, Self
 from gptfast.errors import UserError, remedy
 
 from .machine import command, commit, cpu_facts, driver_version, facts, gpu_limits, gpu_state, hardware, now, software
-from .schema import EVERY_ROW, FACTS, KINDS, NOT_FINITE, OPTIONAL, SCHEMA, Row, check_row, plain
+from .schema import (
+    EVERY_ROW,
+    FACTS,
+    KINDS,
+    LONGEST_NAME,
+    NOT_FINITE,
+    OPTIONAL,
+    SCHEMA,
+    Row,
+    bounded,
+    check_row,
+    is_text,
+    longest,
+    plain,
+)
 from .trackers import Tracker
 
 __all__ = [
-    "EVERY_ROW", "FACTS", "KINDS", "NOT_FINITE", "OPTIONAL", "SCHEMA", "Log", "Row", "Tracker", "check_row", "command",
-    "commit", "cpu_facts", "driver_version", "facts", "gpu_limits", "gpu_state", "hardware", "now", "plain", "software",
+    "EVERY_ROW", "FACTS", "KINDS", "LONGEST_NAME", "NOT_FINITE", "OPTIONAL", "SCHEMA", "Log", "Row", "Tracker",
+    "bounded", "check_row", "command", "commit", "cpu_facts", "driver_version", "facts", "gpu_limits", "gpu_state",
+    "hardware", "is_text", "longest", "now", "plain", "software",
 ]  # fmt: skip
 
 CHECKOUT = f"{Path(__file__).resolve().parents[2]}/"
@@ -53,9 +68,10 @@ class Log:
     def row(self, what: str, **fields: Any) -> Row:
         """Checks, writes and returns one row. Raises ValueError that names a missing or wrong field.
 
-        In the file, paths inside this checkout are relative to it, so that rows do not reveal the machine's folders.
+        Names that are longer than a reader takes are cut, so that no two become one. In the file, paths inside this
+        checkout are relative to it, so that rows do not reveal the machine's folders.
         """
-        row = check_row({"schema": SCHEMA, "what": what, "date": now(), **plain(fields)})
+        row = check_row({"schema": SCHEMA, "what": what, "date": now(), **bounded(plain(fields))})
         if self._file is not None:
             line = json.dumps(row, allow_nan=False).replace(CHECKOUT, "") + "\n"
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,12 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+LONGEST_NAME, LONGEST_TEXT = 300, 1_000_000  # characters of a name, and of a sample's text or the like
+
+
+TEXTS = ("text", "command", "invalid_reason", "roofline_source", "inexact", "config")  # may be long, of many lines
+
+
 def check_row(row: object) -> Row:
     """Returns `row` if it matches the current schema; else raises ValueError (TypeError) that names the field."""
     if not isinstance(row, dict):
@@ -125,3 +132,36 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def is_text(where: str) -> bool:
+    """Whether what stands at `where` in a row, such as 'row.kernels.name', is no name but text of any length."""
+    return any(f".{name}" in where for name in TEXTS)
+
+
+def longest(where: str) -> int:
+    """Characters that may stand at `where` in a row."""
+    return LONGEST_TEXT if is_text(where) else LONGEST_NAME
+
+
+def bounded(value: Any, where: str = "row") -> Any:
+    """`value` of JSON with the names and texts in it as a row may have them: C++ names of kernels can be far longer."""
+    if isinstance(value, dict):
+        return {shortened(key, "row"): bounded(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [bounded(item, where) for item in value]
+    return shortened(value, where) if isinstance(value, str) else value
+
+
+def shortened(text: str, where: str = "row") -> str:
+    """`text` as it may stand at `where`: what is too long ends in an ellipsis and a number that tells it from others.
+
+    What cannot be printed is escaped in a name, as Python escapes it.
+    """
+    whole, most = text, longest(where)
+    if not is_text(where) and not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= most:
+        return text
+    number = f"… {hashlib.sha256(whole.encode('utf-8', 'replace')).hexdigest()[:8]}"
+    return f"{text[: most - len(number)]}{number}"

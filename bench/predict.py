@@ -3,9 +3,9 @@
     python -m bench predict --model=gpt2 --batch_size=16 --out=results/nvidia-h200
     python -m bench predict --model=gpt2-xl --device="H100 SXM"      # no rows: the datasheet, at a stated efficiency
 
-Attention, norms, rotary and the loss go at the rate of our op's row nearest in size. The rest goes at the rate of a
-profile of that machine, of another implementation or model than the one predicted: products by their FLOPs, activation
-and optimizer by their bytes, and what has no declared cost by tokens, width and layers. Where there is neither, a part
+Attention, norms, activation, rotary and the loss go at the rate of our op's row nearest in size. The rest goes at the
+rate of a profile of that machine, of another implementation or model than the one predicted: products by their FLOPs,
+the optimizer by its bytes, and what has no declared cost by tokens, width and layers. Where there is neither, a part
 takes its time on the roofline over EFFICIENCY. Beside it stands the measured profile of the step, where there is one,
 so that a missed prediction shows its place.
 """
@@ -31,7 +31,9 @@ from . import costs, results
 from .peaks import DTYPES, Ceilings, from_rows
 
 EFFICIENCY = 0.7  # of the roofline, for what no row of the machine is about
-OPS_OF = {"attention": ("attention",), "rotary": ("rotary",), "loss": ("cross_entropy",)}
+OPS_OF = {
+    "attention": ("attention",), "rotary": ("rotary",), "loss": ("cross_entropy",), "MLP activation": ("activation",),
+}  # fmt: skip
 UNDECLARED = ("sums", "casts", "copies", "other")
 FAR = 0.15  # a prediction that misses by more is explained
 
@@ -74,7 +76,7 @@ def predict(
     parts = []
     for part, cost in declared.items():
         ms, source, commit = (
-            _of_op(part, config, cost, ops) or _of_profile(part, cost, other) or _roofline(cost, dtype, ceilings)
+            _of_op(part, config, B * T, cost, ops) or _of_profile(part, cost, other) or _roofline(cost, dtype, ceilings)
         )
         parts.append(Part(part, ms, source, measured.get(part), _other_code(commit, own)))
     if other is not None:
@@ -101,20 +103,26 @@ def base(impl: str) -> str:
     return impl.split(" + ")[0]
 
 
-def _of_op(part: str, config: GPTConfig, cost: Cost, ops: Sequence[Row]) -> tuple[float, str, str | None] | None:
+def _of_op(
+    part: str, config: GPTConfig, tokens: int, cost: Cost, ops: Sequence[Row]
+) -> tuple[float, str, str | None] | None:
     """By the rate of our own op: FLOP/s of attention, bytes/s of what streams. With the commit of its row."""
     names = (f"add_{config.norm}", config.norm) if part == "norms" else OPS_OF.get(part, ())
-    shaped = {
-        "D": config.head_dim,
-        "H": config.n_head,
-        "N": config.n_embd,
-        "V": config.vocab_size,
-        "T": config.block_size,
-    }
+    shaped = {"D": config.head_dim, "H": config.n_head, "M": tokens, "N": config.n_embd, "V": config.vocab_size}
+    shaped["T"] = config.block_size
+    if part == "MLP activation":
+        shaped["N"] = config.hidden_width
+        ops = [row for row in ops if row["dims"].get("kind", "gelu") == config.activation]
     rows = [row for row in ops if row["name"] in names[:1]] or [row for row in ops if row["name"] in names]
     if not rows:
         return None
-    row = min(rows, key=lambda r: sum(abs(math.log2(r["dims"][x] / y)) for x, y in shaped.items() if x in r["dims"]))
+
+    def unlike(row: Row) -> float:
+        return sum(abs(math.log2(row["dims"][x] / y)) for x, y in shaped.items() if x in row["dims"])
+
+    nearest = min(map(unlike, rows))
+    alike = [row for row in rows if unlike(row) == nearest]  # of which one with fp32 parameters is as in training
+    row = next((row for row in alike if row["dims"].get("parameters")), alike[-1])
     by_flops = part == "attention"
     share = cost.flops / row["flops"] if by_flops else cost.bytes / row["bytes"]
     rate = f"{row['tflops']:.0f} TFLOP/s" if by_flops else f"{row['gbs']:,.0f} GB/s"

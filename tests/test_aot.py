@@ -9,6 +9,7 @@ import torch
 from kernels import OPS
 from kernels._triton import jit, tl
 from kernels.proof import aot
+from kernels.proof.machine_code import CHIPS, Code, broken_gates, bytes_in_flight, programs_per_sm, read_code
 
 WITH_KERNEL = [name for name, op in OPS.items() if op.triton is not None]
 
@@ -22,7 +23,7 @@ def test_the_report_is_fresh():
 
 def test_every_gate_in_the_report_holds():
     rows = aot.read_report()
-    assert {row["arch"] for row in rows} == set(aot.CHIPS)
+    assert {row["arch"] for row in rows} == set(CHIPS)
     broken = [row for row in rows if row["broken"] and not aot.excuse(row)]
     assert [aot._label(aot.row_key(row), row["constants"]) for row in broken] == []
     excused = {next(entry for entry in aot.EXCUSED if entry[3] == aot.excuse(row)) for row in rows if row["broken"]}
@@ -35,19 +36,19 @@ def test_the_report_stays_small():
     assert aot.REPORT.stat().st_size < 600_000
 
 
-@pytest.mark.parametrize("arch", list(aot.CHIPS))
+@pytest.mark.parametrize("arch", list(CHIPS))
 def test_the_report_says_what_the_compiler_says(arch):
     """A sample of two launches on each architecture, compiled anew, gives the rows that are checked in."""
     if aot.triton.__version__ != aot.report_version():
         pytest.skip(f"the report is of triton {aot.report_version()}, here is {aot.triton.__version__}")
     rows = {aot.row_key(row): row for row in aot.read_report()}
-    name = WITH_KERNEL[list(aot.CHIPS).index(arch) % len(WITH_KERNEL)]
+    name = WITH_KERNEL[list(CHIPS).index(arch) % len(WITH_KERNEL)]
     wanted = list(aot.plan([name], [arch]).items())
-    for key, launch in (wanted[0], wanted[-1]):
-        assert aot.compiled_row(key, launch) == rows[key]
+    ends = [wanted[0], wanted[-1]]
+    assert aot.compiled_rows(ends) == [rows[key] for key, _ in ends]
 
 
-@pytest.mark.parametrize("arch", list(aot.CHIPS))
+@pytest.mark.parametrize("arch", list(CHIPS))
 @pytest.mark.parametrize("name", WITH_KERNEL)
 def test_recorded_launches_cover_forward_and_backward(name, arch):
     """An op launches something in its forward pass; the ops of a page, at bench sizes, all its backward kernels."""
@@ -89,7 +90,7 @@ def test_a_scalar_of_one_that_is_taken_for_a_tensor_is_found():
         aot.read_launch(aot.of_ones(launch), 90)
 
 
-CLEAN = aot.Code(
+CLEAN = Code(
     registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300,
     matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0,
     bulk_copies=0, ptxas_warnings=(), box_mismatch=False,
@@ -97,7 +98,7 @@ CLEAN = aot.Code(
 
 
 def test_a_clean_kernel_breaks_no_gate():
-    assert aot.broken_gates(CLEAN, 90) == []
+    assert broken_gates(CLEAN, 90) == []
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -109,7 +110,7 @@ def test_a_clean_kernel_breaks_no_gate():
     (dict(loads_128=0, loads_narrow=33), "narrow loads"),
 ])  # fmt: skip
 def test_a_gate_sees(change, complaint):
-    assert complaint in " ".join(aot.broken_gates(dataclasses.replace(CLEAN, **change), 90))
+    assert complaint in " ".join(broken_gates(dataclasses.replace(CLEAN, **change), 90))
 
 
 @jit
@@ -135,8 +136,8 @@ def test_a_real_spill_is_read_out_of_the_machine_code():
     launch = aot.Launch(
         _spilling_kernel, (torch.empty(8, device="meta"), torch.empty(8, device="meta")), dict(BLOCK=8192, num_warps=1)
     )
-    code = aot.read_code(aot.compile_launch(launch, 90), 90)
-    assert code.stack_bytes > 0 and "spills" in aot.broken_gates(code, 90)[0]
+    code = read_code(aot.compile_launch(launch, 90), 90)
+    assert code.stack_bytes > 0 and "spills" in broken_gates(code, 90)[0]
 
 
 def test_bytes_in_flight_are_those_of_all_programs_of_a_multiprocessor():
@@ -144,15 +145,15 @@ def test_bytes_in_flight_are_those_of_all_programs_of_a_multiprocessor():
     launch = aot.Launch(
         _copy_kernel, (torch.empty(8, device="meta"), torch.empty(8, device="meta")), dict(BLOCK=2048, num_warps=4)
     )
-    code = aot.read_code(aot.compile_launch(launch, 90), 90)
+    code = read_code(aot.compile_launch(launch, 90), 90)
     assert code.loads_128 == 4 and code.loads_narrow == 0
-    assert aot.bytes_in_flight(code) == code.programs_per_sm * 2048 * 4
+    assert bytes_in_flight(code) == code.programs_per_sm * 2048 * 4
 
 
 def test_occupancy_of_known_kernels():
     """By the occupancy calculator's rules: registers by 256 a warp, warps by 4, shared memory with 1 KiB reserved."""
-    assert aot.programs_per_sm(90, 64, 4, 4096) == 8
-    assert aot.programs_per_sm(90, 255, 4, 0) == 2
-    assert aot.programs_per_sm(80, 32, 1, 100) == 32
-    assert aot.programs_per_sm(90, 32, 4, 150_000) == 1
-    assert aot.programs_per_sm(80, 32, 4, 170_000) == 0
+    assert programs_per_sm(90, 64, 4, 4096) == 8
+    assert programs_per_sm(90, 255, 4, 0) == 2
+    assert programs_per_sm(80, 32, 1, 100) == 32
+    assert programs_per_sm(90, 32, 4, 150_000) == 1
+    assert programs_per_sm(80, 32, 4, 170_000) == 0

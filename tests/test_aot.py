@@ -1,15 +1,26 @@
 """Ahead-of-time compilation: the checked-in report is fresh, its gates hold, and the gates see bad code."""
 
 import dataclasses
+import re
 import sys
+import types
 
 import pytest
 import torch
 
 from kernels import OPS
 from kernels._triton import jit, tl
-from kernels.proof import aot
-from kernels.proof.machine_code import CHIPS, Code, broken_gates, bytes_in_flight, programs_per_sm, read_code
+from kernels.proof import aot, machine_code
+from kernels.proof.machine_code import (
+    CHIPS,
+    Code,
+    broken_gates,
+    bytes_in_flight,
+    listings,
+    programs_per_sm,
+    read_code,
+    read_codes,
+)
 
 WITH_KERNEL = [name for name, op in OPS.items() if op.triton is not None]
 
@@ -45,7 +56,68 @@ def test_the_report_says_what_the_compiler_says(arch):
     name = WITH_KERNEL[list(CHIPS).index(arch) % len(WITH_KERNEL)]
     wanted = list(aot.plan([name], [arch]).items())
     ends = [wanted[0], wanted[-1]]
-    assert aot.compiled_rows(ends) == [rows[key] for key, _ in ends]
+    assert aot.compiled_rows([(launch, [key]) for key, launch in ends]) == [rows[key] for key, _ in ends]
+
+
+@pytest.mark.parametrize("name", ["attention", "decode_linear"])
+def test_architectures_of_the_same_ptx_give_the_code_that_triton_gives(name):
+    """After the first of them only ptxas runs, and makes of an op's last launch what Triton would."""
+    launch = aot.launches(OPS[name], dict(OPS[name].bench[0]), 80)[-1]
+    by_ptxas = aot.compile_family(launch, aot.SAME_PTX, compared=True)
+    for arch, kernel in list(zip(aot.SAME_PTX, by_ptxas, strict=True))[1:]:
+        mine, of_triton = read_codes([kernel, aot.compile_launch(launch, arch)], arch)
+        assert mine == of_triton and f".target sm_{arch}" in kernel.asm["ptx"]
+
+
+def test_architectures_of_another_ptx_are_told():
+    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(RuntimeError, match=r"_product_kernel \[BLOCK=64\]: PTX for sm_90 is not that for sm_80"):
+        aot.compile_family(aot.Launch(_product_kernel, (x, x), dict(BLOCK=64)), (80, 90), compared=True)
+
+
+@jit
+def _product_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """One program squares a matrix, on a Hopper by another instruction."""
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, x).to(x.dtype))
+
+
+def test_one_disassembly_of_many_kernels_is_that_of_each_whole_file(tmp_path):
+    """Instructions of bare code, told apart by its length, are those that nvdisasm lists of the ELF files."""
+    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    tried = [aot.Launch(_product_kernel, (x, x), dict(BLOCK=64)), aot.Launch(_copy_kernel, (x, x), dict(BLOCK=64))]
+    cubins = [aot.compile_launch(launch, 90).asm["cubin"] for launch in tried]
+    found = listings(cubins, 90)
+    for cubin, names in zip(cubins, found, strict=True):
+        (tmp_path / "whole").write_bytes(cubin)
+        whole = machine_code._run(machine_code._tool("nvdisasm", 90), "-c", str(tmp_path / "whole"))
+        assert names == [m.group(1) for m in machine_code._INSTRUCTION.finditer(whole)]
+    assert any(name.startswith("HGMMA") for name in found[0]) and "EXIT" in found[1]
+
+
+def test_what_ptxas_says_is_noted_while_it_compiles():
+    """A kernel compiled by a launch has no such note; there ptxas is asked again, and says the same."""
+    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    compiled = aot.compile_launch(aot.Launch(_product_kernel, (x, x), dict(BLOCK=64)), 90)
+    assert "registers" in compiled.metadata.ptxas_log
+    launched = types.SimpleNamespace(asm=compiled.asm, metadata=None)
+
+    def uses(log):
+        return re.findall(r"Used \d+ registers|C75\d\d", log)
+
+    assert uses(machine_code.ptxas_log(launched, 90)) == uses(compiled.metadata.ptxas_log) != []
+
+
+def test_batches_deal_every_launch_once_to_all_its_architectures():
+    wanted = aot.plan(["rmsnorm"], [80, 86, 89, 90])
+    dealt = aot.batches(wanted)
+    assert sorted(key for batch in dealt for _, keys in batch for key in keys) == sorted(wanted)
+    assert max(map(len, dealt)) <= aot.BATCH
+    for launch, keys in (item for batch in dealt for item in batch):
+        assert all(key[0] == launch.kernel.__name__ and key[2] == aot.digest(launch) for key in keys)
+        assert len(keys) == 1 or {arch for _, arch, _ in keys} <= set(aot.SAME_PTX)
+    assert any(len(keys) == 3 for batch in dealt for _, keys in batch)
 
 
 @pytest.mark.parametrize("arch", list(CHIPS))

@@ -19,10 +19,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ from triton.runtime.jit import JITFunction
 from .. import OPS, _command
 from .._triton import Launcher, launching, tile_arch
 from ..op import Op
-from .machine_code import CHIPS, broken_gates, bytes_in_flight, read_codes
+from .machine_code import CHIPS, Code, broken_gates, bytes_in_flight, instructions, read_codes
 from .options import combined, farthest_options
 
 REPORT = Path(__file__).resolve().parents[2] / "results" / "aot.json"
@@ -66,6 +68,11 @@ EXCUSED = (
 
 
 BATCH = 24  # launches whose code is disassembled at once
+# Architectures for which Triton writes the same PTX, apart from the line that names the target. 3.7.1 was compared on
+# every launch; of one launch in ONE_IN the code is compared whenever it is compiled. sm_100 and sm_103 are not such:
+# their PTX differs in cross-entropy.
+SAME_PTX = (80, 86, 89)
+ONE_IN = 8
 
 # ---- recording launches
 
@@ -197,6 +204,26 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
         return launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
 
 
+def compile_family(launch: Launch, archs: Sequence[int], compared: bool) -> list[Any]:
+    """Returns what compile_launch returns for architectures of SAME_PTX; after the first, only ptxas runs.
+
+    If `compared`, all of Triton runs too; RuntimeError is raised where its machine code is not the same after all.
+    """
+    first = compile_launch(launch, archs[0])
+    kernels = [first]
+    for arch in archs[1:]:
+        ptx = re.sub(r"\.target sm_\d+", f".target sm_{arch}", first.asm["ptx"])  # as Triton writes this line
+        log: dict[str, Any] = {}
+        with _noting_the_log():
+            cubin = CUDABackend(GPUTarget("cuda", arch, 32)).make_cubin(ptx, log, first.metadata, arch)
+        metadata = SimpleNamespace(**first.metadata._asdict() | log)
+        kernels.append(SimpleNamespace(asm={**first.asm, "ptx": ptx, "cubin": cubin}, metadata=metadata))
+        if compared and instructions(cubin) != instructions(compile_launch(launch, arch).asm["cubin"]):
+            named = f"{launch.kernel.__name__} [{constants(launch)}]"
+            raise RuntimeError(f"{named}: PTX for sm_{arch} is not that for sm_{archs[0]}, see SAME_PTX")
+    return kernels
+
+
 class _Read(Exception):
     """The compiler has read a kernel."""
 
@@ -324,22 +351,31 @@ def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
     return wanted
 
 
-def compiled_rows(wanted: Sequence[tuple[tuple, Launch]]) -> list[dict[str, Any]]:
-    """Returns the report's rows of kernels for one architecture: compiled, disassembled, judged.
+def compiled_rows(batch: Sequence[tuple[Launch, list[tuple]]]) -> list[dict[str, Any]]:
+    """Returns the report's rows of launches for each of their keys: compiled, disassembled, judged.
 
-    `constants` are their tiles and flags.
+    `constants` are a launch's tiles and flags.
     """
-    arch = wanted[0][0][1]
-    codes = read_codes([compile_launch(launch, arch) for _, launch in wanted], arch)
-    return [
-        {
-            "kernel": kernel, "arch": arch, "digest": known, "constants": constants(launch),
-            "registers": code.registers, "shared_bytes": code.shared_bytes, "warps": code.warps,
-            "programs_per_sm": code.programs_per_sm, "matrix": code.matrix, "bulk_copies": code.bulk_copies,
-            "bytes_in_flight": bytes_in_flight(code), "broken": broken_gates(code, arch),
-        }
-        for ((kernel, _, known), launch), code in zip(wanted, codes, strict=True)
-    ]  # fmt: skip
+    by_arch: dict[int, list[tuple[tuple, Launch, Any]]] = {}
+    for launch, keys in batch:
+        compared = int(keys[0][2], 16) % ONE_IN == 0
+        for key, kernel in zip(keys, compile_family(launch, [arch for _, arch, _ in keys], compared), strict=True):
+            by_arch.setdefault(key[1], []).append((key, launch, kernel))
+    rows = []
+    for arch, members in by_arch.items():
+        codes = read_codes([kernel for *_, kernel in members], arch)
+        rows += [_row(key, launch, code) for (key, launch, _), code in zip(members, codes, strict=True)]
+    return rows
+
+
+def _row(key: tuple, launch: Launch, code: Code) -> dict[str, Any]:
+    kernel, arch, known = key
+    return {
+        "kernel": kernel, "arch": arch, "digest": known, "constants": constants(launch), "registers": code.registers,
+        "shared_bytes": code.shared_bytes, "warps": code.warps, "programs_per_sm": code.programs_per_sm,
+        "matrix": code.matrix, "bulk_copies": code.bulk_copies, "bytes_in_flight": bytes_in_flight(code),
+        "broken": broken_gates(code, arch),
+    }  # fmt: skip
 
 
 def constants(launch: Launch) -> str:
@@ -375,13 +411,20 @@ def _label(key: tuple, constants: str) -> str:
     return f"sm_{arch} {kernel} [{constants}]"
 
 
-def batches(wanted: dict[tuple, Launch]) -> list[list[tuple[tuple, Launch]]]:
-    """Deal launches into batches of at most 24 of one architecture, which cost alike: neighbours are of one kernel."""
+def batches(wanted: dict[tuple, Launch]) -> list[list[tuple[Launch, list[tuple]]]]:
+    """Deal launches, each with the keys of its family's architectures, into batches of one family that cost alike.
+
+    Neighbours are launches of one kernel, and so go to different batches.
+    """
+    families: dict[tuple[int, ...], dict[tuple, tuple[Launch, list[tuple]]]] = {}
+    for key, launch in wanted.items():
+        kernel, arch, known = key
+        family = SAME_PTX if arch in SAME_PTX else (arch,)
+        families.setdefault(family, {}).setdefault((kernel, known), (launch, []))[1].append(key)
     dealt = []
-    for arch in dict.fromkeys(arch for _, arch, _ in wanted):
-        mine = [(key, launch) for key, launch in wanted.items() if key[1] == arch]
-        count = -(-len(mine) // BATCH)
-        dealt += [mine[i::count] for i in range(count)]
+    for members in map(list, map(dict.values, families.values())):
+        count = -(-len(members) // BATCH)
+        dealt += [members[i::count] for i in range(count)]
     return dealt
 
 

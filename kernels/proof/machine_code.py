@@ -106,7 +106,7 @@ def _processor(arch: int) -> str:
     return f"{arch}" + ("a" if arch >= 90 else "")
 
 
-def _instructions(cubin: bytes) -> bytes:
+def instructions(cubin: bytes) -> bytes:
     """Returns the executable sections of an ELF file of 64 bits."""
     (table,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
@@ -118,7 +118,7 @@ def listings(cubins: Sequence[bytes], arch: int) -> list[list[str]]:
 
     nvdisasm takes 0.2 s to start and 10 us for an instruction, so that it is given the code of all cubins at once.
     """
-    codes = [_instructions(cubin) for cubin in cubins]
+    codes = [instructions(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()

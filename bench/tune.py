@@ -108,15 +108,15 @@ class Trial:
     """A value for an entry, and what the compiler made of it."""
 
     value: Any
-    codes: tuple[Any, ...]  # kernels.proof.aot.Code of each launch
+    codes: tuple[Any, ...]  # kernels.proof.machine_code.Code of each launch
     broken: tuple[str, ...]  # the gates it breaks
     kernels: tuple[str, ...]  # names of what it launches
     signatures: tuple[str, ...]
 
 
 def trial(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype, entry: Entry, value: Any) -> Trial:
-    """Compile every launch of the op with the entry at this value, and hold the code to the gates of proof/aot.py."""
-    from kernels.proof import aot
+    """Compile every launch of the op with the entry at this value, and hold the code to the gates."""
+    from kernels.proof import aot, machine_code
 
     with entry.holding(value):
         launches = aot.launches(op, dims, arch, dtype)
@@ -125,12 +125,12 @@ def trial(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype, entry: En
     for launch in dict(zip(signatures, launches, strict=True)).values():
         name = launch.kernel.__name__
         try:
-            code = aot.read_code(aot.compile_launch(launch, arch), arch)
+            code = machine_code.read_code(aot.compile_launch(launch, arch), arch)
         except Exception as error:  # a compiler that cannot do it may raise anything
             broken.append(f"{name} does not compile: {(str(error).splitlines() or [type(error).__name__])[0][:100]}")
             continue
         codes.append(code)
-        broken += [f"{name}: {gate}" for gate in aot.broken_gates(code, arch)]
+        broken += [f"{name}: {gate}" for gate in machine_code.broken_gates(code, arch)]
     return Trial(value, tuple(codes), tuple(broken), tuple(s.split()[0] for s in signatures), signatures)
 
 
@@ -290,10 +290,10 @@ def read_dims(text: str | None, known: Any) -> dict[str, int]:
 
 def known_arch(arch: int) -> int:
     """`arch` where the gates know its limits, else UserError."""
-    from kernels.proof import aot
+    from kernels.proof.machine_code import CHIPS
 
-    if arch not in aot.CHIPS:
-        raise UserError(f"sm_{arch}: the gates know {', '.join(f'sm_{a} ({c.name})' for a, c in aot.CHIPS.items())}")
+    if arch not in CHIPS:
+        raise UserError(f"sm_{arch}: the gates know {', '.join(f'sm_{a} ({c.name})' for a, c in CHIPS.items())}")
     return arch
 
 

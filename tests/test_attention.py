@@ -18,6 +18,7 @@ from kernels.attention.reference import attention_reference
 from kernels.attention.shared import place
 from kernels.proof import aot
 from kernels.proof.interpret import interpreting
+from kernels.proof.machine_code import Code, broken_gates, read_code
 
 interpreted = kernels.load("reference", attention="interpret").attention
 
@@ -140,12 +141,12 @@ def test_tiles_of_every_architecture(arch, D, features):
     assert all(kwargs["DESCRIPTORS"] == (arch >= 90) for kwargs in seen)
 
 
-def compiled(kernel: str, q: Tensor, k: Tensor, v: Tensor, **features) -> aot.Code:
+def compiled(kernel: str, q: Tensor, k: Tensor, v: Tensor, **features) -> Code:
     """The machine code for sm_90 of the kernel whose name ends so, as a call forward and backward launches it."""
     found: list[aot.Launch] = []
     with launching(Launcher(lambda kernel, grid, *a, **k: found.append(aot.Launch(kernel, a, k)), 90, 132)):
         results(attention_triton, q, k, v, **features)
-    return aot.read_code(aot.compile_launch(next(x for x in found if x.kernel.__name__.endswith(kernel)), 90), 90)
+    return read_code(aot.compile_launch(next(x for x in found if x.kernel.__name__.endswith(kernel)), 90), 90)
 
 
 def test_dropout_leaves_the_registers_that_the_backward_needs():
@@ -153,7 +154,7 @@ def test_dropout_leaves_the_registers_that_the_backward_needs():
     code = compiled("dk_dv", *qkv(64, 64, D=128, dtype=torch.bfloat16), dropout=0.1, seed=1)
     assert code.stack_bytes == code.local_accesses == 0
     if aot.triton.__version__ == aot.report_version():
-        assert aot.broken_gates(code, 90) == []
+        assert broken_gates(code, 90) == []
 
 
 def test_rows_that_no_descriptor_can_address_are_copied():

@@ -23,6 +23,7 @@ from kernels.attention.reference import attention_reference
 from kernels.proof import aot
 from kernels.proof.emulate import ProtocolError, emulating
 from kernels.proof.interpret import interpreting
+from kernels.proof.machine_code import listings
 
 pytestmark = pytest.mark.triton
 KERNEL = "attention_fwd_kernel_hopper"
@@ -283,15 +284,12 @@ def test_the_report_holds_its_machine_code_to_the_gates(D):
 
 
 @pytest.mark.parametrize("D", [64, 128])
-def test_the_order_of_its_instructions(D, tmp_path):
+def test_the_order_of_its_instructions(D):
     """In the loop: both products, the wait for the scores, their exponentials, and only then the wait for the sums."""
     found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90)
     compiled = aot.compile_launch(next(launch for launch in found if launch.kernel.__name__ == KERNEL), 90)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    sass = aot._run(aot._tool("nvdisasm", 90), "-c", str(cubin))
     letters = {"HGMMA": "P", "WARPGROUP.DEPBAR": "w", "MUFU.EX2": "e"}
-    listing = (m.group(1) for m in aot._INSTRUCTION.finditer(sass))
+    (listing,) = listings([compiled.asm["cubin"]], 90)
     order = "".join(letter for op in listing for name, letter in letters.items() if op.startswith(name))
     loops = re.findall(rf"P{{{D // 16 + 8}}}we{{64,}}w", order)
     assert len(loops) == 2, order  # one of each group

@@ -10,6 +10,7 @@ from kernels import _triton
 from kernels._triton import Launcher, launching, tile_arch
 from kernels.attention import attention_triton
 from kernels.proof import aot, cards
+from kernels.proof.machine_code import CHIPS
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_an_unknown_card_is_an_error_that_names_the_known():
 
 def test_every_known_chip_takes_tiles_that_somebody_chose_and_they_fit_it():
     rows = aot.read_report()
-    for arch, chip in aot.CHIPS.items():
+    for arch, chip in CHIPS.items():
         assert tile_arch(arch) in (80, 86, 90, 100)
         assert all(row["shared_bytes"] <= chip.shared_per_program for row in rows if row["arch"] == tile_arch(arch))
     assert tile_arch(121) == tile_arch(120) and tile_arch(94) == tile_arch(0) == 0
@@ -96,5 +97,5 @@ def test_the_page_of_a_card_says_whose_tiles_and_why():
 
 def test_the_table_of_cards_has_them_all():
     table = cards.markdown()
-    assert all(f"| sm_{arch} |" in table for arch in aot.CHIPS)
-    assert table.count("| H200 |") == 1 and table.count("never |") == len(aot.CHIPS) - 1
+    assert all(f"| sm_{arch} |" in table for arch in CHIPS)
+    assert table.count("| H200 |") == 1 and table.count("never |") == len(CHIPS) - 1

@@ -12,6 +12,7 @@ from kernels.cross_entropy.rows import Criterion, cross_entropy_rows
 from kernels.proof import aot
 from kernels.proof.emulate import ProtocolError, emulating
 from kernels.proof.interpret import OutOfBounds, interpreting
+from kernels.proof.machine_code import broken_gates, read_code
 
 OP = OPS["cross_entropy"]
 KERNEL = "cross_entropy_rows_kernel_hopper"
@@ -154,8 +155,8 @@ def test_its_machine_code_keeps_the_gates(criterion):
     logits, targets = torch.empty(8, columns, dtype=torch.bfloat16, device="meta"), torch.empty(8, device="meta").long()
     with launching(record):
         cross_entropy_rows(logits, targets, criterion, torch.empty(8, device="meta"))
-    code = aot.read_code(aot.compile_launch(found[0], 90), 90)
-    assert found[0].kernel.__name__ == KERNEL and aot.broken_gates(code, 90) == []
+    code = read_code(aot.compile_launch(found[0], 90), 90)
+    assert found[0].kernel.__name__ == KERNEL and broken_gates(code, 90) == []
     assert code.stores_narrow <= 6 and code.loads_narrow <= 3  # of the row itself none
 
 

@@ -6,25 +6,25 @@
     python -m kernels.proof.aot --rocm    compile, and no more, for AMD's gfx942 and gfx1100, where nothing ever ran
 
 Each op runs forward and backward on meta tensors at its bench sizes, with its options combined by options.py; every
-launch is recorded, and each distinct one is compiled exactly as it would be when launched. Registers, stack and spills
-come from the cubin, instruction counts from its disassembly, warnings from ptxas. All tools are in the Triton wheel.
-Compilations are spread over --workers processes.
+launch is recorded, and each distinct one is compiled exactly as it would be when launched; machine_code.py reads and
+judges what comes out. Compilations are spread over --workers processes.
 """
 
 import argparse
-import collections
 import contextlib
+import gc
 import hashlib
+import io
+import itertools
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,38 +40,12 @@ from triton.runtime.jit import JITFunction
 from .. import OPS, _command
 from .._triton import Launcher, launching, tile_arch
 from ..op import Op
+from .machine_code import CHIPS, Code, broken_gates, bytes_in_flight, instructions, read_codes
 from .options import combined, farthest_options
 
 REPORT = Path(__file__).resolve().parents[2] / "results" / "aot.json"
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Limits of a multiprocessor, from the CUDA Programming Guide 13, table "Technical specifications per compute
-    capability", and how many the named card has, which represents the others of its architecture.
-    """
-
-    name: str
-    multiprocessors: int
-    shared_per_sm: int  # bytes
-    shared_per_program: int  # bytes
-    matrix: str  # how the names of its instructions for matrix products begin
-    others: str = ""
-    registers: int = 65536
-    warps: int = 64
-    programs: int = 32
-
-
-CHIPS = {
-    80: Chip("A100", 108, 167936, 166912, "HMMA", "A30, A800"),
-    86: Chip("A10", 72, 102400, 101376, "HMMA", "RTX 30, A40, A6000", warps=48, programs=16),
-    89: Chip("L40S", 142, 102400, 101376, "HMMA", "RTX 40, L4, L40", warps=48, programs=24),
-    90: Chip("H100", 132, 233472, 232448, "HGMMA", "H200, H800, GH200"),
-    100: Chip("B200", 148, 233472, 232448, "UTC", "B100, GB200"),
-    103: Chip("B300", 148, 233472, 232448, "UTC", "GB300"),
-    # The guide says 24 programs, the tuning guide 32. GB10, sm_121, has the same limits and takes the same code.
-    120: Chip("RTX 5080", 84, 102400, 101376, "HMMA", "RTX 50, RTX PRO 6000, GB10", warps=48, programs=24),
-}
 # Accepted violations: the kernel, the constants that it must have, how the complaint starts, and why the tile is kept.
 ODD_PITCH = (
     "rows of an odd pitch, such as 50,307, begin at no multiple of 16 bytes; pad the vocabulary to a multiple of 8"
@@ -91,8 +65,14 @@ EXCUSED = (
     ("decode_linear_fwd_kernel_rows", "", "spills: 8 B", FEW_ROWS),
     ("decode_linear_fwd_kernel_rows", "", "spills: 16 B", FEW_ROWS),
 )
-RESERVED_SHARED = 1024  # bytes that a program takes on top of what it asks for
 
+
+BATCH = 24  # launches whose code is disassembled at once
+# Architectures for which Triton writes the same PTX, apart from the line that names the target. 3.7.1 was compared on
+# every launch; of one launch in ONE_IN the code is compared whenever it is compiled. sm_100 and sm_103 are not such:
+# their PTX differs in cross-entropy.
+SAME_PTX = (80, 86, 89)
+ONE_IN = 8
 
 # ---- recording launches
 
@@ -199,10 +179,49 @@ def _offline(arch: int | str) -> Iterator[None]:
         driver._active = before
 
 
+@contextlib.contextmanager
+def _noting_the_log() -> Iterator[None]:
+    """While it lasts, what ptxas says of a kernel goes into the kernel's metadata, and with it into Triton's cache."""
+    make, settings = CUDABackend.make_cubin, vars(knobs.nvidia)  # set by its name, a knob would enter the environment
+
+    def noting(self: Any, ptx: str, metadata: dict[str, Any], *rest: Any) -> bytes:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            cubin = make(self, ptx, metadata, *rest)
+        metadata["ptxas_log"] = log.getvalue()
+        return cubin
+
+    CUDABackend.make_cubin, settings["dump_ptxas_log"] = noting, True
+    try:
+        yield
+    finally:
+        CUDABackend.make_cubin = make
+        del settings["dump_ptxas_log"]
+
+
 def compile_launch(launch: Launch, arch: int | str) -> Any:
     """Returns a launch's compiled kernel: cubin, ptx, ttgir in `.asm`, shared bytes and warps in `.metadata`."""
-    with _offline(arch), launching(None):
+    with _offline(arch), launching(None), _noting_the_log():
         return launch.kernel.warmup(*launch.args, grid=(1,), **launch.kwargs)
+
+
+def compile_family(launch: Launch, archs: Sequence[int], compared: bool) -> list[Any]:
+    """Returns what compile_launch returns for architectures of SAME_PTX; after the first, only ptxas runs.
+
+    If `compared`, all of Triton runs too; RuntimeError is raised where its machine code is not the same after all.
+    """
+    first = compile_launch(launch, archs[0])
+    kernels = [first]
+    for arch in archs[1:]:
+        ptx = re.sub(r"\.target sm_\d+", f".target sm_{arch}", first.asm["ptx"])  # as Triton writes this line
+        log: dict[str, Any] = {}
+        with _noting_the_log():
+            cubin = CUDABackend(GPUTarget("cuda", arch, 32)).make_cubin(ptx, log, first.metadata, arch)
+        metadata = SimpleNamespace(**first.metadata._asdict() | log)
+        kernels.append(SimpleNamespace(asm={**first.asm, "ptx": ptx, "cubin": cubin}, metadata=metadata))
+        if compared and instructions(cubin) != instructions(compile_launch(launch, arch).asm["cubin"]):
+            named = f"{launch.kernel.__name__} [{constants(launch)}]"
+            raise RuntimeError(f"{named}: PTX for sm_{arch} is not that for sm_{archs[0]}, see SAME_PTX")
+    return kernels
 
 
 class _Read(Exception):
@@ -237,28 +256,32 @@ def of_ones(launch: Launch) -> Launch:
 
 
 def parity_launches(op: Op, arch: int = 90) -> Iterator[tuple[str, Launch]]:
-    """Yields each distinct launch at the dims of an op's parity tests, in bf16 and fp32, with the case's name."""
-    seen = set()
+    """Yields each launch at the dims of an op's parity tests, in bf16 and fp32, with the case's name."""
     for dims in op.parity:
         for dtype in (torch.bfloat16, torch.float32):
             for launch in launches(op, dict(dims), arch, dtype):
-                key = launch.kernel.__name__, launch.signature()
-                if key not in seen:
-                    seen.add(key)
-                    yield f"{op.name} {dict(dims)} {dtype} {launch.kernel.__name__}", launch
+                yield f"{op.name} {dict(dims)} {dtype} {launch.kernel.__name__}", launch
 
 
-def parity_failures(ops: list[str], check: Callable[[Launch, int], Any], arch: int = 90) -> list[str]:
-    """Returns the parity cases that fail `check`, or that do not compile with ones for scalars, and why."""
-    failures = []
+def parity_failures(ops: list[str], check: Callable[[Launch, int], Any], arch: int = 90, workers: int = 1) -> list[str]:
+    """Returns the parity cases that fail `check`, or that do not compile with ones for scalars, and why.
+
+    What several cases launch is judged once.
+    """
+    checks: dict[tuple, tuple[str, Launch, Callable[[Launch, int], Any]]] = {}
     for name in ops:
         for case, launch in parity_launches(OPS[name], arch):
             for judge, tried, what in ((check, launch, ""), (read_launch, of_ones(launch), " with ones")):
-                try:
-                    judge(tried, arch)
-                except Exception as error:  # a compiler that cannot do it may raise anything
-                    failures.append(f"{case}{what}: {type(error).__name__}: {error}")
-    return failures
+                checks.setdefault((judge, tried.kernel, tried.signature()), (f"{case}{what}", tried, judge))
+
+    def failure(case: str, launch: Launch, judge: Callable[[Launch, int], Any]) -> str:
+        try:
+            judge(launch, arch)
+        except Exception as error:  # a compiler that cannot do it may raise anything
+            return f"{case}: {type(error).__name__}: {error}"
+        return ""
+
+    return [text for text in spread(lambda item: failure(*item), list(checks.values()), workers) if text]
 
 
 def rocm_failures(ops: list[str]) -> list[str]:
@@ -279,120 +302,6 @@ def rocm_failures(ops: list[str]) -> list[str]:
     return failures
 
 
-# ---- reading machine code
-
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
-_WARNING = re.compile(r"\bC751[0-7]\b")  # wgmma serialized; C7519, an arrive put in, costs nothing
-_TMA_COPY = re.compile(r"async_tma_copy_global_to_local.*?tensordesc<tensor<([\dx]+)x\w+.*?->.*?memdesc<([\dx]+)x\w+")
-
-
-@dataclass(frozen=True)
-class Code:
-    """Resources and instructions of a kernel's machine code, counted in the listing, not as executed."""
-
-    registers: int
-    stack_bytes: int
-    local_accesses: int
-    shared_bytes: int
-    warps: int
-    programs_per_sm: int
-    instructions: int
-    matrix: str  # the matrix instructions and how many: 'HGMMA 12'; '' where there are none
-    has_dot: bool
-    softmax_overlap: int  # exponentials between a matrix instruction and the next
-    loads_128: int
-    loads_narrow: int  # global loads of fewer than 128 bits
-    stores_128: int
-    stores_narrow: int
-    bulk_copies: int  # tensor memory accelerator
-    ptxas_warnings: tuple[str, ...]
-    box_mismatch: bool  # a bulk copy whose box differs from the buffer it fills
-
-
-def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
-    """Returns how many programs (CTAs) fit on a multiprocessor.
-
-    Registers are allocated by 256 per warp, warps by 4, shared memory by 128 B.
-    """
-    chip = CHIPS[arch]
-    per_warp = -(-registers * 32 // 256) * 256
-    by_registers = chip.registers // per_warp // 4 * 4 // warps
-    shared = -(-(shared_bytes + RESERVED_SHARED) // 128) * 128
-    by_shared = chip.shared_per_sm // shared if shared_bytes <= chip.shared_per_program else 0
-    return min(by_registers, chip.warps // warps, by_shared, chip.programs)
-
-
-def _tool(name: str, arch: int) -> str:
-    tool = "ptxas_blackwell" if name == "ptxas" and arch >= 100 else name
-    return getattr(knobs.nvidia, tool).path
-
-
-def _run(tool: str, *args: str) -> str:
-    done = subprocess.run([tool, *args], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def read_code(compiled: Any, arch: int) -> Code:
-    """Disassemble a compiled kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = _run(_tool("cuobjdump", arch), "-res-usage", str(cubin))
-        sass = _run(_tool("nvdisasm", arch), "-c", str(cubin))
-        name = f"sm_{arch}" + ("a" if arch >= 90 else "")
-        verbose = ""
-        if "wgmma" in compiled.asm["ptx"]:  # the only instruction that ptxas warns of
-            verbose = _run(_tool("ptxas", arch), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "k.out")))
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    listing = [m.group(1) for m in _INSTRUCTION.finditer(sass)]
-    family = collections.Counter(op.split(".")[0] for op in listing)
-    loads = [op for op in listing if op.startswith(("LDG.", "LDGSTS"))]
-    stores = [op for op in listing if op.startswith("STG.")]
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    boxes = [m.groups() for line in compiled.asm["ttgir"].splitlines() if (m := _TMA_COPY.search(line))]
-    matrix = [
-        k for k in family if k in ("HGMMA", "QGMMA", "HMMA", "IMMA", "DMMA") or (k.startswith("UTC") and "MMA" in k)
-    ]
-    return Code(
-        registers=used["REG"],
-        stack_bytes=used["STACK"] + used.get("LOCAL", 0),
-        local_accesses=family["LDL"] + family["STL"],
-        shared_bytes=shared,
-        warps=warps,
-        programs_per_sm=programs_per_sm(arch, used["REG"], warps, shared),
-        instructions=len(listing),
-        matrix=" ".join(f"{k} {family[k]}" for k in sorted(matrix)),
-        has_dot="tt.dot" in compiled.asm.get("ttir", "") or "warp_group_dot" in compiled.asm["ttgir"],  # no ttir: Gluon
-        softmax_overlap=_softmax_overlap(listing),
-        loads_128=sum(".128" in op for op in loads),
-        loads_narrow=sum(".128" not in op for op in loads),
-        stores_128=sum(".128" in op for op in stores),
-        stores_narrow=sum(".128" not in op for op in stores),
-        bulk_copies=family["UTMALDG"] + family["UTMASTG"],
-        ptxas_warnings=tuple(sorted(set(_WARNING.findall(verbose)))),
-        box_mismatch=any(re.sub(r"^(1x)+", "", box) != re.sub(r"^(1x)+", "", buffer) for box, buffer in boxes),
-    )
-
-
-def _softmax_overlap(listing: list[str]) -> int:
-    """Returns how many exponentials stand between matrix instructions, which can hide them."""
-    matrix = [i for i, op in enumerate(listing) if op.startswith(("HGMMA", "QGMMA", "HMMA", "UTC"))]
-    if len(matrix) < 2:
-        return 0
-    return sum(op == "MUFU.EX2" for op in listing[matrix[0] : matrix[-1]])
-
-
-def bytes_in_flight(code: Code) -> int:
-    """Returns the bytes in flight on a multiprocessor: every load of the listing once, by all programs that fit on it.
-
-    A narrow load counts as 4 bytes, bulk copies as the shared memory that they fill. To hide latency an H100 needs
-    25 KB per multiprocessor for each microsecond of it (Little's law: 3.35 TB/s over 132 multiprocessors).
-    """
-    by_a_thread = 16 * code.loads_128 + 4 * code.loads_narrow
-    return code.programs_per_sm * (code.shared_bytes if code.bulk_copies else 32 * code.warps * by_a_thread)
-
-
 # ---- gates
 
 
@@ -403,28 +312,6 @@ def excuse(row: dict[str, Any]) -> str:
         if mine and all(text.startswith(complaint) for text in row["broken"]):
             return why
     return ""
-
-
-def broken_gates(code: Code, arch: int) -> list[str]:
-    """Returns the gates that this machine code violates, in words; empty if none."""
-    broken = []
-    if code.stack_bytes or code.local_accesses:
-        broken.append(f"spills: {code.stack_bytes} B of stack, {code.local_accesses} local accesses")
-    if code.ptxas_warnings:
-        broken.append(f"ptxas serializes wgmma: {' '.join(code.ptxas_warnings)}")
-    if code.shared_bytes > CHIPS[arch].shared_per_program:
-        broken.append(f"shared memory: {code.shared_bytes} B, the chip has {CHIPS[arch].shared_per_program}")
-    if code.box_mismatch:
-        broken.append("a bulk copy's box differs from its buffer")
-    if code.has_dot:
-        wanted = CHIPS[arch].matrix
-        if wanted not in code.matrix:
-            broken.append(f"matrix product without {wanted}: {code.matrix or 'none'}")
-        if code.programs_per_sm * code.warps < 8:
-            broken.append(f"{code.programs_per_sm * code.warps} warps per multiprocessor, a matrix product wants 8")
-    elif code.loads_narrow > code.loads_128 * 4 + 8:
-        broken.append(f"narrow loads: {code.loads_narrow} against {code.loads_128} of 128 bits")
-    return broken
 
 
 # ---- the report
@@ -464,10 +351,25 @@ def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
     return wanted
 
 
-def compiled_row(key: tuple, launch: Launch) -> dict[str, Any]:
-    """Returns the report's row of a kernel: compiled, disassembled, judged. `constants` are its tiles and flags."""
+def compiled_rows(batch: Sequence[tuple[Launch, list[tuple]]]) -> list[dict[str, Any]]:
+    """Returns the report's rows of launches for each of their keys: compiled, disassembled, judged.
+
+    `constants` are a launch's tiles and flags.
+    """
+    by_arch: dict[int, list[tuple[tuple, Launch, Any]]] = {}
+    for launch, keys in batch:
+        compared = int(keys[0][2], 16) % ONE_IN == 0
+        for key, kernel in zip(keys, compile_family(launch, [arch for _, arch, _ in keys], compared), strict=True):
+            by_arch.setdefault(key[1], []).append((key, launch, kernel))
+    rows = []
+    for arch, members in by_arch.items():
+        codes = read_codes([kernel for *_, kernel in members], arch)
+        rows += [_row(key, launch, code) for (key, launch, _), code in zip(members, codes, strict=True)]
+    return rows
+
+
+def _row(key: tuple, launch: Launch, code: Code) -> dict[str, Any]:
     kernel, arch, known = key
-    code = read_code(compile_launch(launch, arch), arch)
     return {
         "kernel": kernel, "arch": arch, "digest": known, "constants": constants(launch), "registers": code.registers,
         "shared_bytes": code.shared_bytes, "warps": code.warps, "programs_per_sm": code.programs_per_sm,
@@ -509,22 +411,41 @@ def _label(key: tuple, constants: str) -> str:
     return f"sm_{arch} {kernel} [{constants}]"
 
 
-def compiled_rows(wanted: dict[tuple, Launch], workers: int) -> Iterator[dict[str, Any]]:
-    """Yields rows of the launches, in order. Workers are forked, since launches cannot be sent to other processes."""
-    global _queue
-    _queue = list(wanted.items())
+def batches(wanted: dict[tuple, Launch]) -> list[list[tuple[Launch, list[tuple]]]]:
+    """Deal launches, each with the keys of its family's architectures, into batches of one family that cost alike.
+
+    Neighbours are launches of one kernel, and so go to different batches.
+    """
+    families: dict[tuple[int, ...], dict[tuple, tuple[Launch, list[tuple]]]] = {}
+    for key, launch in wanted.items():
+        kernel, arch, known = key
+        family = SAME_PTX if arch in SAME_PTX else (arch,)
+        families.setdefault(family, {}).setdefault((kernel, known), (launch, []))[1].append(key)
+    dealt = []
+    for members in map(list, map(dict.values, families.values())):
+        count = -(-len(members) // BATCH)
+        dealt += [members[i::count] for i in range(count)]
+    return dealt
+
+
+_spread: tuple[Callable[[Any], Any], list[Any]]
+
+
+def spread(work: Callable[[Any], Any], items: list[Any], workers: int) -> Iterator[Any]:
+    """Yields what `work` returns of each item, in order. Workers are forked: launches cannot be sent to others."""
+    global _spread
     if workers < 2:
-        yield from map(_compiled, range(len(_queue)))
+        yield from map(work, items)
         return
+    _spread = work, items
+    gc.freeze()  # what there is now, workers share; without this each of their collections goes over all of torch
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap(_compiled, range(len(_queue)))
+        yield from pool.imap(_work, range(len(items)))
 
 
-_queue: list[tuple[tuple, Launch]] = []
-
-
-def _compiled(i: int) -> dict[str, Any]:
-    return compiled_row(*_queue[i])
+def _work(i: int) -> Any:
+    work, items = _spread
+    return work(items[i])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -542,14 +463,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     ops, archs = args.op or list(OPS), args.arch or list(CHIPS)
     if args.parity:
-        return _say_failures(parity_failures(ops, compile_launch), "cases of the parity tests do not compile for sm_90")
+        return _say_failures(
+            parity_failures(ops, compile_launch, workers=args.workers),
+            "cases of the parity tests do not compile for sm_90",
+        )
     if args.rocm:
         return _say_failures(rocm_failures(ops), f"launches do not compile for {', '.join(ROCM)}")
     known = {} if args.all else {row_key(row): row for row in read_report()}
     wanted = plan(ops, archs)
     rows = {key: known[key] for key in wanted if key in known}
     missing = {key: launch for key, launch in wanted.items() if key not in known}
-    for i, row in enumerate(compiled_rows(missing, args.workers), 1):
+    compiled = itertools.chain.from_iterable(spread(compiled_rows, batches(missing), args.workers))
+    for i, row in enumerate(compiled, 1):
         rows[row_key(row)] = row
         print(
             f"[{i}/{len(missing)}] {_label(row_key(row), row['constants']):<110} {row['registers']:>3} regs "

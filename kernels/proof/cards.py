@@ -11,6 +11,7 @@ import torch
 from .. import OPS
 from .._triton import Launcher, launching, tile_arch
 from . import aot
+from .machine_code import CHIPS
 
 RESULTS = aot.REPORT.parent
 REFUSED = {75: "Turing has no bf16 and no asynchronous copies", 70: "Volta has no bf16 and no asynchronous copies"}
@@ -38,7 +39,7 @@ def markdown() -> str:
         "| architecture | GPUs | tiles of | launches compiled | gates broken | measured on |",
         "|---|---|---|---|---|---|",
     ]
-    for arch, chip in aot.CHIPS.items():
+    for arch, chip in CHIPS.items():
         mine = [row for row in rows if row["arch"] == arch]
         broken = sum(bool(row["broken"]) for row in mine)
         cells = [f"sm_{arch}", f"{chip.name}, {chip.others}", f"sm_{tile_arch(arch)}", str(len(mine)), str(broken)]
@@ -56,13 +57,13 @@ def arch_of(name: str) -> int:
     for start, arch in series.items():
         if re.fullmatch(rf"{start}\d\d.*", text):
             return arch
-    for arch, chip in aot.CHIPS.items():
+    for arch, chip in CHIPS.items():
         known = [one.strip().lower() for one in (chip.name, *chip.others.split(","))]
         if any(text == one or text.startswith(f"{one} ") for one in known):
             return arch
     if words[:1] in (["t4"], ["v100"]):
         return 75 if words[0] == "t4" else 70
-    named = "; ".join(f"{chip.name}, {chip.others} (sm_{arch})" for arch, chip in aot.CHIPS.items())
+    named = "; ".join(f"{chip.name}, {chip.others} (sm_{arch})" for arch, chip in CHIPS.items())
     shown = name if name.isprintable() and len(name) <= 80 else repr(name)[:80]
     raise ValueError(f"--gpu={shown}: not known; give its compute capability, as sm_89, or one of {named}")
 
@@ -74,11 +75,11 @@ def page(name: str) -> Iterator[str]:
         yield f"sm_{arch}: no kernels. {REFUSED.get(arch, 'They need sm_80 or newer')}: kernels.load('auto') takes"
         yield "the references in PyTorch, in fp16 and fp32 too; load('triton') raises RuntimeError"
         return
-    chip = aot.CHIPS.get(120 if arch == 121 else arch)  # GB10 takes the code of sm_120
+    chip = CHIPS.get(120 if arch == 121 else arch)  # GB10 takes the code of sm_120
     yield f"{name}: sm_{arch}" + ("" if chip is None else f", {chip.name} and {chip.others}")
     yield f"tiles   {why_these_tiles(arch)}"
     if chip is None:
-        yield "gates   never compiled for it: the gates know " + ", ".join(f"sm_{known}" for known in aot.CHIPS)
+        yield "gates   never compiled for it: the gates know " + ", ".join(f"sm_{known}" for known in CHIPS)
         return
     arch = 120 if arch == 121 else arch
     rows = {aot.row_key(row): row for row in aot.read_report()}

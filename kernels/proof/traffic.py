@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from .. import OPS, _command
 from ..op import Cost, Op
-from .aot import CHIPS
 from .interpret import Guard, interpreting
+from .machine_code import CHIPS
 from .options import varied
 
 REPORT = Path(__file__).resolve().parents[2] / "results" / "traffic.json"

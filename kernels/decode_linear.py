@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
-from .op import Cost, Op, changed, without_gradient
+from .op import Cost, Op, changed, no_tensor, without_gradient
 from .prims import activated, as_rows, require_kernel_dtype, softcapped
 
 NORMS = ("none", "layernorm", "rmsnorm")
@@ -113,8 +113,13 @@ class Terms(NamedTuple):
 def _check(x: Tensor, weight: Tensor, terms: Terms) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
     bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation = terms
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        raise no_tensor(x=x, weight=weight)
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (..., K) with K >= 1, got {x.dtype}{tuple(x.shape)}")
+    for name, tensor in zip(Terms._fields[:-2], terms[:-2], strict=True):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise no_tensor(**{name: tensor})
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     if activation not in ACTIVATIONS:

@@ -57,6 +57,31 @@ def test_ctrl_c_while_importing_is_one_line(module: str, while_importing: str) -
     assert running.returncode == 130
 
 
+@pytest.mark.parametrize(("package", "runner"), [("bench", "gptfast.cli"), ("kernels", "kernels._command")])
+def test_ctrl_c_while_a_running_command_imports_is_one_line(package: str, runner: str, tmp_path: Path) -> None:
+    """Outside an import it is a KeyboardInterrupt; within, some libraries would swallow that or abort."""
+    (tmp_path / "library.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    os.abort()\n"
+    )
+    code = f"""
+import os, signal, sys
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", {package!r}]
+import {runner}
+sys.argv = ["command"]
+def main(argv=None):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        import library
+sys.exit({runner}.run(main))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize(("module", "buffered"), [("bench", True), ("bench", False), ("kernels", True)])
 def test_an_output_that_is_full_is_one_line(module: str, buffered: bool) -> None:

@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match="cannot read .*closed: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
         texts_of(tmp_path)
 
 

@@ -79,8 +79,9 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     except UserError as error:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
-        code = 2
+        code = 1 if _comes_of(error, failures) else 2
+        if code == 2:  # otherwise the line below is the whole truth
+            print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -104,8 +105,15 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     return code if isinstance(code, int) else 0
 
 
+def _comes_of(error: BaseException | None, failures: Sequence[OSError]) -> bool:
+    """Returns whether the error was raised while one of the failures was handled."""
+    while error is not None and error not in failures:
+        error = error.__context__
+    return error is not None
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Handles Ctrl-C: raises KeyboardInterrupt, but leaves at once from an import, where libraries in C++ would abort."""
+    """Handles Ctrl-C: raises KeyboardInterrupt; leaves at once from an import, where libraries in C++ would abort."""
     caller = frame
     while caller is not None:
         if caller.f_code.co_filename == "<frozen importlib._bootstrap>":

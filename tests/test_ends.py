@@ -93,6 +93,24 @@ def test_an_output_that_is_full_is_one_line(module: str, buffered: bool) -> None
     assert running.returncode == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_output_is_not_taken_for_a_full_folder(tmp_path: Path) -> None:
+    """A page that turns errors of writing its files into advice meets those of printing too."""
+    code = """
+import sys
+from gptfast import cli
+from train import prepare
+sys.exit(cli.run(prepare.main, sys.argv[1:]))
+"""
+    (tmp_path / "a.txt").write_text("some text of more than a few characters\n" * 500)
+    command = [sys.executable, "-u", "-c", code, "mine", "--source=a.txt", "--data_dir=data"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.stderr.splitlines() == ["error: cannot write the output: No space left on device"]
+    assert done.returncode == 1
+
+
 def test_a_closed_output_harms_no_file(tmp_path: Path) -> None:
     code = f"""
 import os, sys

@@ -19,6 +19,7 @@ LONG = 4096  # shortest run that is split here; shorter ones are left to the pat
 # Unicode's White_Space, the \s of the patterns; Python's \s has four more control characters.
 _BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _RUN = re.compile(f"[{_BLANK}]{{{LONG},}}")
+_LONG_PIECE = re.compile(f"[{_BLANK}]{{{LONG},}}|[^{_BLANK}]{{{LONG},}}")
 
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -103,9 +104,12 @@ def _after_breaks(text: str, start: int, end: int) -> int:
 
 
 def shortened(text: str) -> Iterator[str]:
-    """Yields `text` in parts without a run of blanks longer than LONG: for counting pieces, not for encoding."""
+    """Yields `text` in parts of which no run of blanks, or of anything else, is longer than LONG.
+
+    It is for counting pieces, not for encoding.
+    """
     done = 0
-    for run in _RUN.finditer(text) if len(text) >= LONG else ():
+    for run in _LONG_PIECE.finditer(text) if len(text) >= LONG else ():
         for stop in range(run.start() + LONG, run.end(), LONG):
             yield text[done:stop]
             done = stop

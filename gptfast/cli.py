@@ -27,6 +27,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeVar, get_type_hints
 
 from gptfast import leave_at_once
@@ -60,7 +61,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     for Ctrl-C, 1 where stdout cannot be written; each of these errors prints one line on stderr.
     """
     if signal.getsignal(signal.SIGINT) is leave_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     if sys.stdout is None:  # closed; no file may get its descriptor
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -78,8 +79,9 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     except UserError as error:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
-        code = 2
+        code = 1 if _comes_of(error, failures) else 2
+        if code == 2:  # otherwise the line below is the whole truth
+            print(f"error: {_on_one_line(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -101,6 +103,23 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
     return code if isinstance(code, int) else 0
+
+
+def _comes_of(error: BaseException | None, failures: Sequence[OSError]) -> bool:
+    """Returns whether the error was raised while one of the failures was handled."""
+    while error is not None and error not in failures:
+        error = error.__context__
+    return error is not None
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C: raises KeyboardInterrupt; leaves at once from an import, where libraries in C++ would abort."""
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
+            leave_at_once(signum, frame)
+        caller = caller.f_back
+    raise KeyboardInterrupt
 
 
 def _checked(argv: Sequence[str]) -> list[str]:

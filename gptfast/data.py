@@ -303,7 +303,7 @@ def of_split(name: str, split: str) -> bool:
 
     The split must be a whole word, and the last one except for a number: retrieval_train.bin belongs to train, not val.
     """
-    return re.search(rf"(?:^|[^A-Za-z0-9]){re.escape(split)}(?:[-_.]?[0-9]+)?\.bin$", name) is not None
+    return re.search(rf"(?:^|[\W_]){re.escape(split)}(?:[-_.]?[0-9]+)?\.bin$", name) is not None
 
 
 def _check_manifest(file: TokenFile, meta: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Ops
+from kernels.op import traced
 
 from .config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 from .errors import UserError
@@ -51,7 +52,7 @@ class Documents(NamedTuple):
         """Returns the documents that start at `cu_seqlens` in S tokens. On a CPU raises ValueError above `longest`."""
         index = torch.arange(S, device=cu_seqlens.device)
         position = index - cu_seqlens[torch.bucketize(index, cu_seqlens[1:], right=True)]
-        if position.device.type == "cpu" and not torch.compiler.is_compiling() and S and position.max() >= longest:
+        if position.device.type == "cpu" and not traced() and S and position.max() >= longest:
             raise ValueError(f"cu_seqlens: a document of {int(position.max()) + 1} tokens, but block_size is {longest}")
         return Documents(cu_seqlens, position, longest)
 
@@ -342,6 +343,9 @@ class GPT(nn.Module):
         `reduction`: mean, or sum over the targets that count. `cu_seqlens` as in `hidden`. Raises ValueError where
         targets have another shape.
         """
+        for name, ids in (("tokens", tokens), ("targets", targets)):
+            if not isinstance(ids, Tensor):
+                raise ValueError(f"{name}: expected a tensor (B, T), got {ids!r:.80}")
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets: expected the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
@@ -376,6 +380,8 @@ class GPT(nn.Module):
         computed as if alone, with positions from 0; none may be longer than block_size. Raises ValueError if
         T > block_size.
         """
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens: expected ids (B, T), got {tokens.dtype}{tuple(tokens.shape)}")
         B, T = tokens.shape
         if cache is None and T > self.config.block_size:
             raise ValueError(f"tokens: {T} positions, but block_size is {self.config.block_size}")

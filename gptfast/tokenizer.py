@@ -17,6 +17,7 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -467,7 +468,7 @@ class BPETokenizer:
 
 def find_bpe(name: str) -> BPETokenizer:
     """Returns the tokenizer in the folder `name`, or tiktoken's of that name. Raises UserError if there is neither."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False also for a name that no file can have
         return load_bpe(name)
     known = _import_tiktoken(f"the {name} tokenizer").list_encoding_names()
     if name not in known:

@@ -27,10 +27,20 @@ if (
     signal.signal(signal.SIGINT, leave_at_once)
 
 
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C: raise KeyboardInterrupt, but leave at once from an import, where libraries in C++ would abort."""
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename == "<frozen importlib._bootstrap>":
+            leave_at_once(signum, frame)
+        caller = caller.f_back
+    raise KeyboardInterrupt
+
+
 def run(main: Callable[[], int]) -> int:
     """Returns the exit code of `main`; 130 after Ctrl-C, 1 if the output cannot be written, each with one line."""
     if signal.getsignal(signal.SIGINT) is leave_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
             stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is no reason to stop

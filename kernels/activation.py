@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import jit, multiprocessors, tl
-from .op import Cost, Op, differentiable, require
+from .op import Cost, Op, differentiable, no_tensor, require, traced
 from .prims import (
     LoopTile,
     activated,
@@ -70,7 +70,7 @@ def _biased(x: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
 
 def relu2(x: Tensor) -> Tensor:
     """Returns the square of the positive part of x."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not traced():
         return _ReLU2.apply(x)
     return F.relu(x).square()
 
@@ -94,6 +94,8 @@ class _ReLU2(torch.autograd.Function):
 def _check(h: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if not (isinstance(h, Tensor) and (gate is None or isinstance(gate, Tensor))):
+        raise no_tensor(h=h, gate=gate)
     if h.dim() == 0 or h.shape[-1] == 0 or not h.is_floating_point():
         raise ValueError(f"h: expected floating (..., N) with N >= 1, got {h.dtype}{tuple(h.shape)}")
     if bias is not None or gate_bias is not None:

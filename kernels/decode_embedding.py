@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl, triton
-from .op import Cost, Op, without_gradient
+from .op import Cost, Op, no_tensor, without_gradient
 from .prims import as_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,6 +44,11 @@ def decode_embedding_reference(
 
 def _check(table: Tensor, tokens: Tensor, positions: Tensor | None, lengths: Tensor | None) -> None:
     """Refuse wrong arguments."""
+    if not (isinstance(table, Tensor) and isinstance(tokens, Tensor)):
+        raise no_tensor(table=table, tokens=tokens)
+    for name, tensor in (("positions", positions), ("lengths", lengths)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise no_tensor(**{name: tensor})
     if table.dim() != 2 or not table.is_floating_point() or table.shape[1] == 0:
         raise ValueError(f"table: expected floating (V, C), got {table.dtype}{tuple(table.shape)}")
     if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
-from .op import Cost, Op, changed, without_gradient
+from .op import Cost, Op, changed, no_tensor, without_gradient
 from .prims import activated, as_rows, require_kernel_dtype, softcapped
 
 NORMS = ("none", "layernorm", "rmsnorm")
@@ -113,6 +113,9 @@ class Terms(NamedTuple):
 def _check(x: Tensor, weight: Tensor, terms: Terms) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
     bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation = terms
+    for name, tensor in (("x", x), ("weight", weight), *zip(Terms._fields, terms[:-2], strict=False)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
+            raise no_tensor(**{name: tensor})
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (..., K) with K >= 1, got {x.dtype}{tuple(x.shape)}")
     if norm not in NORMS:
@@ -128,22 +131,19 @@ def _check(x: Tensor, weight: Tensor, terms: Terms) -> None:
     K, N = x.shape[-1], weight.shape[0] if weight.ndim else 0
     for name, matrix, scales in (("weight", weight, scale), ("gate", gate, gate_scale)):
         if matrix is None:
-            if scales is not None:
-                raise ValueError("gate_scale: there is no gate")
             continue
         if matrix.shape != (N, K):
             raise ValueError(f"{name}: expected ({N}, {K}) for x {tuple(x.shape)}, got {tuple(matrix.shape)}")
         if matrix.dtype != (torch.int8 if scales is not None else x.dtype):
             raise ValueError(f"{name}: expected x's dtype, {x.dtype}, or int8 with a scale, got {matrix.dtype}")
-    if gate is not None and (gate_scale is None) != (scale is None):
-        raise ValueError("gate_scale: weight and gate have one dtype, so both scales or none")
+    if (gate_scale is not None) != (gate is not None and scale is not None):
+        raise ValueError("gate_scale: needs a gate; and weight and gate have one dtype, so both scales or none")
     if bias is None and gate_bias is not None:
         raise ValueError("gate_bias: goes with a bias, and not alone")
-    row, column = (K,), (N,)
     vectors = (
-        ("bias", bias, column), ("gate_bias", gate_bias, column), ("scale", scale, column),
-        ("gate_scale", gate_scale, column), ("norm_weight", norm_weight, row), ("norm_bias", norm_bias, row),
-        ("residual", residual, (*x.shape[:-1], N)), ("weight", weight, weight.shape),
+        ("bias", bias, (N,)), ("gate_bias", gate_bias, (N,)), ("scale", scale, (N,)), ("gate_scale", gate_scale, (N,)),
+        ("norm_weight", norm_weight, (K,)), ("norm_bias", norm_bias, (K,)), ("residual", residual, (*x.shape[:-1], N)),
+        ("weight", weight, weight.shape),
     )  # fmt: skip
     for name, tensor, shape in vectors:
         if tensor is None:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
-from .op import Cost, Op, require, without_gradient
+from .op import Cost, Op, no_tensor, require, without_gradient
 from .prims import as_rows, require_kernel_dtype
 
 STEPS = 127  # of a scale on either side of zero; -128 is not used
@@ -69,6 +69,10 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and isinstance(scale, Tensor)):
+        raise no_tensor(x=x, weight=weight, scale=scale)
+    if bias is not None and not isinstance(bias, Tensor):
+        raise no_tensor(bias=bias)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected (..., K) with K >= 1, got {tuple(x.shape)}")
     if not x.is_floating_point():

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ._triton import arch, jit, tile_arch, tl, triton
-from .op import Cost, Op, changed, require, without_gradient
+from .op import Cost, Op, changed, no_tensor, require, without_gradient
 from .prims import require_kernel_dtype
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -148,6 +148,8 @@ def advance(x: Tensor, coefficients: Coefficients, products: Products) -> Tensor
 
 
 def _check(x: Tensor, steps: int, coefficients: Coefficients) -> None:
+    if not isinstance(x, Tensor):
+        raise no_tensor(x=x)
     require(x.ndim == 3, f"x must be a stack of matrices (B, M, N), not {tuple(x.shape)}")
     require(x.is_floating_point(), f"x must be floating point, not {x.dtype}")
     most = len(coefficients)

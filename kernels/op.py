@@ -140,7 +140,7 @@ def differentiable(
         if torch.compiler.is_compiling():
             output = operator(*inputs)
             return output[0] if n == 1 else output[:n]
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if transformed():
             raise RuntimeError(f"{name}: no kernels under torch.func and vmap; use kernels.load('reference')")
         with _on_gpu(name, inputs[tensors[0]]):
             if torch.is_grad_enabled():
@@ -254,6 +254,22 @@ def changed(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
     return {
         name: value for name, value in keywords.items() if isinstance(value, Tensor) or value != defaults[name].default
     }
+
+
+def no_tensor(**arguments: Any) -> ValueError:
+    """Returns the error that names the first of the arguments that is no tensor, but None or a list."""
+    name, value = next((name, value) for name, value in arguments.items() if not isinstance(value, Tensor))
+    return ValueError(f"{name}: expected a tensor, got {value!r:.80}")
+
+
+def transformed() -> bool:
+    """Returns whether torch.func or vmap is at work, which know torch's own operators alone."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def traced() -> bool:
+    """Returns whether tensors have no values to look at: in torch.compile, torch.func and vmap."""
+    return torch.compiler.is_compiling() or transformed()
 
 
 def require(condition: bool, message: str) -> None:

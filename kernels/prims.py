@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tile_arch, tl, triton
+from .op import no_tensor
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -37,6 +38,8 @@ def require_kernel_dtype(name: str, x: Tensor) -> None:
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
     """Refuse a residual that differs from x in shape, dtype or device: nothing is broadcast or promoted."""
+    if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
+        raise no_tensor(x=x, residual=residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual: shape {residual.shape}, but x has {x.shape}")
     if residual.dtype != x.dtype:
@@ -47,6 +50,8 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
 
 def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
     """Refuse an x (..., N) that is not floating or has N = 0, and parameters that are not floating (N,) beside it."""
+    if not isinstance(x, Tensor):
+        raise no_tensor(x=x)
     shape = x.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"x: expected (..., N) with N >= 1, got {tuple(shape)}")
@@ -56,6 +61,8 @@ def check_rows(x: Tensor, **parameters: Tensor | None) -> None:
     for name, parameter in parameters.items():
         if parameter is None:
             continue
+        if not isinstance(parameter, Tensor):
+            raise no_tensor(**{name: parameter})
         if parameter.shape != row:
             raise ValueError(f"{name}: expected shape {row}, got {tuple(parameter.shape)}")
         if parameter.device != device:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._triton import arch, jit, multiprocessors, tile_arch, tl
-from .op import Cost, Op, differentiable
+from .op import Cost, Op, differentiable, traced
 from .prims import (
     NORM_BACKWARD,
     RowTile,
@@ -51,8 +51,8 @@ def rmsnorm_cpu(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> T
     """Compute rmsnorm_reference on a CPU in fewer passes over memory, in half the time."""
     check_rows(x, weight=weight)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if torch.compiler.is_compiling():
-        return rmsnorm_reference(x, weight, eps)  # its compiler fuses the passes
+    if traced():
+        return rmsnorm_reference(x, weight, eps)  # whose passes a compiler fuses, and which torch.func differentiates
     return _OnCPU.apply(x.to(wide), None if weight is None else weight.to(wide), eps).to(x.dtype)
 
 
@@ -61,8 +61,6 @@ class _OnCPU(torch.autograd.Function):
 
     Twice differentiable, since backward computes rstd from x again.
     """
-
-    generate_vmap_rule = True  # torch.func reaches through it
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
-from .op import Cost, Op, changed, differentiable
+from .op import Cost, Op, changed, differentiable, no_tensor, traced
 from .prims import require_kernel_dtype
 
 
@@ -65,7 +65,7 @@ def rotary_cpu(
     """Compute rotary_reference on a CPU in fewer passes, forward and backward; the reference, if tables are learned."""
     _check(q, k, cos, sin)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if learned or torch.compiler.is_compiling():  # a compiler fuses the passes of the reference
+    if learned or traced():  # a compiler fuses the passes of the reference, and torch.func differentiates it
         return rotary_reference(q, k, cos, sin, qk_norm=qk_norm, eps=eps, scale=scale, interleaved=interleaved)
     wide = torch.promote_types(q.dtype, torch.float32)
     c, s = cos.to(wide)[:, None, :] * scale, sin.to(wide)[:, None, :] * scale
@@ -85,8 +85,6 @@ class _OnCPU(torch.autograd.Function):
 
     Twice differentiable, since backward computes the norm from x again.
     """
-
-    generate_vmap_rule = True  # torch.func reaches through it
 
     @staticmethod
     def forward(
@@ -142,6 +140,8 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: decoding calls this in every layer."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        raise no_tensor(q=q, k=k, cos=cos, sin=sin)
     if q.dim() != 4 or q.shape[-1] % 2:
         raise ValueError(f"q: expected (B, T, H, D) with D even, got {tuple(q.shape)}")
     if not q.is_floating_point():

@@ -85,6 +85,10 @@ def test_training_counts_a_run_in_parts(tmp_path: Path) -> None:
     assert [len(part) for part in shortened("a" + " " * (2 * blanks.LONG + 1) + "b")] == [
         blanks.LONG + 1, blanks.LONG, 2
     ]  # fmt: skip
+    runs = ("=" * (blanks.LONG + 5), "我" * (2 * blanks.LONG), "ab" * blanks.LONG, "a b" * blanks.LONG)
+    for run in runs:
+        parts = list(shortened(f"a {run}\nb"))
+        assert "".join(parts) == f"a {run}\nb" and len(parts) == (2 if " " not in run else 1)
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 50 + " " * 300_000 + "the end\n" * 50, "utf-8")
     config = TokenizerConfig("train", str(tmp_path / "text.txt"), tokenizer=str(tmp_path / "made"), vocab_size=280)
     assert train_tokenizer(config).vocab_size == 280

@@ -57,6 +57,31 @@ def test_ctrl_c_while_importing_is_one_line(module: str, while_importing: str) -
     assert running.returncode == 130
 
 
+@pytest.mark.parametrize(("package", "runner"), [("bench", "gptfast.cli"), ("kernels", "kernels._command")])
+def test_ctrl_c_while_a_running_command_imports_is_one_line(package: str, runner: str, tmp_path: Path) -> None:
+    """Outside an import it is a KeyboardInterrupt; within, some libraries would swallow that or abort."""
+    (tmp_path / "library.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    os.abort()\n"
+    )
+    code = f"""
+import os, signal, sys
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", {package!r}]
+import {runner}
+sys.argv = ["command"]
+def main(argv=None):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        import library
+sys.exit({runner}.run(main))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize(("module", "buffered"), [("bench", True), ("bench", False), ("kernels", True)])
 def test_an_output_that_is_full_is_one_line(module: str, buffered: bool) -> None:
@@ -66,6 +91,24 @@ def test_an_output_that_is_full_is_one_line(module: str, buffered: bool) -> None
         running = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert running.stderr.splitlines() == ["error: cannot write the output: No space left on device"]
     assert running.returncode == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_output_is_not_taken_for_a_full_folder(tmp_path: Path) -> None:
+    """A page that turns errors of writing its files into advice meets those of printing too."""
+    code = """
+import sys
+from gptfast import cli
+from train import prepare
+sys.exit(cli.run(prepare.main, sys.argv[1:]))
+"""
+    (tmp_path / "a.txt").write_text("some text of more than a few characters\n" * 500)
+    command = [sys.executable, "-u", "-c", code, "mine", "--source=a.txt", "--data_dir=data"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.stderr.splitlines() == ["error: cannot write the output: No space left on device"]
+    assert done.returncode == 1
 
 
 def test_a_closed_output_harms_no_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,29 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, capsys: pytest.Ca
     assert texts_of(tmp_path) == ["of A.TXT", "of b.txt"]
     said = capsys.readouterr().out
     assert all(name in said for name in (".ipynb_checkpoints/A.TXT", "._A.TXT", "README.md", "LICENSE", "notes.doc"))
+    for link, aim in (("linked", "folder.txt"), ("gone.txt", "nowhere"), ("b2.txt", "b.txt")):
+        (tmp_path / link).symlink_to(aim)
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert texts_of(tmp_path) == ["of A.TXT", "of b.txt", "of b.txt"]
+    said = capsys.readouterr().out
+    assert "gone.txt" in said and "linked" in said and "pipe.txt" in said
     (tmp_path / "c.jsonl").write_text(lines("x"))
     with pytest.raises(UserError, match=r"found 2 kinds of files, such as .*c\.jsonl"):
+        texts_of(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("of a")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str | Path) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
         texts_of(tmp_path)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import kernels
+from gptfast.config import GPTConfig
+from gptfast.model import GPT
 from kernels import OPS
 from kernels.op import _on_gpu
 
@@ -82,6 +84,29 @@ def test_the_paths_for_cpus_are_within_reach_of_torch_func():
         each = [torch.autograd.grad(loss(w := weight.clone().requires_grad_(), row), w)[0] for row in x]
         assert found.norm() > 0.1
         torch.testing.assert_close(found, torch.stack(each))
+
+
+@pytest.mark.parametrize("choice", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [{}, {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "relu2"}])
+def test_a_model_is_within_reach_of_torch_func(choice, shape):
+    """Gradients of each example, and forward mode, whose sum over directions is a gradient too."""
+    config = GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=2, n_embd=8, **shape)
+    torch.manual_seed(0)
+    model, tokens = GPT(config, kernels.load(choice)), torch.randint(7, (3, 4))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, row):
+        return torch.func.functional_call(model, weights, (row[None], row[None]))
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(weights, tokens)
+    for i, row in enumerate(tokens):
+        model.zero_grad()
+        loss(dict(model.named_parameters()), row).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name][i], p.grad)
+    direction = {name: torch.randn_like(w) for name, w in weights.items()}
+    slope = torch.func.jvp(lambda weights: loss(weights, tokens[0]), (weights,), (direction,))[1]
+    torch.testing.assert_close(slope, sum((found[name][0] * d).sum() for name, d in direction.items()))
 
 
 @pytest.mark.parametrize("arguments, choices, hint", [

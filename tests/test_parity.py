@@ -4,6 +4,7 @@ The list of ops is kernels.OPS; which options meet is drawn from their declarati
 """
 
 import functools
+import inspect
 import warnings
 
 import pytest
@@ -287,6 +288,19 @@ def test_on_meta_tensors_the_interpreter_has_shapes_alone(op):
     plain = run(functools.partial(op.reference, **real_keywords), real)
     for f, p in zip(run(kernel_of(op, **keywords), arguments), plain, strict=True):
         assert (f.device.type, f.shape, f.dtype) == ("meta", p.shape, p.dtype)
+
+
+@each_op
+def test_an_argument_that_is_no_tensor_is_named(op):
+    """None where there must be one, and a list of numbers anywhere."""
+    arguments, keywords = a_case(op)
+    signature = inspect.signature(op.reference).parameters
+    passed = dict(zip(signature, arguments, strict=False)) | keywords
+    for name in [name for name, value in passed.items() if isinstance(value, torch.Tensor)]:
+        for wrong in ([1.0, 2.0], *([] if signature[name].default is None else [None])):
+            for function in filter(None, (op.reference, op.cpu, kernel_of(op))):
+                with pytest.raises(ValueError, match=f"^{name}: expected a tensor"):
+                    function(**passed | {name: wrong})
 
 
 @each_op

@@ -25,6 +25,7 @@ def test_files_are_of_the_split_that_ends_their_name(tmp_path: Path) -> None:
     taken = ("train.bin", "train-00000.bin", "fineweb_train_000001.bin", "a.train.1.bin", "x-train_2.bin")
     assert all(of_split(name, "train") and not of_split(name, "val") for name in taken)
     assert not any(of_split(name, "train") for name in ("constrain.bin", "train_x.bin", "trained.bin", "train.bin.old"))
+    assert not any(of_split(name, "val") for name in ("éval.bin", "cheval.bin", "ночval.bin"))
 
 
 def test_ids_past_2_to_the_31_are_not_taken_for_negative(tmp_path: Path) -> None:

@@ -354,6 +354,8 @@ def test_a_folder_whose_ranks_were_exchanged_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_is_a_folder_or_tiktokens(tmp_path: Path, small_bpe: tiktoken.Encoding) -> None:
     assert find_bpe("gpt2").vocab_size == 258
+    with pytest.raises(UserError, match=r"no tokenizer x+: no such folder"):
+        find_bpe("x" * 5000)
     with pytest.raises(UserError, match="no tokenizer gtp2: no such folder, and tiktoken knows gpt2"):
         find_bpe("gtp2")
     with pytest.raises(UserError, match="no tokenizer in"):

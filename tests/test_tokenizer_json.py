@@ -98,6 +98,21 @@ def test_what_tiktoken_cannot_split_is_refused(made: Any, said: str, tmp_path: P
     assert "use transformers" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("names", [("<X>", "<X>b"), ("<X>", "X>b"), ("|>b",), ("bos",)], ids=" ".join)
+def test_added_tokens_that_overlap_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Which of them a text holds depends on the order in which they are looked for, special ones first."""
+    made = byte_level(splitting(QWEN))
+    made.add_tokens([AddedToken(name, special=False, normalized=name.startswith("X")) for name in names])
+    with pytest.raises(UserError, match="added tokens that overlap"):
+        load_bpe(written(made, tmp_path))
+
+
+def test_a_text_that_nothing_splits_is_refused(tmp_path: Path) -> None:
+    for nothing in (None, {"type": "Sequence", "pretokenizers": []}):
+        with pytest.raises(UserError, match="splits text by nothing"):
+            load_bpe(written(byte_level(splitting(QWEN)), tmp_path, pre_tokenizer=nothing))
+
+
 def test_dropout_is_refused(tmp_path: Path) -> None:
     model = json.loads(byte_level(splitting(QWEN)).to_str())["model"]
     with pytest.raises(UserError, match="a BPE with dropout"):

@@ -2,7 +2,7 @@
 
 A folder holds files of one kind: .parquet, .jsonl or .json, .txt or .md, in upper or lower case; all but .parquet may
 be compressed (.gz, .zst, .xz, .bz2). Skipped, and printed, are names that begin with a dot, READMEs and LICENSEs,
-files that the hub adds to a data set, and other extensions.
+files that the hub adds to a data set, other extensions, links to folders or to nothing, and what is no file.
 
 Only one column of a parquet or JSON file is read; a row in which it is missing, null or empty is counted but holds no
 document. A text file is one document, without its byte order mark. Anything that is not text raises an error that names
@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,13 +69,23 @@ def listed(folder: Path) -> tuple[list[Path], list[Path]]:
     """Returns the files of documents below `folder`, in order, and the skipped ones."""
     selected: list[Path] = []
     left_out: list[Path] = []
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
+    for path in sorted(_below(folder)):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         is_about = path.name.split(".")[0].lower() in NO_DOCUMENTS
-        (left_out if is_hidden or is_about or builder_of(path) is None else selected).append(path)
+        is_left_out = is_hidden or is_about or builder_of(path) is None or not path.is_file()
+        (left_out if is_left_out else selected).append(path)
     return selected, left_out
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yields all that is in a folder and its folders, but for these. Raises UserError for one that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; see to its permissions, or remove it")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names)
+        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
 
 
 def read(paths: Sequence[str], builder: str, column: str, state: dict[str, Any] | None = None) -> Iterator[Row]:

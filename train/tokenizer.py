@@ -125,8 +125,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 class Text:
     """The documents that the flags name, counted as they are read, with a progress bar.
 
-    For training, a run of thousands of blanks is split: merging within such a piece would take minutes, and teach
-    nothing that its parts do not.
+    For training, a run of thousands of blanks, or of letters without a blank, is cut: the time to merge within a piece
+    grows with the square of its length, and it teaches nothing that its parts do not.
     """
 
     def __init__(self, config: TokenizerConfig, *, for_training: bool = False) -> None:

@@ -60,7 +60,11 @@ def run_import(argv: list[str]) -> None:
     config = cli.parse(Import, argv, positional="source")
     if not config.source or not config.out_dir:
         raise UserError("say what to import and where to: python -m gptfast.hf import gpt2 --out_dir=out-gpt2")
-    tokenizer = hf.load_tokenizer(config.source).to_json() if config.tokenizer else None
+    try:
+        tokenizer = hf.load_tokenizer(config.source).to_json() if config.tokenizer else None
+    except UserError as error:
+        hint = "" if "--tokenizer=False" in str(error) else "; --tokenizer=False imports the model without"
+        raise UserError(f"{error}{hint}") from None
     model = load(config.source)
     meta = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer, "imported_from": config.source}
     print(f"wrote {checkpoint.save(config.out_dir, step=0, model=model.state_dict(), optimizer={}, meta=meta)}")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..op import transformed
 from .dropout import drop
 from .reference import check, document_of, hidden_pairs, log_sum_exp, repeat_heads
 
@@ -34,7 +35,7 @@ def attention_cpu(
     (B, T, H, D), S = q.shape, k.shape[1]
     scale = D**-0.5 if scale is None else scale
     plain = causal and T == S and window is None and softcap is None and cu_seqlens is None
-    fused = T > LONGEST_WRITTEN_OUT or (q.dtype == torch.float32 and dropout == 0.0)
+    fused = (T > LONGEST_WRITTEN_OUT or (q.dtype == torch.float32 and dropout == 0.0)) and not transformed()
     if plain and fused and seed is None and not return_lse:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(

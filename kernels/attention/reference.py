@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..op import require
+from ..op import no_tensor, require, traced
 from .dropout import drop
 
 
@@ -82,6 +82,8 @@ def check(
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise no_tensor(q=q, k=k, v=v)
     require(q.dim() == 4 and min(q.shape[2:]) > 0, f"q: expected (B, T, H, D), got {tuple(q.shape)}")
     require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
     (B, T, H, D), expected = q.shape, "(B, S, G, D) with q's B and D"
@@ -106,11 +108,13 @@ def check(
 
 
 def _check_documents(cu_seqlens: Tensor, T: int, S: int, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise no_tensor(cu_seqlens=cu_seqlens)
     integral = cu_seqlens.dtype in (torch.int32, torch.int64)
     require(cu_seqlens.dim() == 1 and len(cu_seqlens) >= 2 and integral, "cu_seqlens: expected (N + 1,) int32 or int64")
     require(T == S, f"cu_seqlens: packed documents need T = S, got T = {T}, S = {S}")
     require(cu_seqlens.device == device, f"cu_seqlens: on {cu_seqlens.device}, but q is on {device}")
-    if device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU looking at values would wait for it
+    if device.type == "cpu" and not traced():  # on a GPU looking at values would wait for it
         starts = cu_seqlens.tolist()
         require(
             starts[0] == 0 and starts[-1] == T and starts == sorted(starts),

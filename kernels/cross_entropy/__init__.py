@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, launcher, launching, tl, triton
-from ..op import Cost, Op, changed, differentiable, require
+from ..op import Cost, Op, changed, differentiable, no_tensor, require
 from ..prims import as_rows, require_kernel_dtype
 from .rows import TILES as ROW_TILES
 from .rows import Criterion, check_criterion, cross_entropy_rows, load_logits, logits_gradient
@@ -47,7 +47,7 @@ def cross_entropy_reference(
     With the options that torch.nn.functional.cross_entropy has, the result is the same, also NaN for a mean over no
     rows. Columns from vocab_size on are padding. `inplace` permits overwriting the logits; the reference does not.
     """
-    V = logits.shape[-1] if vocab_size is None else vocab_size
+    V = _vocabulary(logits, vocab_size)
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction)
     _check(logits, targets, criterion)
     return formula(logits, targets, criterion)
@@ -68,6 +68,13 @@ def formula(logits: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
         total = {"none": square, "sum": square.sum(), "mean": square.sum() / kept.sum()}[reduction]
         loss = loss + z_loss * total
     return loss
+
+
+def _vocabulary(logits: Tensor, vocab_size: int | None) -> int:
+    """Returns how many columns of logits count: all by default; 0 where there are none."""
+    if not isinstance(logits, Tensor):
+        raise no_tensor(logits=logits)
+    return (logits.shape[-1] if logits.dim() else 0) if vocab_size is None else vocab_size
 
 
 def _check(logits: Tensor, targets: Tensor, criterion: Criterion) -> None:
@@ -209,7 +216,7 @@ def cross_entropy_triton(
     Deterministic. Forward reads the logits once; backward reads them again and writes their gradient to new memory.
     With `inplace` forward writes the gradient over the logits, which are lost. A compiled graph ignores `inplace`.
     """
-    V = logits.shape[-1] if vocab_size is None else vocab_size
+    V = _vocabulary(logits, vocab_size)
     criterion = Criterion(ignore_index, label_smoothing, z_loss, softcap, V, reduction)
     _check(logits, targets, criterion)
     require_kernel_dtype("logits", logits)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, launcher, skip, tl, triton
-from ..op import Cost, Op, changed, differentiable, require
+from ..op import Cost, Op, changed, differentiable, no_tensor, require
 from ..prims import require_kernel_dtype
 from . import OPTIONS, draw_targets, formula
 from .rows import Criterion, check_criterion, cross_entropy_rows
@@ -78,10 +78,14 @@ def _autocasts(x: Tensor) -> bool:
 
 def _vocabulary(weight: Tensor, vocab_size: int | None) -> int:
     """Returns how many rows of weight count: all by default; 0 where weight has none to count."""
+    if not isinstance(weight, Tensor):
+        raise no_tensor(weight=weight)
     return (weight.shape[0] if weight.dim() else 0) if vocab_size is None else vocab_size
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, criterion: Criterion) -> None:
+    if not isinstance(x, Tensor):
+        raise no_tensor(x=x)
     shape, weight_shape = x.shape, weight.shape
     if len(shape) != 2:
         raise ValueError(f"x: expected (M, C), got {tuple(shape)}")

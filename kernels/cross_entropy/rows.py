@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._triton import jit, tl
-from ..op import require
+from ..op import no_tensor, require, traced
 from ..prims import RowTile, RowTiles, tanh
 from .hopper import fits, launch_hopper
 
@@ -33,6 +33,8 @@ def check_criterion(targets: Tensor, M: int, N: int, device: torch.device, crite
     such a row is NaN.
     """
     V = criterion.vocab_size
+    if not isinstance(targets, Tensor):
+        raise no_tensor(targets=targets)
     if targets.shape != (M,):
         raise ValueError(f"targets: expected shape {(M,)} for the rows of {rows}, got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int32, torch.int64):
@@ -44,7 +46,7 @@ def check_criterion(targets: Tensor, M: int, N: int, device: torch.device, crite
     require(criterion.softcap is None or criterion.softcap > 0, "softcap: expected None or a number above 0")
     if criterion.reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {criterion.reduction!r}")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and M:
+    if device.type == "cpu" and not traced() and M:
         low, high = targets.aminmax()
         if low.item() >= 0 and high.item() < V:
             return  # the usual case, in one pass

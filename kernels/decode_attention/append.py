@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import Cost, Op, changed, without_gradient
+from ..op import Cost, Op, changed, no_tensor, without_gradient
 from ..prims import require_kernel_dtype
 from . import Append, launch
 from . import cost as attention_cost
@@ -95,6 +95,11 @@ def _check(
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
     k, (q_norm, k_norm, cos, sin, eps, _) = cache.k, append
+    if not (isinstance(qkv, Tensor) and isinstance(k, Tensor)):
+        raise no_tensor(qkv=qkv, k=k)
+    for name, tensor in (("cos", cos), ("sin", sin), ("q_norm", q_norm), ("k_norm", k_norm)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise no_tensor(**{name: tensor})
     if qkv.dim() != 4 or k.dim() != 4 or qkv.shape[2] <= 2 * k.shape[2]:
         raise ValueError(f"qkv: expected (B, T, H + 2 G, D) for k {tuple(k.shape)}, got {tuple(qkv.shape)}")
     T, D = qkv.shape[1], qkv.shape[3]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..op import require
+from ..op import no_tensor, require, traced
 
 QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 FUSED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of torch's fused operator on a CPU
@@ -86,7 +86,7 @@ def decode_attention_reference(
 
 def on_host(lengths: Tensor) -> bool:
     """Returns whether values may be read: on a GPU the host would wait for them, and a compiled graph has none."""
-    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    return lengths.device.type == "cpu" and not traced()
 
 
 def _cut(x: Tensor, pages: Tensor | None, batch: slice, first: int, length: int) -> Tensor:
@@ -167,6 +167,11 @@ def check(
     them takes longer than attention over a short sequence.
     """
     k, v, k_scale, v_scale = cache
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and isinstance(lengths, Tensor)):
+        raise no_tensor(q=q, k=k, v=v, lengths=lengths)
+    for name, tensor in (("pages", pages), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise no_tensor(**{name: tensor})
     if q.dim() != 4 or min(q.shape[2:]) == 0:
         raise ValueError(f"q: expected (B, T, H, D), got {tuple(q.shape)}")
     if not q.is_floating_point():

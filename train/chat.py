@@ -28,7 +28,7 @@ from train.prepare import PrepareConfig, prepare_as, pystdlib_text
 from train.tasks import Identity, Where, find
 from train.tokenizer import train_bpe
 
-MIXTURE = "identity*2,arithmetic,simplespelling*0.75,spellingbee*0.4,addition*0.4"
+MIXTURE = "identity*2,arithmetic,simplespelling*0.75,spellingbee*0.6,addition*0.4"
 TASKS = "identity,arithmetic,addition,simplespelling,spellingbee"
 TEXT_CHARACTERS = 1_000_000  # of the base model's text, for training the tokenizer
 PER_TASK = 500  # conversations of each task, for training the tokenizer

@@ -200,7 +200,8 @@ class Guard:
     def meet(self, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
         """Record atomics that release the program's stores and acquire those of others."""
         index = self._index(program)
-        for address in ptrs.data[np.broadcast_to(np.asarray(mask.data).astype(bool), ptrs.data.shape)].reshape(-1).tolist():
+        taken = np.broadcast_to(np.asarray(mask.data).astype(bool), ptrs.data.shape)
+        for address in ptrs.data[taken].reshape(-1).tolist():
             self.meetings.setdefault(address, []).append((index, self.clock))
 
     def accessed(self, kind: str, addresses: np.ndarray, size: int, program: tuple[int, ...]) -> None:

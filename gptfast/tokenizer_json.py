@@ -206,6 +206,6 @@ def _overlaps(a: str, b: str) -> bool:
     return any(a.endswith(b[:length]) for length in range(1, min(len(a), len(b))))
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: BaseException) -> UserError:
     reason = (str(error).splitlines() or ["no reason given"])[0][:200]
     return UserError(f"{path} is damaged ({type(error).__name__}: {reason}); copy it again")

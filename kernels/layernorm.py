@@ -59,6 +59,8 @@ def layernorm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     torch takes a 16-bit x beside fp32 parameters as it is, which saves writing x in fp32 and back, but sums the
     gradients of the parameters in 16 bits. Where those are needed, x is converted to fp32 first. Rows of one column
     go to the reference: their gradient is 0, which torch's is not.
+    Rows far from zero keep as many digits as torch's statistics do: at mean 4e4 and deviation 0.01 y errs by 0.2,
+    where the reference does by 1e-6.
     """
     _check(x, weight, bias)
     if x.shape[-1] == 1:

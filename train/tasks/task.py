@@ -15,6 +15,7 @@ import numpy as np
 
 from gptfast import untrusted
 from gptfast.errors import UserError, remedy, to_install
+from train import parquet
 
 SHUFFLE_SEED = 42  # nanochat's, so that "the first 100 examples" are the same there and here
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -133,9 +134,7 @@ def _find(folder: Path, split: str) -> Path:
 def _read(path: Path) -> list[Any]:
     try:
         if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path).to_pylist()
+            return parquet.table(path)
         with untrusted.opened(path) as opened:
             file: Any = gzip.GzipFile(fileobj=opened) if path.suffix == ".gz" else opened
             content = untrusted.whole(file, untrusted.LARGEST_ROWS).decode("utf-8")

@@ -173,7 +173,7 @@ def test_files_of_tasks(tmp_path: Path) -> None:
         TASKS["gsm8k"].examples("test", where)
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(asked("a", "b")))
-    assert find(f"jsonl:{path}").examples("train", where) == [Example(asked("a", "b"))]
+    assert list(find(f"jsonl:{path}").examples("train", where)) == [Example(asked("a", "b"))]
 
 
 def test_rows_are_shuffled_as_datasets_does() -> None:

@@ -55,7 +55,7 @@ def lines(file: IO[bytes], longest: int = LARGEST_JSON) -> Iterator[bytes]:
         yield line
 
 
-def whole(file: IO[bytes], largest: int) -> bytes:
+def whole(file: IO[bytes] | gzip.GzipFile, largest: int) -> bytes:
     """Returns the rest of a binary file, even if compressed. Raises ValueError if it is more than `largest` bytes."""
     read = file.read(largest + 1)
     if len(read) > largest:

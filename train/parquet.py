@@ -32,6 +32,10 @@ BATCH_BYTES, BATCH_VALUES = 2**26, 2**20  # of that many rows, decoded
 TABLE_BYTES, TABLE_ROWS = 2**29, 2**24  # of a file that is held in memory
 HEADER_BYTES = 2**24  # as pyarrow
 DATA, DICTIONARY, DATA_2 = 0, 2, 3  # kinds of pages
+ABOUT, ENCODINGS = (
+    {DATA: 5, DATA_2: 8},
+    {DATA: 2, DATA_2: 4},
+)  # fields of their headers: what is of this kind, and in it
 DELTA_BYTE_ARRAY = 7  # an encoding in which a value repeats the beginning of the one before
 # Types of Thrift's compact protocol.
 TRUE, FALSE, I32, BINARY, MAP, STRUCT = 1, 2, 5, 8, 11, 12
@@ -41,7 +45,7 @@ FIXED, VARYING, LISTS = {3: 1, 7: 8, 13: 16}, (4, 5, 6), (9, 10)
 class Leaf(NamedTuple):
     """A column as parquet stores it: what is nested has several."""
 
-    index: int
+    number: int
     path: str
     has_lists: bool
     is_bytes: bool  # texts and bytes, of any length
@@ -51,7 +55,7 @@ class Leaf(NamedTuple):
 class Pages(NamedTuple):
     """What the pages of a leaf in one row group can unpack to."""
 
-    bytes: int  # of the largest data page and the dictionary
+    largest: int  # bytes of the largest data page and the dictionary
     dictionary: int  # bytes of it
     delta: int  # bytes of the largest page whose values repeat parts of others
     values: int  # in all of them
@@ -185,9 +189,9 @@ def _rows_at_once(file: BufferedReader, parquet: Any, group: int, leaves: Sequen
     """Returns how many rows of a group may be decoded at once. Raises ValueError where even one would be too much."""
     unpacked = longest = 0
     for leaf in leaves:
-        chunk = parquet.metadata.row_group(group).column(leaf.index)
+        chunk = parquet.metadata.row_group(group).column(leaf.number)
         pages = _pages(file, chunk)
-        unpacked += pages.bytes
+        unpacked += pages.largest
         value = max(pages.delta, leaf.width)  # bytes that one can have; those in a data page are counted as its bytes
         if not leaf.has_lists:
             longest += max(value, pages.dictionary)
@@ -241,22 +245,32 @@ def _pages(file: BufferedReader, chunk: Any) -> Pages:
     at = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < at:
         at = chunk.dictionary_page_offset
-    end, largest, dictionary, delta, values = at + chunk.total_compressed_size, 0, 0, 0, 0
-    while at < end and values < chunk.num_values:
+    end = int(at + chunk.total_compressed_size)
+    largest = dictionary = delta = seen = 0
+    while at < end and seen < chunk.num_values:
         header, length = _header(file, at)
-        kind, unpacked, packed = header.get(1), header.get(2), header.get(3)
-        if not all(isinstance(each, int) and each >= 0 for each in (kind, unpacked, packed)):
-            raise ValueError(f"the header of the page at byte {at:,} is damaged")
+        kind, unpacked, packed = (_stated(header, number, at) for number in (1, 2, 3))
         at += length + packed
         if kind == DICTIONARY:
             dictionary = max(dictionary, unpacked)
             continue
         largest = max(largest, unpacked)
-        about = header.get({DATA: 5, DATA_2: 8}.get(kind, 0), {})
-        if about.get({DATA: 2, DATA_2: 4}.get(kind, 0)) == DELTA_BYTE_ARRAY:
-            delta = max(delta, unpacked)
-        values += max(about.get(1, 0), 0)
-    return Pages(largest + dictionary, dictionary, delta, values)
+        if kind in ENCODINGS:
+            about, encoding = header.get(ABOUT[kind]), ENCODINGS[kind]
+            if not isinstance(about, dict):
+                raise ValueError(f"the header of the page before byte {at:,} is damaged")
+            seen += _stated(about, 1, at)
+            if _stated(about, encoding, at) == DELTA_BYTE_ARRAY:
+                delta = max(delta, unpacked)
+    return Pages(largest + dictionary, dictionary, delta, seen)
+
+
+def _stated(fields: dict[int, Any], number: int, at: int) -> int:
+    """Returns a number of a page's header that must be there and cannot be negative."""
+    value = fields.get(number)
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"the header of the page at byte {at:,} is damaged")
+    return value
 
 
 def _header(file: BufferedReader, at: int) -> tuple[dict[int, Any], int]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet as theirs
 
+from gptfast.untrusted import STRANGE
 from train import parquet
 
 TABLE: dict[str, Any] = {
@@ -78,3 +84,36 @@ def test_damage_is_told(tmp_path: Path) -> None:
     path.write_bytes(content[:-8] + b"\xff\xff\xff\x7fPAR1")
     with pytest.raises(ValueError, match="its footer has 2,147,483,647 bytes"):
         parquet.table(path)
+
+
+def damage(path: Path, count: int) -> None:
+    """Reads a file `count` times with a few other bits; prints how often it was read, and how often refused."""
+    theirs.write_table(pyarrow.table(TABLE), path, compression="zstd")
+    content, draw = path.read_bytes(), random.Random(0)
+    verdicts = {"read": 0, "refused": 0}
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(draw.choice([1, 1, 2, 8])):
+            changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        for read in (lambda: list(parquet.table(path)), lambda: list(parquet.cells(path, "text"))):
+            try:
+                read()
+                verdicts["read"] += 1
+            except (OSError, *STRANGE, parquet.NoColumn):
+                verdicts["refused"] += 1
+    print(verdicts)
+
+
+def test_no_damage_ends_the_process(tmp_path: Path, chaos: Callable[[int, int], int]) -> None:
+    """As that of some statistics does where pyarrow's objects for chunks are asked for."""
+    count = chaos(300, 5000)
+    command = [sys.executable, "-m", "tests.test_parquet", str(tmp_path / "a.parquet"), str(count)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    verdicts = ast.literal_eval(done.stdout)
+    assert sum(verdicts.values()) == 2 * count and min(verdicts.values()) > count // 10
+
+
+if __name__ == "__main__":
+    damage(Path(sys.argv[1]), int(sys.argv[2]))

@@ -15,7 +15,7 @@ import bisect
 import itertools
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -38,8 +38,13 @@ ABOUT, ENCODINGS = (
 )  # fields of their headers: what is of this kind, and in it
 DELTA_BYTE_ARRAY = 7  # an encoding in which a value repeats the beginning of the one before
 # Types of Thrift's compact protocol.
-TRUE, FALSE, I32, BINARY, MAP, STRUCT = 1, 2, 5, 8, 11, 12
-FIXED, VARYING, LISTS = {3: 1, 7: 8, 13: 16}, (4, 5, 6), (9, 10)
+TRUE, FALSE, BYTE, I16, I32, I64, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12
+FIXED, BITS = {BYTE: 1, 7: 8, 13: 16}, {I16: 16, I32: 32, I64: 64}
+LISTS_OF_FOOTER = {  # of parquet.thrift: schema, row groups, their columns and what is known of these, and others
+    (2,): STRUCT, (4,): STRUCT, (5,): STRUCT, (7,): STRUCT, (4, 1): STRUCT, (4, 4): STRUCT, (4, 1, 3, 2): I32,
+    (4, 1, 3, 3): BINARY, (4, 1, 3, 8): STRUCT, (4, 1, 3, 13): STRUCT, (4, 1, 3, 16, 2): I64, (4, 1, 3, 16, 3): I64,
+    (4, 1, 3, 17, 2): I32,
+}  # fmt: skip
 
 
 class Leaf(NamedTuple):
@@ -50,6 +55,21 @@ class Leaf(NamedTuple):
     has_lists: bool
     is_bytes: bool  # texts and bytes, of any length
     width: int  # bytes of a value of fixed length, else 0
+
+
+class Chunk(NamedTuple):
+    """Where the pages of a leaf in one row group are."""
+
+    start: int
+    size: int
+    values: int
+
+
+class Group(NamedTuple):
+    """A row group: a chunk for each leaf."""
+
+    rows: int
+    chunks: list[Chunk]
 
 
 class Pages(NamedTuple):
@@ -85,12 +105,11 @@ def cells(path: str | Path, name: str, first: int = 0) -> Iterator[tuple[Any, in
         if [leaf.path for leaf in leaves] != [name] or leaves[0].has_lists:
             raise ValueError(f"{name} is no text but {str(parquet.schema_arrow.field(name).type)[:80]}")
         row = 0
-        for group in range(parquet.num_row_groups):
-            size = parquet.metadata.row_group(group).num_rows
-            if row + size <= first:
-                row += size
+        for number, group in enumerate(_groups(file, len(parquet.schema))):
+            if row + group.rows <= first:
+                row += group.rows
                 continue
-            for batch in parquet.iter_batches(_rows_at_once(file, parquet, group, leaves), [group], [name]):
+            for batch in parquet.iter_batches(_rows_at_once(file, group, leaves), [number], [name]):
                 for value in batch.column(0):
                     if row >= first:
                         yield value.as_py(), row
@@ -134,8 +153,8 @@ def table(path: str | Path) -> Table:
         counted = _parquet(file, metadata=parquet.metadata, read_dictionary=once)
         batches: list[Any] = []
         held = 0
-        for group in range(parquet.num_row_groups):
-            for batch in counted.iter_batches(_rows_at_once(file, parquet, group, leaves), [group]):
+        for number, group in enumerate(_groups(file, len(parquet.schema))):
+            for batch in counted.iter_batches(_rows_at_once(file, group, leaves), [number]):
                 _check_objects(batch.columns)
                 batches += pyarrow.Table.from_batches([batch]).cast(schema).to_batches()
                 held += sum(column.nbytes for column in batches[-1].columns)
@@ -156,12 +175,7 @@ def count(path: str | Path) -> int:
 def _opened(path: str | Path) -> Iterator[tuple[BufferedReader, Any]]:
     """Opens a file: its bytes, and as a pyarrow.parquet.ParquetFile."""
     with untrusted.opened(path) as file:
-        file.seek(-min(8, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        length, end = struct.unpack("<I4s", file.read().rjust(8, b"\0"))
-        if end != b"PAR1":
-            raise ValueError("it does not end as a parquet file")
-        if length > FOOTER_BYTES:
-            raise ValueError(f"its footer has {length:,} bytes, where {FOOTER_BYTES:,} are the most")
+        _footer(file)
         parquet = _parquet(file)
         if not 0 < parquet.metadata.num_columns <= COLUMNS:
             raise ValueError(f"it has {parquet.metadata.num_columns:,} columns, where {COLUMNS:,} are the most")
@@ -185,18 +199,18 @@ def _leaves(parquet: Any) -> list[Leaf]:
 # ---- limits
 
 
-def _rows_at_once(file: BufferedReader, parquet: Any, group: int, leaves: Sequence[Leaf]) -> int:
+def _rows_at_once(file: BufferedReader, group: Group, leaves: Sequence[Leaf]) -> int:
     """Returns how many rows of a group may be decoded at once. Raises ValueError where even one would be too much."""
     unpacked = longest = 0
     for leaf in leaves:
-        chunk = parquet.metadata.row_group(group).column(leaf.number)
+        chunk = group.chunks[leaf.number]
         pages = _pages(file, chunk)
         unpacked += pages.largest
         value = max(pages.delta, leaf.width)  # bytes that one can have; those in a data page are counted as its bytes
         if not leaf.has_lists:
             longest += max(value, pages.dictionary)
             continue
-        values = max(pages.values, chunk.num_values)
+        values = max(pages.values, chunk.values)
         if values > LISTED_VALUES:
             raise ValueError(f"{leaf.path} has {values:,} values in a row group, where {LISTED_VALUES:,} are the most")
         if value * values > BATCH_BYTES:
@@ -237,17 +251,47 @@ def _objects(array: Any) -> tuple[int, int]:
     return len(array) + sum(values for values, _ in counts), size + sum(size for _, size in counts)
 
 
-# ---- headers of pages
+# ---- what the footer and the headers of pages state
+
+
+def _groups(file: BufferedReader, leaves: int) -> list[Group]:
+    """Returns the row groups of a file. Raises ValueError if their chunks are not one for each leaf.
+
+    pyarrow's own objects for them end the process where some statistics are damaged.
+    """
+    footer = _footer(file)
+    try:
+        fields = Fields(footer, (I32, I64), LISTS_OF_FOOTER).struct()
+        groups = [Group(group[3], [_chunk(column[3]) for column in group[1]]) for group in fields[4]]
+    except (LookupError, TypeError, RecursionError):
+        raise ValueError("its footer is damaged") from None
+    if any(len(group.chunks) != leaves or group.rows < 0 or min(map(min, group.chunks)) < 0 for group in groups):
+        raise ValueError("the row groups of its footer are damaged")
+    return groups
+
+
+def _chunk(about: dict[int, Any]) -> Chunk:
+    start, dictionary = about[9], about.get(11, 0)
+    return Chunk(dictionary if 0 < dictionary < start else start, about[7], about[5])
+
+
+def _footer(file: BufferedReader) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    file.seek(-min(8, size), os.SEEK_END)
+    length, end = struct.unpack("<I4s", file.read().rjust(8, b"\0"))
+    if end != b"PAR1":
+        raise ValueError("it does not end as a parquet file")
+    if length > min(FOOTER_BYTES, size - 8):
+        raise ValueError(f"its footer has {length:,} bytes, where {min(FOOTER_BYTES, size - 8):,} are the most")
+    file.seek(-8 - length, os.SEEK_END)
+    return file.read(length)
 
 
 def _pages(file: BufferedReader, chunk: Any) -> Pages:
     """Reads the headers of the pages of a leaf in one row group. Raises ValueError if they are damaged."""
-    at = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < at:
-        at = chunk.dictionary_page_offset
-    end = int(at + chunk.total_compressed_size)
+    at, end = chunk.start, chunk.start + chunk.size
     largest = dictionary = delta = seen = 0
-    while at < end and seen < chunk.num_values:
+    while at < end and seen < chunk.values:
         header, length = _header(file, at)
         kind, unpacked, packed = (_stated(header, number, at) for number in (1, 2, 3))
         at += length + packed
@@ -280,7 +324,8 @@ def _header(file: BufferedReader, at: int) -> tuple[dict[int, Any], int]:
         file.seek(at)
         content = file.read(size)
         try:
-            return Fields(content).struct()
+            fields = Fields(content, (I32,), {})
+            return fields.struct(), fields.at
         except IndexError:  # it is longer
             if size >= HEADER_BYTES or len(content) < size:
                 raise ValueError(f"there is no page at byte {at:,}") from None
@@ -290,46 +335,75 @@ def _header(file: BufferedReader, at: int) -> tuple[dict[int, Any], int]:
 
 
 class Fields:
-    """Reads a structure of Thrift's compact protocol; IndexError where the bytes end before it."""
+    """Reads a structure of Thrift's compact protocol just as Thrift's C++ does; IndexError where the bytes end before.
 
-    def __init__(self, content: bytes) -> None:
-        self.content, self.at = content, 0
+    `kinds`: of numbers to take. `lists`: of what the lists are that C++ knows, by the fields that lead to them.
+    """
 
-    def struct(self) -> tuple[dict[int, Any], int]:
-        """Returns its 32-bit numbers and structures by field, as Thrift's C++ takes them, and the bytes read so far."""
+    def __init__(self, content: bytes, kinds: Sequence[int], lists: Mapping[tuple[int, ...], int]) -> None:
+        self.content, self.kinds, self.lists, self.at = content, kinds, lists, 0
+
+    def struct(self, path: tuple[int, ...] = ()) -> dict[int, Any]:
+        """Returns its numbers, structures and known lists of structures, by field.
+
+        A field of another kind than the one that is expected is passed over. Raises ValueError where C++ would not go
+        by what the bytes say: it merges a structure that comes twice, and reads a list as what it should be of.
+        """
         fields: dict[int, Any] = {}
         number = 0
         while byte := self._byte():
             kind, step = byte & 15, byte >> 4
-            number = number + step if step else self._number(16)
-            if kind == I32:
-                fields[number] = self._number(32)
+            number = number + step if step else self._number(I16)
+            here = (*path, number)
+            value: Any = None
+            if kind in self.kinds:
+                value = self._number(kind)
             elif kind == STRUCT:
-                fields[number], _ = self.struct()
+                value = self.struct(here)
+            elif kind == LIST and here in self.lists:
+                count, of = self._list()
+                if of != self.lists[here] and count:
+                    raise ValueError("a list of its footer is not what it should be of")
+                if of == STRUCT:
+                    value = [self.struct(here) for _ in range(count)]
+                else:
+                    self._skip_all(count, of)
             else:
                 self._skip(kind)
-        return fields, self.at
+            if value is not None:
+                if number in fields:
+                    raise ValueError("a field of its footer or of a page is there twice")
+                fields[number] = value
+        return fields
 
-    def _skip(self, kind: int, in_list: bool = False) -> None:
+    def _list(self) -> tuple[int, int]:
+        """Returns how many values a list has, and of which kind."""
+        byte = self._byte()
+        return self._varint() if byte >> 4 == 15 else byte >> 4, byte & 15
+
+    def _skip_all(self, count: int, kind: int) -> None:
+        """Passes over values in a list or map, where a truth has a byte of its own."""
+        for _ in range(count):
+            self._skip(BYTE if kind in (TRUE, FALSE) else kind)
+
+    def _skip(self, kind: int) -> None:
         if kind in (TRUE, FALSE):
-            self.at += in_list
-        elif kind in FIXED:
+            return
+        if kind in FIXED:
             self.at += FIXED[kind]
-        elif kind in VARYING:
+        elif kind in BITS:
             self._varint()
         elif kind == BINARY:
             length = self._varint()
             self.at += length
-        elif kind in LISTS:
-            byte = self._byte()
-            for _ in range(self._varint() if byte >> 4 == 15 else byte >> 4):
-                self._skip(byte & 15, in_list=True)
+        elif kind in (LIST, SET):
+            self._skip_all(*self._list())
         elif kind == MAP:
             size = self._varint()
             kinds = self._byte() if size else 0
             for _ in range(size):
-                self._skip(kinds >> 4, in_list=True)
-                self._skip(kinds & 15, in_list=True)
+                self._skip_all(1, kinds >> 4)
+                self._skip_all(1, kinds & 15)
         elif kind == STRUCT:
             self.struct()
         else:
@@ -349,7 +423,7 @@ class Fields:
                 return value
         raise ValueError("the header of a page is damaged")
 
-    def _number(self, bits: int) -> int:
-        """Returns a signed number, of which no more than its bits count."""
-        value = self._varint() & (2**bits - 1)
+    def _number(self, kind: int) -> int:
+        """Returns a signed number, of which no more than the bits of its kind count."""
+        value = self._varint() & (2 ** BITS[kind] - 1)
         return value >> 1 ^ -(value & 1)

@@ -13,6 +13,7 @@ import json
 import os
 import stat
 import weakref
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
@@ -133,8 +134,11 @@ class JsonLines(Sequence[Any]):
         self._content: bytes | None = None
         source: IO[bytes] = file
         if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=file) as packed:
-                self._content = whole(packed, LARGEST_ROWS)
+            try:
+                with gzip.GzipFile(fileobj=file) as packed:
+                    self._content = whole(packed, LARGEST_ROWS)
+            except zlib.error as error:
+                raise ValueError(f"it is damaged: {reason(error)}") from None
             source = io.BytesIO(self._content)
         self._starts, self._sizes, at = array("q"), array("q"), 0
         for line in lines(source):

@@ -150,10 +150,14 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: {to_install(error, 'pyyaml')}") from None
     try:
-        text = _text(path)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases (*name), which can stand for any number of values")
-        tasks = yaml.safe_load(text)["icl_tasks"]
+
+        class WithoutAliases(yaml.SafeLoader):
+            def compose_node(self, parent: Any, index: Any) -> Any:
+                if self.check_event(yaml.AliasEvent):
+                    raise ValueError("it has aliases (*name), which can stand for any number of values")
+                return super().compose_node(parent, index)
+
+        tasks = yaml.load(_text(path), WithoutAliases)["icl_tasks"]
         for task in tasks:
             if not (isinstance(task["label"], str) and isinstance(task["dataset_uri"], str)):
                 raise TypeError("a label and a dataset_uri are texts")

@@ -309,6 +309,17 @@ def test_a_vocabulary_is_that_of_its_tokenizer(tmp_path: Path) -> None:
                 read(tmp_path / "data")
 
 
+def test_counts_of_a_stopped_job_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    make_documents(tmp_path / "job")
+    progress = json.loads((tmp_path / "job" / "progress.json").read_text())
+    for name in ("documents", "text_bytes", "empty", "mended"):
+        for value in ({"a": 1}, -1, 0.5, "x"):
+            (tmp_path / "job" / "progress.json").write_text(json.dumps(progress | {name: value}))
+            with pytest.raises(UserError, match=r"progress\.json is not as .* are no counts"):
+                load_documents(tmp_path / "job")
+
+
 def test_files_beside_their_folder_are_not_read(tmp_path: Path) -> None:
     make_indexed_in = tmp_path / "model"
     make_indexed_in.mkdir()

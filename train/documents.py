@@ -441,10 +441,12 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
     progress = untrusted.json_object(path, fix)
     with untrusted.expected(str(path), fix):
         _check_same(folder, _but_for_files_to_come(progress, settings), settings)
+        counts = [progress["documents"], progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0)]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"{counts} are no counts of documents and bytes")
         parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
         job = Job(
-            folder, settings, tokenizer, shard_tokens, parts, progress["state"], progress["documents"],
-            progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0), progress["files"],
+            folder, settings, tokenizer, shard_tokens, parts, progress["state"], *counts, files=progress["files"]
         )  # fmt: skip
         job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")

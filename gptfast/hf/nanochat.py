@@ -35,6 +35,7 @@ from gptfast.model import GPT
 FILE = re.compile(r"model_(\d{6,})\.pt")
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of meta's model_config, besides sequence_len
 LARGEST_STRUCTURE = 2**22  # bytes of the pickle that names the tensors
+PADDED = 64  # vocabularies are padded to a multiple of it
 QKV = ("c_q", "c_k", "c_v")
 # Fields that nanochat always has, but that neutral weights can switch off; and fields that change no logit
 FILLED_IN = ("value_embeddings", "residual_scalars", "smear", "backout", "rope_sign")
@@ -132,7 +133,10 @@ def _taken(config: GPTConfig, theirs: Weights) -> Weights:
             name = f"transformer.h.{i}.{part}.weight"
             ours[name] = theirs.pop(name)
     for name in _tables(config):
-        ours[name] = theirs.pop(name)[: config.vocab_size]
+        table = theirs.pop(name)
+        if len(table) - config.vocab_size >= PADDED:
+            raise ValueError(f"{name} has {len(table)} rows for {config.vocab_size} tokens")
+        ours[name] = table[: config.vocab_size]
     for name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate.weight", "backout_lambda"):
         ours[name] = theirs.pop(name)
     return ours

@@ -313,11 +313,17 @@ def test_counts_of_a_stopped_job_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     make_documents(tmp_path / "job")
     progress = json.loads((tmp_path / "job" / "progress.json").read_text())
-    for name in ("documents", "text_bytes", "empty", "mended"):
-        for value in ({"a": 1}, -1, 0.5, "x"):
-            (tmp_path / "job" / "progress.json").write_text(json.dumps(progress | {name: value}))
-            with pytest.raises(UserError, match=r"progress\.json is not as .* are no counts"):
-                load_documents(tmp_path / "job")
+    trees = [(progress, ("documents", "text_bytes", "empty", "mended")), (progress["state"], ("file", "row", "at"))]
+    trees += [(progress["parts"][split], ("number", "tokens", "finished")) for split in ("train", "val")]
+    for tree, names in trees:
+        for name in names:
+            before = tree[name]
+            for value in ({"a": 1}, [None], -1, 0.5, "x", 10**40):
+                tree[name] = value
+                (tmp_path / "job" / "progress.json").write_text(json.dumps(progress))
+                with pytest.raises(UserError, match=r"progress\.json is not as gptfast|of other documents"):
+                    load_documents(tmp_path / "job")
+            tree[name] = before
 
 
 def test_files_beside_their_folder_are_not_read(tmp_path: Path) -> None:

@@ -441,16 +441,28 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
     progress = untrusted.json_object(path, fix)
     with untrusted.expected(str(path), fix):
         _check_same(folder, _but_for_files_to_come(progress, settings), settings)
-        counts = [progress["documents"], progress["text_bytes"], progress.get("empty", 0), progress.get("mended", 0)]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"{counts} are no counts of documents and bytes")
+        read, text_bytes = progress["documents"], progress["text_bytes"]
+        empty, mended = progress.get("empty", 0), progress.get("mended", 0)
+        _check_counts(read, text_bytes, empty, mended)
+        _check_counts(*(count for split in SPLITS for count in progress["parts"][split].values()))
+        if progress["state"] is not None and settings["documents"]["files"]:
+            _check_counts(*(progress["state"][name] for name in ("file", "row", "at")))
+        if not isinstance(progress["files"], dict):
+            raise TypeError("its files are no object")
         parts = {split: Part(folder, split, **progress["parts"][split]) for split in SPLITS}
         job = Job(
-            folder, settings, tokenizer, shard_tokens, parts, progress["state"], *counts, files=progress["files"]
+            folder, settings, tokenizer, shard_tokens, parts, progress["state"], read, text_bytes, empty, mended,
+            progress["files"],
         )  # fmt: skip
         job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
     return job
+
+
+def _check_counts(*counts: Any) -> None:
+    strange = [count for count in counts if type(count) is not int or not 0 <= count < 2**63]
+    if strange:
+        raise ValueError(f"{strange[0]!r} is no count of documents, tokens or bytes")
 
 
 def _but_for_files_to_come(progress: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

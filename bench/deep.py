@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import io
+import itertools
 import json
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from . import results
 from .ops import DIRECTIONS, cases
 from .peaks import DTYPES
 
+LONGEST_LINE, MOST_COLUMNS, MOST_LAUNCHES = 2**20, 10_000, 2**17  # of a report, whose launches are held in memory
 REPEATS = 3  # launches of the op that a profiler sees; a fourth, before them, compiles
 # What Nsight Compute is asked for, and what a row calls it. Percentages are of the peak that the chip could sustain.
 METRICS = {
@@ -222,30 +223,34 @@ def read_report(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"--report={path}: no such file")
     if path.suffix == ".csv":
+        fix = "make it by ncu --csv --page raw"
         try:
-            text = untrusted.text(path)
-        except (OSError, ValueError) as error:
+            with untrusted.opened(path) as file, untrusted.expected(f"--report={path}", fix):
+                return list(parse(line.decode("utf-8") for line in untrusted.lines(file, LONGEST_LINE)))
+        except (OSError, csv.Error) as error:
             raise UserError(f"--report={path}: cannot be read ({untrusted.reason(error)})") from None
-        with untrusted.expected(f"--report={path}", "make it by ncu --csv --page raw"):
-            return list(parse(text))
     if TOOLS["ncu"].missing():
         raise UserError(f"--report={path} needs ncu to read it: {TOOLS['ncu'].get}; or give the .csv of --page raw")
     command = ["ncu", "--import", str(path), "--csv", "--page", "raw"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()[:300]}")
-    return list(parse(done.stdout))
+    return list(parse(done.stdout.splitlines(keepends=True)))
 
 
-def parse(text: str) -> Iterator[dict[str, Any]]:
+def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The kernels of `ncu --csv --page raw`: a line of names, one of units, then a line for each launch."""
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
+    lines = itertools.dropwhile(lambda line: not line.startswith('"ID"'), lines)
+    first = next(lines, None)
+    if first is None:
         raise UserError('this is no report of `ncu --csv --page raw`: it has no line that begins with "ID"')
-    table = csv.DictReader(io.StringIO("\n".join(lines[start:])))
+    table = csv.DictReader(itertools.chain([first], lines))
+    if len(table.fieldnames or ()) > MOST_COLUMNS:
+        raise UserError(f"this is no report of `ncu --csv --page raw`: it has more than {MOST_COLUMNS:,} columns")
     units = next(table, None)
-    for line in table:
+    for number, line in enumerate(table):
+        if number == MOST_LAUNCHES:
+            raise UserError(f"the report has more than {MOST_LAUNCHES:,} launches; let ncu look at fewer")
         assert units is not None
         kernel: dict[str, Any] = {
             "kernel": line["Kernel Name"],

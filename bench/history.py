@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gptfast import report
+from gptfast import report, untrusted
 from gptfast.errors import UserError
 from gptfast.log import Row, facts
 from gptfast.rows import file_name, parse
@@ -69,6 +69,7 @@ def through_git(folder: Path) -> list[Row]:
     if top is None:
         raise UserError(f"{folder}: not in a git repository; --plain reads it as it is")
     rows: dict[str, Row] = {}
+    allowance = untrusted.Allowance()  # of rows that differ; of a file in one commit, beside it
     place = folder.relative_to(Path(top.strip()).resolve())
     for commit in (_git(folder, "log", "--format=%H", "--reverse", "--", ".") or "").split():
         names = (
@@ -76,25 +77,42 @@ def through_git(folder: Path) -> list[Row]:
         ).splitlines()
         for name in names:
             if name.endswith(".jsonl"):
-                _keep(rows, (_git(folder, "show", f"{commit}:{name}") or "").splitlines())
+                _keep(rows, (_git(folder, "show", f"{commit}:{name}") or "").splitlines(), allowance)
     for path in sorted(folder.rglob("*.jsonl")):
-        _keep(rows, results.lines(path))
+        _keep(rows, results.lines(path, untrusted.Allowance()), allowance)
     return list(rows.values())
 
 
-def _keep(rows: dict[str, Row], lines: Iterable[str]) -> None:
+def _keep(rows: dict[str, Row], lines: Iterable[str], allowance: untrusted.Allowance) -> None:
     for line in lines:
         try:
             row = parse(line)
         except (ValueError, TypeError):  # of a schema of its time
             continue
-        if "ms_p50" in row and row.get("valid", True):
-            rows.setdefault(f"{row['date']} {results.key(row)}", row)
+        if "ms_p50" not in row or not row.get("valid", True):
+            continue
+        key = f"{row['date']} {results.key(row)}"
+        if key not in rows:
+            try:
+                allowance.take(line.encode("utf-8", "replace"))
+            except ValueError as error:
+                raise UserError(
+                    f"the rows of all commits are too many ({error}); --plain reads them as they are"
+                ) from None
+            rows[key] = row
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
+    """What git says, or None where it fails or says more than a file of rows may hold, as packed files can."""
+    command = ["git", "-C", str(folder), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        try:
+            said = untrusted.whole(process.stdout, untrusted.LARGEST_ROWS)
+        except ValueError:
+            process.kill()
+            return None
+    return said.decode("utf-8", "replace") if process.returncode == 0 else None
 
 
 def histories(rows: Iterable[Row]) -> list[list[Row]]:

@@ -33,18 +33,21 @@ def folder(hardware: Row) -> Path:
     return ROOT / slug(hardware)
 
 
-def read(path: str | Path) -> list[Row]:
-    """The rows of one file, all of one machine. Raises UserError that names the file and line of what is wrong."""
-    path = Path(path)
-    rows = [_row(path, number, line) for number, line in enumerate(lines(path), 1) if line.strip()]
+def read(path: str | Path, allowance: untrusted.Allowance | None = None) -> list[Row]:
+    """The rows of one file, all of one machine. Raises UserError that names the file and line of what is wrong.
+
+    `allowance`: of the files that are held in memory together, where there are several.
+    """
+    path, allowance = Path(path), allowance or untrusted.Allowance()
+    rows = [_row(path, number, line) for number, line in enumerate(lines(path, allowance), 1) if line.strip()]
     _check_one_machine(path, rows)
     return rows
 
 
-def lines(path: Path) -> list[str]:
+def lines(path: Path, allowance: untrusted.Allowance) -> Iterator[str]:
     """The lines of a file of rows. Raises UserError where it cannot be read."""
     try:
-        return untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
+        yield from untrusted.rows(path, allowance)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python -m bench` writes results") from None
     except (OSError, ValueError) as error:
@@ -58,7 +61,8 @@ def read_all(paths: Iterable[str | Path]) -> list[Row]:
         files += sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no .jsonl file there; `python -m bench` writes results")
-    return latest(row for file in files for row in last(read(file)))
+    allowance = untrusted.Allowance()
+    return latest(row for file in files for row in last(read(file, allowance)))
 
 
 def _row(path: Path, number: int, line: str) -> Row:

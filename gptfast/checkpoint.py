@@ -404,7 +404,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"{MANIFEST} is altered (not JSON)") from None
     has_fields = isinstance(manifest, dict) and {"format", "sha256"} <= set(manifest)
-    if not has_fields or _canonical({key: manifest[key] for key in manifest if key != "sha256"}) != content:
+    # What is nested deeper than a manifest would take a thousand times its size when it is written again.
+    if (
+        not has_fields
+        or not _is_flat(manifest, 3)
+        or _canonical({key: manifest[key] for key in manifest if key != "sha256"}) != content
+    ):
         raise ValueError(f"{MANIFEST} is altered (sha256 differs)")
     if manifest["format"] not in list(FIELDS) or set(manifest) != FIELDS[manifest["format"]]:
         raise ValueError(f"written in format {manifest['format']}; this gptfast reads formats 1 to {FORMAT}")
@@ -418,6 +423,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not fits:
         raise ValueError(f"{MANIFEST} holds what no manifest holds")
     return manifest
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    """Returns whether JSON is nested at most this deep."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not items or (depth > 0 and all(_is_flat(item, depth - 1) for item in items))
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:

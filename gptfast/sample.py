@@ -27,6 +27,7 @@ from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer, from_json
 from kernels import Ops
 
+LARGEST_PROMPT = 2**24  # bytes of a file
 SEPARATOR = "---------------"
 MOST_AT_ONCE = 16  # samples; the others wait for a free slot
 
@@ -143,7 +144,7 @@ def read_prompt(start: str) -> str:
         return start
     path = start.removeprefix("FILE:")
     try:
-        return untrusted.text(path).replace("\r\n", "\n")
+        return untrusted.text(path, LARGEST_PROMPT).replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else untrusted.reason(error)
         raise UserError(f"--start=FILE:{path}: cannot read it ({reason}); name a text file") from None

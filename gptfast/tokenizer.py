@@ -32,7 +32,7 @@ from torch import Tensor
 from gptfast import tokenizer_json, untrusted
 from gptfast.blanks import LONG, Blanks
 from gptfast.errors import UserError, remedy, to_install
-from gptfast.tokenizer_json import BYTE_LETTERS
+from gptfast.tokenizer_json import BYTE_LETTERS, MOST_TOKENS
 
 if TYPE_CHECKING:
     import tiktoken
@@ -273,6 +273,8 @@ class BPETokenizer:
         another argument is invalid.
         """
         ids = [*ranks.values(), *special_tokens.values()]
+        if len(ids) > MOST_TOKENS:
+            raise UserError(f"a tokenizer has at most {MOST_TOKENS:,} tokens, not {len(ids):,}")
         if any(bytes([byte]) not in ranks for byte in range(256)) or len(set(ids)) < len(ids) or min(ids) < 0:
             raise UserError(
                 "not the ranks of a byte-level BPE: each of the 256 bytes needs an id, and each id one token"
@@ -515,6 +517,8 @@ def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
         raise _unknown_description(description)
     if not all(type(rank) is int for rank in specials.values()):
         raise UserError("the special tokens of a tokenizer are damaged: an id is no number; prepare the data again")
+    if tokens.count(" ") > _largest_id(MOST_TOKENS):
+        raise UserError(f"a tokenizer has at most {MOST_TOKENS:,} tokens; prepare the data again")
     try:
         ordinary = [base64.b64decode(token, validate=True) for token in tokens.split(" ")]
     except (binascii.Error, ValueError):
@@ -532,7 +536,10 @@ def _unknown_description(description: Any) -> UserError:
 def _read_ranks(path: Path) -> str:
     """Returns the tokens of a rank file, in the form of `to_json`."""
     try:
-        rows = [line.split(" ") for line in untrusted.content(path).decode("ascii").splitlines()]
+        content = untrusted.content(path, untrusted.LARGEST_JSON)
+        if content.count(b"\n") > MOST_TOKENS:
+            raise ValueError(f"it has more than {MOST_TOKENS:,} tokens")
+        rows = [line.split(" ") for line in content.decode("ascii").split("\n") if line]
         ids = [int(rank) for _, rank in rows]
         if not rows or max(ids) > _largest_id(len(rows)) or min(ids) < 0:
             raise ValueError(f"ids {min(ids, default=0)} to {max(ids, default=0)} for {len(rows)} tokens")

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from gptfast.blanks import Blanks
 from gptfast.errors import UserError, to_install
 
+MOST_TOKENS = 2**20  # of a vocabulary; each takes up to 1 kB of memory
+
 # GPT-2's pattern (Radford et al., 2019), as tiktoken writes it.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -53,6 +55,8 @@ def read(content: Mapping[str, Any], path: Path) -> Found:
     try:
         model = content["model"]
         pattern = _pattern(content, path)
+        if max(len(model["vocab"]), len(model["merges"])) > MOST_TOKENS:
+            raise ValueError(f"it has more than {MOST_TOKENS:,} tokens")
         added = content.get("added_tokens") or []
         _require_plain_model(model, path)
         special_tokens = {token["content"]: token["id"] for token in added}

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
+import io
 import json
 import os
 import stat
-from collections.abc import Iterator
+import weakref
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, overload
 
 from torch import Tensor
 
 from gptfast.errors import UserError, remedy
 
-LARGEST, LARGEST_ROWS = 2**28, 2**27  # bytes: of a list of tokens, and of a file of rows
-LARGEST_JSON = 50_000_000  # bytes of one value, which takes up to 31 times as much memory
+LARGEST = 2**28  # bytes of a text
+LARGEST_JSON, MOST_MARKS = 50_000_000, 2**22  # bytes of one value of JSON, and of its MARKS
+LARGEST_ROWS, MOST_ROW_MARKS = 2**27, 12_000_000  # the same of all rows that are held in memory together
+MARKS = "[{:,"  # one stands before each value of JSON but the first; a value takes up to 105 bytes besides its text
+LARGEST_HEADER, MOST_TENSORS = 2**24, 2**17  # of a safetensors file
 NO_FILE = "it is no regular file"
 # Exceptions from reading a value that is missing, of another type, too large or too deep.
 STRANGE = (
@@ -48,7 +56,7 @@ def lines(file: IO[bytes], longest: int = LARGEST_JSON) -> Iterator[bytes]:
         yield line
 
 
-def whole(file: IO[bytes], largest: int) -> bytes:
+def whole(file: IO[bytes] | gzip.GzipFile, largest: int) -> bytes:
     """Returns the rest of a binary file, even if compressed. Raises ValueError if it is more than `largest` bytes."""
     read = file.read(largest + 1)
     if len(read) > largest:
@@ -70,14 +78,91 @@ def text(path: str | Path, largest: int = LARGEST) -> str:
     return content(path, largest).decode("utf-8")
 
 
+def marks(content: bytes | str) -> int:
+    """Returns how many values JSON has at most."""
+    if isinstance(content, str):
+        return sum(map(content.count, MARKS))
+    return sum(map(content.count, MARKS.encode()))
+
+
 def parsed(content: bytes | str) -> Any:
-    """Parses JSON. Raises ValueError, also for JSON that is nested too deeply or too long."""
+    """Parses JSON. Raises ValueError, also for JSON that is nested too deeply, too long, or of too many values."""
     if len(content) > LARGEST_JSON:
         raise ValueError(f"it has {len(content):,} bytes, where {LARGEST_JSON:,} are the most")
+    if len(content) > MOST_MARKS < marks(content):
+        raise ValueError(f"it has more than {MOST_MARKS:,} values, by its brackets, colons and commas")
     try:
         return json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+class Allowance:
+    """How much the rows of some files may hold together where all are held in memory."""
+
+    def __init__(self, size: int | None = None, values: int | None = None) -> None:
+        self.size, self.values = size or LARGEST_ROWS, values or MOST_ROW_MARKS
+        self._size = self._values = 0
+
+    def take(self, line: bytes) -> None:
+        """Counts a line. Raises ValueError where it is too much."""
+        self._size, self._values = self._size + len(line), self._values + marks(line)
+        for taken, most, unit in ((self._size, self.size, "bytes"), (self._values, self.values, "values")):
+            if taken > most:
+                raise ValueError(f"with what was read before, it has more than {most:,} {unit}")
+
+
+def rows(path: str | Path, allowance: Allowance) -> Iterator[str]:
+    """Yields the lines of a file of rows with their ends, blank ones too. Raises OSError or ValueError."""
+    with opened(path) as file:
+        for line in lines(file):
+            allowance.take(line)
+            yield line.decode("utf-8")
+
+
+class JsonLines(Sequence[Any]):
+    """The values of a file of JSON lines, parsed when asked for; blank lines hold none.
+
+    A file stays open, and on the disk; what is compressed (.gz) is held in memory. Raises OSError, EOFError, and
+    ValueError for a line that is no JSON; where `is_checked`, only when that line is asked for.
+    """
+
+    def __init__(self, path: Path, *, is_checked: bool = False) -> None:
+        file = opened(path)
+        weakref.finalize(self, file.close)
+        self._descriptor = file.fileno()
+        self._content: bytes | None = None
+        source: IO[bytes] = file
+        if path.suffix == ".gz":
+            try:
+                with gzip.GzipFile(fileobj=file) as packed:
+                    self._content = whole(packed, LARGEST_ROWS)
+            except zlib.error as error:
+                raise ValueError(f"it is damaged: {reason(error)}") from None
+            source = io.BytesIO(self._content)
+        self._starts, self._sizes, at = array("q"), array("q"), 0
+        for line in lines(source):
+            if line.strip():
+                if not is_checked:
+                    parsed(line.decode("utf-8"))
+                self._starts.append(at)
+                self._sizes.append(len(line))
+            at += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, i: int) -> Any: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Any]: ...
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        start, size = self._starts[i], self._sizes[i]
+        if self._content is not None:
+            return parsed(self._content[start : start + size].decode("utf-8"))
+        return parsed(os.pread(self._descriptor, size, start).decode("utf-8"))
 
 
 def json_object(path: str | Path, fix: str) -> dict[str, Any]:
@@ -99,9 +184,14 @@ def tensors(file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    header = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+    if header > LARGEST_HEADER:
+        raise ValueError(f"it is no safetensors file, or has more than {LARGEST_HEADER:,} bytes of names")
     try:
         with safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
             names = opened.keys()
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"it has {len(names):,} tensors, where {MOST_TENSORS:,} are the most")
             return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"it is no whole safetensors file: {reason(error)}") from None
@@ -124,8 +214,8 @@ def expected(what: str, fix: str) -> Iterator[None]:
 
 
 def count(value: Any) -> int:
-    """Returns a count from a file. Raises ValueError for anything but a whole number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """Returns a count from a file. Raises ValueError for anything but a whole number from 0 to 2^63 - 1."""
+    if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r:.40} is no count")
     return value
 

@@ -19,6 +19,7 @@ from typing import Any
 from gptfast import checkpoint, cli, untrusted
 from gptfast.errors import UserError
 from gptfast.untrusted import LARGEST_JSON
+from tests import readers
 
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 3, 2**31 - 1, 2**31, 2**63, 10**12, 99_999_999_999, 10**40, -(10**12), 0.5, -0.5,
@@ -41,6 +42,7 @@ class Loader:
     load: Callable[[Path], Any]  # raises UserError for others
     finish: Callable[[Path], None] = lambda folder: None  # makes what vouches for the files vouch for these
     writes: bool = False  # into the folder itself
+    reads: tuple[str, ...] = ()  # functions that the files come to, as tests/readers.py names them
 
 
 @contextlib.contextmanager
@@ -68,6 +70,7 @@ def attacks(loader: Loader, folder: Path, count: int, seed: int = 0) -> dict[str
     good.mkdir(parents=True)
     loader.make(good)
     originals = {path.relative_to(good): path.read_bytes() for path in sorted(good.rglob("*")) if path.is_file()}
+    _check_reads(loader, good)
     verdicts = {"refused": 0, "taken": 0}
     for number in range(count):
         target = inside / f"{number}"
@@ -94,6 +97,18 @@ def attacks(loader: Loader, folder: Path, count: int, seed: int = 0) -> dict[str
         assert after == before, f"{where}: it wrote {after.items() ^ before.items()}"
         shutil.rmtree(target)
     return verdicts
+
+
+def _check_reads(loader: Loader, good: Path) -> None:
+    """AssertionError unless the good files come to all functions that the loader names."""
+    if not loader.reads:
+        return
+    folder = good.parent / "whole"
+    shutil.copytree(good, folder)
+    loader.finish(folder)
+    missed = set(loader.reads) - readers.entered(lambda: loader.load(folder), loader.reads)
+    assert not missed, f"the files of {loader.name} do not come to {', '.join(sorted(missed))}"
+    shutil.rmtree(folder)
 
 
 def times(folder: Path, left_out: Path | None) -> dict[Path, int]:

@@ -31,7 +31,7 @@ from train import trainer
 from train.build import describe_data
 from train.config import Pretrain
 from train.documents import Documents, Shape, make_shards
-from train.prepare import prepare
+from train.prepare import _read_text, prepare
 from train.sft import inherit
 from train.tasks import Where, find
 
@@ -154,6 +154,14 @@ def make_talks(folder: Path) -> None:
     (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(5)))
 
 
+def load_talks(folder: Path) -> None:
+    for _ in conversation.read(folder / "talks.jsonl"):
+        pass
+    examples = find(f"jsonl:{folder / 'talks.jsonl'}").examples("train", Where())
+    for i in range(len(examples)):
+        assert examples[i].messages
+
+
 def make_task(folder: Path) -> None:
     (folder / "gsm8k").mkdir()
     row = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
@@ -173,23 +181,47 @@ def make_text(folder: Path) -> None:
 
 def load_text(folder: Path) -> None:
     sample.read_prompt(f"FILE:{folder / 'prompt'}")
+    _read_text(folder / "prompt", "a text")
     for _ in Documents.find(str(folder / "a.jsonl")).read():
         pass
 
 
+DOCUMENT_READERS = tuple(f"train/files.py:{name}" for name in ("_unpacked", "_of_json", "_parsed"))
+CHECKPOINT_READERS = tuple(
+    f"gptfast/checkpoint.py:{name}" for name in ("_opened", "_read_manifest", "_read_json", "_read_tensors")
+)
 LOADERS = [
-    Loader("tokenizer", BYTES.save, lambda folder: load_bpe(folder).encode("the end")),
-    Loader("export", make_export, load_export),
-    Loader("indexed", make_indexed, load_export),
-    Loader("data", make_data, load_data),
-    Loader("checkpoint", make_run, load_run),
+    Loader(
+        "tokenizer", BYTES.save, lambda folder: load_bpe(folder).encode("the end"),
+        reads=("gptfast/tokenizer.py:load_bpe", "gptfast/tokenizer.py:_read_ranks"),
+    ),
+    Loader(
+        "export", make_export, load_export,
+        reads=("gptfast/hf/__init__.py:read_settings", "gptfast/hf/tokenizer_files.py:read"),
+    ),
+    Loader("indexed", make_indexed, load_export, reads=("gptfast/hf/__init__.py:_read_tensors",)),
+    Loader(
+        "data", make_data, load_data,
+        reads=("gptfast/data.py:inspect", "gptfast/data.py:_read", "gptfast/tokenizer.py:read_meta"),
+    ),
+    Loader("checkpoint", make_run, load_run, reads=CHECKPOINT_READERS),
     Loader("signed checkpoint", make_run, load_run, signed),
-    Loader("sharded checkpoint", make_sharded, load_sharded, signed),
-    Loader("documents", make_documents, load_documents, writes=True),
-    Loader("conversations", make_talks, lambda folder: list(conversation.read(folder / "talks.jsonl"))),
-    Loader("task", make_task, load_task),
-    Loader("text", make_text, load_text),
-]
+    Loader("sharded checkpoint", make_sharded, load_sharded, signed, reads=("gptfast/parallel/parts.py:read_parts",)),
+    Loader(
+        "documents", make_documents, load_documents, writes=True,
+        reads=(
+            *DOCUMENT_READERS, "train/files.py:_count_lines", "train/documents.py:_begin",
+            "train/documents.py:_make_shards", "train/documents.py:Job.finish", "train/download.py:sha256_of",
+            "gptfast/aside.py:_locked", "gptfast/aside.py:flush",
+        ),
+    ),
+    Loader(
+        "conversations", make_talks, load_talks,
+        reads=("gptfast/chat/conversation.py:read", "train/tasks/jsonl.py:examples"),
+    ),
+    Loader("task", make_task, load_task, reads=("train/tasks/task.py:rows", "train/tasks/task.py:_read")),
+    Loader("text", make_text, load_text, reads=("gptfast/sample.py:read_prompt", "train/prepare.py:_read_text")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.name)
@@ -291,6 +323,23 @@ def test_a_vocabulary_is_that_of_its_tokenizer(tmp_path: Path) -> None:
         for read in (describe_data, load_tokenizer):
             with pytest.raises(UserError, match=f"states vocab_size {size}, and its tokenizer has"):
                 read(tmp_path / "data")
+
+
+def test_counts_of_a_stopped_job_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    make_documents(tmp_path / "job")
+    progress = json.loads((tmp_path / "job" / "progress.json").read_text())
+    trees = [(progress, ("documents", "text_bytes", "empty", "mended")), (progress["state"], ("file", "row", "at"))]
+    trees += [(progress["parts"][split], ("number", "tokens", "finished")) for split in ("train", "val")]
+    for tree, names in trees:
+        for name in names:
+            before = tree[name]
+            for value in ({"a": 1}, [None], -1, 0.5, "x", 10**40):
+                tree[name] = value
+                (tmp_path / "job" / "progress.json").write_text(json.dumps(progress))
+                with pytest.raises(UserError, match=r"progress\.json is not as gptfast|of other documents"):
+                    load_documents(tmp_path / "job")
+            tree[name] = before
 
 
 def test_files_beside_their_folder_are_not_read(tmp_path: Path) -> None:

@@ -175,9 +175,9 @@ READERS = [
     Loader("figures of serving", written(serve=SERVES, decode=DECODES), draw, writes=True),
     Loader("figures of profiles", written(profile=PROFILES), draw, writes=True),
     Loader("figures of a log", written(log=log("base")), draw, writes=True),
-    Loader("tables", written(ops=OPS, model=MODELS), tables),
+    Loader("tables", written(ops=OPS, model=MODELS), tables, reads=("bench/results.py:lines", "gptfast/rows.py:parse")),
     Loader("compare", make_two, load_two, writes=True),
-    Loader("history", make_past, load_past, writes=True),
+    Loader("history", make_past, load_past, writes=True, reads=("bench/history.py:_git",)),
     Loader("predict", written(ops=OPS, peaks=PEAKS, profile=PROFILES), load_predicted),
     Loader("ceilings", written(peaks=PEAKS), load_ceilings),
     Loader("profile --diff", written(profile=PROFILES), load_profiles),
@@ -186,6 +186,7 @@ READERS = [
         "plan --measured",
         written(model=[row | H200 for row in MODELS], profile=[row | H200 for row in PROFILES]),
         lambda at: plan.measured_mfu(str(at), mfu.peak("NVIDIA H200")),  # type: ignore[arg-type]
+        reads=("gptfast/report/__init__.py:read",),
     ),
     Loader(
         "report",

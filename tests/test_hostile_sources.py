@@ -18,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from bench import deep
-from gptfast import checkpoint, hf
+from gptfast import checkpoint, data, hf
 from gptfast.chat.session import Session
 from gptfast.chat.terminal import _check_history
 from gptfast.config import PRESETS, nanochat
@@ -103,12 +104,14 @@ def make_shards_of(folder: Path) -> None:
 
 
 def load_shards(folder: Path) -> None:
+    for size in (data.IN_MEMORY_BYTES, 0):  # read whole, and mapped
+        with mock.patch.object(data, "IN_MEMORY_BYTES", size):
+            load_tokens(folder / "llmc" / "train.bin", 259, 8)
     for split in ("train", "val"):
         tokens = load_tokens(folder / "ours" / f"{split}.bin", BYTES.vocab_size, 4)
         batches = PackedBatches(tokens, 2, 4, bos=258)
         with contextlib.closing(batches):
             next(batches)
-    load_tokens(folder / "llmc" / "train.bin", 259, 8)
     inspect(folder / "bare.bin")
 
 
@@ -240,20 +243,44 @@ def stage(command: Any, flags: tuple[str, ...]) -> tuple[Callable[[Path], None],
 
 
 SFT_STAGE, RL_STAGE = stage(sft, SFT), stage(rl, RL)
+CORE_READERS = tuple(
+    f"train/tasks/core.py:{name}" for name in ("_content", "_settings", "_chances", "_items", "Items.__getitem__")
+)
 SOURCES = [
-    Loader("packed", make_packed, load_packed),
-    Loader("shards", make_shards_of, load_shards),
-    Loader("tasks", make_tasks, load_tasks),
-    Loader("core", make_bundle, load_bundle),
-    Loader("nanochat", make_nanochat, load_nanochat),
+    Loader(
+        "packed", make_packed, load_packed,
+        reads=("train/files.py:_of_text", "train/parquet.py:_opened", "train/parquet.py:_parquet"),
+    ),
+    Loader(
+        "shards", make_shards_of, load_shards,
+        reads=("gptfast/data.py:TokenFile.map", "gptfast/data.py:_sampled_largest"),
+    ),
+    Loader("tasks", make_tasks, load_tasks, reads=("train/tasks/words.py:words", "train/parquet.py:_opened")),
+    Loader("core", make_bundle, load_bundle, reads=CORE_READERS),
+    Loader(
+        "nanochat", make_nanochat, load_nanochat,
+        reads=("gptfast/hf/nanochat.py:read", "gptfast/hf/nanochat.py:_check_archive"),
+    ),
     Loader("talk", make_talk, load_talk),
-    Loader("small files", make_small, load_small, writes=True),
-]
+    Loader(
+        "small files", make_small, load_small, writes=True,
+        reads=(
+            "gptfast/serve/__main__.py:guarded_by", "bench/deep.py:read_report", "bench/deep.py:parse",
+            "train/core.py:Journal.__init__",
+        ),
+    ),
+]  # fmt: skip
 SLOW = [
-    Loader("stranger", make_stranger, load_stranger),
+    Loader(
+        "stranger", make_stranger, load_stranger,
+        reads=(
+            "train/evaluate.py:_from_pretrained", "train/evaluate.py:read_documents",
+            "gptfast/tokenizer.py:_from_hugging_face",
+        ),
+    ),
     Loader("sft checkpoint", SFT_STAGE[0], SFT_STAGE[1], signed, writes=True),
     Loader("rl checkpoint", RL_STAGE[0], RL_STAGE[1], signed, writes=True),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("loader", [*SOURCES, *SLOW], ids=lambda loader: loader.name)

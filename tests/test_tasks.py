@@ -171,9 +171,13 @@ def test_files_of_tasks(tmp_path: Path) -> None:
     (tmp_path / "gsm8k" / "test.jsonl").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
         TASKS["gsm8k"].examples("test", where)
+    packed = gzip.compress(b"")
+    (tmp_path / "gsm8k" / "train.jsonl.gz").write_bytes(packed[:10] + b"\xff" + packed[11:])  # no block of deflate
+    with pytest.raises(UserError, match=r"cannot read .*train\.jsonl\.gz \(it is damaged"):
+        TASKS["gsm8k"].examples("train", where)
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(asked("a", "b")))
-    assert find(f"jsonl:{path}").examples("train", where) == [Example(asked("a", "b"))]
+    assert list(find(f"jsonl:{path}").examples("train", where)) == [Example(asked("a", "b"))]
 
 
 def test_rows_are_shuffled_as_datasets_does() -> None:

@@ -178,22 +178,24 @@ class Journal:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._known: dict[tuple[str, int], list[bool]] = {}
+        self._known: dict[tuple[str, int], str] = {}
         if path is None or not path.is_file():
             return
         try:
-            with untrusted.opened(path) as file:
-                for line in untrusted.lines(file):
-                    with contextlib.suppress(*untrusted.STRANGE):  # the last line may be truncated
-                        row = untrusted.parsed(line)
-                        self._known[row["key"], row["first"]] = [mark == "1" for mark in row["right"]]
+            for line in untrusted.rows(path, untrusted.Allowance()):
+                with contextlib.suppress(*untrusted.STRANGE):  # the last line may be truncated
+                    row = untrusted.parsed(line)
+                    key, first, right = row["key"], row["first"], row["right"]
+                    if isinstance(key, str) and isinstance(first, int) and set(right) <= {"0", "1"}:
+                        self._known[key, first] = "".join(right)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot read {path} ({untrusted.reason(error)}); remove it, or choose another --out_dir"
             ) from None
 
     def read(self, key: str, first: int) -> list[bool] | None:
-        return self._known.get((key, first))
+        right = self._known.get((key, first))
+        return None if right is None else [mark == "1" for mark in right]
 
     def write(self, key: str, first: int, right: Sequence[bool], model: str, task: str) -> None:
         if self.path is None:

@@ -13,7 +13,6 @@ A full part becomes `train-00000.bin`. meta.json, with the sha256 of all files, 
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -41,6 +40,7 @@ from train import files
 from train.download import sha256_of
 
 BATCH = 64  # documents tokenized at a time; about 200 kB of web text
+BATCH_CHARACTERS = 2**22  # beyond which a batch has fewer documents
 SAVED_EVERY_S = 30.0
 
 PROGRESS, MANIFEST = "progress.json", "meta.json"
@@ -91,9 +91,17 @@ class Documents:
         None stands for a row without a document. Raises UserError with the reason where reading fails.
         """
         if self.files:
-            rows = files.read([path for path, _ in self.files], self.builder, self.column, state)
-            while batch := list(itertools.islice(rows, BATCH)):
-                yield [row.text for row in batch], batch[-1].state()
+            texts: list[str | None] = []
+            characters = 0
+            row = None
+            for row in files.read([path for path, _ in self.files], self.builder, self.column, state):
+                texts.append(row.text)
+                characters += len(row.text or "")
+                if len(texts) == BATCH or characters >= BATCH_CHARACTERS:
+                    yield texts, row.state()
+                    texts, characters = [], 0
+            if row is not None and texts:
+                yield texts, row.state()
             return
         with self._explained():
             stream = self._open()
@@ -439,7 +447,12 @@ def _begin(folder: Path, settings: dict[str, Any], tokenizer: BPETokenizer, shar
         for split in SPLITS:
             place = {name: untrusted.count(value) for name, value in progress["parts"][split].items()}
             parts[split] = Part(folder, split, **place)
+        if progress["state"] is not None and settings["documents"]["files"]:
+            for name in ("file", "row", "at"):
+                untrusted.count(progress["state"][name])
         files = progress["files"]
+        if not isinstance(files, dict):
+            raise TypeError("its files are no object")
         job = Job(folder, settings, tokenizer, shard_tokens, parts, progress["state"], files=files, **counts)
         job.rewind()
     print(f"going on after {job.documents:,} documents and {job.tokens('train'):,} tokens")
@@ -469,8 +482,7 @@ def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
     from tqdm import tqdm
 
     total = shape.max_tokens or documents.count()
-    numbers = itertools.count(job.documents, BATCH)
-    tasks = ((first, texts, state) for first, (texts, state) in zip(numbers, documents.read(job.state), strict=False))
+    tasks = _numbered(documents.read(job.state), job.documents)
     every = round(1 / shape.val_fraction)
     done = job.tokens("train") if shape.max_tokens else job.documents
     unit = " tokens" if shape.max_tokens else " documents"
@@ -485,6 +497,12 @@ def _run(job: Job, documents: Documents, shape: Shape, processes: int) -> None:
             bar.set_postfix_str(f"{job.tokens('train') / 1e6:,.1f} M tokens", refresh=False)
             if shape.max_tokens and done >= shape.max_tokens:
                 return
+
+
+def _numbered(batches: Iterable[tuple[list[str | None], dict[str, Any]]], first: int) -> Iterator[Task]:
+    for texts, state in batches:
+        yield first, texts, state
+        first += len(texts)
 
 
 def _check_same(folder: Path, saved: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

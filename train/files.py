@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 
 from gptfast import untrusted
 from gptfast.errors import UserError, remedy, to_install
+from train import parquet
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
 PACKED = (".gz", ".zst", ".xz", ".bz2")
 NO_DOCUMENTS = ("readme", "license", "dataset_info", "dataset_infos")
 GO_ON = "mend or remove it; the same command goes on from there"
 TEXT_BYTES = 2**30  # a text is read into memory, where it takes several times its size
-DOCUMENT_BYTES = 2**28  # of one among others
-ROWS_AT_ONCE = 64  # of parquet
+DOCUMENT_BYTES = 2**26  # of one among others, whose tokens take up to 20 times as much
 
 
 class Row(NamedTuple):
@@ -148,25 +148,13 @@ def decoded(content: bytes, path: Path) -> str:
 
 
 def _of_parquet(path: Path, column: str, first: int) -> Rows:
-    from pyarrow import parquet
-
-    if path.stat().st_size == 0:  # as left by a writer without rows
+    if path.is_file() and path.stat().st_size == 0:  # as left by a writer without rows
         return
-    with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if column not in names:
-            raise _no_column(f"{path}", column, names)
-        row = 0
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row + size <= first:
-                row += size
-                continue
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    if row >= first:
-                        yield _text(value, f"{path}, row {row}", column), row, 0
-                    row += 1
+    try:
+        for value, row in parquet.cells(path, column, first):
+            yield _text(value, f"{path}, row {row}", column), row, 0
+    except parquet.NoColumn as error:
+        raise _no_column(f"{path}", column, error.names) from None
 
 
 def _of_json(path: Path, column: str, after: dict[str, Any] | None) -> Rows:
@@ -214,6 +202,8 @@ def _of_row(value: Any, where: str, column: str, is_first: bool) -> str | None:
 def _text(value: Any, where: str, column: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {column} is no text but {type(value).__name__}; choose another --column, or {GO_ON}")
+    if value is not None and len(value) > DOCUMENT_BYTES:
+        raise UserError(f"{where}: a document of {len(value):,} characters; make it several, or {GO_ON}")
     return value or None
 
 
@@ -243,15 +233,10 @@ def count(paths: Sequence[str], builder: str) -> int | None:
     if builder == "text":
         return len(paths)
     if builder == "parquet":
-        from pyarrow import parquet
-
-        total = 0
-        for path in paths:
-            try:
-                total += parquet.read_metadata(path).num_rows if Path(path).stat().st_size else 0
-            except Exception:  # reading reports it, after the documents before it
-                return None
-        return total
+        try:
+            return sum(map(parquet.count, paths))
+        except Exception:  # reading reports it, after the documents before it
+            return None
     return sum(map(_count_lines, paths)) if all(path.lower().endswith(".jsonl") for path in paths) else None
 
 

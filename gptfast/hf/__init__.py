@@ -221,6 +221,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             with untrusted.opened(folder / name) as file:
                 tensors |= untrusted.tensors(file)[0]
+                if len(tensors) > untrusted.MOST_TENSORS:
+                    raise ValueError(f"with the files before it, it has more than {untrusted.MOST_TENSORS:,} tensors")
         except OSError as error:
             fix = remedy(error, "fetch it again")
             raise UserError(f"cannot read {folder / name} ({untrusted.reason(error)}); {fix}") from None

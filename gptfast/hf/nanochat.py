@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import zipfile
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from gptfast.model import GPT
 
 FILE = re.compile(r"model_(\d{6,})\.pt")
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of meta's model_config, besides sequence_len
+LARGEST_STRUCTURE = 2**22  # bytes of the pickle that names the tensors
+PADDED = 64  # vocabularies are padded to a multiple of it
 QKV = ("c_q", "c_k", "c_v")
 # Fields that nanochat always has, but that neutral weights can switch off; and fields that change no logit
 FILLED_IN = ("value_embeddings", "residual_scalars", "smear", "backout", "rope_sign")
@@ -57,10 +62,14 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
         config = _config(settings["model_config"])
     try:
         with untrusted.opened(path) as file:
+            _check_archive(file)
+            file.seek(0)
             theirs = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         fix = remedy(error, "fetch it again")
         raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
+    except Packed as error:
+        raise UserError(f"{path} {error}; fetch it again") from None
     except Exception as error:  # torch raises pickle's, zipfile's and its own types
         raise UserError(
             f"{path} is damaged, or holds more than tensors, which could run code and is not read "
@@ -68,6 +77,9 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
         ) from None
     if not isinstance(theirs, dict) or not all(isinstance(x, Tensor) for x in theirs.values()):
         raise UserError(f"{path} holds no state dict; give nanochat's model_*.pt")
+    stated = sum(w.numel() * w.element_size() for w in theirs.values())
+    if stated > path.stat().st_size or any(w.layout != torch.strided for w in theirs.values()):
+        raise UserError(f"{path} has tensors of {stated:,} bytes, and does not hold as many; fetch it again")
     if config.n_layer > len(theirs):  # before looking for each layer
         raise UserError(f"the {len(theirs)} tensors in {path} do not fit its meta: {config.n_layer} layers")
     with untrusted.expected(f"what {path} holds", "fetch it again"):
@@ -81,6 +93,22 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
     if theirs:
         raise UserError(f"{path} has weights that nanochat at 92d63d4 has not: {', '.join(sorted(theirs)[:5])}")
     return config, ours
+
+
+class Packed(Exception):
+    """An archive can unpack to far more than its size."""
+
+
+def _check_archive(file: BufferedReader) -> None:
+    """Raises Packed for a file of torch's whose parts are compressed, or share their bytes; torch.save does neither."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise Packed(f"has {size:,} bytes, and unpacks to {sum(part.file_size for part in parts):,}")
+    structure = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
+    if structure > LARGEST_STRUCTURE:
+        raise Packed(f"has {structure:,} bytes besides its tensors, where {LARGEST_STRUCTURE:,} are the most")
 
 
 def _config(settings: dict[str, Any]) -> GPTConfig:
@@ -105,7 +133,10 @@ def _taken(config: GPTConfig, theirs: Weights) -> Weights:
             name = f"transformer.h.{i}.{part}.weight"
             ours[name] = theirs.pop(name)
     for name in _tables(config):
-        ours[name] = theirs.pop(name)[: config.vocab_size]
+        table = theirs.pop(name)
+        if len(table) - config.vocab_size >= PADDED:
+            raise ValueError(f"{name} has {len(table)} rows for {config.vocab_size} tokens")
+        ours[name] = table[: config.vocab_size]
     for name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate.weight", "backout_lambda"):
         ours[name] = theirs.pop(name)
     return ours

@@ -20,6 +20,8 @@ MODEL, STATE = "model", "state"  # prefixes of tensor names: model/<parameter>/<
 
 PLACES, OFFSET = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's keys for offsets
 
+MOST_PIECES = 2**20  # of all ranks
+
 Extent = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size of a piece
 
 
@@ -47,8 +49,12 @@ def read_parts(
     ValueError for pieces that do not form a tensor.
     """
     pieces: dict[str, dict[Extent, Tensor]] = {}
+    count = 0
     for file in files:
         tensors, about = untrusted.tensors(file)
+        count += len(tensors)
+        if count > MOST_PIECES:
+            raise ValueError(f"its parts have more than {MOST_PIECES:,} tensors")
         offsets = untrusted.parsed(about[PLACES])
         for name, tensor in tensors.items():
             if name.startswith((f"{MODEL}/", f"{STATE}/")):  # replicas have equal pieces

@@ -43,20 +43,26 @@ SMOOTH_STEPS = 20  # rows that the bold line of a loss curve averages
 def read(paths: Iterable[Path | str]) -> list[Row]:
     """Reads the rows of JSONL files, in order. Raises UserError that names the file and the malformed line."""
     rows: list[Row] = []
+    allowance = untrusted.Allowance()
     for path in map(Path, paths):
+        cut: UserError | None = None
         try:
-            lines = untrusted.text(path, untrusted.LARGEST_ROWS).splitlines()
+            for number, line in enumerate(untrusted.rows(path, allowance), 1):
+                if not line.strip():
+                    continue
+                if cut is not None:
+                    raise cut
+                try:
+                    rows.append(parse(line))
+                except (ValueError, TypeError) as error:
+                    cut = UserError(f"{path}:{number}: not a row: {error}; remove that line")
+                    if not isinstance(error, json.JSONDecodeError):
+                        raise cut from None
+                    # Only the last line may be no JSON: that of a run that was killed.
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({untrusted.reason(error)}); give a .jsonl file of rows") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(parse(line))
-            except (ValueError, TypeError) as error:
-                if number == len(lines) and isinstance(error, json.JSONDecodeError):
-                    continue  # incomplete last line of a killed run
-                raise UserError(f"{path}:{number}: not a row: {error}; remove that line") from None
     return rows
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import random
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from gptfast import untrusted
 from gptfast.errors import UserError, remedy, to_install
@@ -31,7 +32,9 @@ from train.download import download, sha256_of
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # as nanochat fetches it
 SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # of the bundle behind published scores
 SETTINGS, CHANCES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
-LARGEST_SETTINGS = 10**6  # bytes; YAML of 50 MB would take an hour to read
+LARGEST_BUNDLE = 2**28  # bytes of the items of all tasks
+LARGEST_SETTINGS = 2**18  # bytes; YAML takes a minute and some GB for a few MB
+MOST_COLUMNS = 100  # of the table of chances
 SHUFFLE_SEED, EXAMPLES_SEED = 1337, 1234
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
@@ -104,7 +107,8 @@ def read(task_dir: str, data_dir: str, max_examples: int = 0) -> dict[str, CoreT
     """
     root = _in_folder(Path(task_dir)) if task_dir else _in_archive(Path(data_dir) / "core" / "eval_bundle.zip")
     chances = _chances(root / CHANCES)
-    tasks = [_task(root, settings, chances, max_examples) for settings in _settings(root / SETTINGS)]
+    room = untrusted.Allowance(LARGEST_BUNDLE, LARGEST_BUNDLE)
+    tasks = [_task(root, settings, chances, max_examples, room) for settings in _settings(root / SETTINGS)]
     return {task.name: task for task in tasks}
 
 
@@ -124,14 +128,19 @@ def _in_archive(path: Path) -> zipfile.Path:
     return zipfile.Path(path, "eval_bundle/")
 
 
-def _text(path: Folder, largest: int = untrusted.LARGEST_ROWS) -> str:
+def _content(path: Folder, largest: int) -> bytes:
     try:
-        if isinstance(path, Path):
-            return untrusted.text(path, largest)
-        return path.read_text(encoding="utf-8")
+        return untrusted.content(path, largest) if isinstance(path, Path) else path.read_bytes()
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         fix = remedy(error, "bring the bundle again")
         raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
+
+
+def _text(path: Folder) -> str:
+    try:
+        return _content(path, LARGEST_SETTINGS).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} ({error}); bring the bundle again") from None
 
 
 def _settings(path: Folder) -> list[dict[str, Any]]:
@@ -141,7 +150,14 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: {to_install(error, 'pyyaml')}") from None
     try:
-        tasks = yaml.safe_load(_text(path, LARGEST_SETTINGS))["icl_tasks"]
+
+        class WithoutAliases(yaml.SafeLoader):
+            def compose_node(self, parent: Any, index: Any) -> Any:
+                if self.check_event(yaml.AliasEvent):
+                    raise ValueError("it has aliases (*name), which can stand for any number of values")
+                return super().compose_node(parent, index)
+
+        tasks = yaml.load(_text(path), WithoutAliases)["icl_tasks"]
         for task in tasks:
             if not (isinstance(task["label"], str) and isinstance(task["dataset_uri"], str)):
                 raise TypeError("a label and a dataset_uri are texts")
@@ -161,9 +177,11 @@ def _settings(path: Folder) -> list[dict[str, Any]]:
 
 def _chances(path: Folder) -> dict[str, float]:
     """Returns the accuracy of guessing, by task; the file has percent."""
-    text = _text(path, LARGEST_SETTINGS)
+    text = _text(path)
     try:
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = csv.DictReader(text.splitlines())
+        if len(rows.fieldnames or ()) > MOST_COLUMNS:
+            raise ValueError(f"it has more than {MOST_COLUMNS} columns")
         chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
         if not all(0 <= chance < 1 for chance in chances.values()):
             raise ValueError("a random baseline is at least 0 and below 100")
@@ -172,7 +190,9 @@ def _chances(path: Folder) -> dict[str, float]:
     return chances
 
 
-def _task(root: Folder, settings: dict[str, Any], chances: dict[str, float], max_examples: int) -> CoreTask:
+def _task(
+    root: Folder, settings: dict[str, Any], chances: dict[str, float], max_examples: int, room: untrusted.Allowance
+) -> CoreTask:
     name, shown = settings["label"], settings["num_fewshot"][0]
     if name not in chances:
         raise UserError(f"{root / CHANCES} has no random baseline of {name}; add a line")
@@ -180,31 +200,50 @@ def _task(root: Folder, settings: dict[str, Any], chances: dict[str, float], max
     if within.is_absolute() or ".." in within.parts:
         raise UserError(f"{root / SETTINGS}: dataset_uri {within} leads out of the bundle")
     path = root / DATA / str(within)
-    text = _text(path)
-    items = _items(path, text, settings["icl_task_type"])
-    random.Random(SHUFFLE_SEED).shuffle(items)
-    items = items[:max_examples] if max_examples else items
+    content = _content(path, untrusted.LARGEST_ROWS)
+    lines = _items(path, content, settings["icl_task_type"], room)
+    random.Random(SHUFFLE_SEED).shuffle(lines)
+    items = Items(lines[:max_examples] if max_examples else lines)
     if len(items) <= shown:
         raise UserError(f"{name} shows {shown} examples before each item and has {len(items)} items; it needs more")
     return CoreTask(
         name, settings["icl_task_type"], shown, settings.get("continuation_delimiter", " "), chances[name], items,
-        hashlib.sha256(text.encode()).hexdigest(),
+        hashlib.sha256(content).hexdigest(),
     )  # fmt: skip
 
 
-def _items(path: Folder, text: str, kind: str) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Items(Sequence[dict[str, Any]]):
+    """Items that were checked, each parsed when it is asked for."""
+
+    lines: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, i: int | slice) -> Any:
+        return list(map(untrusted.parsed, self.lines[i])) if isinstance(i, slice) else untrusted.parsed(self.lines[i])
+
+
+def _items(path: Folder, content: bytes, kind: str, room: untrusted.Allowance) -> list[bytes]:
+    """Returns the lines of items, each of which is one of this kind."""
     items = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(io.BytesIO(content), 1):
         if not line.strip():
             continue
         try:
-            item = untrusted.parsed(line)
+            item = untrusted.parsed(line.decode("utf-8"))
             wrong = [name for name, type_ in FIELDS[kind].items() if not isinstance(item[name], type_)]
             options = item.get("choices") or item.get("context_options") or ()
             if wrong or ("gold" in FIELDS[kind] and not 0 <= item["gold"] < len(options)):
                 raise ValueError(f"{' and '.join(wrong) or 'gold'} cannot be used")
+            room.take(line)
+            items.append(line)
         except untrusted.STRANGE as error:
             reason = f"no {error}" if isinstance(error, KeyError) else untrusted.reason(error)
             raise UserError(f"{path}, line {number}: no item of {kind} ({reason}); bring the bundle again") from None
-        items.append(item)
     return items

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from gptfast.chat.conversation import read
-from train.tasks.task import Example, Task, Where
+from gptfast import untrusted
+from gptfast.chat.conversation import messages_of, read
+from train.tasks.task import Example, Mapped, Task, Where
 
 
 def of_file(path: str) -> Task:
@@ -14,5 +16,7 @@ def of_file(path: str) -> Task:
     return Task(f"jsonl:{path}", "conversations", partial(examples, path))
 
 
-def examples(path: str, split: str, where: Where) -> list[Example]:
-    return [Example(messages) for messages in read(Path(path))]
+def examples(path: str, split: str, where: Where) -> Sequence[Example]:
+    for _ in read(path):
+        pass  # each is checked once, and read again when it is asked for
+    return Mapped(untrusted.JsonLines(Path(path), is_checked=True), lambda row: Example(messages_of(row)))

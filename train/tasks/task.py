@@ -5,7 +5,6 @@ A task's examples are conversations whose last message is the right answer; mult
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from gptfast import untrusted
 from gptfast.errors import UserError, remedy, to_install
+from train import parquet
 
 SHUFFLE_SEED = 42  # nanochat's, so that "the first 100 examples" are the same there and here
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -130,19 +130,12 @@ def _find(folder: Path, split: str) -> Path:
     return (named or files)[0]
 
 
-def _read(path: Path) -> list[Any]:
+def _read(path: Path) -> Sequence[Any]:
     try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path).to_pylist()
-        with untrusted.opened(path) as opened:
-            file: Any = gzip.GzipFile(fileobj=opened) if path.suffix == ".gz" else opened
-            content = untrusted.whole(file, untrusted.LARGEST_ROWS).decode("utf-8")
-            return [untrusted.parsed(line) for line in content.split("\n") if line.strip()]
+        return parquet.table(path) if path.suffix == ".parquet" else untrusted.JsonLines(path)
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: {to_install(error, 'pyarrow')}") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, *untrusted.STRANGE) as error:
         fix = remedy(error, "bring it again")
         raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
 

@@ -10,6 +10,7 @@ from gptfast.errors import UserError
 from train.tasks.task import Where
 
 FILE = "words.txt"  # in the folder of tasks, one word a line; such as words_alpha.txt of dwyl/english-words
+LARGEST = 2**24  # bytes of it
 TRAIN, TEST = 4000, 1000  # number of examples
 COMMON = """
 able about above across action actor address adult after again agree alarm album alive allow alone along also always
@@ -48,7 +49,7 @@ def words(where: Where) -> list[str]:
     if path is None or not path.exists():
         return COMMON.split()
     try:
-        return untrusted.text(path).split()
+        return untrusted.text(path, LARGEST).split()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({untrusted.reason(error)}); give a text of one word a line") from None
 

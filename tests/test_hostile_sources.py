@@ -23,11 +23,12 @@ import pytest
 import torch
 
 from bench import deep
-from gptfast import checkpoint, hf
+from gptfast import checkpoint, hf, untrusted
 from gptfast.chat.session import Session
 from gptfast.chat.terminal import _check_history
 from gptfast.config import PRESETS, nanochat
 from gptfast.data import header, inspect, load_tokens
+from gptfast.errors import UserError
 from gptfast.hf import nanochat as nanochat_files
 from gptfast.model import GPT
 from gptfast.packing import PackedBatches
@@ -36,6 +37,7 @@ from tests.hostile import Loader, attacks, signed
 from tests.test_hostile import BYTES, OPS, TALK
 from train import conversations, core, evaluate, rl, sft
 from train.documents import Documents, Shape, make_shards
+from train.files import _unpacked
 from train.tasks import TASKS, Where
 from train.tasks import core as core_task
 from train.tasks.words import words
@@ -266,3 +268,38 @@ def test_a_hostile_source_is_refused_in_one_line(
     if count > 100:
         assert verdicts["refused"] >= count // 10
         print(f"{loader.name}: {verdicts}")
+
+
+# ---- each kind by itself
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2"])
+def test_what_is_packed_and_damaged_is_an_oserror_wherever_the_damage_is(ending: str, tmp_path: Path) -> None:
+    """One bit in each byte, and cut before it: decompressors raise EOFError and errors of their own."""
+    path = tmp_path / f"a.jsonl{ending}"
+    lines = [b"%d\n" % (i**9) for i in range(1, 9)]
+    good = packed(b"".join(lines).decode(), ending)
+    damaged = [good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :] for i in range(len(good))]
+    refused = 0
+    for content in [good, *damaged, *(good[:i] for i in range(1, len(good)))]:
+        path.write_bytes(content)
+        for read in (lambda file: untrusted.whole(file, 999).splitlines(True), lambda file: [*untrusted.lines(file)]):
+            try:
+                with _unpacked(path) as file:
+                    assert read(file) == lines
+            except OSError:
+                refused += 1
+    assert refused > 3 * len(good)
+
+
+def test_rows_of_a_task_that_are_packed_and_damaged_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mmlu" / "test.jsonl.gz"
+    path.parent.mkdir()
+    good = gzip.compress(json.dumps(ROWS["mmlu"]).encode())
+    for content in (good[:-9], good[:12] + b"\xff" + good[13:], good[:-8] + bytes(8), b"\xff" + good):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^cannot read .*test\.jsonl\.gz \(.+\); bring it again$"):
+            TASKS["mmlu"].examples("test", Where(str(tmp_path)))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'[{"text": "words"}]')[:-9])  # which no limit of arrays hides
+    with pytest.raises(UserError, match=r"a\.json\.gz cannot be read \(.*decompressed"):
+        list(Documents.find(str(tmp_path / "a.json.gz")).read())

@@ -142,7 +142,7 @@ def _read(path: Path) -> list[Any]:
             return [untrusted.parsed(line) for line in content.split("\n") if line.strip()]
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: {to_install(error, 'pyarrow')}") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:
         fix = remedy(error, "bring it again")
         raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
 

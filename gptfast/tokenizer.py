@@ -271,6 +271,9 @@ class BPETokenizer:
         `normalization`: NFC composes characters first. Raises UserError if a byte is missing, an id is used twice, or
         another argument is invalid.
         """
+        are_texts = all(isinstance(name, str) for name in special_tokens)
+        if not are_texts or not all(type(i) is int for each in (ranks, special_tokens) for i in each.values()):
+            raise UserError("not a tokenizer that gptfast knows: an id is no whole number, or a special token no text")
         ids = [*ranks.values(), *special_tokens.values()]
         if any(bytes([byte]) not in ranks for byte in range(256)) or len(set(ids)) < len(ids) or min(ids) < 0:
             raise UserError(

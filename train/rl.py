@@ -233,11 +233,8 @@ class Drawing:
         for name, value in self._identity().items():
             if state[name] != value:
                 raise UserError(f"the checkpoint was made with --{name}={state[name]}, not {value}; set it to that")
-        self.drawing, self._drawn, self._left = (
-            count(state["drawing"]),
-            state["drawn"],
-            deque(map(count, state["left"])),
-        )
+        self.drawing, self._drawn = count(state["drawing"]), state["drawn"]
+        self._left = deque(map(count, state["left"]))
         if self._left and max(self._left) >= len(self._drawn):
             raise ValueError(f"micro-batch {max(self._left)} is still to be used, of {len(self._drawn)}")
         for tensors in self._drawn:
@@ -254,10 +251,8 @@ class Drawing:
         fits &= all(each.is_floating_point() and bool(each.isfinite().all()) for each in (advantages, *more))
         if not fits:
             raise ValueError("it has answers of other shapes than this run samples")
-        if (
-            min(int(tokens.min()), int(targets.min()) - IGNORED) < 0
-            or max(int(tokens.max()), int(targets.max())) >= vocab_size
-        ):
+        ids = torch.cat((tokens, targets.where(targets != IGNORED, tokens)))
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ValueError(f"it has answers with tokens outside the vocabulary of {vocab_size}")
 
     def _identity(self) -> dict[str, Any]:

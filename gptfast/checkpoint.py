@@ -515,9 +515,11 @@ def _flatten(tree: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Returns the tree that `_flatten` was given."""
+    """Returns the tree that `_flatten` was given; what it was written as is used up, so that both are never held."""
     if isinstance(value, list):
-        return [_unflatten(item, tensors) for item in value]
+        for i, item in enumerate(value):
+            value[i] = _unflatten(item, tensors)
+        return value
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
@@ -530,7 +532,9 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tuple(_unflatten(item, tensors) for item in content)
         if key == "$dict":
             return {_unflatten(key, tensors): _unflatten(item, tensors) for key, item in content}
-    return {key: _unflatten(item, tensors) for key, item in value.items()}
+    for key, item in value.items():
+        value[key] = _unflatten(item, tensors)
+    return value
 
 
 def _read_json(file: BufferedReader) -> Any:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gptfast.data import Shards, Tokens, parts_of, to_device
 from gptfast.errors import UserError
+from gptfast.untrusted import count
 
 # Pieces to choose from. With log-normal document lengths of mean 600 tokens, cropping drops 4 % of the tokens at a
 # block_size of 1024 and 2 % at 2048; a buffer of a tenth drops a fifth more. One core packs 30 million tokens per
@@ -99,7 +100,7 @@ class Prefetched(ABC):
         return {**json.loads(json.dumps(self._state)), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a state of other data or other sizes."""
+        """Raises UserError for a state of other data or other sizes, and untrusted.STRANGE for one that is damaged."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise UserError(f"the checkpoint was made with {name}={state[name]}, not {value}; set it to that")
@@ -155,9 +156,16 @@ class PackedBatches(Prefetched):
         return {"tokens": self._size, "bos": self.bos, "block_size": self.block_size}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._epoch, self._part, self._offset = state["epoch"], state["part"], state["offset"]
-        self._read, self._cropped = state["read"], state["cropped"]
-        self._buffer = [Piece(*piece) for piece in state["buffer"]]  # sorted
+        self._epoch, self._part, self._offset = count(state["epoch"]), count(state["part"]), count(state["offset"])
+        self._read, self._cropped = count(state["read"]), count(state["cropped"])
+        self._buffer = [Piece(*piece) for piece in state["buffer"]]
+        for piece in self._buffer:
+            count(piece.length), count(-piece.newness), count(piece.part), count(piece.start)
+        ends = [(piece.part, piece.start + piece.length) for piece in self._buffer]
+        if any(end > len(self._parts[part]) for part, end in [(self._part, self._offset), *ends]):
+            raise ValueError("it has documents that end behind their file")
+        if self._buffer != sorted(self._buffer):
+            raise ValueError("documents that wait are in another order than by length")
         self._unread = self._pieces()
         if not self._buffer:
             self._take()

@@ -272,6 +272,9 @@ class BPETokenizer:
         `normalization`: NFC composes characters first. Raises UserError if a byte is missing, an id is used twice, or
         another argument is invalid.
         """
+        are_texts = all(isinstance(name, str) for name in special_tokens)
+        if not are_texts or not all(type(i) is int for each in (ranks, special_tokens) for i in each.values()):
+            raise UserError("not a tokenizer that gptfast knows: an id is no whole number, or a special token no text")
         ids = [*ranks.values(), *special_tokens.values()]
         if len(ids) > MOST_TOKENS:
             raise UserError(f"a tokenizer has at most {MOST_TOKENS:,} tokens, not {len(ids):,}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptfast import untrusted
 from gptfast.blanks import Blanks
 from gptfast.errors import UserError, to_install
 
@@ -63,9 +64,9 @@ def read(content: Mapping[str, Any], path: Path) -> Found:
         ranks = _ranks(model, special_tokens, path)
         written = _written(added, path)
         normalization = "NFC" if content.get("normalizer") else ""
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except untrusted.STRANGE as error:
         raise _damaged(path, error) from None
     return Found(ranks, special_tokens, pattern, written, normalization)
 

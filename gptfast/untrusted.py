@@ -10,6 +10,7 @@ import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import stat
 import weakref
@@ -30,6 +31,7 @@ LARGEST_ROWS, MOST_ROW_MARKS = 2**27, 12_000_000  # the same of all rows that ar
 MARKS = "[{:,"  # one stands before each value of JSON but the first; a value takes up to 105 bytes besides its text
 LARGEST_HEADER, MOST_TENSORS = 2**24, 2**17  # of a safetensors file
 NO_FILE = "it is no regular file"
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError)  # raised by compressed files, besides OSError
 # Exceptions from reading a value that is missing, of another type, too large or too deep.
 STRANGE = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError
@@ -48,17 +50,26 @@ def opened(path: str | Path) -> BufferedReader:
 def lines(file: IO[bytes], longest: int = LARGEST_JSON) -> Iterator[bytes]:
     """Yields the lines of a binary file with their ends, even where it is compressed and has no end.
 
-    Raises ValueError for a line of more than `longest` bytes, and what reading raises.
+    Raises ValueError for a line of more than `longest` bytes, and OSError, also for what cannot be decompressed.
     """
-    while line := file.readline(longest + 1):
-        if len(line) > longest:
-            raise ValueError(f"a line has more than {longest:,} bytes")
-        yield line
+    try:
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                raise ValueError(f"a line has more than {longest:,} bytes")
+            yield line
+    except DAMAGED as error:
+        raise OSError(f"it cannot be decompressed: {reason(error)}") from None
 
 
 def whole(file: IO[bytes] | gzip.GzipFile, largest: int) -> bytes:
-    """Returns the rest of a binary file, even if compressed. Raises ValueError if it is more than `largest` bytes."""
-    read = file.read(largest + 1)
+    """Returns the rest of a binary file, even if it is compressed.
+
+    Raises ValueError for more than `largest` bytes, and OSError, also for what cannot be decompressed.
+    """
+    try:
+        read = file.read(largest + 1)
+    except DAMAGED as error:
+        raise OSError(f"it cannot be decompressed: {reason(error)}") from None
     if len(read) > largest:
         raise ValueError(f"it has more than {largest:,} bytes")
     return read

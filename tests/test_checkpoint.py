@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -565,6 +566,19 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(
     save_step(tmp_path, 2, keep=1)
     assert "cannot remove the old checkpoint" in capsys.readouterr().err
     assert_step(tmp_path, 2)
+
+
+def test_a_tree_takes_its_memory_once_as_it_is_read(tmp_path: Path) -> None:
+    tree = json.loads("[" + '{"":[]},' * 20_000 + "0]")
+    size = sys.getsizeof(tree) + 20_000 * (sys.getsizeof(tree[0]) + sys.getsizeof([]))
+    tracemalloc.start()
+    try:
+        read = checkpoint._unflatten(tree, {})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(read) == 20_001 and read[0] == {"": []}
+    assert peak < size / 20
 
 
 def test_losses_that_are_not_finite_come_back(tmp_path: Path) -> None:

@@ -154,3 +154,35 @@ def test_weights_that_do_not_fit_are_not_drawn_at_random(tmp_path: Path) -> None
         (tmp_path / "config.json").write_text(json.dumps(settings | wrong))
         with pytest.raises(UserError, match=r"cannot load it|its weights lack .*h\.1\."):
             evaluate.main(flags)
+
+
+def test_a_setting_that_only_the_first_use_refuses_is_one_line(tmp_path: Path) -> None:
+    config = transformers.BloomConfig(vocab_size=280, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    bloom_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"n_layer": -1}))
+    with pytest.raises(UserError, match=r"transformers cannot (run|load) it"):
+        evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu", context=16)
+
+
+@pytest.mark.parametrize(("longest", "context"), [(2**40, 0), (0, 16), (-1, 0), ("16", 0), (2**40, 16)])
+def test_a_length_that_a_model_states_takes_no_memory(longest: Any, context: int, tmp_path: Path) -> None:
+    sizes = dict(vocab_size=280, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    bloom_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": longest}))
+    text = ["b, c (d) and so far"]
+    try:
+        subject = evaluate.open_subject(str(tmp_path), OPS, torch.float32, "cpu", context=context)
+    except UserError:
+        assert longest != 2**40
+        return
+    result = evaluate.measure(subject, text, "cpu", context=context)
+    (ids,) = (torch.tensor([subject.tokenizer.encode(text[0])]),)
+    with torch.no_grad():
+        loss = F.cross_entropy(model.eval()(ids[:, :-1]).logits[0], ids[0, 1:])
+    if not context:
+        assert result.loss == pytest.approx(loss.item(), rel=1e-5)

@@ -159,8 +159,9 @@ def test_checkpoints_of_other_versions_and_strange_ones_are_refused(tmp_path: Pa
             hf.load(saved(tmp_path, theirs, **strange), OPS)
     with pytest.raises(UserError, match="do not fit its meta: 1000000 layers"):
         hf.load(saved(tmp_path, theirs, n_layer=1_000_000), OPS)
-    with pytest.raises(UserError, match=r"wte\.weight has 128 rows for 64 tokens"):
-        hf.load(saved(tmp_path, theirs, vocab_size=64), OPS)
+    for size in (1, 64, 129, 192):  # of a vocabulary of 70 in tables of 128 rows
+        with pytest.raises(UserError, match=rf"wte\.weight has 128 rows, and its meta says vocab_size {size}\)"):
+            hf.load(saved(tmp_path, theirs, vocab_size=size), OPS)
     (tmp_path / "meta_000007.json").write_text("{}")
     with pytest.raises(UserError, match="KeyError: 'model_config'"):
         hf.load(tmp_path, OPS)

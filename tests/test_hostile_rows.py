@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ from bench import model as bench_model
 from gptfast import mfu, report
 from gptfast.errors import UserError
 from gptfast.report import card
-from tests.hostile import Loader, attacks
+from tests.hostile import BOMB, Loader, attacks, little_memory
 from tests.test_rows import DATED, FACTS, TIMES, model, op
 from train import plan
 
@@ -208,6 +209,19 @@ def test_a_hostile_row_is_refused_or_read(reader: Loader, tmp_path: Path, chaos:
     if count > 100:
         assert verdicts["refused"] > count // 10
         print(f"rows, {reader.name}: {verdicts}")
+
+
+def test_a_field_that_is_named_is_no_want_of_memory(tmp_path: Path) -> None:
+    """The attacks take an error that speaks of memory for one of a reader that ran out of it."""
+    huge = MODELS[0] | {"hardware": H200["hardware"] | {"memory_bytes": 1e308}}
+    write(tmp_path / "model.jsonl", [huge])
+    with pytest.raises(UserError, match=r"row\.hardware\.memory_bytes is 1e\+308, expected") as refused:
+        plan.measured_mfu(str(tmp_path), mfu.peak("NVIDIA H200"))  # type: ignore[arg-type]
+    assert not BOMB.search(str(refused.value))
+    for take in (lambda: torch.empty(2**33), lambda: np.empty(2**33), lambda: bytearray(2**33)):
+        with little_memory(), pytest.raises((MemoryError, RuntimeError)) as lacking:
+            take()
+        assert BOMB.search(repr(lacking.value))
 
 
 def test_good_rows_are_read_by_all(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import io
 import json
 import lzma
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,23 +24,35 @@ import pytest
 import torch
 
 from bench import deep
-from gptfast import checkpoint, data, hf
+from gptfast import checkpoint, data, hf, untrusted
+from gptfast.chat.conversation import SPECIAL_TOKENS, Chat
 from gptfast.chat.session import Session
 from gptfast.chat.terminal import _check_history
-from gptfast.config import PRESETS, nanochat
+from gptfast.config import PRESETS, GPTConfig, nanochat
 from gptfast.data import header, inspect, load_tokens
+from gptfast.errors import UserError
 from gptfast.hf import nanochat as nanochat_files
 from gptfast.model import GPT
 from gptfast.packing import PackedBatches
 from gptfast.serve.__main__ import Serve, guarded_by
-from tests.hostile import Loader, attacks, signed
+from tests.hostile import VALUES, Loader, attacks, signed
 from tests.test_hostile import BYTES, OPS, TALK
 from train import conversations, core, evaluate, rl, sft
 from train.documents import Documents, Shape, make_shards
-from train.tasks import TASKS, Where
+from train.files import _unpacked
+from train.guard import Guard
+from train.mixture import ConversationBatches, Mixture, Part
+from train.policy import Rollout
+from train.tasks import TASKS, Example, Where
 from train.tasks import core as core_task
+from train.tasks.task import asked
 from train.tasks.words import words
 
+CHAT = Chat(
+    type(BYTES).from_ranks(
+        {bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    )
+)
 BUNDLE = Path(__file__).parent / "core_bundle"
 SFT = ("--mixture=identity,addition*0.5", "--isolate=False", "--eval_interval=6", "--batch_size=2", "--log_interval=1")
 RL = ("--task=addition", "--examples_per_step=2", "--samples=3", "--batch_size=2", "--max_new_tokens=4",
@@ -213,10 +225,7 @@ def base(folder: Path) -> Path:
     """A model that knows conversations and has learnt nothing, made once beside `folder`."""
     at = folder.parent / "base"
     if not at.exists():
-        from gptfast.chat.conversation import SPECIAL_TOKENS
-
-        ranks = {bytes([i]): i for i in range(256)}
-        tokenizer = type(BYTES).from_ranks(ranks, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+        tokenizer = CHAT.tokenizer
         torch.manual_seed(0)
         sizes = dict(block_size=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=16)
         config = dataclasses.replace(PRESETS["modern"], **sizes)
@@ -293,3 +302,122 @@ def test_a_hostile_source_is_refused_in_one_line(
     if count > 100:
         assert verdicts["refused"] >= count // 10
         print(f"{loader.name}: {verdicts}")
+
+
+# ---- each kind by itself
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".bz2"])
+def test_what_is_packed_and_damaged_is_an_oserror_wherever_the_damage_is(ending: str, tmp_path: Path) -> None:
+    """One bit in each byte, and cut before it: decompressors raise EOFError and errors of their own."""
+    path = tmp_path / f"a.jsonl{ending}"
+    lines = [b"%d\n" % (i**9) for i in range(1, 9)]
+    good = packed(b"".join(lines).decode(), ending)
+    damaged = [good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :] for i in range(len(good))]
+    refused = 0
+    for content in [good, *damaged, *(good[:i] for i in range(1, len(good)))]:
+        path.write_bytes(content)
+        for read in (lambda file: untrusted.whole(file, 999).splitlines(True), lambda file: [*untrusted.lines(file)]):
+            try:
+                with _unpacked(path) as file:
+                    assert read(file) == lines
+            except OSError:
+                refused += 1
+    assert refused > 3 * len(good)
+
+
+def test_rows_of_a_task_that_are_packed_and_damaged_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mmlu" / "test.jsonl.gz"
+    path.parent.mkdir()
+    good = gzip.compress(json.dumps(ROWS["mmlu"]).encode())
+    for content in (good[:-9], good[:12] + b"\xff" + good[13:], good[:-8] + bytes(8), b"\xff" + good):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^cannot read .*test\.jsonl\.gz \(.+\); bring it again$"):
+            TASKS["mmlu"].examples("test", Where(str(tmp_path)))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'[{"text": "words"}]')[:-9])  # which no limit of arrays hides
+    with pytest.raises(UserError, match=r"a\.json\.gz cannot be read \(.*decompressed"):
+        list(Documents.find(str(tmp_path / "a.json.gz")).read())
+
+
+def packed_batches() -> PackedBatches:
+    return PackedBatches(torch.tensor([258, 1, 2, 258, 3, 4, 5] * 4), 1, 4, bos=258, prefetch=1)
+
+
+def conversation_batches() -> ConversationBatches:
+    examples = [Example(asked("a" * i, "b" * i)) for i in (1, 2, 60)]
+    return ConversationBatches(Mixture([Part("x", examples)]), CHAT, 1, 16, prefetch=1)
+
+
+def drawing(passes: int = 1) -> rl.Drawing:
+    config = SimpleNamespace(
+        kl=0.0, clip=0.2, task="x", seed=1, examples_per_step=1, samples=2, batch_size=2, passes=passes, sigma=False
+    )
+    answer = Rollout([CHAT.bos, 1], [2, 3], [1, 1], "", 1.0)
+    asker = SimpleNamespace(config=config, draw=lambda *_: [[answer, answer]], chat=CHAT)
+    sizes = dict(block_size=8, vocab_size=CHAT.tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    return rl.Drawing(asker, GPT(GPTConfig(**sizes), OPS), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def changed(state: Any) -> Iterator[Any]:
+    """The state with one of its values another, of each hostile kind."""
+    yield from VALUES
+    if isinstance(state, dict | list):
+        for key, item in list(state.items() if isinstance(state, dict) else enumerate(state))[:6]:
+            for other in changed(item):
+                copy = state.copy()
+                copy[key] = other
+                yield copy
+
+
+@pytest.mark.parametrize("make", [packed_batches, conversation_batches, drawing])
+def test_a_position_in_the_data_that_is_damaged_is_refused_as_it_is_loaded(make: Callable[[], Any]) -> None:
+    """And not by the thread that packs, many batches later, or by the model."""
+    batches = make()
+    batches._draw() if isinstance(batches, rl.Drawing) else next(batches)
+    state = batches.state_dict()
+    verdicts = {"refused": 0, "taken": 0}
+    for damaged in changed(state):
+        try:
+            batches.load_state_dict(damaged)
+        except untrusted.STRANGE:
+            verdicts["refused"] += 1
+            continue
+        verdicts["taken"] += 1
+        for _ in range(3):
+            next(batches)
+    assert verdicts["refused"] > 5 * verdicts["taken"] > 0
+    batches.load_state_dict(state)
+    next(batches)
+
+
+def test_samples_of_another_vocabulary_or_shape_are_refused() -> None:
+    batches = drawing()
+    batches._draw()
+    state = batches.state_dict()
+    tokens, targets, advantages, old = state["drawn"][0]
+    batches.load_state_dict(state)
+    for damaged in (
+        [tokens + CHAT.tokenizer.vocab_size, targets, advantages, old], [tokens, targets - 9, advantages, old],
+        [tokens - 300, targets, advantages, old], [tokens.float(), targets, advantages, old],
+        [tokens, targets[:1], advantages, old], [tokens, targets, advantages[:1], old],
+        [tokens, targets, advantages * float("nan"), old], [tokens, targets, advantages], [tokens[:, :0]] * 4,
+        [tokens.repeat(2, 1), targets.repeat(2, 1), advantages.repeat(2), old.repeat(2, 1)],
+        [tokens.repeat(1, 9), targets.repeat(1, 9), advantages, old.repeat(1, 9)],
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="it has answers"):
+            batches.load_state_dict(state | {"drawn": [damaged]})
+
+
+def test_what_a_guard_has_seen_is_counts_and_losses() -> None:
+    guard = Guard(nonfinite="skip", spike=3.0)
+    guard.record(2.5, 1.0, True, [])
+    refused = 0
+    for damaged in changed(guard.state_dict()):
+        try:
+            guard.load_state_dict(damaged)
+        except untrusted.STRANGE:
+            refused += 1
+            continue
+        guard.limit()
+        guard.record(2.5, 1.0, True, [])
+    assert refused > 100

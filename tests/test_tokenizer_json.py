@@ -135,6 +135,22 @@ def test_what_the_fields_do_not_tell_the_probe_finds(tmp_path: Path) -> None:
         prove(content, tmp_path, lambda text: ours.encode(text.upper()))
 
 
+@pytest.mark.parametrize("value", [[], [[]], {}, "1", None, True, 0.5, 10**40, -1])
+def test_an_id_that_is_no_number_and_a_token_that_is_no_text_are_refused(value: Any, tmp_path: Path) -> None:
+    made = json.loads(thinking().to_str())
+    for change in (
+        lambda content: content["model"]["vocab"].update({"\u00c9": value}),
+        lambda content: content["added_tokens"][0].update(id=value),
+        lambda content: content["added_tokens"][0].update(content=5 if isinstance(value, str) else value),
+        lambda content: content["pre_tokenizer"].update(pretokenizers=value),
+    ):
+        content = json.loads(json.dumps(made))
+        change(content)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"^[^\n]*tokenizer\.json[^\n]*$"):
+            load_bpe(tmp_path)
+
+
 def test_another_family_is_not_called_damaged(tmp_path: Path) -> None:
     vocab = {"<unk>": 0, "\u2581": 1, "a": 2, "\u2581a": 3}
     made = tokenizers.Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))

@@ -321,10 +321,11 @@ def measure(
     if not counted[1:].any():
         raise UserError(f"the text has {len(ids)} token for {subject.name}; give a longer one")
     count = count_windows(len(ids), context, stride)
+    width = min(context, len(ids))  # a model may say that it takes any number of tokens
     nats, counts = [], []
     with tqdm(total=count, desc=subject.name, unit="window", disable=None) as progress:
         for first in range(0, count, batch):
-            x, y = windows(ids, counted, context, stride, range(first, min(first + batch, count)))
+            x, y = windows(ids, counted, width, stride, range(first, min(first + batch, count)))
             nats.append(subject.nats(x.to(device), y.to(device)).double().cpu())
             counts.append((y != IGNORED).sum(1))
             progress.update(len(x))
@@ -415,7 +416,7 @@ def _open(source: str, ops: Ops, dtype: torch.dtype, device: str, context: int) 
         return model, model.config.block_size, Fitting(source, _tokenizer(source, folder), model.config.vocab_size)
     loaded = _theirs(source, folder, reason, dtype, device)
     longest = getattr(loaded.config, "max_position_embeddings", None) or context
-    if not longest:
+    if type(longest) is not int or longest < 1:
         raise UserError(f"{source} does not say how long its sequences may be; give --context")
     return loaded, longest, Fitting(source, _tokenizer(source, folder), loaded.get_input_embeddings().num_embeddings)
 
@@ -467,7 +468,14 @@ def _theirs(source: str, folder: Path, reason: str, dtype: torch.dtype, device: 
             f"{source}: its weights lack {', '.join(drawn[:5])}, or have them in other sizes than config.json says; "
             "fetch it again"
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    try:
+        with torch.no_grad():  # of many settings the first use tells that they are none
+            model(torch.zeros(1, 2, dtype=torch.int64, device=device))
+    except Exception as error:  # of any kind, as above
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{source}: transformers cannot run it ({reason}); fetch it again") from None
+    return model
 
 
 def _from_pretrained(auto: Any, source: str, folder: Path, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 from gptfast.errors import UserError
 from gptfast.step import Batch
+from gptfast.untrusted import count
 
 # Schedulers send SIGTERM or SIGUSR1, people SIGINT, and a closing terminal SIGHUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -186,5 +187,8 @@ class Guard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        """Raises untrusted.STRANGE for a state that is damaged."""
+        self.skipped, self.in_a_row = count(state["skipped"]), count(state["in_a_row"])
+        if not all(isinstance(loss, float) and math.isfinite(loss) for loss in state["losses"]):
+            raise ValueError("a loss is no finite number")
         self._losses = deque(state["losses"], maxlen=WINDOW + 1)

@@ -27,9 +27,11 @@ from gptfast.chat.conversation import Chat
 from gptfast.errors import UserError
 from gptfast.model import IGNORED
 from gptfast.packing import Prefetched
+from gptfast.untrusted import count
 from train.tasks import Example, Where, find
 
 BUFFER = 100  # pieces of conversations to choose from
+COUNTED = ("taken", "split", "dropped", "unlearnt", "targets", "rows")
 Long = Literal["split", "drop"]
 
 
@@ -122,8 +124,7 @@ class ConversationBatches(Prefetched):
     ) -> None:  # fmt: skip
         super().__init__(batch_size, block_size, rank, ranks, device, prefetch)
         self.mixture, self.chat, self.long = mixture, chat, long
-        counts = dict(taken=0, split=0, dropped=0, unlearnt=0, targets=0, rows=0)
-        self._begin({"epoch": 0, "place": 0, "buffer": [], "counts": counts})
+        self._begin({"epoch": 0, "place": 0, "buffer": [], "counts": dict.fromkeys(COUNTED, 0)})
 
     @property
     def progress(self) -> float:
@@ -141,11 +142,16 @@ class ConversationBatches(Prefetched):
         return {"mixture": parts, "seed": self.mixture.seed, "block_size": self.block_size, "long": self.long}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._epoch, self._place = state["epoch"], state["place"]
-        self._counts = dict(state["counts"])
+        self._epoch, self._place = count(state["epoch"]), count(state["place"])
+        self._counts = {name: count(state["counts"][name]) for name in COUNTED}
         self._order = self.mixture.order(self._epoch)
         self._rendered: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
-        self._buffer = [Piece(*piece) for piece in state["buffer"]]
+        self._buffer = [Piece(*map(count, piece)) for piece in state["buffer"]]
+        if self._place > len(self._order):
+            raise ValueError(f"{self._place:,} conversations were taken, where an epoch has {len(self._order):,}")
+        for piece in self._buffer:
+            if piece.length != len(self._pieces(piece.part, piece.which)[piece.number][0]):
+                raise ValueError(f"a conversation that waits has another length than {piece.length}")
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y = rows[0, :, :-1].contiguous(), rows[1, :, 1:].contiguous()

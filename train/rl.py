@@ -27,10 +27,11 @@ from gptfast.chat.answers import Answers
 from gptfast.engine import Engine, Sampling
 from gptfast.errors import UserError
 from gptfast.log import Log
-from gptfast.model import GPT
+from gptfast.model import GPT, IGNORED
 from gptfast.optim import set_learning_rate
 from gptfast.parallel import launch, leave
 from gptfast.step import Batch, Objective
+from gptfast.untrusted import count
 from train import policy
 from train.policy import Rollout
 from train.schedules import rl_multiplier
@@ -228,11 +229,31 @@ class Drawing:
         return {"drawing": self.drawing, "drawn": self._drawn, "left": list(self._left), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a state of another task or other sizes."""
+        """Raises UserError for a state of another task or other sizes, untrusted.STRANGE for one that is damaged."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise UserError(f"the checkpoint was made with --{name}={state[name]}, not {value}; set it to that")
-        self.drawing, self._drawn, self._left = state["drawing"], state["drawn"], deque(state["left"])
+        self.drawing, self._drawn = count(state["drawing"]), state["drawn"]
+        self._left = deque(map(count, state["left"]))
+        if self._left and max(self._left) >= len(self._drawn):
+            raise ValueError(f"micro-batch {max(self._left)} is still to be used, of {len(self._drawn)}")
+        for tensors in self._drawn:
+            self._check(*tensors)
+
+    def _check(self, tokens: Tensor, targets: Tensor, advantages: Tensor, *more: Tensor) -> None:
+        """Raises ValueError for a micro-batch that this run cannot have sampled."""
+        config, vocab_size = self.questions.config, self.model.config.vocab_size
+        B, T = tokens.shape
+        losses = (config.clip > 0 or config.passes > 1) + (config.kl > 0)
+        fits = 0 < B <= config.batch_size and 0 < T <= self.model.config.block_size
+        fits &= tokens.dtype == targets.dtype == torch.int64 and targets.shape == tokens.shape
+        fits &= advantages.shape == (B,) and len(more) == losses and all(each.shape == (B, T) for each in more)
+        fits &= all(each.is_floating_point() and bool(each.isfinite().all()) for each in (advantages, *more))
+        if not fits:
+            raise ValueError("it has answers of other shapes than this run samples")
+        ids = torch.cat((tokens, targets.where(targets != IGNORED, tokens)))
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"it has answers with tokens outside the vocabulary of {vocab_size}")
 
     def _identity(self) -> dict[str, Any]:
         config = self.questions.config

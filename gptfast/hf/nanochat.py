@@ -124,7 +124,10 @@ def _config(settings: dict[str, Any]) -> GPTConfig:
 
 
 def _taken(config: GPTConfig, theirs: Weights) -> Weights:
-    """Returns their tensors under our names, removing them from `theirs`; crops vocabularies padded to 64."""
+    """Returns their tensors under our names, removing them from `theirs`; crops vocabularies padded to 64.
+
+    Raises ValueError for tables of another vocabulary.
+    """
     ours = {}
     for i in range(config.n_layer):
         block = f"transformer.h.{i}.attn."
@@ -134,12 +137,16 @@ def _taken(config: GPTConfig, theirs: Weights) -> Weights:
             ours[name] = theirs.pop(name)
     for name in _tables(config):
         table = theirs.pop(name)
-        if len(table) - config.vocab_size >= PADDED:
-            raise ValueError(f"{name} has {len(table)} rows for {config.vocab_size} tokens")
+        if len(table) not in (config.vocab_size, _padded(config.vocab_size)):
+            raise ValueError(f"{name} has {len(table)} rows, and its meta says vocab_size {config.vocab_size}")
         ours[name] = table[: config.vocab_size]
     for name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate.weight", "backout_lambda"):
         ours[name] = theirs.pop(name)
     return ours
+
+
+def _padded(vocab_size: int) -> int:
+    return -(-vocab_size // 64) * 64
 
 
 def _tables(config: GPTConfig) -> list[str]:
@@ -209,7 +216,7 @@ def _given(config: GPTConfig, ours: Weights) -> Weights:
         if i in filled.value_layers:
             gate = f"{block}attn.ve_gate.weight"
             theirs[gate] = ours.get(gate, torch.zeros(config.kv_heads, VALUE_GATE_CHANNELS))
-    width, padded = config.kv_heads * config.head_dim, -(-config.vocab_size // 64) * 64
+    width, padded = config.kv_heads * config.head_dim, _padded(config.vocab_size)
     for name in _tables(filled):
         table = ours.get(name, torch.zeros(config.vocab_size, width))
         theirs[name] = torch.nn.functional.pad(table, (0, 0, 0, padded - config.vocab_size))

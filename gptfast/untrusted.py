@@ -134,7 +134,7 @@ def rows(path: str | Path, allowance: Allowance) -> Iterator[str]:
 class JsonLines(Sequence[Any]):
     """The values of a file of JSON lines, parsed when asked for; blank lines hold none.
 
-    A file stays open, and on the disk; what is compressed (.gz) is held in memory. Raises OSError, EOFError, and
+    A file stays open, and on the disk; what is compressed (.gz) is held in memory. Raises OSError, and
     ValueError for a line that is no JSON; where `is_checked`, only when that line is asked for.
     """
 
@@ -145,11 +145,8 @@ class JsonLines(Sequence[Any]):
         self._content: bytes | None = None
         source: IO[bytes] = file
         if path.suffix == ".gz":
-            try:
-                with gzip.GzipFile(fileobj=file) as packed:
-                    self._content = whole(packed, LARGEST_ROWS)
-            except zlib.error as error:
-                raise ValueError(f"it is damaged: {reason(error)}") from None
+            with gzip.GzipFile(fileobj=file) as packed:
+                self._content = whole(packed, LARGEST_ROWS)
             source = io.BytesIO(self._content)
         self._starts, self._sizes, at = array("q"), array("q"), 0
         for line in lines(source):

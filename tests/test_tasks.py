@@ -173,7 +173,7 @@ def test_files_of_tasks(tmp_path: Path) -> None:
         TASKS["gsm8k"].examples("test", where)
     packed = gzip.compress(b"")
     (tmp_path / "gsm8k" / "train.jsonl.gz").write_bytes(packed[:10] + b"\xff" + packed[11:])  # no block of deflate
-    with pytest.raises(UserError, match=r"cannot read .*train\.jsonl\.gz \(it is damaged"):
+    with pytest.raises(UserError, match=r"cannot read .*train\.jsonl\.gz \(it cannot be decompressed"):
         TASKS["gsm8k"].examples("train", where)
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(asked("a", "b")))

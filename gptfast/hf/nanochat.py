@@ -35,7 +35,6 @@ from gptfast.model import GPT
 FILE = re.compile(r"model_(\d{6,})\.pt")
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of meta's model_config, besides sequence_len
 LARGEST_STRUCTURE = 2**22  # bytes of the pickle that names the tensors
-PADDED = 64  # vocabularies are padded to a multiple of it
 QKV = ("c_q", "c_k", "c_v")
 # Fields that nanochat always has, but that neutral weights can switch off; and fields that change no logit
 FILLED_IN = ("value_embeddings", "residual_scalars", "smear", "backout", "rope_sign")

@@ -421,3 +421,17 @@ def test_what_a_guard_has_seen_is_counts_and_losses() -> None:
         guard.limit()
         guard.record(2.5, 1.0, True, [])
     assert refused > 100
+
+
+def test_what_a_base_was_trained_with_is_of_the_kinds_of_settings(tmp_path: Path) -> None:
+    at = base(tmp_path / "run")
+    meta = checkpoint.load(at).meta
+    config = sft.Sft(init_from=str(at))
+    for key in ("learning_rate", "normalize_beta2", "rules", "cautious"):
+        for value in ("a", [None], {"a": 1}):
+            if isinstance(getattr(config, key), str) and isinstance(value, str):
+                continue
+            meta["config"] = {key: value}
+            checkpoint.save(at, step=0, model=checkpoint.load(at).model, optimizer={}, meta=meta)
+            with contextlib.redirect_stdout(io.StringIO()), pytest.raises(UserError, match=r"^[^\n]+$"):
+                sft.inherit(config, {})

@@ -110,6 +110,13 @@ def main(argv: list[str]) -> None:
         tell(run, log)
 
 
+def _can_be(value: Any, setting: Any) -> bool:
+    """Returns whether `value` is of the kind of a setting: a text, a switch, or a number, which may be left out."""
+    if isinstance(setting, str | bool):
+        return type(value) is type(setting)
+    return value is None or type(value) in (int, float)
+
+
 def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -> Any:
     """Returns `config` with the settings that the model of `init_from` was trained with, unless typed; prints them."""
     fraction = config.init_lr_frac if fraction is None else fraction
@@ -121,6 +128,8 @@ def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -
         with untrusted.expected(f"what {folder} was trained with", "train the base again"):
             base, block_size = dict(meta.get("config", {})), config_of(meta.get("model")).block_size
             for key in set(INHERITED) & set(base):
+                if not _can_be(base[key], getattr(config, key)):
+                    raise ValueError(f"{key} is {str(base[key])[:40]!r}")
                 cli.check_range(key, base[key])
     chosen: dict[str, Any] = {} if "block_size" in typed or block_size is None else {"block_size": block_size}
     for key in INHERITED:
@@ -134,7 +143,8 @@ def inherit(config: Any, typed: dict[str, str], fraction: float | None = None) -
         for key in typed:
             before = f" (the base had {base[key]})" if key in base and key in INHERITED else ""
             print(f"Overriding: {key} = {getattr(config, key)}{before}")
-    return dataclasses.replace(config, **chosen)
+    with untrusted.expected(f"what {folder} was trained with", "train the base again"):
+        return dataclasses.replace(config, **chosen)
 
 
 def open_chat(source: str) -> tuple[BPETokenizer, Chat]:

@@ -55,7 +55,7 @@ TARGETS = {
     ],
     "attention": [
         Target("attention.shared", "document_bounds rows descriptor place keys_seen queries_seeing segments head_of "
-               "load_rows scores", {"attention": "attention"}),
+               "load_rows scores tanh", {"attention": "attention"}),
         Target("attention.dropout", "kept", {"attention": "attention"}),
         Target("attention", "_forward _backward _save", {"attention": "attention"}),
     ],
@@ -321,6 +321,14 @@ ALIKE: dict[str, tuple[str, ...]] = {
     ),
     "Parity gives every result a gradient; test_attention.py has one result alone.": (
         '_backward: orch.zeros_like(out) if [dout is None -> False] else dout  # on',
+    ),
+    "An error of 1e-6 in a score that is capped at 1.5.": (
+        'tanh: square = x [* -> /] x',
+        'tanh: 5 + square * (-17 / 315 [+ -> -] square * (62 /',
+        'tanh: / 15 + square * (-17 / [315 -> 316] + square * (62',
+        'tanh: / 315 + square * (62 / [2835 -> 2836])))))',
+        'tanh: return [tl.where(square < 0..0817779268) + 1.0)) -> (1.0 - 2.0 / (tl.ex..0817779268) + 1.0))]',
+        'tanh: eturn tl.where(square < [0.09 -> 0.0], series, 1.0 -',
     ),
     "One draw in 2^31.": (
         'kept: bits >> 1).to(tl.int32) [>= -> >] threshold',

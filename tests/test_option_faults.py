@@ -64,7 +64,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
             5: ("attention.shared", "tl.maximum(first, p - window)", "tl.maximum(first, p - window + 1)"),
             1000: ("attention.shared", "tl.maximum(first, p - window)", "p - window"),
         },
-        "softcap": ("attention.backward", "ds * ((1.0 - share) * (1.0 + share))", "ds * (1.0 - share)"),
+        "softcap": ("attention.backward", "ds * (1.0 - share * share)", "ds * (1.0 - share)"),
         "scale": ("attention", "if scale is None else float(scale)", "if scale is None else float(scale) + 0.1"),
         "dropout": ("attention.forward", "out *= undropped", "out *= 1.0"),
         "documents": ("attention.shared", "torch.bucketize(position, cu_seqlens[1:], right=True)",

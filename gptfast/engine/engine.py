@@ -78,7 +78,7 @@ class Engine:
         self.weights, reason = choose_weights(model) if weights == "auto" else (weights, "asked for")
         self.why = f"{str(model.dtype).removeprefix('torch.') if self.weights == 'model' else self.weights}, {reason}"
         device = model.lm_head.weight.device
-        self._bound_reading(prefill_tokens, prefill_alone, device)
+        self.prefill_tokens, self.prefill_alone = bounds_of_reading(prefill_tokens, prefill_alone, device)
         self.lag = int(device.type == "cuda") if lag is None else lag
         vocabulary = min(self.config.vocab_size, tokenizer.vocab_size if tokenizer else self.config.vocab_size)
         holes = tokenizer.holes() if tokenizer else torch.empty(0, dtype=torch.int64)
@@ -404,15 +404,17 @@ class Engine:
             for cache in self._caches:
                 cache.lengths[row.slot] = 0
 
-    def _bound_reading(self, tokens: int, alone: int | None, device: torch.device) -> None:
-        require(tokens >= 1, f"prefill_tokens: expected at least 1, got {tokens}")
-        require(alone is None or alone >= 1, f"prefill_alone: expected at least 1, got {alone}")
-        default = PREFILL_ALONE if device.type == "cuda" else 0
-        self.prefill_tokens, self.prefill_alone = tokens, max(tokens, default if alone is None else alone)
-
     def _check_draft(self, draft: GPT, guesses: int) -> None:
         most, V, T = MAX_STEP - 1, self.config.vocab_size, self.config.block_size
         require(1 <= guesses <= most, f"guesses: expected 1 to {most}, got {guesses}")
         theirs = draft.config
         require(theirs.vocab_size == V, f"draft: its vocab_size is {theirs.vocab_size}, the model's {V}")
         require(theirs.block_size >= T, f"draft: its block_size is {theirs.block_size}, the model's {T}")
+
+
+def bounds_of_reading(tokens: int, alone: int | None, device: torch.device) -> tuple[int, int]:
+    """Returns how many tokens of prompts are read at once: beside rows that decode, and while there are none."""
+    require(tokens >= 1, f"prefill_tokens: expected at least 1, got {tokens}")
+    require(alone is None or alone >= 1, f"prefill_alone: expected at least 1, got {alone}")
+    default = PREFILL_ALONE if device.type == "cuda" else 0
+    return tokens, max(tokens, default if alone is None else alone)

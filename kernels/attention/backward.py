@@ -37,7 +37,7 @@ from .shared import (
 def uncapped(ds, share, SOFTCAPPED: tl.constexpr):
     """Returns the gradient of the scores before the softcap: ds (1 - share^2), share = tanh of the scores over it."""
     if SOFTCAPPED:
-        return ds * ((1.0 - share) * (1.0 + share))  # 1 - share * share loses digits near 1
+        return ds * (1.0 - share * share)
     else:
         return ds
 

@@ -250,6 +250,8 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'launch_backward: kernel: tile(kernel, D, [q -> k].dtype, arch(q),',
         'launch_backward: ), T, options.dropout > [0 -> 1]) for kernel in',
         'launch_backward: , D), (S, G) = q.shape, [k -> v].shape[1:3]',
+        '_backward: s, size = tile.programs([M -> N], multiprocessor',
+        '_backward: if [N <= tile.block_n -> False]:',
     ),
     "Where programs go first, which is for the cache.": (
         'place: wave = [tl.maximum -> tl.minimum](1, 4194304 // D',
@@ -268,9 +270,12 @@ ALIKE: dict[str, tuple[str, ...]] = {
         '_forward: rstd = [x -> y].new_empty(M, dt',
         '_forward: if [not return_lse -> False]:',
         '_forward: turn out, lse.new_empty([0 -> 1]), lse',
+        '_forward: torch.empty_like(y) if [add -> True] else y.new_empt',
+        '_forward: if add else y.new_empty([0 -> 1])',
     ),
     "x is taken as rows before, so that its second axis is its last.": (
         '_forward: N, add = x.shape[[-1 -> 1]], residual is n',
+        '_backward: d, has_weight = h.shape[[-1 -> 1]], dh is not Non',
     ),
     "What is loaded past the end is stored by nobody, or multiplied by zero, or masked once more.": (
         'rmsnorm_bwd_kernel: ride_m + n, mask, other=[0.0 -> 1.0]).to(tl.float32) #2',
@@ -286,6 +291,15 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'cross_entropy_rows_kernel: = load_logits(row + v, [kept & (v < N) -> v < N], v < V, softcap #2',
         'queries_seeing: = u * 0 + (S - T), u * [0 -> 1] + S',
         'attention_bwd_kernel_dq: stics + t, t < T, other=[0.0 -> 1.0])',
+        'rmsnorm_bwd_kernel: d_ptr + m, m < M, other=[0.0 -> 1.0])',
+        'rmsnorm_bwd_kernel: ride_m + n, mask, other=[0.0 -> 1.0]).to(tl.float32)',
+        'rmsnorm_bwd_kernel: ride_m + n, mask, other=[0.0 -> 1.0]).to(tl.float32) #3',
+        'rmsnorm_bwd_kernel_input: t_ptr + n, n < N, other=[0.0 -> 1.0]).to(tl.float32)',
+        'rmsnorm_bwd_kernel_input: ide_m + n, n < N, other=[0.0 -> 1.0]).to(tl.float32) #2',
+        'rmsnorm_bwd_kernel_input: t_ptr + n, n < N, other=[0.0 -> 1.0]).to(tl.float32) #2',
+        'rmsnorm_bwd_kernel_input: ide_m + n, n < N, other=[0.0 -> 1.0]).to(tl.float32) #4',
+        'rmsnorm_bwd_kernel_weight: ide_m + n, n < N, other=[0.0 -> 1.0]).to(tl.float32)',
+        'rmsnorm_bwd_kernel_weight: ide_m + n, n < N, other=[0.0 -> 1.0]).to(tl.float32) #2',
     ),
     "The sum of x and residual in fp32 instead of as h holds it: another rounding, of which the rule allows both.": (
         'rmsnorm_fwd_kernel_long: residual_stride_m + n, [h_ptr -> rstd_ptr], n < N, ADD)',
@@ -319,8 +333,9 @@ ALIKE: dict[str, tuple[str, ...]] = {
     "The comparison in unsigned numbers, of which neither has the highest bit.": (
         'kept: return [(bits >> 1).to(tl.int32) -> bits >> 1] >= threshold',
     ),
-    "Parity gives every result a gradient; test_attention.py has one result alone.": (
+    "Parity gives every result a gradient; tests of attention and of the norms have one result alone.": (
         '_backward: orch.zeros_like(out) if [dout is None -> False] else dout  # on',
+        '_backward: torch.zeros_like(h) if [dy is None -> False] else dy  # only',
     ),
     "An error of 1e-6 in a score that is capped at 1.5.": (
         'tanh: square = x [* -> /] x',

@@ -22,9 +22,11 @@ from kernels.proof.options import option_sets
 Fault = tuple[str, str, str]
 NORM_BIAS: dict[str, Fault | dict[Any, Fault]] = {
     "bias": ("layernorm", "HAS_BIAS=bias is not None, BLOCK_N", "HAS_BIAS=True, BLOCK_N"),
+    "parameters": ("layernorm", "weight = weight.contiguous()", "weight = weight.contiguous().view(x.dtype)"),
 }
 NORM_WEIGHT: dict[str, Fault | dict[Any, Fault]] = {
     "weight": ("rmsnorm", "HAS_WEIGHT=weight is not None, BLOCK_N", "HAS_WEIGHT=True, BLOCK_N"),
+    "parameters": ("rmsnorm", "weight.contiguous()", "weight.contiguous().view(x.dtype)"),
 }
 LOSS: dict[str, Fault | dict[Any, Fault]] = {
     "label_smoothing": (
@@ -78,6 +80,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
             "swiglu": ("activation", "dg = a * (s + g * ds)", "dg = a * s"),
         },
         "bias": ("activation", "HAS_BIAS=bias is not None, HAS_GATE", "HAS_BIAS=True, HAS_GATE"),
+        "parameters": ("activation", "else bias.contiguous(),", "else bias.contiguous().view(h.dtype),"),
     },
     "cross_entropy": LOSS | {
         "reduction": {
@@ -116,7 +119,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
             "layernorm": ("decode_linear", "h -= mean * tl.sum(weight_sum", "h += mean * tl.sum(weight_sum"),
         },
         "activation": {
-            "gelu": ("prims", "y = a * (0.5 + 0.5 *", "y = a * (0.5 - 0.5 *"),
+            "gelu": ("prims", "y = a * phi", "y = a * (1.0 - phi)"),
             "gelu_tanh": ("prims", "        y = a * s\n", "        y = s\n"),
             "relu2": ("prims", "y = positive * positive", "y = positive"),
             "swiglu": ("prims", "y = a * g * s", "y = a * s"),
@@ -147,7 +150,8 @@ def parity_of(name: str, options: tuple[tuple[str, Any], ...]) -> Parity:
     """The op at a small size of more than one row, with these options."""
     op = kernels.OPS[name]
     torch.manual_seed(0)
-    arguments, keywords = op.inputs(**op.parity[-1], **dict(options), dtype=torch.float32)
+    dtype = torch.bfloat16 if dict(options).get("parameters") else torch.float32  # others than the parameters'
+    arguments, keywords = op.inputs(**op.parity[-1], **dict(options), dtype=dtype)
     return Parity(op, arguments, f"{options}", **keywords)
 
 

@@ -386,9 +386,12 @@ def constants(launch: Launch) -> str:
     return " ".join(name if value is True else f"{name}={value}" for name, value in shown.items())
 
 
+UNSAID = {"shared_bytes": 0, "matrix": "", "bulk_copies": 0, "broken": []}  # of a row, where it is so
+
+
 def read_report(path: Path = REPORT) -> list[dict[str, Any]]:
     """Returns the checked-in rows; none if there is no report yet."""
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return [UNSAID | row for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
 def report_version() -> str:
@@ -509,7 +512,8 @@ def _say_failures(failures: list[str], what: str) -> int:
 def write_report(rows: list[dict[str, Any]]) -> None:
     """Write one row per line, sorted, so that a change reads well in a diff."""
     rows = sorted(rows, key=lambda r: (r["kernel"], r["arch"], r["constants"], r["digest"]))
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    said = ({name: value for name, value in row.items() if value != UNSAID.get(name, ())} for row in rows)
+    lines = ",\n".join(map(json.dumps, said))
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
 

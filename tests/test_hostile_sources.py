@@ -287,8 +287,13 @@ SLOW = [
             "gptfast/tokenizer.py:_from_hugging_face",
         ),
     ),
-    Loader("sft checkpoint", SFT_STAGE[0], SFT_STAGE[1], signed, writes=True),
-    Loader("rl checkpoint", RL_STAGE[0], RL_STAGE[1], signed, writes=True),
+    Loader(
+        "sft checkpoint", SFT_STAGE[0], SFT_STAGE[1], signed, writes=True,
+        reads=("train/mixture.py:ConversationBatches._restore", "train/guard.py:Guard.load_state_dict"),
+    ),
+    Loader(
+        "rl checkpoint", RL_STAGE[0], RL_STAGE[1], signed, writes=True, reads=("train/rl.py:Drawing.load_state_dict",)
+    ),
 ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ OURS = {  # readers that are given no hostile files, and why
     "gptfast/chat/sandbox.py:_converse": "hostile code itself is in tests/test_sandbox.py",
     "gptfast/chat/terminal.py:_readline": "a history, whose size _check_history holds to a limit before",
     "gptfast/chat/terminal.py:_toolkit": "a history, whose size _check_history holds to a limit before",
-    "gptfast/packing.py:PackedBatches._restore": "a run's position, each value of which test_hostile_sources.py damages",
+    "gptfast/packing.py:PackedBatches._restore": "a run's position, which test_hostile_sources.py damages",
     "gptfast/checkpoint.py:_sha256": "hashes a file that was just written",
     "gptfast/log/__init__.py:_open_at_line_start": "the last byte of a file",
     "gptfast/log/machine.py:_first_processor": "the kernel's files in /proc",

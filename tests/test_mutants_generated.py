@@ -252,6 +252,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'launch_backward: , D), (S, G) = q.shape, [k -> v].shape[1:3]',
         '_backward: s, size = tile.programs([M -> N], multiprocessor',
         '_backward: if [N <= tile.block_n -> False]:',
+        'launch_backward: l, D, q.dtype, arch(q), [T -> H], options.dropou',
     ),
     "Where programs go first, which is for the cache.": (
         'place: wave = [tl.maximum -> tl.minimum](1, 4194304 // D',
@@ -329,6 +330,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'launch_forward: ch_forward_hopper(q, k, [v -> q], options.scale,',
         'launch_backward: None and takes_backward([q -> k], k, v, options)',
         'launch_backward: h_backward_hopper(dout, [q -> k], k, v, out, lse',
+        'launch_backward: ward_hopper(dout, q, k, [v -> x], out, lse, opti',
     ),
     "The comparison in unsigned numbers, of which neither has the highest bit.": (
         'kept: return [(bits >> 1).to(tl.int32) -> bits >> 1] >= threshold',

@@ -130,7 +130,10 @@ class NoShift(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over heads of a fused projection; q, k and v stay views of it unless they are rotated."""
+    """Causal self-attention over heads of a fused projection; q, k and v stay views of it unless they are changed.
+
+    Where none of them is, as in GPT-2, attention takes the projection whole and makes its gradient whole.
+    """
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int) -> None:
         super().__init__()
@@ -156,6 +159,8 @@ class Attention(nn.Module):
         B, T = x.shape[:2]
         H, G = config.n_head, config.kv_heads
         qkv = self.c_attn(x).view(B, T, H + 2 * G, config.head_dim)
+        if cache is None and rotation is None and values is None and not config.qk_norm:
+            return self._projected(self._attended((qkv,), documents, heads=H))
         q, k, v = qkv.split((H, G, G), dim=2)
         in_rotary = rotation is not None and not config.qk_norm_weight  # which has no weight
         if config.qk_norm and not in_rotary:
@@ -168,19 +173,29 @@ class Attention(nn.Module):
         if values is not None:
             assert self.ve_gate is not None
             v = torch.addcmul(v, (3.0 * self.ve_gate(x))[..., None], values.view(B, T, G, config.head_dim))
-        dropout = config.dropout if self.training else 0.0
         if cache is not None:
-            out = cache.attend(self.layer, q, k, v)
-        elif documents is not None:  # a window that hides nothing; with it the reference computes and stores far less
+            return self._projected(cache.attend(self.layer, q, k, v))
+        return self._projected(self._attended((q, k, v), documents))
+
+    def _attended(self, operands: tuple[Tensor, ...], documents: Documents | None, heads: int | None = None) -> Tensor:
+        """Returns (B, T, H, D): causal attention of q, k and v, or of the projection that holds them for `heads`."""
+        cu_seqlens = None if documents is None else documents.cu_seqlens
+        if documents is None:
+            window = narrowed(self.window, operands[0].shape[1])
+        else:  # a window that hides nothing; with it the reference computes and stores far less
             longest = documents.longest - 1
             window = longest if self.window is None else min(longest, self.window)
-            cu_seqlens = documents.cu_seqlens
-            out = ops.attention(q, k, v, causal=True, window=window, cu_seqlens=cu_seqlens, dropout=dropout)
-        else:
-            window = narrowed(self.window, T)
-            out = ops.attention(q, k, v, causal=True, window=window, dropout=dropout)
-        out = self.c_proj(out.flatten(2))
+        return self.ops.attention(
+            *operands, heads=heads, causal=True, window=window, cu_seqlens=cu_seqlens, dropout=self._dropout()
+        )
+
+    def _projected(self, out: Tensor) -> Tensor:
+        """Returns (B, T, C) from attention's (B, T, H, D)."""
+        out, dropout = self.c_proj(out.flatten(2)), self._dropout()
         return F.dropout(out, dropout) if dropout else out
+
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
 
 
 def narrowed(window: int | None, T: int) -> int | None:

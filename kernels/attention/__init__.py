@@ -12,6 +12,7 @@
     the others up.
 
 q, out: (B, T, H, D)   k, v: (B, S, G, D)   p: (T, S) for each batch and head
+or q, k and v side by side in one projection: (B, T, H + 2 G, D), into whose gradient the kernels write dq, dk and dv
 
 Vaswani et al., arXiv:1706.03762; grouped heads: Ainslie et al., arXiv:2305.13245; tiling and the backward: Dao et al.,
 "FlashAttention", arXiv:2205.14135.
@@ -30,39 +31,42 @@ from .backward import launch_backward
 from .cpu import attention_cpu
 from .dropout import seed_tensor
 from .forward import launch_forward
-from .reference import attention_reference, check
+from .reference import attention_reference, check, operands
 from .shared import Options
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, return_lse: bool, gluon: bool,
+    q: Tensor, k: Tensor | None, v: Tensor | None, heads: int, cu_seqlens: Tensor | None, seed: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, dropout: float, return_lse: bool, gluon: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns out, the natural log-sum-exp (empty unless asked for), and the log-sum-exp in base 2 for the backward."""
     options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
-    out, lse = launch_forward(q, k, v, options, gluon)
+    out, lse = launch_forward(*operands(q, k, v, heads), options, gluon)
     if not return_lse:
         return out, lse.new_empty(0), lse
     return out, torch.where(lse == torch.inf, -torch.inf, lse * 0.6931471805599453), lse
 
 
 def _backward(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor,
+    heads: int, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the gradients of q, k and v; those of cu_seqlens and seed are empty."""
+    """Returns the gradients of q, k and v, contiguous; those of cu_seqlens and seed are empty, as of what is absent."""
     options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
     dout = torch.zeros_like(out) if dout is None else dout  # only the log-sum-exp was used
     dlse = None if dlse is None else dlse.contiguous()
-    gradients = launch_backward(dout, dlse, q, k, v, out, lse, options)
-    return *gradients, lse.new_empty(0), lse.new_empty(0)
+    dq, dk, dv = (lse.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                  for x in (q, k, v))  # fmt: skip
+    gradients = operands(dq, dk, dv, heads)
+    launch_backward(dout, dlse, *operands(q, k, v, heads), out, lse, options, gradients)
+    return dq, dk, dv, lse.new_empty(0), lse.new_empty(0)
 
 
 def _save(inputs: tuple, output: tuple) -> tuple:
-    q, k, v, *options, _, _ = inputs
+    q, k, v, heads, *options, _, _ = inputs
     out, _, lse = output
-    return q, k, v, out, lse, *options
+    return q, k, v, out, lse, heads, *options
 
 
 _attention = differentiable("attention", _forward, _backward, _save, outputs=2)
@@ -70,9 +74,10 @@ _attention = differentiable("attention", _forward, _backward, _save, outputs=2)
 
 def attention_triton(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
+    heads: int | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -91,14 +96,16 @@ def attention_triton(
     unless torch.use_deterministic_algorithms is set. `gluon` insists on the forward of hopper/, and raises ValueError
     where it cannot run.
     """
-    check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
+    check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
     require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
     require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
     drawn = seed_tensor(dropout, seed, q.device)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     window = -1 if window is None else window
     softcap, dropout = float(softcap or 0.0), float(dropout)
-    out, lse = _attention(q, k, v, cu_seqlens, drawn, causal, window, scale, softcap, dropout, return_lse, gluon)
+    out, lse = _attention(
+        q, k, v, heads or 0, cu_seqlens, drawn, causal, window, scale, softcap, dropout, return_lse, gluon
+    )
     return (out, lse) if return_lse else out
 
 
@@ -113,29 +120,30 @@ def document_starts(T: int, device: str | torch.device = "cpu") -> Tensor:
 def inputs(
     B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, causal: bool = True,
     window: int | None = None, softcap: float | None = None, scale: float | None = None, dropout: float = 0.0,
-    documents: bool = False, return_lse: bool = False, dtype: torch.dtype, device: str = "cpu",
+    documents: bool = False, return_lse: bool = False, projected: bool = False, dtype: torch.dtype,
+    device: str = "cpu",
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
-    """Draw normal q (B, T, H, D), k and v (B, S, G, D); scores have the standard deviation `spread`.
+    """Draw normal q (B, T, H, D), k and v (B, S, G, D), or all as one projection; scores deviate by `spread`.
 
-    With `documents`, T and S are the longer of the two, and six documents are packed along them.
+    With `documents` or `projected`, T and S are the longer of the two; six documents are packed along them.
     """
-    T, S = (max(T, S),) * 2 if documents else (T, S)
+    T, S = (max(T, S),) * 2 if documents or projected else (T, S)
     q = torch.randn(B, T, H, D, dtype=dtype, device=device) * spread
     k, v = (torch.randn(B, S, G, D, dtype=dtype, device=device) for _ in "kv")
-    return (q, k, v), changed(
-        attention_reference, causal=causal, window=window, softcap=softcap, scale=scale, dropout=dropout,
-        seed=11 if dropout else None, cu_seqlens=document_starts(T, device) if documents else None,
-        return_lse=return_lse,
+    return (torch.cat((q, k, v), 2),) if projected else (q, k, v), changed(
+        attention_reference, heads=H if projected else None, causal=causal, window=window, softcap=softcap, scale=scale,
+        dropout=dropout, seed=11 if dropout else None,
+        cu_seqlens=document_starts(T, device) if documents else None, return_lse=return_lse,
     )  # fmt: skip
 
 
 def cost(
     B: int, T: int, S: int, H: int, G: int, D: int, *, spread: float = 1.0, causal: bool = True,
     window: int | None = None, softcap: float | None = None, scale: float | None = None, dropout: float = 0.0,
-    documents: bool = False, return_lse: bool = False, itemsize: int,
+    documents: bool = False, return_lse: bool = False, projected: bool = False, itemsize: int,
 ) -> tuple[Cost, Cost]:  # fmt: skip
     """Count two products per visible pair forward and five backward; every operand and gradient is moved once."""
-    T, S = (max(T, S),) * 2 if documents else (T, S)
+    T, S = (max(T, S),) * 2 if documents or projected else (T, S)
     seen = pairs_seen(T, S, causal, window, document_starts(T).tolist() if documents else [0, S])
     product, queries, keys = 2 * B * H * D * seen, B * T * H * D * itemsize, B * S * G * D * itemsize
     statistics = B * H * T * 4 * (2 if return_lse else 1)
@@ -164,11 +172,13 @@ ATTENTION = Op(
     inputs=inputs,
     parity=(
         dict(B=1, T=37, S=37, H=3, G=3, D=32), dict(B=1, T=40, S=33, H=2, G=1, D=96),
+        dict(B=2, T=19, S=19, H=4, G=2, D=24, projected=True), dict(B=1, T=0, S=0, H=2, G=1, D=16, projected=True),
         dict(B=2, T=0, S=5, H=2, G=1, D=16), dict(B=1, T=2, S=67, H=6, G=2, D=80), dict(B=2, T=3, S=9, H=8, G=4, D=16),
     ),
     # With few rows, or one key that takes all the weight, gradients are what rounding leaves of a difference.
     domain=dict(
-        B=(1,), T=(*range(16, 36), 70), S=(*range(16, 36), 97), H=(2, 4), G=(1, 2), D=(16, 24), spread=(0.02,)
+        B=(1,), T=(*range(16, 36), 70), S=(*range(16, 36), 97), H=(2, 4), G=(1, 2), D=(16, 24), spread=(0.02,),
+        projected=(False, True),
     ),
     options=dict(
         causal=(True, False), window=(None, 5, 1000), softcap=(None, 1.5), scale=(None, 0.4), dropout=(0.0, 0.3),
@@ -179,7 +189,7 @@ ATTENTION = Op(
         *(dict(B=16384 // T, T=T, S=T, H=32, G=32, D=64) for T in (512, 1024, 2048, 4096, 8192, 16384)),
         *(dict(B=16384 // T, T=T, S=T, H=16, G=16, D=128) for T in (512, 1024, 2048, 4096, 8192, 16384)),
         dict(B=4, T=4096, S=4096, H=32, G=8, D=128), dict(B=4, T=4096, S=4096, H=16, G=16, D=96),
-        dict(B=4, T=4096, S=4096, H=8, G=4, D=256),
+        dict(B=4, T=4096, S=4096, H=8, G=4, D=256), dict(B=16, T=1024, S=1024, H=12, G=12, D=64, projected=True),
     ),
     cost=cost,
     variants={"gluon": attention_gluon},

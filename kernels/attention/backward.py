@@ -72,7 +72,7 @@ def _gather_dq(
 def attention_bwd_kernel_dq(
     q, k, v, dout, out_ptr, lse_ptr, dlse_ptr, document_ptr, seed_ptr, dq_ptr, delta_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    dout_stride_b, dout_stride_t, dout_stride_h,
+    dout_stride_b, dout_stride_t, dout_stride_h, dq_stride_t,
     heads, T, S, H, G, window, scale, softcap, threshold, undropped,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -100,9 +100,8 @@ def attention_bwd_kernel_dq(
     q_tile = load_rows(q, b, h, row, q_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
     dout_tile = load_rows(dout, b, h, row, dout_stride_t, T, True, DESCRIPTORS, D, BLOCK_M, BLOCK_D)
     d = tl.arange(0, BLOCK_D)[None, :]
-    offset = ((b.to(tl.int64) * T + row) * H + h) * D  # out and dq are contiguous
-    tile = tl.arange(0, BLOCK_M)[:, None] * (H * D) + d
-    out_tile = tl.load(out_ptr + offset + tile, (t < T) & (d < D), other=0.0)
+    out_rows = out_ptr + ((b.to(tl.int64) * T + row) * H + h) * D  # contiguous
+    out_tile = tl.load(out_rows + tl.arange(0, BLOCK_M)[:, None] * (H * D) + d, (t < T) & (d < D), other=0.0)
     delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)[:, None]
     statistics = head.to(tl.int64) * T
     if HAS_DLSE:
@@ -128,7 +127,9 @@ def attention_bwd_kernel_dq(
         head, seed_ptr, scale, softcap, threshold, undropped,
             True, SOFTCAPPED, DROPOUT, DESCRIPTORS, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    tl.store(dq_ptr + offset + tile, (dq * scale).to(dq_ptr.dtype.element_ty), (t < T) & (d < D))
+    dq_rows = dq_ptr + (b.to(tl.int64) * T + row) * dq_stride_t + h * D
+    tile = tl.arange(0, BLOCK_M)[:, None] * dq_stride_t + d
+    tl.store(dq_rows + tile, (dq * scale).to(dq_ptr.dtype.element_ty), (t < T) & (d < D))
 
 
 @jit
@@ -183,7 +184,7 @@ def _gather_dk_dv(
 def attention_bwd_kernel_dk_dv(
     q, k, v, dout, lse_ptr, delta_ptr, document_ptr, seed_ptr, dk_ptr, dv_ptr,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    dout_stride_b, dout_stride_t, dout_stride_h,
+    dout_stride_b, dout_stride_t, dout_stride_h, dk_stride_s,
     heads, T, S, H, G, window, scale, softcap, threshold, undropped,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAPPED: tl.constexpr,
     DROPOUT: tl.constexpr, DESCRIPTORS: tl.constexpr, GROUP: tl.constexpr,
@@ -235,7 +236,7 @@ def attention_bwd_kernel_dk_dv(
         )  # fmt: skip
     # epilogue
     d = tl.arange(0, BLOCK_D)[None, :]
-    offset = ((b.to(tl.int64) * S + row) * G + g) * D + tl.arange(0, BLOCK_N)[:, None] * (G * D) + d
+    offset = (b.to(tl.int64) * S + u) * dk_stride_s + g * D + d
     tl.store(dk_ptr + offset, (dk * scale).to(dk_ptr.dtype.element_ty), (u < S) & (d < D))
     tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), (u < S) & (d < D))
 
@@ -295,20 +296,22 @@ def tile(kernel: str, D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout
 
 
 def launch_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns dq, dk, dv, contiguous, in the dtypes of q, k, v.
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill dq, dk and dv, in the shapes and dtypes of q, k, v: contiguous, or heads of one contiguous tensor.
 
     lse (B, H, T) is in base 2; dlse (B, H, T), contiguous, is the gradient of the natural log-sum-exp.
     """
     q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
-    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    (B, T, H, D), (S, G), (dq, dk, dv) = q.shape, k.shape[1:3], gradients
     if dq.numel() == 0 or dk.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        for x in gradients:
+            x.zero_()
+        return
     if dlse is None and takes_backward(q, k, v, options):
-        launch_backward_hopper(dout, q, k, v, out, lse, options.scale, (dq, dk, dv))
-        return dq, dk, dv
+        launch_backward_hopper(dout, q, k, v, out, lse, options.scale, gradients)
+        return
     blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, options.dropout > 0) for kernel in TILES}
     if any(block.descriptors for block in blocks.values()):
         q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
@@ -329,12 +332,12 @@ def launch_backward(
 
     block = blocks["dq"]
     attention_bwd_kernel_dq[(triton.cdiv(T, block.block_m) * B * H,)](
-        *operands(block), out, lse, dlse, documents, options.seed, dq, delta, *strides, B * H, T, S, H, G, *scalars,
-        **flags, HAS_DLSE=dlse is not None, DESCRIPTORS=block.descriptors, **constants(block),
+        *operands(block), out, lse, dlse, documents, options.seed, dq, delta, *strides, dq.stride(1),
+        B * H, T, S, H, G, *scalars, **flags, HAS_DLSE=dlse is not None, DESCRIPTORS=block.descriptors,
+        **constants(block),
     )  # fmt: skip
     block = blocks["dk_dv"]
     attention_bwd_kernel_dk_dv[(triton.cdiv(S, block.block_n) * B * G,)](
-        *operands(block), lse, delta, documents, options.seed, dk, dv, *strides, B * G, T, S, H, G, *scalars, **flags,
-        DESCRIPTORS=block.descriptors, GROUP=H // G, **constants(block),
+        *operands(block), lse, delta, documents, options.seed, dk, dv, *strides, dk.stride(1),
+        B * G, T, S, H, G, *scalars, **flags, DESCRIPTORS=block.descriptors, GROUP=H // G, **constants(block),
     )  # fmt: skip
-    return dq, dk, dv

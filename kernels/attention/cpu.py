@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..op import transformed
 from .dropout import drop
-from .reference import check, document_of, hidden_pairs, log_sum_exp, repeat_heads
+from .reference import check, document_of, hidden_pairs, log_sum_exp, operands, repeat_heads
 
 # Up to this T plain products are faster than torch's fused operator on a CPU in bf16: forward and backward at
 # B * H = 48 and T = 64 take 1.2 ms against 2.9, at T = 512 16.9 against 28.5; at 1024 it is 103 against 35
@@ -18,9 +18,10 @@ FEWEST_AT_ONCE = 128  # queries of a chunk, at least, where a window is computed
 
 def attention_cpu(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
+    heads: int | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -31,7 +32,8 @@ def attention_cpu(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention_reference faster; with a window in O(T * window) memory."""
-    check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
+    check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
+    q, k, v = operands(q, k, v, heads)
     (B, T, H, D), S = q.shape, k.shape[1]
     scale = D**-0.5 if scale is None else scale
     plain = causal and T == S and window is None and softcap is None and cu_seqlens is None

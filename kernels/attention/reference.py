@@ -9,9 +9,10 @@ from .dropout import drop
 
 def attention_reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
+    heads: int | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -23,13 +24,17 @@ def attention_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from q (B, T, H, D) to k, v (B, S, G, D); any strides. `scale` is D^-1/2 by default. Returns q's dtype.
 
+    With `heads`, the H query heads, q is the fused projection (B, T, H + 2 G, D) of all three, without k and v; so is
+    its gradient, and nobody has to put it together from three.
+
     Products are rounded to q's dtype, as any chain of matmuls is; the softmax computes in at least fp32. With `window`
     0 a query sees only its own position. `cu_seqlens` (N + 1,) int holds the starts of N documents packed along T = S,
     and the end. `seed` makes dropout repeatable, with the same entries here and in the kernels; None draws from torch's
     default generator. With `return_lse` it also returns the log of each softmax's denominator, (B, H, T) fp32, -inf
     where no key is visible. Raises ValueError naming the argument. Memory is O(T * S).
     """
-    check(q, k, v, window, scale, softcap, dropout, cu_seqlens)
+    check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
+    q, k, v = operands(q, k, v, heads)
     (_, T, H, D), S = q.shape, k.shape[1]
     q, k, v = (repeat_heads(x, H).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, D)
     s = q @ k.mT * (D**-0.5 if scale is None else scale)
@@ -43,6 +48,15 @@ def attention_reference(
         p = drop(p, dropout, seed, queries, keys)
     out = (p @ v).transpose(1, 2)
     return (out, log_sum_exp(s, hidden)) if return_lse else out
+
+
+def operands(q: Tensor, k: Tensor | None, v: Tensor | None, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k and v; if there are `heads`, as slices of the fused projection q."""
+    if heads:
+        groups = (q.shape[2] - heads) // 2
+        q, k, v = q.split((heads, groups, groups), dim=2)
+    assert k is not None and v is not None
+    return q, k, v
 
 
 def document_of(cu_seqlens: Tensor | None, S: int) -> Tensor | None:
@@ -78,22 +92,15 @@ def log_sum_exp(s: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, softcap: float | None, dropout: float,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, heads: int | None, window: int | None, scale: float | None,
+    softcap: float | None, dropout: float, cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        raise no_tensor(q=q, k=k, v=v)
+    if not isinstance(q, Tensor):
+        raise no_tensor(q=q)
     require(q.dim() == 4 and min(q.shape[2:]) > 0, f"q: expected (B, T, H, D), got {tuple(q.shape)}")
     require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
-    (B, T, H, D), expected = q.shape, "(B, S, G, D) with q's B and D"
-    fits = k.dim() == 4 and (k.shape[0], k.shape[3]) == (B, D)
-    require(fits, f"k: expected {expected} = {(B, D)}, got {tuple(k.shape)}")
-    require(k.shape[2] > 0 and H % k.shape[2] == 0, f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
-    require(v.shape == k.shape, f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        require(x.dtype == q.dtype, f"{name}: {x.dtype}, but q is {q.dtype}")
-        require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
+    S = _check_keys(q, k, v) if heads is None else _check_projection(q, k, v, heads)
     # Written out, since torch.compile cannot put a number that varies into a message, used or not.
     if window is not None and window < 0:
         raise ValueError(f"window: expected a number of positions or None, got {window}")
@@ -104,7 +111,31 @@ def check(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if cu_seqlens is not None:
-        _check_documents(cu_seqlens, T, k.shape[1], q.device)
+        _check_documents(cu_seqlens, q.shape[1], S, q.device)
+
+
+def _check_keys(q: Tensor, k: Tensor | None, v: Tensor | None) -> int:
+    """Returns S."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise no_tensor(k=k, v=v)
+    (B, _, H, D), expected = q.shape, "(B, S, G, D) with q's B and D"
+    fits = k.dim() == 4 and (k.shape[0], k.shape[3]) == (B, D)
+    require(fits, f"k: expected {expected} = {(B, D)}, got {tuple(k.shape)}")
+    require(k.shape[2] > 0 and H % k.shape[2] == 0, f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
+    require(v.shape == k.shape, f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        require(x.dtype == q.dtype, f"{name}: {x.dtype}, but q is {q.dtype}")
+        require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
+    return k.shape[1]
+
+
+def _check_projection(q: Tensor, k: Tensor | None, v: Tensor | None, heads: int) -> int:
+    """Returns S, which is T."""
+    require(k is None and v is None, "k, v: with heads, q is the projection of all three; leave them out")
+    groups, odd = divmod(q.shape[2] - heads, 2)
+    fits = heads > 0 and groups > 0 and not odd and heads % groups == 0
+    require(fits, f"heads: expected H of the H + 2 G = {q.shape[2]} in q, where G divides H; got {heads}")
+    return q.shape[1]
 
 
 def _check_documents(cu_seqlens: Tensor, T: int, S: int, device: torch.device) -> None:

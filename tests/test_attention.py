@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracle import DTYPES, relative_error
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -39,6 +40,11 @@ def results(function, q, k, v, **features) -> list[Tensor]:
     seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     seeds = [torch.where(o.isfinite(), s, 0.0) for o, s in zip(outputs, seeds, strict=True)]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, (q, k, v), seeds)]
+
+
+def in_one(function):
+    """The function, which is given q, k and v as one projection."""
+    return lambda q, k, v, **features: function(torch.cat((q, k, v), dim=2), heads=q.shape[2], **features)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, function=interpreted, **features) -> None:
@@ -96,6 +102,8 @@ def test_reference_and_cpu_path_are_the_definition(T, S, documents, softcap, sca
 def test_gradients_are_those_of_finite_differences(function, features):
     arguments = tuple(x.requires_grad_() for x in qkv(4, 6, H=2, G=1, D=3, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda *x: function(*x, return_lse=True, **features), arguments)
+    whole = torch.randn(1, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: function(x, heads=2, return_lse=True, **features), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -392,6 +400,61 @@ def test_a_fused_projection_is_read_in_place(arch):
     assert out.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    "arch, gluon, D, features",
+    [(80, True, 64, {}), (90, False, 64, {}), (90, True, 64, {}), (90, True, 128, {}), (90, True, 64, dict(window=3))],
+    ids=str,
+)
+def test_a_projection_is_read_in_place_and_so_is_its_gradient_written(arch, gluon, D, features):
+    """By all kernels, forward and backward: none reads or writes q, k, v or a gradient of theirs anywhere else."""
+    whole, split = torch.randn(2, 33, 6, D, dtype=torch.bfloat16).requires_grad_(), (2, 2, 2)
+    given: dict[str, set[int]] = {}
+
+    def note(kernel, grid, *args, **kwargs):
+        for name, x in zip(kernel.arg_names, args, strict=False):
+            base = getattr(x, "base", x)
+            if isinstance(base, Tensor):
+                given.setdefault(re.sub("_(ptr|out)$", "", name), set()).add(base.data_ptr())
+
+    with launching(Launcher(note, arch, gluon=gluon)):
+        out = attention_triton(whole, heads=2, **features)
+        (gradient,) = torch.autograd.grad(out, whole, torch.ones_like(out))
+    for name, x in zip(("q", "k", "v"), whole.split(split, dim=2), strict=True):
+        assert given[name] == {x.data_ptr()}, name
+    for name, x in zip(("dq", "dk", "dv"), gradient.split(split, dim=2), strict=True):
+        assert given[name] == {x.data_ptr()}, name
+    assert gradient.is_contiguous() and gradient.shape == whole.shape
+
+
+@pytest.mark.parametrize("features", [dict(), dict(window=4, dropout=0.3, seed=2, return_lse=True)], ids=str)
+@pytest.mark.parametrize("G", [1, 2])
+def test_a_projection_gives_the_bits_of_its_slices(features, G):
+    """On every path, so that a model may take either."""
+    x = qkv(21, 21, B=2, H=4, G=G)
+    for function in (interpreted, attention_cpu, attention_reference):
+        apart, whole = (results(f, *x, **features) for f in (function, in_one(function)))
+        assert all(torch.equal(a, b) for a, b in zip(apart, whole, strict=True))
+
+
+def test_torch_checks_the_operator_of_a_projection():
+    whole = torch.randn(2, 5, 4, 8, requires_grad=True)
+    arguments = (whole, None, None, 2, None, None, True, -1, 0.3, 0.0, 0.0, True, False)
+    torch.library.opcheck(torch.ops.gptfast.attention.default, arguments)
+
+
+def test_one_graph_serves_projections_of_many_sizes():
+    """With the values of eager, forward and backward."""
+    torch._dynamo.reset()
+    graphs, made = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(interpreted, fullgraph=True, dynamic=True, backend=graphs)
+    for B, T in ((2, 5), (3, 7), (4, 9)):
+        x = qkv(T, T, B=B, G=1)
+        found, expected = (results(in_one(f), *x, window=3) for f in (compiled, interpreted))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        made.append(graphs.frame_count)
+    assert made[0] == made[-1]
+
+
 def test_compiled_with_every_feature():
     """One graph, the values of eager, and dropout that draws its own seed inside the graph."""
     q, k, v = qkv(11, 11, H=2, G=1)
@@ -420,6 +483,12 @@ def test_compiled_with_every_feature():
         (dict(v=torch.zeros(1, 6, 2, 8)), "v: expected the shape of k"),
         (dict(v=torch.zeros(1, 5, 2, 8).half()), "v: torch.float16, but q is torch.float32"),
         (dict(k=torch.zeros(1, 5, 2, 8, device="meta")), "k: on meta"),
+        (dict(k=None), "k: expected a tensor, got None"),
+        (dict(heads=2), "k, v: with heads, q is the projection of all three"),
+        (dict(k=None, v=None, heads=3), "heads: expected H of the H + 2 G = 4 in q, where G divides H; got 3"),
+        (dict(k=None, v=None, heads=0), "heads: expected H of the H + 2 G = 4"),
+        (dict(k=None, v=None, heads=4), "heads: expected H of the H + 2 G = 4"),
+        (dict(q=torch.zeros(1, 3, 7, 8), k=None, v=None, heads=3), "heads: expected H of the H + 2 G = 7"),
         (dict(window=-1), "window: expected"),
         (dict(scale=0.0), "scale: expected a positive number"),
         (dict(softcap=-2.0), "softcap: expected a positive number"),

@@ -68,9 +68,12 @@ def test_values(dims, D, seed):
     check(case(*dims, D), seed)
 
 
-def test_gradients_may_lie_in_one_tensor():
-    """As slices of the gradient of a fused projection."""
-    c, (H, G, D) = case(1, 140, 140, 2, 1, 64), (2, 1, 64)
+@pytest.mark.parametrize("D", [64, 128])
+def test_gradients_may_lie_in_one_tensor(D):
+    """As slices of the gradient of a fused projection, which q, k and v are slices of."""
+    c, (H, G) = case(1, 140, 140, 2, 1, D), (2, 1)
+    projection = torch.cat([c[name] for name in "qkv"], dim=2)
+    c |= zip("qkv", projection.split((H, G, G), dim=2), strict=True)
     whole = torch.full((1, 140, H + 2 * G, D), torch.nan, dtype=torch.bfloat16)
     apart = tuple(torch.empty_like(c[name]) for name in "qkv")
     for into in (apart, whole.split((H, G, G), dim=2)):

@@ -8,11 +8,13 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from gptfast.config import PRESETS, GPTConfig
@@ -20,6 +22,7 @@ from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.packing import document_starts
 from gptfast.runtime import compute_dtype
+from kernels._triton import launching, skip
 
 OPS = kernels.load("reference")
 BOS = 30  # begins a document
@@ -174,6 +177,25 @@ def test_packed_documents_are_each_by_itself(config: GPTConfig) -> None:
     torch.testing.assert_close(together, expected)
     torch.testing.assert_close(gradients(together), gradients(expected))
     assert abs(model(tokens, targets).item() - expected.item()) > 1e-3  # without, they see each other
+
+
+def test_the_gradient_of_a_projection_is_never_put_together() -> None:
+    """Where q, k and v are what attention takes: no gradient is concatenated, or copied, on its way to the product."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    ops = kernels.Ops({name: ("triton", "launches left out", op.triton) for name, op in kernels.OPS.items()})
+    for config, expected in ((SMALL, set()), (MODERN, {"cat"})):
+        model, names = GPT(config, ops), []
+        tokens = tokens_of(config, 2)
+        with launching(skip):
+            loss = model(tokens, tokens)
+            with Seen():
+                loss.backward()
+        assert {"cat", "copy_", "clone"} & set(names) == expected
 
 
 def test_packed_documents_by_the_kernels() -> None:

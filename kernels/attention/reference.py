@@ -132,9 +132,9 @@ def _check_keys(q: Tensor, k: Tensor | None, v: Tensor | None) -> int:
 def _check_projection(q: Tensor, k: Tensor | None, v: Tensor | None, heads: int) -> int:
     """Returns S, which is T."""
     require(k is None and v is None, "k, v: with heads, q is the projection of all three; leave them out")
-    groups, odd = divmod(q.shape[2] - heads, 2)
-    fits = heads > 0 and groups > 0 and not odd and heads % groups == 0
-    require(fits, f"heads: expected H of the H + 2 G = {q.shape[2]} in q, where G divides H; got {heads}")
+    both = q.shape[2] - heads  # of keys and of values
+    if not (heads > 0 and both > 0 and both % 2 == 0 and 2 * heads % both == 0):
+        raise ValueError(f"heads: expected H of the H + 2 G = {q.shape[2]} in q, where G divides H; got {heads}")
     return q.shape[1]
 
 

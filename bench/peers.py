@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Ops, load
+from kernels.attention.reference import operands
 from kernels.op import Op, require
 
 Function = Callable[..., Any]
@@ -83,11 +84,11 @@ def absent() -> list[str]:
 def sdpa(backend: str | None) -> Function:
     """torch's fused attention, by the backend named or by torch's own choice; causal, as the benches are."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, heads: int | None = None) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, backend))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in operands(q, k, v, heads))
         with chosen:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)

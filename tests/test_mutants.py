@@ -129,6 +129,12 @@ MUTANTS = {
         "one head of each group": ("attention.backward", "tl.range(0, GROUP * tiles)", "tl.range(0, tiles)"),
         "dropout's scale lost on the way back": (
             "attention.backward", "tl.where(keep, p * undropped, 0.0)", "tl.where(keep, p, 0.0)"),
+        "dq as if it lay alone": (
+            "attention.backward", "(b.to(tl.int64) * T + row) * dq_stride_t", "(b.to(tl.int64) * T + row) * (H * D)"),
+        "dk and dv as if they lay alone": (
+            "attention.backward", "(b.to(tl.int64) * S + u) * dk_stride_s", "(b.to(tl.int64) * S + u) * (G * D)"),
+        "the projection split as if every head had keys": (
+            "attention", "gradients = operands(dq, dk, dv, heads)", "gradients = operands(dq, dk, dv, heads and 2)"),
         "rows of dout as those of q": ("attention.backward", "row, dout_stride_t, T, True", "row, q_stride_t, T, True"),
     },
 }  # fmt: skip

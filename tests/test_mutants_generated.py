@@ -99,7 +99,7 @@ class Case(NamedTuple):
 SIZES: dict[str, tuple[dict[str, int], ...]] = {
     "rmsnorm": (dict(M=7, N=150), dict(M=33, N=30), dict(M=1, N=1), dict(M=0, N=16)),
     "attention": (
-        dict(B=1, T=37, S=37, H=2, G=2, D=16), dict(B=2, T=3, S=70, H=2, G=1, D=16),
+        dict(B=1, T=37, S=37, H=2, G=2, D=16, projected=True), dict(B=2, T=3, S=70, H=2, G=1, D=16),
         dict(B=1, T=40, S=64, H=2, G=1, D=24), dict(B=1, T=70, S=33, H=2, G=2, D=16),
         dict(B=2, T=0, S=5, H=2, G=1, D=16),
     ),
@@ -249,7 +249,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
         '_gather_dk_dv: GROUP + (i // tiles if [GROUP > 1 -> True] else 0)',
         'launch_backward: kernel: tile(kernel, D, [q -> k].dtype, arch(q),',
         'launch_backward: ), T, options.dropout > [0 -> 1]) for kernel in',
-        'launch_backward: , D), (S, G) = q.shape, [k -> v].shape[1:3]',
+        'launch_backward: (dq, dk, dv) = q.shape, [k -> v].shape[1:3], gra',
         '_backward: s, size = tile.programs([M -> N], multiprocessor',
         '_backward: if [N <= tile.block_n -> False]:',
         'launch_backward: l, D, q.dtype, arch(q), [T -> H], options.dropou',

@@ -523,7 +523,8 @@ def test_what_only_the_reference_takes(x, message):
 )
 def test_features_on_the_gpu(D, features):
     q, k, v = (x.cuda() for x in qkv(1031, 1031, B=2, H=4, G=2, D=D, dtype=torch.bfloat16))
-    check(q, k, v, attention_triton, **features)
+    for function in (attention_triton, in_one(attention_triton)):
+        check(q, k, v, function, **features)
 
 
 def test_a_result_that_nobody_uses_costs_the_backward_nothing():

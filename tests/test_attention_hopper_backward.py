@@ -213,3 +213,19 @@ def test_on_a_gpu(D):
         found, same = run(attention_triton, torch.bfloat16), run(attention_reference, torch.bfloat16)
         for f, s, t in zip(found, same, run(attention_reference, torch.float64), strict=True):
             assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_projection_on_a_gpu(D):
+    """The gradients of its slices; but the sums of dq differ in their order."""
+    whole, dout = torch.randn(2, 1031, 12, D, device="cuda").bfloat16(), torch.randn(2, 1031, 4, D, device="cuda")
+    slices = whole.split((4, 4, 4), dim=2)
+
+    def run(*operands, **form):
+        leaves = [x.detach().requires_grad_() for x in operands]
+        return torch.cat(torch.autograd.grad(attention_triton(*leaves, **form), leaves, dout.bfloat16()), dim=2)
+
+    found, apart = run(whole, heads=4), run(*slices)
+    assert torch.equal(found[:, :, 4:], apart[:, :, 4:])
+    assert relative_error(found[:, :, :4], apart[:, :, :4].double()) <= torch.finfo(torch.bfloat16).eps

@@ -447,7 +447,7 @@ def test_one_graph_serves_projections_of_many_sizes():
     torch._dynamo.reset()
     graphs, made = CompileCounterWithBackend("aot_eager"), []
     compiled = torch.compile(interpreted, fullgraph=True, dynamic=True, backend=graphs)
-    for B, T in ((2, 5), (3, 7), (4, 9)):
+    for B, T in ((2, 5), (3, 7)):
         x = qkv(T, T, B=B, G=1)
         found, expected = (results(in_one(f), *x, window=3) for f in (compiled, interpreted))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
+from ._triton import arch, jit, launcher, multiprocessors, skip, starts_early, tile_arch, tl, triton
 from .op import Cost, Op, changed, no_tensor, without_gradient
-from .prims import activated, as_rows, require_kernel_dtype, softcapped
+from .prims import activated, as_rows, await_inputs, early_launch, prefetch_rows, require_kernel_dtype, softcapped
 
 NORMS = ("none", "layernorm", "rmsnorm")
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu2", "swiglu")
@@ -238,17 +238,43 @@ def _add_products(totals, part, d: tl.constexpr, x, M: tl.constexpr, m: tl.const
 
 
 @jit
+def _prefetch(
+    weight_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, weight_stride_n, gate_stride_n, first, N, K,
+    GATED: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, NUM_WARPS: tl.constexpr,
+):  # fmt: skip
+    """Bring a program's rows of the matrices into the L2 cache; the first program brings the vectors, too."""
+    prefetch_rows(weight_ptr, weight_stride_n, first, N, K, ROWS, NUM_WARPS)
+    if GATED:
+        prefetch_rows(gate_ptr, gate_stride_n, first, N, K, ROWS, NUM_WARPS)
+    if tl.program_id(0) == 0:
+        if HAS_NORM_WEIGHT:
+            prefetch_rows(norm_weight_ptr, K, 0, 1, K, 1, NUM_WARPS)
+        if HAS_NORM_BIAS:
+            prefetch_rows(norm_bias_ptr, K, 0, 1, K, 1, NUM_WARPS)
+        if HAS_BIAS:
+            prefetch_rows(bias_ptr, N, 0, 1, N, 1, NUM_WARPS)
+
+
+@jit
 def decode_linear_fwd_kernel_rows(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, gate_ptr, gate_bias_ptr, scale_ptr,
     gate_scale_ptr, y_ptr, x_stride_m, weight_stride_n, gate_stride_n, residual_stride_m, N, K, eps, softcap,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    SOFTCAPPED: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTCAPPED: tl.constexpr, PDL: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of the matrix, and of gate, per warp -> y[:, n], for all M rows of x."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     PART: tl.constexpr = DEPTH * LANES * WIDTH
     first = tl.program_id(0).to(tl.int64) * (WARPS * ROWS)
+    if PDL:
+        _prefetch(
+            weight_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, weight_stride_n, gate_stride_n, first, N, K,
+            GATED, HAS_NORM_WEIGHT, HAS_NORM_BIAS, HAS_BIAS, WARPS * ROWS, WARPS,
+        )  # fmt: skip
+    await_inputs(PDL)
     part = _load_part(weight_ptr, weight_stride_n, first, 0, N, K, ROWS, DEPTH, WIDTH)
     gate_part = part
     if GATED:
@@ -349,11 +375,18 @@ def decode_linear_fwd_kernel_tiles(
     gate_scale_ptr, y_ptr, x_stride_m, weight_stride_n, gate_stride_n, residual_stride_m, M, N, K, eps, softcap,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_GATE_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    SOFTCAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOFTCAPPED: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of weight x^T, for all rows of x -> y. x is rounded after its norm."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    if PDL:
+        _prefetch(
+            weight_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, weight_stride_n, gate_stride_n, first, N, K,
+            GATED, HAS_NORM_WEIGHT, HAS_NORM_BIAS, HAS_BIAS, BLOCK_N, TILE_WARPS,
+        )  # fmt: skip
+    await_inputs(PDL)
     n, m, k = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_K)
     is_row, is_column = n < N - first, m < M
     weights = weight_ptr + first * weight_stride_n + (n.to(tl.int64) * weight_stride_n + k[None, :])
@@ -472,6 +505,7 @@ def _forward(
         NORM=norm, ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_RESIDUAL=added is not None,
         HAS_NORM_WEIGHT=norm_weight is not None, HAS_NORM_BIAS=norm_bias is not None,
         HAS_GATE_BIAS=gate_bias is not None, HAS_SCALE=scale is not None, SOFTCAPPED=softcap > 0,
+        **early_launch(starts_early(x)),
     )  # fmt: skip
     if M <= FEW_ROWS:
         width = min(16 // weight.dtype.itemsize, 16 if M <= 4 else 8)  # wider loads of more rows spill registers
@@ -484,7 +518,8 @@ def _forward(
         tile = CONSERVATIVE if x.dtype == torch.float32 else TILES.get(tile_arch(arch(x)), CONSERVATIVE)
         decode_linear_fwd_kernel_tiles[(triton.cdiv(N, tile.block_n),)](
             *arguments, M, N, K, eps, softcap, **flags, BLOCK_M=max(16, triton.next_power_of_2(M)),
-            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, TILE_WARPS=tile.num_warps, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )  # fmt: skip
     return y
 

@@ -10,6 +10,7 @@ import torch
 
 from kernels import OPS
 from kernels._triton import jit, tl
+from kernels.prims import await_inputs
 from kernels.proof import aot, machine_code
 from kernels.proof.machine_code import (
     CHIPS,
@@ -166,7 +167,7 @@ def test_a_scalar_of_one_that_is_taken_for_a_tensor_is_found():
 CLEAN = Code(
     registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300,
     matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0,
-    bulk_copies=0, ptxas_warnings=(), box_mismatch=False,
+    bulk_copies=0, ptxas_warnings=(), box_mismatch=False, waits=True, early_accesses=0,
 )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def test_a_clean_kernel_breaks_no_gate():
 @pytest.mark.parametrize("change, complaint", [
     (dict(stack_bytes=48), "spills"), (dict(local_accesses=2), "spills"),
     (dict(ptxas_warnings=("C7510",)), "serializes"), (dict(shared_bytes=232449), "shared memory"),
-    (dict(box_mismatch=True), "box"),
+    (dict(box_mismatch=True), "box"), (dict(waits=False), "never waits"), (dict(early_accesses=1), "before the wait"),
     (dict(has_dot=True, matrix="HMMA 64"), "without HGMMA"),
     (dict(has_dot=True, matrix="HGMMA 8", programs_per_sm=1), "warps"),
     (dict(loads_128=0, loads_narrow=33), "narrow loads"),
@@ -191,6 +192,25 @@ def _copy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     """One program copies BLOCK elements."""
     n = tl.arange(0, BLOCK)
     tl.store(out_ptr + n, tl.load(x_ptr + n))
+
+
+@jit
+def _early_copy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    """One program copies BLOCK elements, which it reads before it waits for them, if it waits at all."""
+    n = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + n)
+    if WAITS:
+        await_inputs(True)
+        x = tl.load(x_ptr + BLOCK + n) + x
+    tl.store(out_ptr + n, x)
+
+
+@pytest.mark.parametrize("waits, complaint", [(True, "1 accesses before the wait"), (False, "never waits")])
+def test_machine_code_that_does_not_wait_is_seen(waits, complaint):
+    x, out = (torch.empty(4096, device="meta") for _ in "xo")
+    launch = aot.Launch(_early_copy_kernel, (x, out), dict(BLOCK=128, WAITS=waits, launch_pdl=True, num_warps=4))
+    code = read_code(aot.compile_launch(launch, 90), 90)
+    assert complaint in " ".join(broken_gates(code, 90))
 
 
 @jit

@@ -131,6 +131,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
         "softcap": ("decode_linear", "y = softcapped(y, softcap)", "y = softcapped(y, 2.0 * softcap)"),
     },
     "decode_embedding": {},
+    "decode_greedy": {},
     "int8_linear": {
         "bias": ("int8_linear", "_int8_linear(x, weight, scale, bias)",
                  "_int8_linear(x, weight, scale, scale if bias is None else bias)"),

@@ -32,7 +32,7 @@ def decode_greedy_reference(
     V: int | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """Choose among the first V of logits (B, W), by default all; returns (B, 2) int64, each token and whether it counts.
+    """Choose among the first V of logits (B, W), by default all; returns (B, 2) int64: tokens, and whether they count.
 
     A token counts where lengths (B,) is below ends (B,), and goes into newest (B, 1) there. `workspace` is for the
     kernel, which leaves it all 0. Raises ValueError naming the argument.
@@ -157,7 +157,7 @@ def inputs(
     ends = lengths.double() + lengths % 2
     newest = torch.full((B, 1), V, device=device)
     workspace = torch.zeros(B, 2, dtype=torch.int64, device=device) if given else None
-    return (logits, newest, lengths, ends, V, workspace), {}
+    return (logits, newest, lengths, ends, V if padded else None, workspace), {}
 
 
 def cost(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from mutants import mutated
+from mutants import loaded
 from oracle import check_parity
 
 import kernels.decode_attention as attention_page
 import kernels.decode_linear as linear_page
+import kernels.decode_linear.rows as rows_page
+import kernels.decode_linear.tiles as tiles_page
 from kernels import OPS
 from kernels._triton import Launcher, launching
 from kernels.proof import aot
@@ -87,22 +91,25 @@ def test_every_program_brings_its_rows_once(dims):
         assert set(times) == {1}
 
 
-LINEAR, ATTENTION = (linear_page, "decode_linear"), (attention_page, "decode_attention")
+ROWS, TILES = (rows_page, linear_page, "decode_linear"), (tiles_page, linear_page, "decode_linear")
+ATTENTION = (attention_page, attention_page, "decode_attention")
 ROWS_OF = "weight_stride_n, first, N, K, ROWS"
 MUTANTS = {
-    "few rows do not wait": (LINEAR, 0, "    await_inputs(PDL)\n    part = ", "    part = ", "waits"),
-    "tiles do not wait": (LINEAR, 1, "    await_inputs(PDL)\n    n, m, k", "    n, m, k", "waits"),
-    "an early read": (LINEAR, 0, "    if PDL:\n", "    if PDL:\n        tl.load(weight_ptr)\n", "before it waits"),
-    "rows past the end": (LINEAR, 0, ROWS_OF, "weight_stride_n, first, N + 9, K, ROWS", "bounds"),
-    "columns past the end": (LINEAR, 0, ROWS_OF, "weight_stride_n, first, N, K + 64, ROWS", "bounds"),
+    "few rows do not wait": (ROWS, 0, "    await_inputs(PDL)\n    part = ", "    part = ", "waits"),
+    "tiles do not wait": (TILES, 1, "    await_inputs(PDL)\n    n, m, k", "    n, m, k", "waits"),
+    "an early read": (ROWS, 0, "    if PDL:\n", "    if PDL:\n        tl.load(weight_ptr)\n", "before it waits"),
+    "rows past the end": (ROWS, 0, ROWS_OF, "weight_stride_n, first, N + 9, K, ROWS", "bounds"),
+    "columns past the end": (ROWS, 0, ROWS_OF, "weight_stride_n, first, N, K + 64, ROWS", "bounds"),
     "attention does not wait": (ATTENTION, 0, "    await_inputs(PDL)\n    group", "    group", "waits"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
-    (page, name), case, old, new, complaint = MUTANTS[mistake]
-    module = mutated(page, old, new, tmp_path, monkeypatch)
+    (part, page, name), case, old, new, complaint = MUTANTS[mistake]
+    source = Path(part.__file__).read_text()
+    assert old in source, "the page has changed: rewrite this mutant"
+    module = loaded(part, source.replace(old, new, 1), page, tmp_path, monkeypatch)
     arguments, keywords = OPS[name].inputs(**CASES[name][case], dtype=torch.bfloat16)
     with interpreting(arch=90, multiprocessors=4), pytest.raises((Early, OutOfBounds), match=complaint):
         getattr(module, f"{name}_triton")(*arguments, **keywords)

@@ -76,7 +76,7 @@ def _check(
 
 @jit
 def decode_greedy_fwd_kernel(
-    logits_ptr, newest_ptr, lengths_ptr, ends_ptr, out_ptr, workspace_ptr, logits_stride_b, V, splits,
+    logits_ptr, newest_ptr, lengths_ptr, ends_ptr, out_ptr, workspace_ptr, logits_stride_b, V, W, splits,
     PDL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program: a split of a row's logits -> the workspace; the last of a row -> out[b, :] and newest[b]."""
@@ -86,7 +86,8 @@ def decode_greedy_fwd_kernel(
     best = tl.zeros((BLOCK_V,), tl.int64)
     for start in tl.range(split * share, tl.minimum(split * share + share, V), BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + b * logits_stride_b + v, v < V, other=0.0).to(tl.float32)
+        # Also what is past V: where W is a multiple of 16, loads of 16 bytes are within it or not.
+        x = tl.load(logits_ptr + b * logits_stride_b + v, v < W, other=0.0).to(tl.float32)
         x = tl.where(x == x, x, float("inf"))  # NaN ends a text as inf does
         bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
         rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the numbers
@@ -120,7 +121,7 @@ def _forward(
     rows, workspace = as_rows(logits), torch.zeros_like(out) if workspace is None else workspace
     splits = min(triton.cdiv(V, BLOCK_V), max(1, PROGRAMS * multiprocessors(logits) // B))
     decode_greedy_fwd_kernel[(B, splits)](
-        rows, newest, lengths.contiguous(), ends.contiguous(), out, workspace, rows.stride(0), V, splits,
+        rows, newest, lengths.contiguous(), ends.contiguous(), out, workspace, rows.stride(0), V, logits.shape[1], splits,
         BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, **early_launch(starts_early(logits)),
     )  # fmt: skip
     return out

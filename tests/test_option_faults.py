@@ -132,7 +132,7 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
     },
     "decode_embedding": {},
     "decode_greedy": {
-        "padded": ("decode_greedy", "workspace, rows.stride(0), V", "workspace, V, V"),
+        "padded": ("decode_greedy", "workspace, rows.stride(0), V,", "workspace, V, V,"),
         "ties": ("decode_greedy", "| (0x7FFFFFFF - v)", "| v"),
         "given": ("decode_greedy", "torch.zeros_like(out) if", "torch.zeros_like(out)[:0] if"),
     },

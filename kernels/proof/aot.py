@@ -59,6 +59,7 @@ FEW_ROWS = "a few bytes with some sets of options, once a row; fewer loads in fl
 EXCUSED = (
     ("cross_entropy_rows_kernel", "", "narrow loads", ODD_PITCH),
     ("cross_entropy_bwd_kernel", "", "narrow loads", ODD_PITCH),
+    ("decode_greedy_fwd_kernel", "", "narrow loads", ODD_PITCH),
     ("attention_bwd_kernel_dk_dv", "BLOCK_D=256 WINDOWED", "spills: 8 B", FEW_BYTES),
     ("attention_bwd_kernel_dk_dv", "BLOCK_D=256 DOCUMENTS", "spills: 8 B", FEW_BYTES),
     ("attention_bwd_kernel_dk_dv", "BLOCK_D=256 DROPOUT SOFTCAPPED WINDOWED", "spills: 128 B", EVERYTHING),

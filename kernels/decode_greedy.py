@@ -121,8 +121,8 @@ def _forward(
     rows, workspace = as_rows(logits), torch.zeros_like(out) if workspace is None else workspace
     splits = min(triton.cdiv(V, BLOCK_V), max(1, PROGRAMS * multiprocessors(logits) // B))
     decode_greedy_fwd_kernel[(B, splits)](
-        rows, newest, lengths.contiguous(), ends.contiguous(), out, workspace, rows.stride(0), V, logits.shape[1], splits,
-        BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, **early_launch(starts_early(logits)),
+        rows, newest, lengths.contiguous(), ends.contiguous(), out, workspace, rows.stride(0), V, logits.shape[1],
+        splits, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, **early_launch(starts_early(logits)),
     )  # fmt: skip
     return out
 

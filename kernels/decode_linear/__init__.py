@@ -19,6 +19,7 @@ the matrix into the L2 cache, and then wait. There is no derivative.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from .._triton import arch, launcher, multiprocessors, skip, starts_early, tile_arch, triton
 from ..op import Cost, Op, changed, no_tensor, without_gradient
 from ..prims import as_rows, early_launch, require_kernel_dtype
+from . import columns as columns_page
 from .rows import NUM_WARPS, decode_linear_fwd_kernel_rows, depth, rows_of_a_warp
 from .tiles import CONSERVATIVE, TILES, decode_linear_fwd_kernel_tiles
 
@@ -159,6 +161,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, scale: Tensor | None,
     gate_scale: Tensor | None, norm: str, activation: str, eps: float, softcap: float, dtype: torch.dtype,
+    columns: bool,
 ) -> Tensor:  # fmt: skip
     N, K = weight.shape
     y = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
@@ -180,7 +183,13 @@ def _forward(
         HAS_GATE_BIAS=gate_bias is not None, HAS_SCALE=scale is not None, SOFTCAPPED=softcap > 0,
         **early_launch(starts_early(x)),
     )  # fmt: skip
-    if M <= FEW_ROWS:
+    if columns and M <= columns_page.MOST_ROWS:
+        part = columns_page.tile(N, gated, multiprocessors(x))
+        columns_page.decode_linear_fwd_kernel_columns[(triton.cdiv(N, part.block_n),)](
+            *arguments, N, K, eps, softcap, **flags, M=M, COUNT=columns_page.count_of(M, norm, norm_bias is not None),
+            BLOCK_N=part.block_n, BLOCK_K=part.block_k, STAGES=part.num_stages, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    elif M <= FEW_ROWS:
         width = min(16 // weight.dtype.itemsize, 16 if M <= 4 else 8)  # wider loads of more rows spill registers
         each = rows_of_a_warp(M, N, width, gated, multiprocessors(x))
         decode_linear_fwd_kernel_rows[(triton.cdiv(N, each * NUM_WARPS),)](
@@ -216,11 +225,14 @@ def decode_linear_triton(
     eps: float = 1e-5,
     softcap: float | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    columns: bool = False,
 ) -> Tensor:
     """Compute decode_linear_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16.
 
     Up to 64 rows of x. One launch, deterministic; nothing waits for the GPU, so that a CUDA graph may replay it. Loads
-    are 16 bytes wide if rows start at multiples of 16 bytes; others are correct but slower.
+    are 16 bytes wide if rows start at multiples of 16 bytes; others are correct but slower. With `columns`, up to four
+    rows in bf16 go by columns.py.
     """
     terms = Terms(bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
     _check(x, weight, terms)
@@ -230,7 +242,11 @@ def decode_linear_triton(
     if x.numel() > MOST_ROWS * x.shape[-1]:
         raise ValueError(f"x: up to {MOST_ROWS} rows have kernels, got {tuple(x.shape)}; use a product and a norm")
     out_dtype = x.dtype if dtype is None else dtype
-    return _decode_linear(x, weight, *terms, float(eps), float(softcap or 0.0), out_dtype)
+    columns = columns and x.dtype == torch.bfloat16
+    return _decode_linear(x, weight, *terms, float(eps), float(softcap or 0.0), out_dtype, columns)
+
+
+decode_linear_columns = functools.partial(decode_linear_triton, columns=True)
 
 
 def inputs(
@@ -276,6 +292,7 @@ DECODE_LINEAR = Op(
     name="decode_linear",
     reference=decode_linear_reference,
     triton=decode_linear_triton,
+    variants={"columns": decode_linear_columns},
     inputs=inputs,
     parity=(
         dict(M=1, N=1, K=1), dict(M=1, N=70, K=530), dict(M=3, N=33, K=2065), dict(M=8, N=20, K=129),

@@ -119,7 +119,9 @@ def _specialization(value: Any) -> str:
     return type(value).__name__
 
 
-def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+def launches(
+    op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch.bfloat16, variants: bool = True
+) -> list[Launch]:
     """Returns every launch that an op's forward and backward make at these dims on an architecture; none is run."""
     if op.triton is None:
         return []
@@ -129,7 +131,7 @@ def launches(op: Op, dims: dict[str, Any], arch: int, dtype: torch.dtype = torch
     arguments, keywords = op.inputs(**dims, dtype=dtype, device="meta")
     leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     with launching(record):
-        for function in (op.triton, *op.variants.values()):
+        for function in (op.triton, *(op.variants.values() if variants else ())):
             try:
                 out = function(*arguments, **keywords)
             except ValueError:  # a variant need not do every case, nor run everywhere
@@ -356,12 +358,16 @@ def cases(op: Op, arch: int) -> list[dict[str, Any]]:
 
 
 def plan(ops: list[str], archs: list[int]) -> dict[tuple, Launch]:
-    """Returns (kernel, arch, digest) -> launch; cases and ops that give the same code are merged."""
+    """Returns (kernel, arch, digest) -> launch; cases and ops that give the same code are merged.
+
+    What has to be asked for by name is compiled at the bench sizes alone.
+    """
     wanted: dict[tuple, Launch] = {}
     for name in ops:
+        sizes = [*map(dict, OPS[name].bench)]
         for arch in archs:
             for case in cases(OPS[name], arch):
-                for launch in launches(OPS[name], case, arch):
+                for launch in launches(OPS[name], case, arch, variants=case in sizes):
                     wanted.setdefault((launch.kernel.__name__, arch, digest(launch)), launch)
     return wanted
 

@@ -163,7 +163,8 @@ def test_columns_and_tiles_by_size():
         (4, "layernorm", True),
     )]  # fmt: skip
     assert counts == [16, 16, 16, 16, 32]
-    assert [tile(*case, H100).block_n for case in ((50304, False), (50304, True), (6400, False))] == [32, 16, 16]
+    assert [tile(*case, H100, 90).block_n for case in ((50304, False), (50304, True), (6400, False))] == [32, 16, 16]
+    assert [tile(768, False, 84, arch).num_stages for arch in (0, 80, 86, 90, 103, 120)] == [2, 4, 2, 4, 4, 2]
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 8).bfloat16(), torch.ones(1, 8)], ids=["rows", "dtype"])

@@ -184,7 +184,7 @@ def _forward(
         **early_launch(starts_early(x)),
     )  # fmt: skip
     if columns and M <= columns_page.MOST_ROWS:
-        part = columns_page.tile(N, gated, multiprocessors(x))
+        part = columns_page.tile(N, gated, multiprocessors(x), arch(x))
         columns_page.decode_linear_fwd_kernel_columns[(triton.cdiv(N, part.block_n),)](
             *arguments, N, K, eps, softcap, **flags, M=M, COUNT=columns_page.count_of(M, norm, norm_bias is not None),
             BLOCK_N=part.block_n, BLOCK_K=part.block_k, STAGES=part.num_stages, num_warps=NUM_WARPS,

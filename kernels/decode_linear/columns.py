@@ -9,7 +9,7 @@ have as few as 16 rows of the matrix, and the matrix is prefetched into shared m
 
 from typing import NamedTuple
 
-from .._triton import jit, tl
+from .._triton import jit, tile_arch, tl
 from ..prims import activated, await_inputs, softcapped
 from .rows import prefetch_operands
 
@@ -181,12 +181,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-NARROW, WIDE = Tile(16, 256, 4), Tile(32, 256, 4)  # not timed on a GPU yet
+def tile(N: int, gated: bool, multiprocessors: int, arch: int) -> Tile:
+    """Returns the tile for a matrix of N rows: a wide one shares columns among more rows, if programs are enough.
 
-
-def tile(N: int, gated: bool, multiprocessors: int) -> Tile:
-    """Returns the tile for a matrix of N rows: the wide one shares columns among more rows, if programs are enough."""
-    return WIDE if N >= 64 * multiprocessors and not gated else NARROW
+    Of the compiled code; not timed on a GPU yet. Where shared memory is short, two stages leave room for two programs.
+    """
+    wide = N >= 64 * multiprocessors and not gated
+    return Tile(32 if wide else 16, 256, 4 if tile_arch(arch) in (80, 90, 100) else 2)
 
 
 def count_of(M: int, norm: str, has_norm_bias: bool) -> int:

@@ -2,7 +2,7 @@
 
     python -m bench.plots                       # every machine: results/<machine>/*.jsonl -> PNGs beside them
     python -m bench.plots --out=results/<machine>
-    python -m bench.plots --readme=models       # the table that the README shows, as Markdown; also --readme=ops
+    python -m bench.plots --readme=models       # a table of the README, as Markdown: summary, models or ops
 
 Each figure names the hardware, date, commit and, where it shows one, the convention of MFU. A folder with a row that is
 damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: an overview of
@@ -27,6 +27,7 @@ from . import results
 from .figures import (
     by,
     decode_figure,
+    growing,
     in_flops,
     op_figure,
     overview_figure,
@@ -279,6 +280,48 @@ def ops_table(rows: Sequence[Row]) -> str:
     return report.table(picked, columns)
 
 
+def summary_table(rows: Sequence[Row]) -> str:
+    """What a reader asks first, ours beside the best peer: training steps, attention, and decoding token by token."""
+    lines: list[Row] = []
+    for group in by(with_numbers(valid(rows, "model"), "parameters"), "hardware_name", "name", "dtype").values():
+        for mine in by_size(group).values():
+            lines += beside(mine, f"training step of {mine[0]['name']}", "ms_p50", lambda row: first_word(row) in OURS)
+    attention = [row for row in valid(rows, "op") if row["name"] == "attention" and row["direction"] == "both"]
+    for group in by(attention, "hardware_name", "dtype").values():
+        for mine in by_size(sorted(group, key=lambda row: growing(row["dims"]))).values():
+            exact = [row for row in mine if row.get("inexact") is None and row["impl"] != "reference"]
+            lines += beside(exact, "attention, forward + backward", "ms_p50", lambda row: first_word(row) in OURS)
+    for group in by(valid(rows, "decode"), "hardware_name", "name", "dtype").values():
+        for mine in by_size(group).values():
+            peers = [row for row in mine if first_word(row) not in ("engine", "naive")]
+            same_weights = [*(row for row in mine if row["impl"] == "engine"), *peers]
+            if any(first_word(row) == "torch.compile" for row in peers):  # without it the best peer is unknown
+                for what, field in (("a token of", "tpot_ms"), ("the first token of", "ttft_ms")):
+                    timed = with_numbers(same_weights, field)
+                    lines += beside(timed, f"{what} {mine[0]['name']}", field, lambda row: row["impl"] == "engine")
+    columns: report.Columns = {
+        "what": "about", "sizes": lambda row: f"{report.dims(row)} {row['dtype']}", "ours, ms": "ours_ms",
+        "best peer, ms": "peer_ms", "best peer": "peer", "ours is": lambda row: f"{row['times']:.2f}x as fast",
+        "measured": lambda row: f"{machine(row)}, {provenance(row)}",
+    }  # fmt: skip
+    return report.table(lines, columns)
+
+
+def beside(rows: Sequence[Row], about: str, field: str, ours: Callable[[Row], bool]) -> list[Row]:
+    """One line on rows of one size: the fastest of ours, and the fastest of the others; none without either."""
+    best = lambda some: min(some, key=lambda row: row[field], default=None)
+    mine, peer = best([row for row in rows if ours(row)]), best([row for row in rows if not ours(row)])
+    if mine is None or peer is None:
+        return []
+    return [{**mine, "about": about, "ours_ms": mine[field], "peer_ms": peer[field], "peer": peer["impl"],
+        "times": peer[field] / max(mine[field], 1e-9)}]  # fmt: skip
+
+
+def first_word(row: Row) -> str:
+    """Who ran: triton of 'triton + CUDA graph'."""
+    return row["impl"].split(" ")[0]
+
+
 def machine(row: Row) -> str:
     return row["hardware"]["name"]
 
@@ -287,7 +330,7 @@ def provenance(row: Row) -> str:
     return f"{row['date'][:10]}, {(row['commit'] or 'n/a')[:10]}"
 
 
-TABLES = {"models": models_table, "ops": ops_table}
+TABLES = {"summary": summary_table, "models": models_table, "ops": ops_table}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

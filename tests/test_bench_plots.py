@@ -291,6 +291,34 @@ def test_the_readme_tables_come_from_the_newest_valid_rows(tmp_path, capsys):
     assert pngs(tmp_path / "gpu") == []
 
 
+def test_the_summary_has_ours_beside_the_best_peer_of_the_same_weights(tmp_path, capsys):
+    attention = lambda impl, T, ms, direction="both": {**op(impl, T, 1.0, direction), "name": "attention",
+        "dims": {"B": 1, "T": T}, **times(ms)}  # fmt: skip
+    rows = [attention("triton", 4096, 4.0), attention("sdpa cudnn", 4096, 1.0), attention("sdpa flash", 4096, 2.0)]
+    rows += [attention("triton", 64, 1.0), attention("sdpa cudnn", 64, 2.0), attention("reference", 64, 0.5)]
+    rows += [
+        attention("triton", 128, 1.0),
+        attention("triton", 64, 9.0, "forward"),
+        attention("sdpa", 64, 1.0, "forward"),
+    ]
+    decode = lambda name, impl, ttft, tpot: row("decode", name=name, impl=impl, dtype="bfloat16", **times(tpot),
+        dims={"B": 1, "prompt": 960}, ttft_ms=ttft, tpot_ms=tpot, tokens_per_s=1.0)  # fmt: skip
+    rows += [decode("gpt2", "engine", 8.0, 0.4), decode("gpt2", "engine int8", 8.0, 0.1)]
+    rows += [decode("gpt2", "torch.compile", 6.0, 0.5), decode("gpt2", "naive", 1.0, 0.2)]
+    rows += [decode("gpt2-xl", "engine", 8.0, 0.4), decode("gpt2-xl", "transformers", 6.0, 50.0)]
+    steps = [model("triton + CUDA graph", 300e3), model("triton", 200e3), model("torch.compile", 150e3)]
+    write(tmp_path / "gpu", "rows.jsonl", [*rows, *steps])
+    assert main([f"--root={tmp_path}", "--readme=summary"]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:7]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [
+        ["training step of gpt2", "B=32 T=1024 bfloat16", "109.2", "218.5", "torch.compile", "2.00x as fast"],
+        ["attention, forward + backward", "B=1 T=64 bfloat16", "1", "2", "sdpa cudnn", "2.00x as fast"],
+        ["attention, forward + backward", "B=1 T=4096 bfloat16", "4", "1", "sdpa cudnn", "0.25x as fast"],
+        ["a token of gpt2", "B=1 prompt=960 bfloat16", "0.4", "0.5", "torch.compile", "1.25x as fast"],
+        ["the first token of gpt2", "B=1 prompt=960 bfloat16", "8", "6", "torch.compile", "0.75x as fast"],
+    ]
+
+
 def test_no_rows_is_no_error(tmp_path, capsys):
     assert main([f"--root={tmp_path}"]) == 0 and "python -m bench writes them" in capsys.readouterr().out
     write(tmp_path / "m", "note.jsonl", [{"schema": 1, "what": "note", "date": "2026-01-01T00:00:00Z", "text": "x"}])

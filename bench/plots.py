@@ -33,6 +33,7 @@ from .figures import (
     overview_figure,
     profiles,
     roofline_figure,
+    same_code_once,
     serve_figure,
     styles,
 )
@@ -288,9 +289,9 @@ def summary_table(rows: Sequence[Row]) -> str:
             lines += beside(mine, f"training step of {mine[0]['name']}", "ms_p50", lambda row: first_word(row) in OURS)
     attention = [row for row in valid(rows, "op") if row["name"] == "attention" and row["direction"] == "both"]
     for group in by(attention, "hardware_name", "dtype").values():
-        for mine in by_size(sorted(group, key=lambda row: growing(row["dims"]))).values():
-            exact = [row for row in mine if row.get("inexact") is None and row["impl"] != "reference"]
-            lines += beside(exact, "attention, forward + backward", "ms_p50", lambda row: first_word(row) in OURS)
+        exact = same_code_once([row for row in group if row.get("inexact") is None and row["impl"] != "reference"])
+        for mine in by_size(sorted(exact, key=lambda row: growing(row["dims"]))).values():
+            lines += beside(mine, "attention, forward + backward", "ms_p50", lambda row: first_word(row) in OURS)
     for group in by(valid(rows, "decode"), "hardware_name", "name", "dtype").values():
         for mine in by_size(group).values():
             peers = [row for row in mine if first_word(row) not in ("engine", "naive")]

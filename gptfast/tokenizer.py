@@ -121,13 +121,18 @@ def load_tokenizer(data_dir: str | Path) -> Tokenizer:
             raise UserError(f"{data_dir} was made with another tokenizer than its meta.json states; prepare it again")
         return tokenizer
     if not any(data_dir.glob("*.bin")):
-        raise UserError(f"no data set in {data_dir}; make it: python -m train.prepare {data_dir.name}")
+        raise _no_data_set(data_dir)
     if (data_dir / "meta.pkl").exists():
         raise UserError(
             f"{data_dir} has a pickled meta.pkl, which is never opened, and no meta.json; "
             f"make one: python -m train.prepare {data_dir.name} --source TEXT"
         )
     return BPETokenizer("gpt2")
+
+
+def _no_data_set(data_dir: Path) -> UserError:
+    make = f"python -m train.prepare {data_dir.name}"
+    return UserError(f"no data set in {data_dir}; make it: {make}, of your own text with --source=FILE_OR_FOLDER")
 
 
 def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
@@ -137,7 +142,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise UserError(f"no data set in {data_dir}; make it: python -m train.prepare {data_dir.name}")
+        raise _no_data_set(data_dir)
     path = data_dir / "meta.json"
     if not path.exists():
         return None

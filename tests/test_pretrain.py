@@ -476,7 +476,7 @@ def test_bad_places_devices_and_names_are_refused(
     assert "cannot write there" in refusal([*flags, f"--out_dir={tmp_path / 'file' / 'out'}"], capsys)
     assert (tmp_path / "file").read_text() == "kept"
     assert "there is no CUDA GPU here" in refusal([*flags, "--device=cuda"], capsys)
-    assert "did you mean train_shakespeare_char" in refusal(["shakespear_char", *flags], capsys)
+    assert "did you mean shakespeare_char?" in refusal(["shakespear_char", *flags], capsys)
     assert "no such folder" in refusal([*flags, "--init_from=gpt3"], capsys)
     assert "no checkpoint in" in refusal([*flags, "--init_from=resume"], capsys)
     assert "n_embd" in refusal([*flags, "--n_head=3"], capsys)

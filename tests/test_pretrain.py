@@ -344,6 +344,15 @@ def test_wandb_is_sent_nanogpts_five_keys(
     assert set(sent[-1]) == {"iter", "train/loss", "val/loss", "lr", "mfu"}
 
 
+def test_a_preset_that_logs_to_wandb_runs_without_it_and_says_so(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli.run(pretrain.main, ["gpt2", *flags, "--max_iters=1"]) == 0
+    assert "wandb_log: no, wandb is not installed" in capsys.readouterr().out
+    assert cli.run(pretrain.main, ["gpt2", *flags, "--max_iters=1", "--wandb_log=True"]) == 2
+
+
 # ---- documents and vocabularies of byte pairs
 
 

@@ -327,7 +327,7 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
     if names:
         axes[1].set(ylabel="% of dense peak", ylim=(0, 1.3 * highest))
         axes[1].legend(frameon=False, loc="upper right", ncols=2)
-    axes[-1].set_xlabel("step" if names else "step          (MFU n/a: no peak is known for this hardware)")
+    axes[-1].set_xlabel("step" if names else "step; MFU n/a: no peak is known for this hardware")
     return save_figure(figure, path, rows, names)
 
 

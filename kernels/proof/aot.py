@@ -486,7 +486,8 @@ def main(argv: list[str] | None = None) -> int:
     """Compile and print. Returns 0 if every gate holds and the report is fresh, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m kernels.proof.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
-    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
+    about = "only this op, as python -m kernels lists them; may be repeated"
+    parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP", help=about)
     parser.add_argument(
         "--arch", action="append", type=int, choices=list(CHIPS), help="only this architecture, as --op"
     )

@@ -39,7 +39,7 @@ aot: $(READY)  ## compile every kernel for seven architectures without a GPU, an
 bench: $(READY)  ## measure: on a GPU the whole campaign, elsewhere what a CPU can show
 	$(PY) -m bench $(ARGS)
 
-plots: $(READY)  ## redraw the figures and README tables from the rows in results/
+plots: $(READY)  ## redraw the figures from the rows in results/
 	$(PY) -m bench.plots $(ARGS)
 
 fuzz: $(READY)  ## the random cases of the parity tests, 10,000 of them for every op, new ones at every run

@@ -1,9 +1,9 @@
 """Figures of ops and of profiles, drawn from rows: each to be read at a glance.
 
-An op is drawn along one growing axis where three sizes or more differ in it alone; sizes that are each of their own
-stand as bars. Dashed is the datasheet's roofline, dotted what a copy and a GEMM reached on that machine; the number at
-our mark is how many times longer the best peer takes. Peers that ran the same code are told once. `overview` has every
-op of a machine, `roofline_figure` every row as a point, and a profile is one stacked bar for each implementation.
+An op is drawn along one growing axis where three sizes or more follow one law, as of a batch that shrinks while the
+context grows; other sizes stand as bars. Dashed is the datasheet's roofline, dotted what a copy and a GEMM reached on
+that machine; the factor at our mark is how many times longer the best peer takes. Peers that ran the same code are told
+once. `overview_figure` has every op of a machine, `roofline_figure` every row as a point.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptfast import report
 from gptfast.log import Row
@@ -22,20 +22,25 @@ from .peaks import Ceilings
 from .peers import OURS
 from .trace import PARTS
 
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 COMPUTE_BOUND = 16  # FLOPs per byte from which an op is shown in TFLOP/s: above those that stream, below products
-STYLES = {"triton": (report.BLUE, "o"), "reference": ("#888888", "s"), "compile": (report.ORANGE, "^")}
+STYLES = {  # by the first word of a name, ours in blue
+    **dict.fromkeys(("triton", "engine", "server"), (report.BLUE, "o")),
+    **dict.fromkeys(("reference", "naive"), ("#888888", "s")),
+}
 OTHERS = (
     (report.GREEN, "v"), ("#CC79A7", "D"), ("#E69F00", "P"), ("#56B4E9", "X"), (report.RED, "*"), ("#332288", "<"),
 )  # fmt: skip
 # the axis along which an op grows, the first that serves, and the letters that go with it
 AXES: Mapping[str, tuple[str, ...]] = {"T": ("B", "S"), "S": ("B",), "N": ("M",), "V": ("M",), "M": ()}
 LEAST_POINTS = 3  # of a line
+FAR = 4  # a roofline this many times beyond the longest bar is told, and not drawn
 SAME_CODE = 0.03  # two peers of one family whose times are everywhere this near are one
 COLORS = dict(zip(PARTS, (
     "#4477AA", "#225588", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#777777", "#999933", "#882255",
     "#DDCC77", "#88CCEE", "#BBBBBB", "#DDDDDD", "#FFFFFF",
 ), strict=True))  # fmt: skip
+DARK = 420  # red, green and blue of a color together: below it a number is written in white
 NARROWEST = 0.045  # of the longest bar, for a number to be written into a piece
 
 
@@ -55,29 +60,76 @@ def in_flops(rows: Sequence[Row]) -> bool:
 
 def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Color and marker by implementation: ours the same in every figure."""
-    rest = [name for name in dict.fromkeys(names) if name not in STYLES]
-    return {**STYLES, **{name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}}
+    names = list(dict.fromkeys(names))
+    known = {name: STYLES[first] for name in names if (first := name.split(" ")[0]) in STYLES}
+    rest = [name for name in names if name not in known]
+    return {**STYLES, **known, **{name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}}
+
+
+def ours_first(names: Iterable[str]) -> list[str]:
+    """Ours, then peers as they appear, then the reference that both are measured by."""
+    first = {name: name.split(" ")[0] for name in names}
+    return sorted(first, key=lambda name: (first[name] in ("reference", "naive"), first[name] not in (*OURS, "engine")))
 
 
 def serve_figure(rows: Sequence[Row], path: Path, title: str) -> Path:
     """Tokens/s and the times of a request against the load, one line for each way of serving."""
     figure, (rate, first, each) = report.new_figure(title, panels=3)
-    looks = styles(row["impl"] for row in rows)
+    looks, legend = styles(row["impl"] for row in rows), dict[str, Any]()
     for (impl,), mine in by(sorted(rows, key=lambda row: row["dims"]["load"]), "impl").items():
         color, marker = looks[impl]
         load = [row["dims"]["load"] for row in mine]
-        rate.plot(load, [row["tokens_per_s"] for row in mine], color=color, marker=marker, label=impl)
+        legend[impl] = rate.plot(load, [row["tokens_per_s"] for row in mine], color=color, marker=marker)[0]
         for axis, what in ((first, "ttft"), (each, "tpot")):
             axis.plot(load, [row[f"{what}_ms_p50"] for row in mine], color=color, marker=marker)
             axis.plot(load, [row[f"{what}_ms_p95"] for row in mine], color=color, linestyle="dotted")
-    rate.set(ylabel="tokens/s")
-    rate.set_ylim(bottom=0)
-    first.set(ylabel="ms to the first token\np50; dotted p95", yscale="log")
-    first.yaxis.set_major_formatter("{x:,g}")
-    each.set(ylabel="ms for each further one\np50; dotted p95", xlabel="load: arrivals over what one at a time can do")
-    each.set_ylim(bottom=0)
-    rate.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    return report.save_figure(figure, path, rows)
+    rate.set(ylabel="tokens/s", ylim=(0, None))
+    first.set(ylabel="ms to the first token", yscale="log")
+    each.set(ylabel="ms for each further token", ylim=(0, None), xscale="log")
+    each.set(xlabel="load: requests that arrive, over those that one at a time can answer")
+    plain_ticks(first.yaxis)
+    loads = sorted({row["dims"]["load"] for row in rows})
+    each.set_xticks(loads, [f"{load:g}" for load in loads])
+    each.minorticks_off()
+    sizes = dict.fromkeys(" ".join(f"{k}={v}" for k, v in row["dims"].items() if k != "load") for row in rows)
+    return report.save_figure(
+        figure, path, rows, notes=["solid: median; dotted: 95th percentile", *filter(None, sizes)], legend=legend
+    )
+
+
+def plain_ticks(axis: Any) -> None:
+    """100 and 0.1 on a logarithmic axis; matplotlib's own powers of ten are formulas, which names must not be."""
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter("")
+
+
+def decode_figure(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Three panels of each size: the time to the first token, the rate from there on, and that of the whole request."""
+    groups = by(({**row, "size": report.dims(row)} for row in rows), "dtype", "size")
+    panels = (
+        ("ms to the first token", lambda row: row["ttft_ms"]),
+        ("tokens/s after the first", lambda row: 1000 * row["dims"].get("B", 1) / row["tpot_ms"]),
+        ("tokens/s with the prompt's time", lambda row: row["tokens_per_s"]),
+    )
+    heights = [report.bars_height({row["impl"]: [row] for row in mine}) for mine in groups.values()]
+    figure, axes = report.new_grid(title, len(groups), len(panels), heights)
+    figure.set_figwidth(11)
+    look = styles(row["impl"] for row in rows)
+    for line, ((dtype, dims), mine) in zip(axes, groups.items(), strict=True):
+        for axis, (unit, value) in zip(line, panels, strict=True):
+            here = {row["impl"]: value(row) for row in mine}
+            report.draw_bars(
+                axis,
+                {impl: [report.Bar(here[impl], report.number(here[impl]), look[impl][0])] for impl in ours_first(here)},
+            )
+            axis.set_xlabel(unit, fontsize=8)
+            if axis is not line[0]:
+                axis.set_yticklabels([])
+        line[0].set_title(
+            f"{dims}, {dtype}" if len({row["dtype"] for row in rows}) > 1 else dims, fontsize=9, loc="left"
+        )
+    notes = ["naive: reads the whole text again for each token"] if any(r["impl"] == "naive" for r in rows) else []
+    return report.save_figure(figure, path, rows, notes=notes)
 
 
 def same_code_once(rows: Sequence[Row]) -> list[Row]:
@@ -119,7 +171,8 @@ def series(sizes: Sequence[Mapping[str, Any]]) -> tuple[str | None, dict[str, li
         groups = {
             name: sorted(mine, key=lambda dims: dims[axis])
             for name, mine in groups.items()
-            if len({dims[axis] for dims in mine}) >= LEAST_POINTS and len({dims[axis] for dims in mine}) == len(mine)
+            if len({dims[axis] for dims in mine}) == len(mine) >= LEAST_POINTS
+            and all(lawful(mine, axis, letter) for letter in along if letter in mine[0])
         }
         held = sum(map(len, groups.values()))
         if held > best[0]:
@@ -129,43 +182,90 @@ def series(sizes: Sequence[Mapping[str, Any]]) -> tuple[str | None, dict[str, li
     return chosen, lines, [dims for dims in sizes if dims not in on_a_line]
 
 
+def lawful(sizes: Sequence[Mapping[str, Any]], axis: str, letter: str) -> bool:
+    """Whether `letter` stays, grows with `axis` or shrinks against it: only such sizes are joined by a line."""
+    laws = (lambda a, b: b, lambda a, b: b / a, lambda a, b: b * a)
+    return any(max(values) <= 1.1 * min(values) for law in laws if (values := [law(s[axis], s[letter]) for s in sizes]))
+
+
+def growing(dims: Mapping[str, Any]) -> tuple:
+    """The order of sizes in a figure: by context, row length or vocabulary, then by what is left."""
+    return tuple(dims.get(letter, 0) for letter in (*AXES, "D", "H", "B", "K")), len(dims), report.dims({"dims": dims})
+
+
 def op_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None) -> Path:
-    """TFLOP/s or GB/s of one op: a row of panels for each direction and dtype, a panel for each line and for bars."""
+    """TFLOP/s or GB/s of one op: a row of panels for each direction, in it for each dtype its lines and its bars."""
     name, flops = rows[0]["name"], in_flops(rows)
     field, unit = ("tflops", "TFLOP/s") if flops else ("gbs", "GB/s")
     rows = same_code_once(rows)
     source = next((row["roofline_source"] for row in rows if row.get("roofline_source")), None)
     measured = None if measured and measured.source == source else measured  # drawn as the roofline already
-    sizes = list({report.dims(row): row["dims"] for row in rows}.values())
+    sizes = sorted({report.dims(row): row["dims"] for row in rows}.values(), key=growing)
     axis_name, lines, alone = series(sizes)
-    shown = sorted(by(rows, "direction", "dtype"), key=lambda key: DIRECTIONS.index(key[0]))
-    columns = len(lines) + bool(alone)
-    figure, axes = report.new_grid(f"{name}: {unit}", len(shown), columns)
-    impls = dict.fromkeys(row["impl"] for row in rows)
-    look, used = styles(impls), {}
-    tall = max(2.1, 0.45 + len(alone) * max(0.3, 0.12 * len(impls)))
-    figure.set_size_inches(8 if columns == 1 else 5.5 * columns, 2.0 + tall * len(shown))
-    for panels, (direction, dtype) in zip(axes, shown, strict=True):
-        mine = [row for row in rows if (row["direction"], row["dtype"]) == (direction, dtype)]
-        for panel, (shared, group) in zip(panels, lines.items(), strict=False):
-            ticks = [dims[axis_name or ""] for dims in group]
-            used.update(
-                _lines(panel, [row for row in mine if row["dims"] in group], axis_name or "", field, look, ticks)
-            )
-            used.update(_roofs(panel, [row for row in mine if row["dims"] in group], field, measured, axis_name))
-            panel.set(title=" ".join([direction, dtype, shared]), ylim=(0, None), xlabel=axis_name)
-        if alone:
-            ones = [row for row in mine if row["dims"] in alone]
-            used.update(_bars(panels[-1], ones, field, look))
-            used.update(_roofs(panels[-1], ones, field, measured, None))
-            panels[-1].set(title=f"{direction} {dtype}", xlim=(0, None), xlabel=unit)
-        if lines:
-            panels[0].set_ylabel(unit)
-    figure.legend(used.values(), used, loc="outside upper right", ncols=min(6, len(used)), frameon=False, fontsize=8)
-    notes = [f"dashed: {source}"] if source else []
-    notes += [f"dotted: {measured.source}"] if measured else []
-    notes.append("at our mark: how many times longer the best peer takes; both: forward and backward in one")
-    return report.save_figure(figure, path, rows, notes=[*notes, "GB/s of compulsory bytes"])
+    short_of_points = [
+        shared for shared, group in lines.items()
+        if any(len({report.dims(row) for row in mine if row["dims"] in group}) < LEAST_POINTS
+            for mine in by(rows, "dtype").values())
+    ]  # fmt: skip
+    alone = sorted([*alone, *(dims for shared in short_of_points for dims in lines.pop(shared))], key=growing)
+    look, legend = styles(ours_first(row["impl"] for row in rows)), dict[str, Any]()
+    cases = by(rows, "direction", "dtype")
+    directions = [direction for direction in DIRECTIONS if any(direction == first for first, _ in cases)]
+    dtypes, per_dtype = sorted({dtype for _, dtype in cases}), len(lines) + bool(alone)
+    bars = {case: _bars(mine, alone, field, look) for case, mine in cases.items()}
+    heights = [
+        max(
+            2.2 if lines else 0.0,
+            *(report.bars_height(_named(bars[case])[0]) for case in cases if case[0] == direction),
+        )
+        for direction in directions
+    ]
+    figure, axes = report.new_grid(f"{name}, {unit}", len(directions), per_dtype * len(dtypes), heights)
+    for direction, panels in zip(directions, axes, strict=True):
+        for i, dtype in enumerate(dtypes):
+            mine, here = cases.get((direction, dtype), []), panels[i * per_dtype : (i + 1) * per_dtype]
+            about = DIRECTIONS[direction] + (f", {dtype}" if len(dtypes) > 1 else "")
+            for panel, (shared, group) in zip(here, lines.items(), strict=False):
+                along, ticks = [row for row in mine if row["dims"] in group], [dims[axis_name or ""] for dims in group]
+                legend |= _lines(panel, along, axis_name or "", field, look, ticks)
+                used, far = _roofs(panel, along, field, measured, axis_name, {})
+                legend |= used
+                panel.set(ylim=(0, None), ylabel=unit)
+                panel.set_xlabel("; beyond the axis: ".join(filter(None, [axis_name, far])), fontsize=8)
+                panel.set_title(f"{about}; {shared}" if shared else about, fontsize=9, loc="left")
+            if alone:
+                ones = [row for row in mine if row["dims"] in alone]
+                legend |= _bars_panel(here[-1], about, unit, bars.get((direction, dtype), {}), ones, field, measured)
+    meaning = {"roofline": f"roofline: {source}", "measured": f"roofline: {measured.source}" if measured else ""}
+    notes = [] if flops else ["GB/s of the bytes that must be moved"]
+    if any(_ratio(row, mine) for mine in cases.values() for row in mine):
+        notes.append("a factor is how many times longer the best peer takes than we do")
+    notes += ["=: the same code by two names"] if any(" = " in row["impl"] for row in rows) else []
+    return report.save_figure(
+        figure, path, rows, notes=notes, legend={meaning.get(mark, mark): handle for mark, handle in legend.items()}
+    )
+
+
+def _bars_panel(
+    panel: Any, about: str, unit: str, bars: Mapping[str, Sequence[report.Bar]], rows: Sequence[Row], field: str,
+    measured: Ceilings | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fill a panel with bars by size and their rooflines; returns the marks that a legend explains."""
+    if not bars:
+        panel.set_axis_off()
+        return {}
+    named, shared = _named(bars)
+    ends = dict(zip(bars, report.draw_bars(panel, named).values(), strict=True))
+    used, far = _roofs(panel, rows, field, measured, None, ends)
+    panel.set_xlabel("; beyond the axis: ".join(filter(None, [unit, far])), fontsize=8)
+    panel.set_title("; ".join(filter(None, [about, " ".join(shared)])), fontsize=9, loc="left")
+    return used
+
+
+def _named(bars: Mapping[str, Sequence[report.Bar]]) -> tuple[dict[str, Sequence[report.Bar]], list[str]]:
+    """The groups by what tells their sizes apart, two words a line, and the words that all of them have."""
+    labels, shared = told_apart(list(bars))
+    return dict(zip(map(two_a_line, labels), bars.values(), strict=True)), shared
 
 
 def _ours(impl: str) -> bool:
@@ -204,44 +304,52 @@ def short(size: int) -> str:
     return f"{size // 1024}k" if size >= 1024 and size % 1024 == 0 else str(size)
 
 
-def _bars(panel: Any, rows: Sequence[Row], field: str, look: Mapping) -> dict[str, Any]:
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
-    labels = list(dict.fromkeys(report.dims(row) for row in rows))
-    used, height = {}, 0.8 / max(1, len(impls))
-    for row in rows:
-        place = labels.index(report.dims(row)) + height * (impls.index(row["impl"]) - (len(impls) - 1) / 2)
-        used[row["impl"]] = panel.barh(place, row[field], height, color=look[row["impl"]][0])
-        ratio = _ratio(row, rows)
-        if ratio is not None and row["impl"] == "triton":
-            panel.annotate(f" {ratio:.2f}x", (row[field], place), va="center", fontsize=7, color=look["triton"][0])
-    short_labels, shared = told_apart(labels)
-    panel.set_yticks(range(len(labels)), [two_a_line(label) for label in short_labels], fontsize=7)
-    panel.set_ylim(len(labels) - 0.5, -0.5)
-    if shared:
-        panel.text(1, 1.01, " ".join(shared), transform=panel.transAxes, fontsize=7, ha="right")
-    return used
+def _bars(
+    rows: Sequence[Row], alone: Sequence[Mapping[str, Any]], field: str, look: Mapping
+) -> dict[str, list[report.Bar]]:  # fmt: skip
+    """The bars of rows of one direction and dtype by size, each with the implementation's name and rate."""
+    groups: dict[str, list[report.Bar]] = {}
+    for dims in alone:
+        here = {row["impl"]: row for row in rows if row["dims"] == dims}
+        for impl in ours_first(here):
+            row, ratio = here[impl], _ratio(here[impl], rows)
+            text = f"{impl} {report.number(row[field])}" + (f", {ratio:.2f}x" if ratio is not None else "")
+            groups.setdefault(report.dims(row), []).append(report.Bar(row[field], text, look[impl][0]))
+    return groups
 
 
 def _roofs(
-    panel: Any, rows: Sequence[Row], field: str, measured: Ceilings | None, axis: str | None
-) -> dict[str, Any]:  # fmt: skip
-    """The datasheet's roofline at each size, dashed, and the measured one, dotted."""
+    panel: Any, rows: Sequence[Row], field: str, measured: Ceilings | None, axis: str | None,
+    ends: Mapping[str, tuple[float, float]],
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Draw the datasheet's roofline at each size, dashed, and the measured one, dotted; over bars those that are near.
+
+    Returns the marks that a legend explains, and what lies beyond the axis in words.
+    """
     used: dict[str, Any] = {}
-    labels = list(dict.fromkeys(report.dims(row) for row in rows))
+    far: dict[str, list[float]] = {}
+    longest = max((row[field] for row in rows), default=0.0)
     for label, style in (("roofline", "--"), ("measured", ":")):
         heights = {}
         for row in rows:
             part = row.get("roofline") if label == "roofline" else _of_measured(row, measured)
             if part and (label == "roofline" or part != row.get("roofline")):
                 heights[report.dims(row)] = (row, row[field] / part)
-        if axis is None:
+        if any(height > FAR * longest for _, height in heights.values()):
+            far[label] = [height for _, height in heights.values()]
+        elif axis is None:
             for name, (_, height) in heights.items():
-                place = labels.index(name)
-                used[label] = panel.plot([height] * 2, [place - 0.42, place + 0.42], color="black", linestyle=style)[0]
+                used[label] = panel.plot([height] * 2, ends[name], color="black", linestyle=style, linewidth=1.2)[0]
+                panel.set_xlim(0, max(panel.get_xlim()[1], 1.04 * height))
         elif heights:
             points = sorted((row["dims"][axis], height) for row, height in heights.values())
             used[label] = panel.plot(*zip(*points, strict=True), color="black", linewidth=1.1, linestyle=style)[0]
-    return used
+    spans = {
+        label: " to ".join(dict.fromkeys([report.number(min(values)), report.number(max(values))]))
+        for label, values in far.items()
+    }
+    words = {"roofline": "roofline", "measured": "measured roofline"}
+    return used, ", ".join(f"{words[label]} {span}" for label, span in spans.items())
 
 
 def _of_measured(row: Row, measured: Ceilings | None) -> float | None:
@@ -265,53 +373,79 @@ def two_a_line(label: str) -> str:
 
 
 # ---- all ops of a machine --------------------------------------------------------------------------------------------
-def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None) -> Path | None:
-    """Every op of ours: how many times longer its best peer takes, and its fraction of the ceiling; a dot a size."""
-    marks: dict[str, list[tuple[float | None, float | None]]] = {}
-    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in rows)), None)
+class Standing(NamedTuple):
+    """One size of an op of ours: best peer's time over ours, whether others wrote that peer, share of the ceiling."""
+
+    ratio: float | None
+    by_others: bool
+    share: float | None
+
+
+def standings(rows: Sequence[Row], mine: str, measured: Ceilings | None) -> dict[str, list[Standing]]:
+    """Where our ops stand, by op, direction and, if there are several, dtype; a backward alone only without both."""
+    found: dict[str, list[Standing]] = {}
+    dtypes = {row["dtype"] for row in rows}
     for (name, direction, dtype), group in by(rows, "name", "direction", "dtype").items():
         if direction == "backward" and any(r["name"] == name and r["direction"] == "both" for r in rows):
             continue
         for row in group:
-            if row["impl"] == mine:
-                peers = [r["ms_p50"] for r in group if r["dims"] == row["dims"] and r["impl"] != mine
-                    and not _ours(r["impl"]) and not r.get("inexact")]  # fmt: skip
-                ratio = min(peers) / row["ms_p50"] if peers else None
-                share = _of_measured(row, measured) or row.get("roofline")
-                marks.setdefault(f"{name}, {direction}, {dtype}", []).append((ratio, share))
+            if row["impl"] != mine:
+                continue
+            peers = [r for r in group if r["dims"] == row["dims"] and r["impl"] != mine and not _ours(r["impl"])
+                and not r.get("inexact")]  # fmt: skip
+            best = min((r["ms_p50"] for r in peers), default=None)
+            by_others = any(r["impl"] not in OURS for r in peers)
+            share = _of_measured(row, measured) or row.get("roofline")
+            label = f"{name}, {DIRECTIONS[direction]}" + (f", {dtype}" if len(dtypes) > 1 else "")
+            standing = Standing(None if best is None else best / row["ms_p50"], by_others, share)
+            found.setdefault(label, []).append(standing)
+    return found
+
+
+def overview_figure(rows: Sequence[Row], path: Path, measured: Ceilings | None = None) -> Path | None:
+    """Every op of ours: how many times longer its best peer takes, and its fraction of the ceiling; a dot a size."""
+    mine = next((impl for impl in OURS if any(row["impl"] == impl for row in rows)), "")
+    marks = standings(rows, mine, measured)
     if not marks:
         return None
-    figure, ((left, right),) = report.new_grid(f"Every op ({mine}): best peer, and ceiling", 1, 2)
-    figure.set_size_inches(11, 2.4 + 0.27 * len(marks))
+    figure, ((left, right),) = report.new_grid(f"Every op ({mine}) beside its best peer and its ceiling", 1, 2)
+    figure.set_size_inches(11, 2.0 + 0.24 * len(marks))
+    legend: dict[str, Any] = {}
+    dots: Any = None
     for place, values in enumerate(marks.values()):
-        ratios = [ratio for ratio, _ in values if ratio is not None]
-        shares = [100 * share for _, share in values if share is not None]
+        others = any(one.by_others for one in values)  # then what only the reference was timed beside does not count
+        ratios = [one.ratio for one in values if one.ratio is not None and one.by_others == others]
+        shares = [100 * one.share for one in values if one.share is not None]
         for panel, some, form in ((left, ratios, "{:.2f}x"), (right, shares, "{:.0f} %")):
             if not some:
                 continue
             middle = statistics.median(some)
-            good = panel is right or middle >= 1
-            base = 1.0 if panel is left else 0.0
-            panel.barh(
-                place, middle - base, left=base, height=0.6, color=report.BLUE if good else report.ORANGE, alpha=0.6
-            )
-            panel.plot(some, [place] * len(some), ".", color="black", markersize=4)
-            panel.annotate("  " + form.format(middle), (max(*some, base), place), va="center", fontsize=8)
+            base, kind = (1.0, f"{mine} is {'faster' if middle >= 1 else 'slower'}") if panel is left else (0.0, "")
+            kind = "no peer but the plain PyTorch reference" if panel is left and not others else kind
+            color = report.ORANGE if kind.endswith("slower") else report.BLUE
+            look = {"facecolor": "white" if kind.startswith("no peer") else color, "edgecolor": color, "alpha": 0.6}
+            bar = panel.barh(place, middle - base, left=base, height=0.6, **look)
+            legend |= {kind: bar} if kind else {}
+            (dots,) = panel.plot(some, [place] * len(some), ".", color="black", markersize=4)
+            panel.annotate(form.format(middle), (1.01, place), xycoords=panel.get_yaxis_transform(), va="center",
+                fontsize=8)  # fmt: skip
+    legend |= {"a size; the bar is the median": dots} if dots else {}
     left.axvline(1.0, color="black", linewidth=1.0)
     left.set_xscale("log", base=2)
-    most = [r for values in marks.values() for r, _ in values if r is not None] or [1.0]
-    ticks = [2.0**i for i in range(math.floor(math.log2(min(*most, 1))), math.ceil(math.log2(max(*most, 1))) + 2)]
-    left.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    low, high = left.dataLim.intervalx if left.lines else (1.0, 1.0)
+    first, last = math.floor(math.log2(min(low, 0.5))), math.ceil(math.log2(max(1.1 * high, 2.0)))
+    left.set_xticks([2.0**i for i in range(first, last + 1)], [f"{2.0**i:g}x" for i in range(first, last + 1)])
+    left.set_xlim(2.0**first, 2.0**last)
     left.minorticks_off()
     left.set_yticks(range(len(marks)), list(marks), fontsize=8)
     right.set_yticks([])
     for panel in (left, right):
         panel.set_ylim(len(marks) - 0.4, -0.6)
-    left.set_xlabel("time of the best peer / ours (right of the line: ours is faster)")
-    right.set(xlabel="% of what a copy or a GEMM reaches" if measured else "% of the roofline", xlim=(0, 118))
-    notes = ["a dot is a size, a bar their median; the plain torch reference counts as a peer"]
-    notes += [f"ceiling: {measured.source}"] if measured else []
-    return report.save_figure(figure, path, rows, notes=notes)
+        panel.grid(axis="y", visible=False)
+    left.set_xlabel("time of the best peer / ours")
+    right.set(xlabel="% of what a copy or a GEMM reaches" if measured else "% of the roofline", xlim=(0, 105))
+    notes = [f"ceiling: {measured.source}"] if measured else []
+    return report.save_figure(figure, path, rows, notes=notes, legend=legend)
 
 
 def roofline_figure(
@@ -319,7 +453,7 @@ def roofline_figure(
 ) -> Path:
     """TFLOP/s against FLOPs per byte. A point has label, flops, bytes, ms; `roofs` are lines, dotted if measured."""
     figure, (axis,) = report.new_figure(title)
-    seen: set[str] = set()
+    legend: dict[str, Any] = {}
     markers = "ovD^sPX*<>hd"
     names = list(dict.fromkeys(point["label"] for point in points))
     palette = list(COLORS.values())
@@ -327,21 +461,21 @@ def roofline_figure(
         name = point["label"]
         place = names.index(name)
         color = COLORS.get(name) or palette[place % 11]
-        axis.plot(point["flops"] / point["bytes"], point["flops"] / point["ms"] / 1e9, markers[place % len(markers)],
-            color=color, markersize=6, markeredgecolor="black", markeredgewidth=0.4, linestyle="",
-            label=None if name in seen else name)  # fmt: skip
-        seen.add(name)
+        (legend[name],) = axis.plot(point["flops"] / point["bytes"], point["flops"] / point["ms"] / 1e9,
+            markers[place % len(markers)], color=color, markersize=6, markeredgecolor="black", markeredgewidth=0.4,
+            linestyle="")  # fmt: skip
     x = [point["flops"] / point["bytes"] for point in points]
     low, high = min(x) / 2, max(*x, 1000) * 2
     grid = [low * (high / low) ** (i / 200) for i in range(201)]
     for roof in roofs:
         flops, memory = max(roof.flops.values(), default=None), roof.bytes_per_s
         if flops and memory:
-            axis.plot(grid, [min(flops, memory * v) / 1e12 for v in grid], color="black", linewidth=1.1,
-                linestyle=":" if roof.slack else "--", label=roof.source)  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs per compulsory byte", ylabel="TFLOP/s")
-    axis.legend(frameon=False, fontsize=7, ncols=2)
-    return report.save_figure(figure, path, rows)
+            (legend[roof.source],) = axis.plot(grid, [min(flops, memory * v) / 1e12 for v in grid], color="black",
+                linewidth=1.1, linestyle=":" if roof.slack else "--")  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must be moved", ylabel="TFLOP/s")
+    plain_ticks(axis.xaxis)
+    plain_ticks(axis.yaxis)
+    return report.save_figure(figure, path, rows, legend=legend)
 
 
 # ---- profiles --------------------------------------------------------------------------------------------------------
@@ -358,11 +492,12 @@ def profiles(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def profile_figure(rows: Sequence[Row], path: Path) -> Path:
-    """Milliseconds of a step by part, a bar for each implementation; what the GPU waits is the white end."""
+    """Milliseconds of a step by part, a bar for each implementation; what the GPU waits is the hatched end."""
     first = rows[0]
-    figure, (axis,) = report.new_figure(f"{first['name']}: where a {first['direction']} step goes")
-    figure.set_size_inches(9, 2.6 + 0.75 * len(rows))
-    longest, seen = max(map(_whole, rows)), set()
+    step = {"train": "training", "decode": "decoding"}.get(first["direction"], first["direction"])
+    figure, (axis,) = report.new_figure(f"{first['name']}: where the time of a {step} step goes")
+    figure.set_size_inches(9, 2.4 + 0.65 * len(rows))
+    longest, legend = max(map(_whole, rows)), dict[str, Any]()
     for place, row in enumerate(rows):
         ms = {part["part"]: part["ms"] for part in row["parts"]} | {"idle": row["idle_ms"]}
         left = 0.0
@@ -370,26 +505,28 @@ def profile_figure(rows: Sequence[Row], path: Path) -> Path:
             width = ms.get(part, 0.0)
             if width <= 0:
                 continue
-            label = None if part in seen else part
-            seen.add(part)
             hatch = "///" if part == "idle" else None
-            axis.barh(place, width, left=left, height=0.62, color=COLORS[part], edgecolor="black", linewidth=0.4,
-                label=label, hatch=hatch)  # fmt: skip
+            legend[part] = axis.barh(place, width, left=left, height=0.62, color=COLORS[part], edgecolor="black",
+                linewidth=0.4, hatch=hatch)  # fmt: skip
             if width > NARROWEST * longest:
                 box = {"facecolor": COLORS[part], "edgecolor": "none", "pad": 1}
-                axis.text(left + width / 2, place, f"{width:.3g}", ha="center", va="center", fontsize=7, bbox=box)
+                ink = "white" if sum(int(COLORS[part][i : i + 2], 16) for i in (1, 3, 5)) < DARK else "black"
+                axis.text(left + width / 2, place, f"{width:.3g}", ha="center", va="center", fontsize=7, color=ink,
+                    bbox=box)  # fmt: skip
             left += width
         axis.annotate(
             f" {row['ms_p50']:.4g} ms, {row['tokens_per_s']:,.0f} tokens/s", (left, place), va="center", fontsize=8
         )
-    axis.set_yticks(range(len(rows)), [f"{row['impl']}\n{report.dims(row)} {row['dtype']}" for row in rows], fontsize=8)
+    commits = {row.get("commit") for row in rows}
+    when = lambda row: f"\n{row['date'][:10]}, {(row.get('commit') or 'n/a')[:7]}" if len(commits) > 1 else ""
+    names = [f"{row['impl']}\n{report.dims(row)} {row['dtype']}{when(row)}" for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.grid(axis="y", visible=False)
     axis.invert_yaxis()
     axis.set(xlabel="ms of one step", xlim=(0, longest * 1.28))
-    axis.legend(frameon=False, ncols=5, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1.0))
-    notes = [
-        "kernels under torch.profiler; the number at the end is the wall clock without it; idle: what is left of it"
-    ]
-    return report.save_figure(figure, path, rows, notes=notes)
+    notes = ["parts: kernels under torch.profiler; the number at the end: the clock without it; idle: the difference"]
+    legend = {part: legend[part] for part in PARTS if part in legend}
+    return report.save_figure(figure, path, rows, notes=notes, legend=legend)
 
 
 def _whole(row: Row) -> float:

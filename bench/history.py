@@ -150,13 +150,15 @@ def figure(cases: Sequence[Sequence[Row]], folder: Path, name: str) -> Path | No
     dates = sorted({(row["date"], (row.get("commit") or "n/a")[:7]) for case in cases for row in case})
     commits = list(dict.fromkeys(commit for _, commit in dates))
     drawn, (axis,) = report.new_figure(f"{name}: time over commits, the first of each case = 1")
+    legend = {}
     for case in cases:
         newest = {(row.get("commit") or "n/a")[:7]: row for row in case}
         x = [commits.index(commit) for commit in newest]
         y = [row["ms_p50"] / case[0]["ms_p50"] for row in newest.values()]
-        axis.plot(x, y, marker="o", markersize=4, linewidth=1.1, label=results.label(case[-1]).removeprefix(f"{name} "))
+        label = results.label(case[-1]).removeprefix(f"{name} ")
+        (legend[label],) = axis.plot(x, y, marker="o", markersize=4, linewidth=1.1)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(commits)), commits, fontsize=7)
     axis.set(ylabel="ms / first ms", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=6, loc="lower left")
-    return report.save_figure(drawn, folder / f"history-{file_name(name)}.png", [row for case in cases for row in case])
+    rows = [row for case in cases for row in case]
+    return report.save_figure(drawn, folder / f"history-{file_name(name)}.png", rows, legend=legend)

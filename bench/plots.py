@@ -2,7 +2,7 @@
 
     python -m bench.plots                       # every machine: results/<machine>/*.jsonl -> PNGs beside them
     python -m bench.plots --out=results/<machine>
-    python -m bench.plots --readme=models       # the table that the README shows, as Markdown; also --readme=ops
+    python -m bench.plots --readme=models       # a table of the README, as Markdown: summary, models or ops
 
 Each figure names the hardware, date, commit and, where it shows one, the convention of MFU. A folder with a row that is
 damaged, of another schema, or of a second machine gives an error that names it, and no figure. Figures: an overview of
@@ -24,7 +24,19 @@ from gptfast.log import Row
 from gptfast.rows import file_name
 
 from . import results
-from .figures import by, in_flops, op_figure, overview_figure, profiles, roofline_figure, serve_figure, styles
+from .figures import (
+    by,
+    decode_figure,
+    growing,
+    in_flops,
+    op_figure,
+    overview_figure,
+    profiles,
+    roofline_figure,
+    same_code_once,
+    serve_figure,
+    styles,
+)
 from .peaks import Ceilings, from_rows
 from .peers import OURS
 
@@ -85,59 +97,61 @@ def ladder_figure(rows: Sequence[Row], path: Path) -> Path:
 
 
 def mfu_figure(rows: Sequence[Row], path: Path) -> Path | None:
-    """mfu and, as a line above it, mfu_palm of every model and implementation, against this machine's peak."""
+    """mfu and, as a line beyond it, mfu_palm of every model and implementation, against this machine's peak."""
     rows = with_numbers(rows, "mfu", "mfu_palm")
     if not rows:
         return None
-    mfu, palm = lambda row: 100 * row["mfu"], lambda row: 100 * row["mfu_palm"]
-    figure, axis, bars = model_bars(rows, "MFU by model", mfu, lambda row: max(mfu(row), palm(row)))
-    for place, width, row in bars:
-        axis.plot([place - width / 2, place + width / 2], [palm(row)] * 2, color="black", linewidth=1.0)
-    axis.set_ylabel("mfu, % (bar and number; line above: mfu_palm)")
+    text = lambda row: f"{100 * row['mfu']:.1f} %, mfu_palm {100 * row['mfu_palm']:.1f} %"
+    palm = lambda row: 100 * row["mfu_palm"]
+    figure, panels, places = model_bars(rows, "MFU of training steps", lambda row: 100 * row["mfu"], text, palm)
+    for axis, place, row in places:
+        line = axis.plot([palm(row)] * 2, [place - 0.43, place + 0.43], color="black", linewidth=1.5)
+    panels[-1].set_xlabel("mfu, % of the dense peak", fontsize=8)
     peaks = dict.fromkeys(f"peak, {row['dtype']}: {peak_label(row)}" for row in rows)
-    return report.save_figure(figure, path, rows, ["mfu", "mfu_palm"], [*peaks, workload(rows)])
+    notes = [*peaks, workload(rows)]
+    return report.save_figure(figure, path, rows, ["mfu", "mfu_palm"], notes, {"mfu_palm": line[0]})
 
 
 def tokens_figure(rows: Sequence[Row], path: Path) -> Path:
     """Tokens per second of every model and implementation."""
-    figure, axis, _ = model_bars(rows, "Training throughput", *[lambda row: row["tokens_per_s"]] * 2)
-    axis.set_ylabel("tokens/s")  # linear, from zero: a bar's height is what the eye compares
-    axis.yaxis.set_major_formatter("{x:,.0f}")
+    text = lambda row: f"{row['tokens_per_s']:,.0f}, {report.number(row['ms_p50'])} ms a step"
+    figure, panels, _ = model_bars(rows, "Training throughput", lambda row: row["tokens_per_s"], text)
+    panels[-1].set_xlabel("tokens/s", fontsize=8)  # linear, from zero: a bar's length is what the eye compares
+    for panel in panels:
+        panel.xaxis.set_major_formatter("{x:,.0f}")
     return report.save_figure(figure, path, rows, notes=[workload(rows)])
 
 
 def model_bars(
-    rows: Sequence[Row], title: str, value: Value, label_at: Value
-) -> tuple[Any, Any, list[tuple[float, float, Row]]]:
-    """(figure, axis, (place, width, row) of each bar): a group for each model, in it a bar for each variant."""
+    rows: Sequence[Row], title: str, value: Value, text: Callable[[Row], str], text_at: Value = lambda row: 0.0
+) -> tuple[Any, list[Any], list[tuple[Any, float, Row]]]:
+    """(figure, panels, (panel, middle, row) of each bar): a panel for each model, a named bar for each variant."""
     rows = sorted(rows, key=lambda row: row["parameters"])
-    figure, (axis,) = report.new_figure(title)
     mixed = len({row["dtype"] for row in rows}) > 1
-    names = [row["impl"] + (f", {row['dtype']}" if mixed else "") for row in rows]
-    look, place, bars, ticks, labelled = styles(names), 0.0, [], {}, set()
-    for (model,), mine in by(rows, "name").items():
-        first = place
-        for row in mine:
-            name = row["impl"] + (f", {row['dtype']}" if mixed else "")
-            axis.bar(place, value(row), 0.9, color=look[name][0], label=None if name in labelled else name)
-            axis.annotate(
-                report.number(value(row)),
-                (place, label_at(row)),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
-            labelled.add(name)
-            bars.append((place, 0.9, row))
-            place += 1
-        millions = mine[0]["parameters"] / 1e6
-        ticks[(first + place - 1) / 2] = f"{model}\n{millions:,.0f}M" if millions >= 10 else f"{model}\n{millions:.2g}M"
-        place += 0.8
-    axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.margins(y=0.15)
-    axis.legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    return figure, axis, bars
+    look = styles(row["impl"] for row in rows)
+    groups = {
+        model: {
+            f"{row['impl']}, {row['dtype']}" if mixed else row["impl"]: row
+            for row in sorted(mine, key=lambda row: -value(row))
+        }
+        for (model,), mine in by(rows, "name").items()
+    }
+    heights = [report.bars_height({name: [row] for name, row in mine.items()}) for mine in groups.values()]
+    figure, panels = report.new_grid(title, len(groups), 1, heights)
+    places = []
+    for (axis,), (model, mine) in zip(panels, groups.items(), strict=True):
+        bars = {
+            name: [report.Bar(value(row), text(row), look[row["impl"]][0], text_at(row))] for name, row in mine.items()
+        }
+        for row, (first, last) in zip(mine.values(), report.draw_bars(axis, bars).values(), strict=True):
+            places.append((axis, (first + last) / 2, row))
+        axis.set_title(f"{model}, {parameters(next(iter(mine.values())))} parameters", fontsize=9, loc="left")
+    return figure, [axis for (axis,) in panels], places
+
+
+def parameters(row: Row) -> str:
+    millions = row["parameters"] / 1e6
+    return f"{millions:,.0f}M" if millions >= 10 else f"{millions:.2g}M"
 
 
 def peak_label(row: Row) -> str:
@@ -176,11 +190,8 @@ def figures(folder: Path, bench: Sequence[Row], logs: Sequence[list[Row]]) -> li
     ends = [row for row in models if not between(row)]
     if ends:
         made += [mfu_figure(ends, folder / "model-mfu.png"), tokens_figure(ends, folder / "model-tokens.png")]
-    for (name,), rows in by(valid(bench, "decode"), "name").items():
-        title = f"{name}: decoded tokens/s"
-        made.append(
-            report.comparison_figure(rows, folder / f"decode-{file_name(name)}.png", title, "tokens_per_s", "tokens/s")
-        )
+    for (name,), rows in by(with_numbers(valid(bench, "decode"), "ttft_ms", "tpot_ms", "tokens_per_s"), "name").items():
+        made.append(decode_figure(rows, folder / f"decode-{file_name(name)}.png", f"{name}: decoding"))
     for (name,), rows in by(valid(bench, "serve"), "name").items():
         made.append(serve_figure(rows, folder / f"serve-{file_name(name)}.png", f"{name}: the server under load"))
     for log in logs:
@@ -198,7 +209,9 @@ def rooflines(ops: Sequence[Row], bench: Sequence[Row], folder: Path, measured: 
     roofs = [roof for roof in (sheet(ops), measured) if roof is not None]
     made = []
     if points:
-        made.append(roofline_figure(points, folder / "roofline-ops.png", f"Ops by {mine}", roofs, ops))
+        made.append(
+            roofline_figure(points, folder / "roofline-ops.png", f"Every op ({mine}) on the roofline", roofs, ops)
+        )
     for row in bench:
         parts = [part for part in row["parts"] if part.get("tflops")] if row["what"] == "profile" else []
         points = [
@@ -268,6 +281,48 @@ def ops_table(rows: Sequence[Row]) -> str:
     return report.table(picked, columns)
 
 
+def summary_table(rows: Sequence[Row]) -> str:
+    """What a reader asks first, ours beside the best peer: training steps, attention, and decoding token by token."""
+    lines: list[Row] = []
+    for group in by(with_numbers(valid(rows, "model"), "parameters"), "hardware_name", "name", "dtype").values():
+        for mine in by_size(group).values():
+            lines += beside(mine, f"training step of {mine[0]['name']}", "ms_p50", lambda row: first_word(row) in OURS)
+    attention = [row for row in valid(rows, "op") if row["name"] == "attention" and row["direction"] == "both"]
+    for group in by(attention, "hardware_name", "dtype").values():
+        exact = same_code_once([row for row in group if row.get("inexact") is None and row["impl"] != "reference"])
+        for mine in by_size(sorted(exact, key=lambda row: growing(row["dims"]))).values():
+            lines += beside(mine, "attention, forward + backward", "ms_p50", lambda row: first_word(row) in OURS)
+    for group in by(valid(rows, "decode"), "hardware_name", "name", "dtype").values():
+        for mine in by_size(group).values():
+            peers = [row for row in mine if first_word(row) not in ("engine", "naive")]
+            same_weights = [*(row for row in mine if row["impl"] == "engine"), *peers]
+            if any(first_word(row) == "torch.compile" for row in peers):  # without it the best peer is unknown
+                for what, field in (("a token of", "tpot_ms"), ("the first token of", "ttft_ms")):
+                    timed = with_numbers(same_weights, field)
+                    lines += beside(timed, f"{what} {mine[0]['name']}", field, lambda row: row["impl"] == "engine")
+    columns: report.Columns = {
+        "what": "about", "sizes": lambda row: f"{report.dims(row)} {row['dtype']}", "ours, ms": "ours_ms",
+        "best peer, ms": "peer_ms", "best peer": "peer", "ours is": lambda row: f"{row['times']:.2f}x as fast",
+        "measured": lambda row: f"{machine(row)}, {provenance(row)}",
+    }  # fmt: skip
+    return report.table(lines, columns)
+
+
+def beside(rows: Sequence[Row], about: str, field: str, ours: Callable[[Row], bool]) -> list[Row]:
+    """One line on rows of one size: the fastest of ours, and the fastest of the others; none without either."""
+    best = lambda some: min(some, key=lambda row: row[field], default=None)
+    mine, peer = best([row for row in rows if ours(row)]), best([row for row in rows if not ours(row)])
+    if mine is None or peer is None:
+        return []
+    return [{**mine, "about": about, "ours_ms": mine[field], "peer_ms": peer[field], "peer": peer["impl"],
+        "times": peer[field] / max(mine[field], 1e-9)}]  # fmt: skip
+
+
+def first_word(row: Row) -> str:
+    """Who ran: triton of 'triton + CUDA graph'."""
+    return row["impl"].split(" ")[0]
+
+
 def machine(row: Row) -> str:
     return row["hardware"]["name"]
 
@@ -276,7 +331,7 @@ def provenance(row: Row) -> str:
     return f"{row['date'][:10]}, {(row['commit'] or 'n/a')[:10]}"
 
 
-TABLES = {"models": models_table, "ops": ops_table}
+TABLES = {"summary": summary_table, "models": models_table, "ops": ops_table}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

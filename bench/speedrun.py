@@ -12,10 +12,11 @@ shown differ. Rates are those of the recipe except where the table shows others:
 without.
 
 With --race: seconds of whole processes, start-up and evaluations included, of the presets cpu-sprint and cpu-plain and
-of nanoGPT's CPU command (2000 updates of a plain fp32 GPT by AdamW). One round for each seed runs one after another, so
-that all see the machine alike. Of nanoGPT's command a round runs two parts: what comes before the first update, and the
-first PIECE updates; the seconds of all 2000 follow, for the rest repeats the second part. CPU seconds, of all cores
-together, stand beside the seconds of the clock, which say little on a machine that others use too.
+of nanoGPT's CPU command as train.pretrain runs it (2000 updates of a plain fp32 GPT by AdamW). One round for each seed
+runs one after another, so that all see the machine alike. Of nanoGPT's command a round runs two parts: what comes
+before the first update, and the first PIECE updates; the seconds of all 2000 follow, for the rest repeats the second
+part. CPU seconds, of all cores together, stand beside the seconds of the clock, which say little on a machine that
+others use too.
 
 Rows go to results/<machine>/ablation.jsonl; ablation.md beside it holds the tables of the newest row of each variant
 and seed, so that a table may be made in parts.

@@ -79,6 +79,7 @@ def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepW
         loop = Loop(Decoder(model, cache, compile=False), None, 0, narrow.vocab_size, torch.empty(0, dtype=torch.int64))
         step = lambda: loop.run(Kinds(greedy=True))
         step()
+        cache.lengths.fill_(length)  # what counts them did not run
         before = count.launches
         with seen:
             step()

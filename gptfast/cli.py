@@ -255,7 +255,7 @@ def _preset_name(word: str, presets: Mapping[str, Any]) -> str:
             return name
     if not presets:
         raise UserError(f"unexpected argument {_shown(word)}; flags are typed --key=value")
-    raise UserError(f"unknown preset {_shown(word)}{nearest(stem, presets)}")
+    raise UserError(f"unknown preset {_shown(word)}{nearest(stem, [name.removeprefix('train_') for name in presets])}")
 
 
 def _convert(config_type: type, key: str, text: str) -> Any:

@@ -13,9 +13,13 @@ class UserError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Returns `; did you mean "x"?` with the known word most similar to `word`, or the list of all if none is."""
+    """Returns `; did you mean x?` with the known word most similar to `word`, or the list of all if none is.
+
+    Of several words, as "H100 SXM", the first alone may be meant.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    starts = {name.split(" ")[0]: name for name in reversed(known)}
+    close = [starts.get(near, near) for near in difflib.get_close_matches(word, {*known, *starts}, n=1, cutoff=0.5)]
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 

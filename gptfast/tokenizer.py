@@ -49,6 +49,7 @@ BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names that a B
 
 GPT2_VOCAB, GPT2_BOS = 50257, 50256
 COPY_AGAIN = "copy or train the tokenizer again"
+NO_DATA_SET = "no data set in {}; make it: python -m train.prepare {}, of your own text with --source=FILE_OR_FOLDER"
 RANKS, HUGGING_FACE, ENCODING = "ranks.tiktoken", "tokenizer.json", "encoding.json"  # files of a saved tokenizer
 
 
@@ -121,12 +122,10 @@ def load_tokenizer(data_dir: str | Path) -> Tokenizer:
             raise UserError(f"{data_dir} was made with another tokenizer than its meta.json states; prepare it again")
         return tokenizer
     if not any(data_dir.glob("*.bin")):
-        raise UserError(f"no data set in {data_dir}; make it: python -m train.prepare {data_dir.name}")
+        raise UserError(NO_DATA_SET.format(data_dir, data_dir.name))
     if (data_dir / "meta.pkl").exists():
-        raise UserError(
-            f"{data_dir} has a pickled meta.pkl, which is never opened, and no meta.json; "
-            f"make one: python -m train.prepare {data_dir.name} --source TEXT"
-        )
+        make = f"python -m train.prepare {data_dir.name} --source TEXT"
+        raise UserError(f"{data_dir} has a pickled meta.pkl, which is never opened, and no meta.json; make one: {make}")
     return BPETokenizer("gpt2")
 
 
@@ -137,7 +136,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise UserError(f"no data set in {data_dir}; make it: python -m train.prepare {data_dir.name}")
+        raise UserError(NO_DATA_SET.format(data_dir, data_dir.name))
     path = data_dir / "meta.json"
     if not path.exists():
         return None

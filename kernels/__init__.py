@@ -22,6 +22,7 @@ from .cross_entropy.linear import LINEAR_CROSS_ENTROPY
 from .decode_attention import DECODE_ATTENTION
 from .decode_attention.append import APPEND_ATTENTION
 from .decode_embedding import DECODE_EMBEDDING
+from .decode_greedy import DECODE_GREEDY
 from .decode_linear import DECODE_LINEAR
 from .int8_linear import INT8_LINEAR
 from .layernorm import ADD_LAYERNORM, LAYERNORM
@@ -35,7 +36,7 @@ OPS: dict[str, Op] = {
     for op in (
         LAYERNORM, ADD_LAYERNORM, RMSNORM, ADD_RMSNORM, ROTARY, ATTENTION, ACTIVATION, CROSS_ENTROPY,
         LINEAR_CROSS_ENTROPY, NEWTON_SCHULZ, DECODE_ATTENTION, APPEND_ATTENTION, DECODE_LINEAR,
-        DECODE_EMBEDDING, INT8_LINEAR,
+        DECODE_EMBEDDING, DECODE_GREEDY, INT8_LINEAR,
     )
 }  # fmt: skip
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "interpret")

@@ -175,6 +175,11 @@ def tile_arch(arch: int) -> int:
     return _TILES_OF.get(arch, 0)
 
 
+def starts_early(x: Tensor) -> bool:
+    """Whether a kernel may be launched on x's GPU before the one in front of it has ended: see prims.await_inputs."""
+    return arch(x) >= 90
+
+
 def multiprocessors(x: Tensor) -> int:
     """Returns the number of streaming multiprocessors of the GPU that runs kernels on x."""
     by = _launcher.get()

@@ -145,6 +145,50 @@ def _loop_tile(tile: LoopTile, N: int, itemsize: int, arch: int) -> LoopTile:
     return LoopTile(block_m, block_n, num_warps, tile.num_stages - crowded, tile.per_multiprocessor)
 
 
+# Programmatic dependent launch, of sm_90 and newer. The kernels of a decoding step take a few microseconds each, and
+# much of that is the way from one's last store to the next one's first bytes. With `launch_pdl` a kernel starts while
+# the one in front of it still runs. It may bring constants into the L2 cache, and then calls await_inputs. Nothing may
+# be read or written before that: not even constants, which the kernel in front may be about to write.
+# kernels/proof/machine_code.py finds a load or store before the wait.
+
+
+def early_launch(pdl: bool) -> dict[str, bool]:
+    """Returns the arguments of a launch of a kernel that calls await_inputs."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@jit
+def await_inputs(PDL: tl.constexpr):
+    """Let the next kernel start, and wait until all kernels in front have ended and their results can be read."""
+    if PDL:
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
+
+
+@jit
+def prefetch_rows(ptr, stride, first, N, K, ROWS: tl.constexpr, NUM_WARPS: tl.constexpr):
+    """Bring rows first to first + ROWS of a matrix (N, K) of contiguous rows into the L2 cache, a program's part of it.
+
+    Nothing is read into the program, so that the matrix may be written meanwhile. One thread at a time issues a copy,
+    so that copies are few: 16, or a row each.
+    """
+    PARTS: tl.constexpr = max(1, 16 // ROWS)  # of a row
+    PER_WARP: tl.constexpr = max(1, ROWS * PARTS // NUM_WARPS)
+    i = tl.arange(0, 32 * NUM_WARPS)
+    part = i // 32 * PER_WARP + i % 32
+    row_bytes = K * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    part_bytes = tl.cdiv(tl.cdiv(row_bytes, PARTS), 128) * 128
+    n, start = first + part // PARTS, part % PARTS * part_bytes
+    issues = (i % 32 < PER_WARP) & (part < ROWS * PARTS) & (n < N)
+    wanted = tl.minimum(row_bytes - start, part_bytes) & -16  # the instruction takes multiples of 16 bytes
+    wanted = tl.where(issues & (wanted > 0), wanted, 0)
+    address = (ptr + n * stride).to(tl.int64) + start
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r", [address & -16, wanted], tl.int32, False, 1,
+    )  # fmt: skip
+
+
 @jit
 def load_sum(x_ptr, residual_ptr, x_offset, residual_offset, h_ptr, mask, ADD: tl.constexpr):
     """Returns a block of x in fp32; with ADD, of x + residual rounded to h's dtype.

@@ -10,6 +10,7 @@ import torch
 
 from kernels import OPS
 from kernels._triton import jit, tl
+from kernels.prims import await_inputs
 from kernels.proof import aot, machine_code
 from kernels.proof.machine_code import (
     CHIPS,
@@ -59,12 +60,15 @@ def test_the_report_says_what_the_compiler_says(arch):
     assert aot.compiled_rows([(launch, [key]) for key, launch in ends]) == [rows[key] for key, _ in ends]
 
 
-@pytest.mark.parametrize("name", ["attention", "decode_linear"])
-def test_architectures_of_the_same_ptx_give_the_code_that_triton_gives(name):
+@pytest.mark.parametrize(("name", "archs"), [
+    ("attention", (80, 86, 89)), ("decode_linear", (100, 103, 120)), ("decode_attention", (100, 103)),
+])  # fmt: skip
+def test_architectures_of_the_same_ptx_give_the_code_that_triton_gives(name, archs):
     """After the first of them only ptxas runs, and makes of an op's last launch what Triton would."""
-    launch = aot.launches(OPS[name], dict(OPS[name].bench[0]), 80)[-1]
-    by_ptxas = aot.compile_family(launch, aot.SAME_PTX, compared=True)
-    for arch, kernel in list(zip(aot.SAME_PTX, by_ptxas, strict=True))[1:]:
+    launch = aot.launches(OPS[name], dict(OPS[name].bench[0]), archs[0])[-1]
+    assert all(aot.family(arch, launch.kernel.__name__) == archs for arch in archs)
+    by_ptxas = aot.compile_family(launch, archs, compared=True)
+    for arch, kernel in list(zip(archs, by_ptxas, strict=True))[1:]:
         mine, of_triton = read_codes([kernel, aot.compile_launch(launch, arch)], arch)
         assert mine == of_triton and f".target sm_{arch}" in kernel.asm["ptx"]
 
@@ -111,14 +115,14 @@ def test_what_ptxas_says_is_noted_while_it_compiles(monkeypatch):
 
 
 def test_batches_deal_every_launch_once_to_all_its_architectures():
-    wanted = aot.plan(["rmsnorm"], [80, 86, 89, 90])
+    wanted = aot.plan(["rmsnorm"], [80, 86, 89, 90, 100, 103])
     dealt = aot.batches(wanted)
     assert sorted(key for batch in dealt for _, keys in batch for key in keys) == sorted(wanted)
     assert max(map(len, dealt)) <= aot.BATCH
     for launch, keys in (item for batch in dealt for item in batch):
         assert all(key[0] == launch.kernel.__name__ and key[2] == aot.digest(launch) for key in keys)
-        assert len(keys) == 1 or {arch for _, arch, _ in keys} <= set(aot.SAME_PTX)
-    assert any(len(keys) == 3 for batch in dealt for _, keys in batch)
+        assert len(keys) == 1 or {arch for _, arch, _ in keys} <= set(aot.family(keys[0][1], keys[0][0]))
+    assert {len(keys) for batch in dealt for _, keys in batch} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("arch", list(CHIPS))
@@ -166,7 +170,7 @@ def test_a_scalar_of_one_that_is_taken_for_a_tensor_is_found():
 CLEAN = Code(
     registers=64, stack_bytes=0, local_accesses=0, shared_bytes=4096, warps=4, programs_per_sm=8, instructions=300,
     matrix="", has_dot=False, softmax_overlap=0, loads_128=8, loads_narrow=1, stores_128=4, stores_narrow=0,
-    bulk_copies=0, ptxas_warnings=(), box_mismatch=False,
+    bulk_copies=0, ptxas_warnings=(), box_mismatch=False, waits=True, early_accesses=0,
 )  # fmt: skip
 
 
@@ -177,7 +181,7 @@ def test_a_clean_kernel_breaks_no_gate():
 @pytest.mark.parametrize("change, complaint", [
     (dict(stack_bytes=48), "spills"), (dict(local_accesses=2), "spills"),
     (dict(ptxas_warnings=("C7510",)), "serializes"), (dict(shared_bytes=232449), "shared memory"),
-    (dict(box_mismatch=True), "box"),
+    (dict(box_mismatch=True), "box"), (dict(waits=False), "never waits"), (dict(early_accesses=1), "before the wait"),
     (dict(has_dot=True, matrix="HMMA 64"), "without HGMMA"),
     (dict(has_dot=True, matrix="HGMMA 8", programs_per_sm=1), "warps"),
     (dict(loads_128=0, loads_narrow=33), "narrow loads"),
@@ -191,6 +195,25 @@ def _copy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     """One program copies BLOCK elements."""
     n = tl.arange(0, BLOCK)
     tl.store(out_ptr + n, tl.load(x_ptr + n))
+
+
+@jit
+def _early_copy_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    """One program copies BLOCK elements, which it reads before it waits for them, if it waits at all."""
+    n = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + n)
+    if WAITS:
+        await_inputs(True)
+        x = tl.load(x_ptr + BLOCK + n) + x
+    tl.store(out_ptr + n, x)
+
+
+@pytest.mark.parametrize("waits, complaint", [(True, "1 accesses before the wait"), (False, "never waits")])
+def test_machine_code_that_does_not_wait_is_seen(waits, complaint):
+    x, out = (torch.empty(4096, device="meta") for _ in "xo")
+    launch = aot.Launch(_early_copy_kernel, (x, out), dict(BLOCK=128, WAITS=waits, launch_pdl=True, num_warps=4))
+    code = read_code(aot.compile_launch(launch, 90), 90)
+    assert complaint in " ".join(broken_gates(code, 90))
 
 
 @jit

@@ -88,14 +88,15 @@ def test_an_op_is_drawn_along_its_growing_axis_beside_its_peers_under_its_roofli
     (roof,) = [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "--"]
     assert roof == [pytest.approx(3350)] * 3
     assert axis.get_ylabel() == "GB/s" and axis.get_xscale() == "log" and axis.get_xlabel() == "M"
+    assert "layernorm, GB/s\nNVIDIA Test 80GB · bfloat16 · 2026-11-21" in texts(drawn["op-layernorm.png"])
     assert [t.get_text() for t in axis.get_xticklabels()] == ["64", "512", "4k"]
     for fact in (
         GPU,
         "2026-11-21",
         "commit 0123456789",
-        "both bfloat16 N=768",
+        "forward + backward; N=768",
         "datasheet of Test",
-        "compulsory bytes",
+        "bytes that must be moved",
         "2.00x",
     ):
         assert fact in texts(drawn["op-layernorm.png"])
@@ -109,6 +110,70 @@ def test_sizes_that_are_each_of_their_own_are_bars():
     ]
     axis, lines, alone = figures.series(layers)
     assert axis == "T" and [dims["T"] for dims in lines["H=32 D=64"]] == [512, 1024, 4096] and alone == layers[3:]
+
+    matrices = [dict(B=3, M=M, N=N) for M, N in ((384, 768), (256, 1024), (384, 1536), (400, 1600))]
+    assert figures.series(matrices) == (None, {}, matrices), "their M follows no law"
+
+
+def bars_of(axis) -> list[tuple[float, str]]:
+    """(length, what stands at its end) of horizontal bars, from above."""
+    return [(bar.get_width(), text.get_text()) for bar, text in zip(axis.patches, axis.texts, strict=True)]
+
+
+def test_bars_are_named_ours_first_and_growing_each_panel_on_its_own_scale(tmp_path, drawn):
+    rows = [op("torch", 4096, 1000.0), op("triton", 4096, 2000.0), op("torch", 64, 20.0), op("triton", 64, 10.0)]
+    rows += [{**op(impl, 64, gbs), "direction": "forward"} for impl, gbs in (("triton", 40.0), ("torch", 20.0))]
+    main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"])
+    forward, both = drawn["op-layernorm.png"].axes
+    assert bars_of(both) == [
+        (10.0, "triton 10, 0.50x"), (20.0, "torch 20"), (2000.0, "triton 2,000, 2.00x"), (1000.0, "torch 1,000")
+    ]  # fmt: skip
+    assert [label.get_text() for label in both.get_yticklabels()] == ["M=64", "M=4096"]
+    assert [list(line.get_xdata()) for line in both.lines] == [[pytest.approx(3350)] * 2] * 2
+    assert forward.get_xlim()[1] < 60 and forward.get_xlabel() == "GB/s; beyond the axis: roofline 3,350"
+    for axis in (forward, both):
+        ends = [text.get_window_extent().x1 for text in axis.texts]
+        assert max(ends) <= axis.get_window_extent().x1, "what stands at a bar's end leaves the panel"
+
+
+def test_a_line_has_its_points_in_each_dtype(tmp_path, drawn):
+    rows = [op("triton", M, 9.0) for M in (1, 2, 3)] + [{**op("triton", 4, 9.0), "dtype": "float32"}]
+    main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"])
+    assert [len(axis.patches) for axis in drawn["op-layernorm.png"].axes] == [3, 1]
+
+
+def test_axes_with_powers_of_ten_have_plain_numbers(tmp_path, drawn):
+    main([f"--out={write(tmp_path, 'ops.jsonl', [op('triton', 64, 10.0), op('triton', 4096, 2000.0)])}"])
+    (axis,) = drawn["roofline-ops.png"].axes
+    labels = [t.get_text() for t in (*axis.get_xticklabels(which="both"), *axis.get_yticklabels(which="both"))]
+    assert "0.1" in labels and not [label for label in labels if "$" in label or "\\" in label]
+
+
+def test_what_only_the_reference_was_timed_beside_is_drawn_hollow(tmp_path, drawn):
+    rows = [op("triton", 64, 20.0), op("reference", 64, 10.0)]
+    main([f"--out={write(tmp_path / 'alone', 'ops.jsonl', rows)}"])
+    assert "no peer but the plain PyTorch reference" in texts(drawn["overview.png"])
+    assert drawn["overview.png"].axes[0].patches[0].get_facecolor()[:3] == (1.0, 1.0, 1.0)
+    rows += [op("triton", 4096, 30.0), op("torch", 4096, 10.0)]
+    main([f"--out={write(tmp_path / 'both', 'ops.jsonl', rows)}"])
+    left = drawn["overview.png"].axes[0]
+    assert [list(line.get_xdata()) for line in left.lines if line.get_marker() == "."] == [[pytest.approx(3.0)]]
+
+
+def test_decoding_is_drawn_with_and_without_the_time_of_the_prompt(tmp_path, drawn):
+    made = lambda impl, ttft, tpot, rate: row("decode", name="gpt2", impl=impl, dtype="bfloat16", **times(tpot),
+        dims={"B": 1, "prompt": 960, "new": 64}, ttft_ms=ttft, tpot_ms=tpot, tokens_per_s=rate)  # fmt: skip
+    rows = [
+        made("naive", 10.0, 20.0, 50.0),
+        made("torch.compile", 10.0, 0.5, 1500.0),
+        made("engine", 20.0, 0.4, 1400.0),
+    ]
+    main([f"--out={write(tmp_path, 'decode.jsonl', rows)}"])
+    first, after, whole = drawn["decode-gpt2.png"].axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["engine", "torch.compile", "naive"]
+    assert [length for length, _ in bars_of(first)] == [20.0, 10.0, 10.0]
+    assert [length for length, _ in bars_of(after)] == [pytest.approx(2500), pytest.approx(2000), pytest.approx(50)]
+    assert bars_of(whole)[0] == (1400.0, "1,400") and "960" in texts(drawn["decode-gpt2.png"])
 
 
 def test_peers_that_ran_the_same_code_are_told_once():
@@ -139,7 +204,7 @@ def test_labels_keep_what_tells_sizes_apart():
 def test_products_are_shown_in_flops(tmp_path, drawn):
     rows = [{**op("triton", 64, 10.0), "flops": 10**12}]
     main([f"--out={write(tmp_path, 'ops.jsonl', rows)}"])
-    assert drawn["op-layernorm.png"].axes[0].get_xlabel() == "TFLOP/s"  # a single size is a bar
+    assert drawn["op-layernorm.png"].axes[0].get_xlabel().startswith("TFLOP/s; beyond the axis")  # one size is a bar
 
 
 def test_the_ladder_has_its_rungs_in_order_with_times_and_gains(tmp_path, drawn):
@@ -154,10 +219,12 @@ def test_the_ladder_has_its_rungs_in_order_with_times_and_gains(tmp_path, drawn)
 def test_models_show_both_conventions_and_no_rung_between(tmp_path, drawn):
     main([f"--out={write(tmp_path, 'model.jsonl', [*RUNGS, model('torch.compile', 120e3)])}"])
     (axis,) = drawn["model-mfu.png"].axes
-    assert [bar.get_height() for bar in axis.patches] == pytest.approx([10.0, 20.0, 12.0])
-    assert [line.get_ydata()[0] for line in axis.lines] == pytest.approx([100 / 9, 200 / 9, 120 / 9])
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["triton", "torch.compile", "reference"]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([20.0, 12.0, 10.0])
+    assert [line.get_xdata()[0] for line in axis.lines] == pytest.approx([200 / 9, 120 / 9, 100 / 9])
+    assert bars_of(axis)[0][1] == "20.0 %, mfu_palm 22.2 %"
     assert "12·L·H·Q·T" in texts(drawn["model-mfu.png"]) and "datasheet: Test SXM" in texts(drawn["model-mfu.png"])
-    assert [bar.get_height() for bar in drawn["model-tokens.png"].axes[0].patches] == [100e3, 200e3, 120e3]
+    assert [bar.get_width() for bar in drawn["model-tokens.png"].axes[0].patches] == [200e3, 120e3, 100e3]
 
 
 def test_without_a_peak_there_is_no_mfu_figure_and_the_ladder_is_in_tokens(tmp_path, drawn):
@@ -222,6 +289,34 @@ def test_the_readme_tables_come_from_the_newest_valid_rows(tmp_path, capsys):
     assert f"| {OTHER} | layernorm | M=64 N=768 | bfloat16 | reference | " in table and "| 10 GB/s |" in table
     assert "| 2,000 GB/s | 60 % | torch, 2.00x our time |" in table
     assert pngs(tmp_path / "gpu") == []
+
+
+def test_the_summary_has_ours_beside_the_best_peer_of_the_same_weights(tmp_path, capsys):
+    attention = lambda impl, T, ms, direction="both": {**op(impl, T, 1.0, direction), "name": "attention",
+        "dims": {"B": 1, "T": T}, **times(ms)}  # fmt: skip
+    rows = [attention("triton", 4096, 4.0), attention("sdpa cudnn", 4096, 1.0), attention("sdpa flash", 4096, 2.0)]
+    rows += [attention("triton", 64, 1.0), attention("sdpa cudnn", 64, 2.0), attention("reference", 64, 0.5)]
+    rows += [
+        attention("triton", 128, 1.0),
+        attention("triton", 64, 9.0, "forward"),
+        attention("sdpa", 64, 1.0, "forward"),
+    ]
+    decode = lambda name, impl, ttft, tpot: row("decode", name=name, impl=impl, dtype="bfloat16", **times(tpot),
+        dims={"B": 1, "prompt": 960}, ttft_ms=ttft, tpot_ms=tpot, tokens_per_s=1.0)  # fmt: skip
+    rows += [decode("gpt2", "engine", 8.0, 0.4), decode("gpt2", "engine int8", 8.0, 0.1)]
+    rows += [decode("gpt2", "torch.compile", 6.0, 0.5), decode("gpt2", "naive", 1.0, 0.2)]
+    rows += [decode("gpt2-xl", "engine", 8.0, 0.4), decode("gpt2-xl", "transformers", 6.0, 50.0)]
+    steps = [model("triton + CUDA graph", 300e3), model("triton", 200e3), model("torch.compile", 150e3)]
+    write(tmp_path / "gpu", "rows.jsonl", [*rows, *steps])
+    assert main([f"--root={tmp_path}", "--readme=summary"]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:7]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines == [
+        ["training step of gpt2", "B=32 T=1024 bfloat16", "109.2", "218.5", "torch.compile", "2.00x as fast"],
+        ["attention, forward + backward", "B=1 T=64 bfloat16", "1", "2", "sdpa cudnn", "2.00x as fast"],
+        ["attention, forward + backward", "B=1 T=4096 bfloat16", "4", "1", "sdpa cudnn", "0.25x as fast"],
+        ["a token of gpt2", "B=1 prompt=960 bfloat16", "0.4", "0.5", "torch.compile", "1.25x as fast"],
+        ["the first token of gpt2", "B=1 prompt=960 bfloat16", "8", "6", "torch.compile", "0.75x as fast"],
+    ]
 
 
 def test_no_rows_is_no_error(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gptfast import cli, runtime
-from gptfast.errors import UserError
+from gptfast.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def test_accepted(argv: list[str], field: str, value: object) -> None:
         (["--max_iters"], "--max_iters needs a value: --max_iters=int"),
         (["--max_iters", "--compile"], "--max_iters needs a value: --max_iters=int"),
         (["smal"], "unknown preset smal; did you mean small?"),
-        (["config/zebra.py"], "unknown preset config/zebra.py; known: small, train_shakespeare_char"),
+        (["config/zebra.py"], "unknown preset config/zebra.py; known: shakespeare_char, small"),
+        (["shakespere_char"], "unknown preset shakespere_char; did you mean shakespeare_char?"),
         (["small", "shakespeare_char"], "small shakespeare_char: give one name, not 2"),
     ],
 )
@@ -178,3 +179,10 @@ def test_an_error_is_one_line_whatever_was_typed(argument: str, said: str, capsy
 
 def runtime_config() -> type:
     return dataclasses.make_dataclass("Config", [("n", int, 1)], frozen=True)
+
+
+def test_the_nearest_of_several_words_may_be_meant_by_its_first() -> None:
+    cards = ["B100 SXM", "H100 PCIe", "H100 SXM", "H200 SXM"]
+    assert nearest("H1000", cards) == "; did you mean H100 PCIe?"
+    assert nearest("H100 SMX", cards) == "; did you mean H100 SXM?"
+    assert nearest("zebra", cards) == "; known: B100 SXM, H100 PCIe, H100 SXM, H200 SXM"

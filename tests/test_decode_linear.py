@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mutants import mutated
+from mutants import loaded
 from oracle import check_parity
 
 import kernels.decode_linear as page
+import kernels.decode_linear.columns as columns
+import kernels.decode_linear.rows as few_rows
+import kernels.decode_linear.tiles as tiles
 from kernels._triton import Launcher, launching
 from kernels.decode_linear import (
     DECODE_LINEAR,
+    decode_linear_columns,
     decode_linear_reference,
     decode_linear_triton,
-    depth,
     inputs,
-    rows_of_a_warp,
 )
+from kernels.decode_linear.columns import count_of, tile
+from kernels.decode_linear.rows import depth, rows_of_a_warp
 from kernels.proof.interpret import OutOfBounds, Overflow, Race, interpreting
 
 H100 = 132  # multiprocessors
@@ -93,9 +99,96 @@ MUTANTS = {
 }
 
 
+COLUMNS = {  # mistakes in the kernel of the columns
+    "the smallest third lost": ("(rest - middle.to(tl.float32)).to(tl.bfloat16)", "(0.0 * rest).to(tl.bfloat16)"),
+    "thirds of another row": ("h = _sum_of(acc, column, 3 * m)", "h = _sum_of(acc, column, 0)"),
+    "the mean's product at the wrong place": ("mean * _sum_of(acc, column, 3 * M)", "mean * _sum_of(acc, column, 3)"),
+    "the norm's bias lost": ("h += _sum_of(acc, column, 3 * M + 3)", "h += 0.0 * _sum_of(acc, column, 3 * M + 3)"),
+    "columns in another order": ("c = 2 * c + ((i >> bit) & 1)", "c = c + (i & (1 << bit))"),
+    "no start taken off": ("x - starts[m], 0.0)", "x, 0.0)"),
+    "columns past the end": ("x = tl.where(inside, x - starts[m], 0.0)", "x = x - starts[m]"),
+    "rows past the end": ("inside[:, :, None] & (n[None, None, :] < N)", "inside[:, :, None]"),
+    "x taken as contiguous": ("tl.full((), m, tl.int64) * x_stride_m + here", "m * K + here"),
+    "scale lost": ("h *= tl.load(scale_ptr + n", "h *= 1.0 + 0.0 * tl.load(scale_ptr + n"),
+    "residual of the first row": ("row * residual_stride_m + n", "n"),
+    "gate is the matrix": ("tl.load(gate_ptr + gate_rows", "tl.load(weight_ptr + gate_rows"),
+    "eps outside the root": (
+        "tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)",
+        "(tl.sqrt(tl.where(variance < 0.0, 0.0, variance)) + eps)",
+    ),
+}  # fmt: skip
+
+
+def check_columns(module: Any) -> None:
+    """Up to four rows in bf16, x far from zero, its rows apart and K no multiple of a slice, against fp64 in fp32.
+
+    The result is asked for in fp32: rounded to bf16 it would not show what a third of a number is worth.
+    """
+    torch.manual_seed(0)
+    plain = {**AROUND, "activation": "none"}
+    for M, options in itertools.product((1, 3, 4), (AROUND, plain, dict(norm="rmsnorm"), {})):
+        for packed in (False, True):
+            (x, *rest), _ = inputs(M=M, N=18, K=300, **options, packed=packed, dtype=torch.bfloat16)
+            apart = torch.cat((x + 60, x), dim=-1)[:, :300]
+            doubled = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in rest]
+            truth = decode_linear_reference(apart.double(), *doubled)
+            with interpreting():
+                found = module.decode_linear_columns(apart, *rest, dtype=torch.float32)
+            torch.testing.assert_close(found.double(), truth, rtol=5e-6, atol=5e-6)
+    for K, size in ((9, 1e-3), (1, 1.0)):  # a small x, where eps counts; one product of 24 bits
+        x, weight = size * torch.randn(4, K).bfloat16(), torch.randn(3, K).bfloat16()
+        norm = dict(norm="rmsnorm", norm_weight=torch.rand(K) + 0.5)
+        with interpreting():
+            found = module.decode_linear_columns(x, weight, **norm, dtype=torch.float32)
+        truth = decode_linear_reference(x.double(), weight.double(), **norm)
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+def test_columns_are_as_exact_as_sums_in_fp32():
+    check_columns(page)
+
+
+@pytest.mark.parametrize("mistake", COLUMNS)
+def test_mutant_of_the_columns_is_caught(mistake, tmp_path, monkeypatch):
+    (old, new), source = COLUMNS[mistake], Path(columns.__file__).read_text()
+    assert old in source, "the page has changed: rewrite this mutant"
+    module = loaded(columns, source.replace(old, new, 1), page, tmp_path, monkeypatch)
+    with pytest.raises((AssertionError, OutOfBounds, Overflow, Race)):
+        check_columns(module)
+
+
+def test_columns_and_tiles_by_size():
+    counts = [count_of(M, norm, bias) for M, norm, bias in (
+        (1, "none", False), (4, "rmsnorm", False), (4, "layernorm", False), (3, "layernorm", True),
+        (4, "layernorm", True),
+    )]  # fmt: skip
+    assert counts == [16, 16, 16, 16, 32]
+    assert [tile(*case, H100, 90).block_n for case in ((50304, False), (50304, True), (6400, False))] == [32, 16, 16]
+    assert [tile(768, False, 84, arch).num_stages for arch in (0, 80, 86, 90, 103, 120)] == [2, 4, 2, 4, 4, 2]
+
+
+@pytest.mark.parametrize("x", [torch.ones(5, 8).bfloat16(), torch.ones(1, 8)], ids=["rows", "dtype"])
+def test_what_columns_are_not_for_goes_by_rows(x):
+    seen: list[str] = []
+    with launching(Launcher(lambda kernel, grid, *rest, **flags: seen.append(kernel.__name__), 90, H100)):
+        decode_linear_columns(x, torch.ones(3, 8, dtype=x.dtype))
+    assert seen == ["decode_linear_fwd_kernel_rows"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [case for case in DECODE_LINEAR.bench if case["M"] <= 4], ids=str)
+def test_columns_on_a_gpu(dims):
+    torch.manual_seed(0)
+    arguments, keywords = inputs(**dims, dtype=torch.bfloat16, device="cuda")
+    check_parity(DECODE_LINEAR, decode_linear_columns, arguments, str(dims), **keywords)
+
+
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
-    module = mutated(page, *MUTANTS[mistake], tmp_path, monkeypatch)
+    (old, new), part = MUTANTS[mistake], few_rows if mistake.startswith("few rows") else tiles
+    source = Path(part.__file__).read_text()
+    assert old in source, "the page has changed: rewrite this mutant"
+    module = loaded(part, source.replace(old, new, 1), page, tmp_path, monkeypatch)
     with pytest.raises((AssertionError, OutOfBounds, Overflow, Race)):
         check(module)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kernels._triton import jit, launcher, tl
-from kernels.proof.interpret import OutOfBounds, Overflow, Race, from_bf16, interpreting, to_bf16
+from kernels.prims import await_inputs, early_launch, prefetch_rows
+from kernels.proof.interpret import Early, OutOfBounds, Overflow, Race, from_bf16, interpreting, to_bf16
 
 
 def patterns() -> torch.Tensor:
@@ -210,6 +211,41 @@ def test_guard_lets_atomics_meet():
     with interpreting():
         _counting_kernel[(5,)](count)
     assert count.item() == 5
+
+
+@jit
+def _early_kernel(
+    x_ptr, out_ptr, N, K, PDL: tl.constexpr, READS: tl.constexpr, WAITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """One program: out[n] = x[n, 0], after rows were brought nearer."""
+    n = tl.arange(0, 8)
+    if READS:
+        tl.load(x_ptr + n * K, n < N)
+    if PDL:
+        prefetch_rows(x_ptr, K, tl.program_id(0) * 8, ROWS, K, 8, 1)
+    if WAITS:
+        await_inputs(PDL)
+        tl.store(out_ptr + n, tl.load(x_ptr + n * K, n < N), n < N)
+
+
+@pytest.mark.parametrize("K", [1, 40, 300])
+def test_a_kernel_launched_early_prefetches_and_waits(K):
+    x, out = torch.randn(7, K), torch.empty(7)
+    with interpreting():
+        _early_kernel[(1,)](x, out, 7, K, READS=False, WAITS=True, ROWS=7, **early_launch(True))
+    assert torch.equal(out, x[:, 0])
+
+
+def test_guard_sees_what_a_kernel_does_too_early():
+    x, out, early = torch.randn(7, 40), torch.empty(7), early_launch(True)
+    with interpreting():
+        with pytest.raises(Early, match="before it waits"):
+            _early_kernel[(1,)](x, out, 7, 40, READS=True, WAITS=True, ROWS=7, **early)
+        with pytest.raises(Early, match="never waits"):
+            _early_kernel[(1,)](x, out, 7, 40, READS=False, WAITS=False, ROWS=7, **early)
+        with pytest.raises(OutOfBounds, match="prefetch out of bounds"):
+            _early_kernel[(1,)](x, out, 7, 40, READS=False, WAITS=True, ROWS=8, **early)
+        _early_kernel[(1,)](x, out, 7, 40, READS=True, WAITS=True, ROWS=7, **early_launch(False))
 
 
 @jit

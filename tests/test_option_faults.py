@@ -115,8 +115,8 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
     },
     "decode_linear": {
         "norm": {
-            "rmsnorm": ("decode_linear", 'if NORM != "none":\n        h *=', 'if NORM == "layernorm":\n        h *='),
-            "layernorm": ("decode_linear", "h -= mean * tl.sum(weight_sum", "h += mean * tl.sum(weight_sum"),
+            "rmsnorm": ("decode_linear.rows", '!= "none":\n        h *= rstd', '== "layernorm":\n        h *= rstd'),
+            "layernorm": ("decode_linear.rows", "h -= mean * tl.sum(weight_sum", "h += mean * tl.sum(weight_sum"),
         },
         "activation": {
             "gelu": ("prims", "y = a * phi", "y = a * (1.0 - phi)"),
@@ -124,13 +124,18 @@ FAULTS: dict[str, dict[str, Fault | dict[Any, Fault]]] = {
             "relu2": ("prims", "y = positive * positive", "y = positive"),
             "swiglu": ("prims", "y = a * g * s", "y = a * s"),
         },
-        "bias": ("decode_linear", "bias = _load_vectors(bias_ptr, 0, first, N, ROWS, HAS_BIAS, 0.0)",
+        "bias": ("decode_linear.rows", "bias = _load_vectors(bias_ptr, 0, first, N, ROWS, HAS_BIAS, 0.0)",
                  "bias = _load_vectors(bias_ptr, 0, first, N, ROWS, HAS_BIAS, 1.0)"),
-        "residual": ("decode_linear", "y += residual[m * ROWS + r]", "y += residual[r]"),
-        "packed": ("decode_linear", "return h * scale + bias", "return h + bias"),
-        "softcap": ("decode_linear", "y = softcapped(y, softcap)", "y = softcapped(y, 2.0 * softcap)"),
+        "residual": ("decode_linear.rows", "y += residual[m * ROWS + r]", "y += residual[r]"),
+        "packed": ("decode_linear.rows", "return h * scale + bias", "return h + bias"),
+        "softcap": ("decode_linear.rows", "y = softcapped(y, softcap)", "y = softcapped(y, 2.0 * softcap)"),
     },
     "decode_embedding": {},
+    "decode_greedy": {
+        "padded": ("decode_greedy", "workspace, rows.stride(0), V,", "workspace, V, V,"),
+        "ties": ("decode_greedy", "| (0x7FFFFFFF - v)", "| v"),
+        "given": ("decode_greedy", "torch.zeros_like(out) if", "torch.zeros_like(out)[:0] if"),
+    },
     "int8_linear": {
         "bias": ("int8_linear", "_int8_linear(x, weight, scale, bias)",
                  "_int8_linear(x, weight, scale, scale if bias is None else bias)"),

@@ -344,6 +344,15 @@ def test_wandb_is_sent_nanogpts_five_keys(
     assert set(sent[-1]) == {"iter", "train/loss", "val/loss", "lr", "mfu"}
 
 
+def test_a_preset_that_logs_to_wandb_runs_without_it_and_says_so(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli.run(pretrain.main, ["gpt2", *flags, "--max_iters=1"]) == 0
+    assert "wandb_log: no, wandb is not installed" in capsys.readouterr().out
+    assert cli.run(pretrain.main, ["gpt2", *flags, "--max_iters=1", "--wandb_log=True"]) == 2
+
+
 # ---- documents and vocabularies of byte pairs
 
 
@@ -476,7 +485,7 @@ def test_bad_places_devices_and_names_are_refused(
     assert "cannot write there" in refusal([*flags, f"--out_dir={tmp_path / 'file' / 'out'}"], capsys)
     assert (tmp_path / "file").read_text() == "kept"
     assert "there is no CUDA GPU here" in refusal([*flags, "--device=cuda"], capsys)
-    assert "did you mean train_shakespeare_char" in refusal(["shakespear_char", *flags], capsys)
+    assert "did you mean shakespeare_char?" in refusal(["shakespear_char", *flags], capsys)
     assert "no such folder" in refusal([*flags, "--init_from=gpt3"], capsys)
     assert "no checkpoint in" in refusal([*flags, "--init_from=resume"], capsys)
     assert "n_embd" in refusal([*flags, "--n_head=3"], capsys)

@@ -14,13 +14,14 @@ nodes takes 10 µs. A ring crosses a node's border over all 8 ports at once. New
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptfast import cli
-from gptfast.aside import check_writable, file_aside, unwritable, write_whole
+from gptfast import cli, report
+from gptfast.aside import check_writable, write_whole
 from gptfast.cli import check_ranges
 from gptfast.config import preset
 
@@ -207,26 +208,26 @@ def table(work: Workload, cluster: Cluster) -> str:
 
 
 def draw(cluster: Cluster, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(WORKLOADS), figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, work in zip(axes, WORKLOADS, strict=True):
-        for method in METHODS:
-            axis.plot(GPUS, [100 * efficiency(method, work, cluster, n) for n in GPUS], marker="o", label=method)
+    figure, ((left, right),) = report.new_grid("Efficiency on many H100s, predicted and not measured", 1, 2)
+    curves = {
+        (work, method): [100 * efficiency(method, work, cluster, n) for n in GPUS]
+        for work in WORKLOADS for method in METHODS
+    }  # fmt: skip
+    lowest = 10 * math.floor(min(map(min, curves.values())) / 10)
+    legend = {}
+    for axis, work in zip((left, right), WORKLOADS, strict=True):
+        for method, marker in zip(METHODS, "os^vDX", strict=True):
+            (legend[method],) = axis.plot(GPUS, curves[work, method], marker=marker, markersize=4, linewidth=1.2)
         axis.set_xscale("log", base=2)
         axis.set_xticks(GPUS, [str(n) for n in GPUS])
-        axis.set_title(f"{work.name}, {work.tokens:,} tokens of a GPU and update")
-        axis.set_xlabel("H100s")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("predicted efficiency, %")
-    axes[0].set_ylim(0, 100)
-    axes[-1].legend(fontsize=8)
-    with unwritable(path), file_aside(path) as building:
-        figure.savefig(building, dpi=120, format="png")
-    plt.close(figure)
+        axis.set(xlabel="GPUs", ylim=(lowest, 101))
+        axis.set_title(f"{work.name}, {work.tokens:,} tokens of a GPU and update", fontsize=9, loc="left")
+    left.set_ylabel("efficiency, %")
+    assumed = (
+        f"collectives reach {cluster.reached:.0%} of links of {cluster.nvlink_gbs:g} GB/s in a node and "
+        f"{cluster.network_gbs:g} between; Newton-Schulz at {cluster.newton_schulz_tflops:g} TFLOP/s"
+    )
+    report.save_drawing(figure, path, "by the formulas of train/scaling.py", [assumed], legend)
 
 
 def main(argv: Sequence[str]) -> int:

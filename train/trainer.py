@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import signal
@@ -116,6 +117,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
         held(config.out_dir, team),
         open_log(config.out_dir, team) as log,
     ):
+        config = without_absent_wandb(config, typed)
         run = start(config, recipe, team)
         model = dataclasses.asdict(run.model.config)
         named = {key: value for key, value in (("name", recipe.name), ("stage", recipe.stage)) if value}
@@ -124,6 +126,14 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
             config=dataclasses.asdict(config), model=model, ranks=team.size,
         )  # fmt: skip
         yield run, log
+
+
+def without_absent_wandb(config: Pretrain, typed: Mapping[str, str]) -> Pretrain:
+    """Returns the config without a preset's wandb_log, which nobody typed, where the package is missing; says so."""
+    if not config.wandb_log or "wandb_log" in typed or importlib.util.find_spec("wandb") is not None:
+        return config
+    print("wandb_log: no, wandb is not installed; metrics.jsonl has all that it would be sent")
+    return dataclasses.replace(config, wandb_log=False)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -21,7 +21,7 @@ from gptfast.engine.weights import Int8Linear
 from gptfast.model import GPT, Linear, Norm
 from kernels.decode_linear import MOST_ROWS
 
-LAUNCHED = ("triton", "interpret")
+LAUNCHED = ("triton", "interpret", "columns")
 OPS_OF_A_STEP = ("decode_embedding", "decode_linear", "append_attention")
 MATRICES = ("c_attn", "c_proj", "c_fc", "c_gate", "lm_head")
 LARGEST_HEAD = 256  # numbers of a head for which attention has kernels

@@ -21,6 +21,7 @@ import torch
 
 import kernels
 from gptfast import checkpoint, cli, hf
+from gptfast.config import GPTConfig
 from gptfast.errors import UserError, nearest
 from gptfast.hf import gguf, nanochat
 from gptfast.model import GPT
@@ -91,7 +92,12 @@ def run_export(argv: list[str]) -> None:
 
 def load(source: str) -> GPT:
     model = hf.load(source, kernels.load("reference"))  # only converts weights: no kernel runs
-    print(f"{source}: {model.num_params(non_embedding=False):,} parameters, {model.config}")
+    settings = [
+        f"{field.name}={getattr(model.config, field.name)}"
+        for field in dataclasses.fields(GPTConfig)
+        if getattr(model.config, field.name) != field.default
+    ]
+    print(f"{source}: {model.num_params(non_embedding=False):,} parameters; {', '.join(settings) or 'all defaults'}")
     return model
 
 

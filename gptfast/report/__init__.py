@@ -17,9 +17,9 @@ import statistics
 import textwrap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptfast import untrusted
 from gptfast.aside import file_aside, unwritable, write_whole
@@ -36,6 +36,7 @@ MFU_CONVENTION = {
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#D55E00", "#009E73", "#CC3311"  # safe for colour-blind readers (Okabe and Ito)
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 Columns = Mapping[str, str | Callable[[Row], Any]]  # heading -> a field's name, or a function of the row
+GROUP_GAP = 0.6  # between groups of bars, in bars
 SMOOTH_STEPS = 20  # rows that the bold line of a loss curve averages
 
 
@@ -109,17 +110,21 @@ def dims(row: Row) -> str:
     return " ".join(f"{key}={value}" for key, value in row.get("dims", {}).items())
 
 
-def caption(rows: Iterable[Row], mfu_names: Iterable[str] = ()) -> str:
-    """Returns hardware, software, date and commit of rows, and the definitions of the MFU figures shown."""
+def facts(rows: Iterable[Row]) -> tuple[str, str, str, str]:
+    """Returns what hardware, software, date and commit these rows have."""
     stated = [row for row in rows if "hardware" in row]
     hardware = _distinct(_hardware(row) for row in stated)
     software = _distinct(f"torch {row['software']['torch']}" for row in stated)
     dates = sorted(row["date"][:10] for row in stated)
     date = " to ".join(_distinct([dates[0], dates[-1]])) if dates else "date n/a"
     commits = _distinct(_commit(row) for row in stated)
-    facts = [", ".join(hardware) or "hardware n/a", ", ".join(software) or "torch n/a", date]
-    facts.append(f"commit {', '.join(commits) or 'n/a'}")
-    return "\n".join([" · ".join(facts), *(MFU_CONVENTION[name] for name in mfu_names)])
+    commit = f"commit {', '.join(commits) or 'n/a'}"
+    return ", ".join(hardware) or "hardware n/a", ", ".join(software) or "torch n/a", date, commit
+
+
+def caption(rows: Iterable[Row]) -> str:
+    """Returns hardware, software, date and commit of rows in one line."""
+    return " · ".join(facts(rows))
 
 
 def _hardware(row: Row) -> str:
@@ -156,39 +161,125 @@ def fenced(text: str) -> str:
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------
+class Bar(NamedTuple):
+    """A horizontal bar: its length, what stands at its end or from `text_at` on, and its color."""
+
+    value: float
+    text: str
+    color: str
+    text_at: float = 0.0
+
+
 def new_figure(title: str, panels: int = 1) -> tuple[Any, list[Any]]:
     """Returns a figure and its panels, stacked on a shared x axis."""
     figure, axes = new_grid(title, panels, 1)
     return figure, [row[0] for row in axes]
 
 
-def new_grid(title: str, rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
-    """Returns a figure and its rows x columns panels; each column shares an x axis. No display is needed."""
+def new_grid(
+    title: str, rows: int, columns: int, heights: Sequence[float] | None = None
+) -> tuple[Any, list[list[Any]]]:
+    """Returns a figure and its rows x columns panels. No display is needed.
+
+    Each column shares an x axis; or else `heights` has the inches of each row, and each panel its own axis.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name does not begin a formula
-    figure = Figure(figsize=(8 if columns == 1 else 5.5 * columns, 3.2 + 1.9 * rows), layout="constrained")
+    size = 8 if columns == 1 else 5.5 * columns, 3.2 + 1.9 * rows if heights is None else 1.5 + sum(heights)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, sharex="col", squeeze=False)
+    ratios = {} if heights is None else {"height_ratios": heights}
+    axes = figure.subplots(rows, columns, sharex=False if heights else "col", squeeze=False, gridspec_kw=ratios)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=12, x=0.02, ha="left")
+    figure.suptitle(title)
     return figure, [list(row) for row in axes]
 
 
 def save_figure(
-    figure: Any, path: Path, rows: Iterable[Row], mfu_names: Iterable[str] = (), notes: Iterable[str] = ()
+    figure: Any,
+    path: Path,
+    rows: Sequence[Row],
+    mfu_names: Iterable[str] = (),
+    notes: Iterable[str] = (),
+    legend: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a PNG with its rows' caption and then the notes beneath; returns its path."""
-    text = "\n".join([caption(rows, mfu_names), *(textwrap.fill(note, 125) for note in notes)])
+    """Writes a PNG of measured rows; returns its path.
+
+    Above: the title, what hardware, dtype and date the rows have, and `legend`, the names of marks. Beneath: the
+    software and commit, the definitions of MFU figures shown, and the notes.
+    """
+    hardware, software, date, commit = facts(rows)
+    dtypes = ", ".join(_distinct(row["dtype"] for row in rows if "dtype" in row))
+    about = " · ".join(filter(None, [hardware, dtypes, date]))
+    return save_drawing(
+        figure, path, about, [f"{software} · {commit}", *(MFU_CONVENTION[name] for name in mfu_names), *notes], legend
+    )
+
+
+def save_drawing(
+    figure: Any, path: Path, about: str, notes: Iterable[str] = (), legend: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a PNG with `about` under its title, then `legend`, the names of marks, and `notes` beneath."""
+    heading = f"{figure.get_suptitle()}\n{about}"
+    if legend:  # as the legend's title, since a figure makes room for the higher of the two alone
+        figure.suptitle("")
+        columns = max(1, min(len(legend), int(figure.get_figwidth() * 16 / (max(map(len, legend)) + 7))))
+        across = [name for first in range(columns) for name in list(legend)[first::columns]]  # it is filled downwards
+        style = {"fontsize": 8, "title_fontsize": 10, "alignment": "left", "frameon": False}
+        marks = [legend[name] for name in across]
+        figure.legend(marks, across, title=heading, ncols=columns, loc="outside upper left", **style)
+    else:
+        figure.suptitle(heading, fontsize=10, x=0.02, ha="left")
+    text = "\n".join(textwrap.fill(note, 125) for note in notes)
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.02, ha="left")
     with unwritable(path), file_aside(path) as building:  # replaces a link, not its target
         figure.savefig(building, dpi=130, format="png")
     return path
+
+
+def draw_bars(panel: Any, groups: Mapping[str, Sequence[Bar]]) -> dict[str, tuple[float, float]]:
+    """Draws bars under one another, the groups apart, each named at its middle; returns where each begins and ends.
+
+    What stands at a bar's end covers lines that are drawn across it.
+    """
+    ends: dict[str, tuple[float, float]] = {}
+    place, longest = 0.0, max((max(bar.value, bar.text_at) for bars in groups.values() for bar in bars), default=0.0)
+    for name, bars in groups.items():
+        room = _bars_of(name, bars) - len(bars)
+        ends[name] = place - 0.5, place + room + len(bars) - 0.5
+        place += room / 2
+        for bar in bars:
+            panel.barh(place, bar.value, 0.86, color=bar.color)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            panel.annotate(bar.text, (max(bar.value, bar.text_at), place), (3, 0), textcoords="offset points",
+                va="center", fontsize=7, bbox=box, zorder=4)  # fmt: skip
+            place += 1
+        place += room / 2 + GROUP_GAP
+    panel.set_yticks([sum(end) / 2 for end in ends.values()], list(ends), fontsize=7)
+    panel.set_ylim(place - GROUP_GAP - 0.3, -0.7)
+    panel.grid(axis="y", visible=False)
+    panel.tick_params(axis="x", labelsize=8)
+    widest = max((len(bar.text) for bars in groups.values() for bar in bars), default=0)
+    width = panel.figure.get_figwidth() / panel.get_subplotspec().get_gridspec().ncols - 1.2  # inches, without labels
+    room = min(0.6, (0.056 * widest + 0.1) / width)  # of the axis, for the text at the longest bar
+    panel.set_xlim(0, longest / (1 - room) if longest > 0 else 1)
+    return ends
+
+
+def bars_height(groups: Mapping[str, Sequence[Any]]) -> float:
+    """Returns the inches that a panel of these bars takes, with its axis and its title."""
+    return 0.75 + 0.165 * sum(_bars_of(name, bars) + GROUP_GAP for name, bars in groups.items())
+
+
+def _bars_of(name: str, bars: Sequence[Any]) -> float:
+    """Returns how many bars high a group is, whose name may have more lines."""
+    return max(len(bars), 0.75 * (1 + name.count("\n")))
 
 
 def loss_figure(rows: Sequence[Row], path: Path) -> Path | None:
@@ -236,7 +327,7 @@ def throughput_figure(rows: Sequence[Row], path: Path) -> Path | None:
     if names:
         axes[1].set(ylabel="% of dense peak", ylim=(0, 1.3 * highest))
         axes[1].legend(frameon=False, loc="upper right", ncols=2)
-    axes[-1].set_xlabel("step" if names else "step          (MFU n/a: no peak is known for this hardware)")
+    axes[-1].set_xlabel("step" if names else "step; MFU n/a: no peak is known for this hardware")
     return save_figure(figure, path, rows, names)
 
 
@@ -245,26 +336,14 @@ def comparison_figure(rows: Sequence[Row], path: Path, title: str, value: str, u
     rows = [row for row in rows if row.get("valid", True) and _finite(row.get(value))]
     if not rows:
         return None
-    groups, makers = _distinct(map(_size_label, rows)), _distinct(row["impl"] for row in rows)
-    figure, (axis,) = new_figure(title)
-    width = 0.8 / len(makers)
-    for i, maker in enumerate(makers):
-        mine = [row for row in rows if row["impl"] == maker]
-        places = [groups.index(_size_label(row)) + (i - (len(makers) - 1) / 2) * width for row in mine]
-        bars = axis.bar(places, [row[value] for row in mine], 0.92 * width, color=COLORS[i % len(COLORS)], label=maker)
-        if value == "ms_p50":
-            middle = [row["ms_p50"] for row in mine]
-            spread = [[abs(row[end] - row["ms_p50"]) for row in mine] for end in ("ms_p20", "ms_p80")]
-            axis.errorbar(places, middle, yerr=spread, fmt="none", ecolor="#222222", linewidth=0.8)
-        if len(rows) <= 24:
-            axis.bar_label(bars, [number(row[value]) for row in mine], fontsize=7, padding=2)
-    crowded = len(groups) > 4
-    axis.set_xticks(
-        range(len(groups)), groups, fontsize=8, rotation=30 if crowded else 0, ha="right" if crowded else "center"
-    )
-    axis.set(ylabel=unit)
-    axis.margins(y=0.12)
-    axis.legend(frameon=False, ncols=min(4, len(makers)), loc="lower left", bbox_to_anchor=(0, 1))
+    colors = dict(zip(_distinct(row["impl"] for row in rows), cycle(COLORS), strict=False))
+    groups: dict[str, list[Bar]] = {}
+    for row in rows:
+        bar = Bar(row[value], f"{row['impl']} {number(row[value])}", colors[row["impl"]])
+        groups.setdefault(_size_label(row), []).append(bar)
+    figure, ((axis,),) = new_grid(title, 1, 1, [bars_height(groups)])
+    draw_bars(axis, groups)
+    axis.set_xlabel(unit, fontsize=8)
     return save_figure(figure, path, rows, [value] if value in MFU_CONVENTION else [])
 
 
@@ -339,7 +418,7 @@ def _training_sections(rows: list[Row], out_dir: Path) -> list[str]:
 
 def _facts(rows: Sequence[Row]) -> str:
     """Returns the caption as Markdown."""
-    return "\n".join(markdown(line) for line in caption(rows).splitlines())
+    return markdown(caption(rows))
 
 
 def _verdict(rows: list[Row]) -> str:

@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._triton import arch, jit, launcher, multiprocessors, skip, tile_arch, tl, triton
+from .._triton import arch, jit, launcher, multiprocessors, skip, starts_early, tile_arch, tl, triton
 from ..op import Cost, Op, changed, require, without_gradient
-from ..prims import require_kernel_dtype, softcapped
+from ..prims import await_inputs, early_launch, require_kernel_dtype, softcapped
 from .reference import QUANTIZED, Cache, check, decode_attention_reference, quantize_kv
 
 
@@ -179,7 +179,7 @@ def decode_attention_fwd_kernel_split(
     v_scale_stride_n, v_scale_stride_r, v_scale_stride_g, pages_stride_b, pages_stride_p,
     T, S, H, G, angles, splits, window, scale, softcap, eps,
     WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, QUANTIZED: tl.constexpr, WHOLE: tl.constexpr,
-    APPEND: tl.constexpr, NORMED: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, ROTATED: tl.constexpr,
+    APPEND: tl.constexpr, NORMED: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, ROTATED: tl.constexpr, PDL: tl.constexpr,
     PAGE_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -190,6 +190,7 @@ def decode_attention_fwd_kernel_split(
     there are queries, but as few as 8 columns. APPEND: q is followed by the keys and values of its own positions; the
     last split attends to them directly, and writes them to the cache, where no other program reads them.
     """
+    await_inputs(PDL)
     group = H // G
     blocks = tl.cdiv(T * group, BLOCK_M)
     head, split = tl.program_id(0) // blocks, tl.program_id(1)
@@ -412,7 +413,7 @@ def launch(
         APPEND=append is not None, NORMED=eps is not None, HAS_NORM_WEIGHT=q_norm is not None, ROTATED=cos is not None,
         PAGE_SIZE=page_size, D=D, BLOCK_M=block_m, BLOCK_N=block.block_n, BLOCK_D=block_d,
         QUERIES=at_once, PARTS=combined // at_once, num_warps=block.num_warps, num_stages=block.num_stages,
-        **({} if block.registers is None else {"maxnreg": block.registers}),
+        **early_launch(starts_early(q)), **({} if block.registers is None else {"maxnreg": block.registers}),
     )  # fmt: skip
     return out
 

@@ -39,6 +39,10 @@ class Race(RuntimeError):
     """Two programs of one launch touched the same address, at least one of them with a plain store."""
 
 
+class Early(RuntimeError):
+    """A kernel launched before the one in front has ended used memory before it waited, or a program never waited."""
+
+
 class Overflow(RuntimeError):
     """A sum, difference or product of integers does not fit their type: an offset that should have been int64."""
 
@@ -161,6 +165,8 @@ class Guard:
 
     def __init__(self, kernel: str, arguments: Any) -> None:
         self.kernel = kernel
+        self.early = False  # whether it is launched before the kernel in front has ended
+        self.waited: set[tuple[int, ...]] = set()  # the programs that have waited for that end
         extents = sorted(set(_extents(arguments)))
         self.low = np.array([a for a, _ in extents], dtype=np.uint64)
         # views of one storage may overlap or nest: an address is valid if any view that starts below it reaches it
@@ -172,20 +178,36 @@ class Guard:
         self.meetings: dict[int, list[tuple[int, int]]] = {}  # by address: program and when
 
     def touch(self, kind: str, ptrs: Handle, mask: Handle, program: tuple[int, ...]) -> None:
+        if self.early and program not in self.waited:
+            raise Early(f"{self.kernel}: {kind} in program {program} before it waits for the kernel in front")
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         # A scalar condition arrives as integers of 0 and 1, which as an index would pick the first two addresses.
         addresses, mask_data = np.broadcast_arrays(ptrs.data, np.asarray(mask.data).astype(bool))
         addresses = addresses[mask_data].astype(np.uint64)
         if addresses.size == 0:
             return
-        below = np.searchsorted(self.low, addresses, side="right").astype(np.int64) - 1
-        outside = (below < 0) | (addresses + np.uint64(size) > self.high[np.maximum(below, 0)])
-        if outside.any():
-            raise OutOfBounds(
-                f"{self.kernel}: {kind} out of bounds in program {program}: {outside.sum()} of {addresses.size} lanes"
-            )
+        outside = self._outside(addresses, np.uint64(size))
+        self._refuse(kind, program, outside)
         self._index(program)
         self.accessed(kind, np.unique(addresses), size, program)
+
+    def _outside(self, addresses: np.ndarray, sizes: Any) -> np.ndarray:
+        """Returns which of the accesses of `sizes` bytes at `addresses` leave the tensors."""
+        below = np.searchsorted(self.low, addresses, side="right").astype(np.int64) - 1
+        return (below < 0) | (addresses + sizes > self.high[np.maximum(below, 0)])
+
+    def _refuse(self, kind: str, program: tuple[int, ...], outside: np.ndarray) -> None:
+        if outside.any():
+            raise OutOfBounds(
+                f"{self.kernel}: {kind} out of bounds in program {program}: {outside.sum()} of {outside.size} lanes"
+            )
+
+    def prefetch(self, addresses: np.ndarray, sizes: np.ndarray, program: tuple[int, ...]) -> None:
+        """Check copies into the L2 cache: multiples of 16 bytes, of the tensors but for what aligns their start."""
+        addresses, sizes = addresses[sizes > 0].astype(np.uint64), sizes[sizes > 0].astype(np.uint64)
+        if ((addresses | sizes) % np.uint64(16)).any():
+            raise OutOfBounds(f"{self.kernel}: a prefetch in program {program} is not of multiples of 16 bytes")
+        self._refuse("prefetch", program, self._outside(addresses + np.uint64(15), sizes - np.uint64(15)))
 
     def _index(self, program: tuple[int, ...]) -> int:
         if not self.programs or self.programs[-1] != program:
@@ -294,6 +316,7 @@ def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: 
         raise ValueError(f"{kernel.__name__}: kernels are interpreted on CPU tensors, one is on {elsewhere[0]}")
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     guard = make_guard(kernel.__name__, bound.arguments.values())
+    guard.early = kwargs.get("launch_pdl", False)
     with _language(guard) as builder:
         values = {k: v if k in constexprs else stock._implicit_cvt(v) for k, v in bound.arguments.items()}
         grid = tuple(grid(bound.arguments) if callable(grid) else grid)
@@ -303,6 +326,8 @@ def _launch(make_guard: Callable[[str, Any], Guard], kernel: JITFunction, grid: 
         for program in itertools.product(*map(range, grid)):
             builder.set_grid_idx(*program)
             function(**values)
+            if guard.early and program not in guard.waited:
+                raise Early(f"{kernel.__name__}: program {program} never waits, and those behind rely on it")
     guard.finish()
 
 
@@ -342,6 +367,7 @@ def _language(guard: Guard) -> Iterator[_Builder]:
     # numpy 2.4 takes scalars only
     scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
     scope.set_attr(tl, "range", _range)
+    scope.set_attr(tl, "inline_asm_elementwise", partial(_assembly, builder, guard))
     scope.set_attr(stock, "_get_np_dtype", _numpy_dtype)
     scope.set_attr(tl.tensor, "__init__", _make_tensor)
     scope.set_attr(tl.block_type, "__init__", _make_block_type)
@@ -366,6 +392,18 @@ def _range(start: Any, stop: Any = None, step: Any = None, **hints: Any) -> Iter
     start, stop = (0, start) if stop is None else (start, stop)
     for i in range(int(start), int(stop), 1 if step is None else int(step)):
         yield stock.interpreter_semantic.to_tensor(i, False)
+
+
+def _assembly(builder: Any, guard: Guard, asm: str, constraints: str, values: Any, *rest: Any) -> None:
+    """Do what the instructions of prims.await_inputs and prims.prefetch_rows mean to one program."""
+    program = builder.grid_idx
+    if asm.startswith("griddepcontrol.wait"):
+        guard.waited.add(program)
+    elif "cp.async.bulk.prefetch.L2" in asm:
+        addresses, sizes = values
+        guard.prefetch(addresses.handle.data, sizes.handle.data, program)
+    elif not asm.startswith("griddepcontrol.launch_dependents"):
+        raise NotImplementedError(f"the interpreter does not know the instruction: {asm}")
 
 
 # Four of the stock interpreter's own, as quick as they can be: they took a third of the time of a launch.

@@ -52,6 +52,7 @@ BYTES = 16  # of an instruction
 # ---- reading machine code
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+ACCESSES = ("LDG", "STG", "ATOM.", "ATOMG", "RED.", "LD.", "ST.", "UTMA", "UBLKCP", "UBLKRED")  # of global memory
 _WARNING = re.compile(r"\bC751[0-7]\b")  # wgmma serialized; C7519, an arrive put in, costs nothing
 _TMA_COPY = re.compile(r"async_tma_copy_global_to_local.*?tensordesc<tensor<([\dx]+)x\w+.*?->.*?memdesc<([\dx]+)x\w+")
 
@@ -77,6 +78,8 @@ class Code:
     bulk_copies: int  # tensor memory accelerator
     ptxas_warnings: tuple[str, ...]
     box_mismatch: bool  # a bulk copy whose box differs from the buffer it fills
+    waits: bool  # for the end of the kernel in front, if it may be launched before that
+    early_accesses: int  # of memory, before that wait
 
 
 def programs_per_sm(arch: int, registers: int, warps: int, shared_bytes: int) -> int:
@@ -185,8 +188,20 @@ def _code(compiled: Any, listing: list[str], arch: int) -> Code:
         stores_narrow=sum(".128" not in op for op in stores),
         bulk_copies=family["UTMALDG"] + family["UTMASTG"],
         ptxas_warnings=tuple(sorted(set(_WARNING.findall(ptxas_log(compiled, arch))))),
+        waits="ACQBULK" in family or not compiled.metadata.launch_pdl,
+        early_accesses=_early_accesses(listing),
         box_mismatch=any(re.sub(r"^(1x)+", "", box) != re.sub(r"^(1x)+", "", buffer) for box, buffer in boxes),
     )
+
+
+def _early_accesses(listing: list[str]) -> int:
+    """Returns how many instructions access global memory before the kernel waits for the one in front.
+
+    Prefetches into the L2 cache are none: they tell the program nothing.
+    """
+    if "ACQBULK" not in listing:
+        return 0
+    return sum(op.startswith(ACCESSES) for op in listing[: listing.index("ACQBULK")])
 
 
 def _softmax_overlap(listing: list[str]) -> int:
@@ -219,6 +234,9 @@ def broken_gates(code: Code, arch: int) -> list[str]:
         broken.append(f"ptxas serializes wgmma: {' '.join(code.ptxas_warnings)}")
     if code.shared_bytes > CHIPS[arch].shared_per_program:
         broken.append(f"shared memory: {code.shared_bytes} B, the chip has {CHIPS[arch].shared_per_program}")
+    if not code.waits or code.early_accesses:
+        early = f"{code.early_accesses} accesses before the wait" if code.waits else "never waits"
+        broken.append(f"launched before the kernel in front ends: {early}")
     if code.box_mismatch:
         broken.append("a bulk copy's box differs from its buffer")
     if code.has_dot:

@@ -173,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     about = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m kernels.proof.traffic", description=about)
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.parent.name}/{REPORT.name}")
-    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; may be repeated")
+    about = "only this op, as python -m kernels lists them; may be repeated"
+    parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP", help=about)
     args = parser.parse_args(argv)
     chosen = args.op or list(OPS)
     stale = []

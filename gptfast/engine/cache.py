@@ -126,6 +126,11 @@ class KVCache:
         """Whether `layer` keeps its window alone."""
         return self._span > 0 and self.config.windows[layer] is not None
 
+    @property
+    def shifts(self) -> bool:
+        """Whether it keeps inputs of token shifts."""
+        return len(self._recent) > 0
+
     def table_of(self, layer: int) -> Tensor | None:
         """Which pages of `layer` hold each slot's text, as decode_attention takes it: None where a slot is a page."""
         return self._ring_table if self.is_ring(layer) else self.table if self.paged else None
@@ -260,6 +265,14 @@ class KVCache:
         """Where positions (n,) of a slot lie, counted over the rows of all pages; on the host."""
         pages = torch.tensor(self.pool.held[slot] if self.paged else [slot])
         return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def padded_rows(self, slot: int, length: int) -> Tensor:
+        """Where the first `length` positions of a slot lie; of those that it has no room for, rows of nobody."""
+        if not self.paged:
+            return torch.arange(slot * self.page_size, slot * self.page_size + length)
+        missing = self.pool.needed(length) - len(self.pool.held[slot])
+        pages = torch.tensor([*self.pool.held[slot], *[0] * missing])
+        return (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()[:length]
 
     def ring_rows(self, slot: int, positions: Tensor) -> Tensor:
         """The same in a layer that keeps its window alone."""

@@ -1,4 +1,4 @@
-"""A model, the cache that it fills, and the ways in: pieces of prompts, and a step of all slots."""
+"""A model, the cache that it fills, and the ways in: prompts, whole or in pieces, and a step of all slots."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from torch import Tensor
 
 from gptfast.engine.cache import KVCache, Piece, to_device
 from gptfast.engine.fused import step_of
+from gptfast.engine.reading import LONGEST, TOGETHER, WholeText, fits, padded
 from gptfast.model import GPT
 
 Result = TypeVar("Result")
 
 
 class Decoder:
-    """`model` over `cache`. A step has the same number of tokens for every slot; on CUDA `step` is one CUDA graph."""
+    """`model` over `cache`. A step has the same number of tokens for every slot; on CUDA `step` is one CUDA graph.
+
+    With `records`, as on CUDA, whole texts are read by graphs too, one for each padded length, recorded when it first
+    comes up; until memory does not suffice for one.
+    """
 
     def __init__(self, model: GPT, cache: KVCache, compile: bool) -> None:
         self.cache, self._compile = cache, compile
+        self.records = cache.lengths.device.type == "cuda" and fits(cache)
         self.use(model)
 
     def use(self, model: GPT) -> None:
-        """Go on with another model of the same config; a step is recorded anew."""
+        """Go on with another model of the same config; a step is recorded anew, and so is reading."""
         self.model = model
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self._readers: dict[int, tuple[WholeText, torch.cuda.CUDAGraph, Tensor]] = {}
         logits = step_of(model, self.cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
@@ -46,12 +53,32 @@ class Decoder:
 
     def read(self, pieces: Sequence[tuple[Piece, Sequence[int]]]) -> Tensor:
         """Pieces of texts go into their slots; the hidden state (n, C) at the end of each."""
+        whole = all(piece.start == 0 and piece.tokens <= LONGEST for piece, _ in pieces)
+        if self.records and whole and len(pieces) <= TOGETHER:
+            try:
+                return torch.cat([self._read_recorded(piece, text) for piece, text in pieces])
+            except torch.OutOfMemoryError:  # launch by launch it may
+                self._readers.clear()
+                self.records = False
         going_in = self.cache.pieces([piece for piece, _ in pieces])
         tokens = torch.tensor([token for _, text in pieces for token in text])
         x = self.model.hidden(to_device(tokens, self.cache.lengths.device)[None], cache=going_in)
         going_in.advance()
         ends = torch.tensor([piece.tokens for piece, _ in pieces]).cumsum(0) - 1
         return x[0, to_device(ends, x.device)]
+
+    def _read_recorded(self, piece: Piece, text: Sequence[int]) -> Tensor:
+        """A text goes into the empty slot of `piece` by one graph; the hidden state (1, C) at its end."""
+        length = padded(piece.tokens, self.model.config.block_size)
+        if length not in self._readers:
+            pool = next((graph.pool() for _, graph, _ in self._readers.values()), None)
+            reader = WholeText(self.model, self.cache, length)
+            reader.give(piece, text)  # rehearsals for a graph write
+            self._readers[length] = reader, *captured(reader.run, reader.given.device, pool)
+        reader, graph, hidden = self._readers[length]
+        reader.give(piece, text)
+        graph.replay()
+        return hidden.clone()  # other graphs use its memory
 
     def read_whole(self, slot: int, prompt: Sequence[int]) -> Tensor:
         """A whole prompt goes into the empty `slot`; the logits (V,) of what follows it."""

@@ -11,12 +11,12 @@ import torch
 from cpu_graph import CpuGraph, captured
 from test_engine import GPT2, GREEDY, PROMPTS, SHORT, assert_empty, expected_of, make, naive, run
 from test_engine_fused import SWIGLU
+from test_engine_server import WINDOWED
 
 import kernels
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.cache import Piece
-from gptfast.engine.decoder import Decoder
-from gptfast.engine.reading import padded
+from gptfast.engine.decoder import Decoder, padded
 from gptfast.engine.weights import converted
 from gptfast.model import GPT
 from kernels.proof.interpret import interpreting
@@ -52,7 +52,7 @@ def test_few_lengths() -> None:
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", SHORT)
 def test_prompts_of_mixed_lengths_in_any_company(name: str, options: dict) -> None:
     """Beside pieces that begin later, known beginnings, and who gives way."""
     engine = recording(Engine(make(SHORT[name]), **options))
@@ -120,16 +120,24 @@ def test_without_memory_for_a_graph_texts_are_read_launch_by_launch(
     assert engine.prefill_alone == 300
 
 
-def test_what_does_not_fit_is_not_recorded() -> None:
-    """Inputs of token shifts, and layers that keep their window alone."""
-    from gptfast.engine.reading import fits
+@pytest.mark.parametrize("options", [dict(), dict(page_size=4), dict(page_size=8, prefix_cache=False)], ids=str)
+def test_layers_with_a_window_keep_the_newest_of_a_text(options: dict) -> None:
+    """In their few pages, beside the inputs of token shifts; shorter texts than those and longer ones."""
+    model = make(WINDOWED)
+    engine = recording(Engine(model, slots=3, **options))
+    assert engine.cache.is_ring(0) or engine.cache.pool.remembers
+    prompts = [[(5 * i + n) % 61 for i in range(n)] for n in (1, 17, 60, 118, 100, 33, 70)]
+    assert run(engine, *((p, Sampling(12, 0)) for p in prompts)) == [naive(model, p, 12) for p in prompts]
+    assert sorted(engine.decoder._readers) == [64, 120]
 
-    ring = dataclasses.replace(SWIGLU, block_size=120)
-    fitting = [SHORT["gpt2"], SHORT["qwen3"], SWIGLU]
-    assert all(fits(KVCache(config, kernels.load("reference"), 2)) for config in fitting)
-    assert not fits(KVCache(SHORT["modern"], kernels.load("reference"), 2))
-    assert not fits(KVCache(ring, kernels.load("reference"), 2))
-    assert fits(KVCache(ring, kernels.load("reference"), 2, page_size=4, remembers=True))
+
+def test_who_begins_alike_goes_on_from_what_a_graph_wrote() -> None:
+    """With the inputs of token shifts at the ends of its pages."""
+    model, text = make(SHORT["modern"]), list(range(20))
+    engine = recording(Engine(model, slots=1, page_size=4))
+    assert run(engine, (text, GREEDY)) == [naive(model, text, 30)]
+    other = [*text[:13], 50]
+    assert run(engine, (other, GREEDY)) == [naive(model, other, 30)] and engine.tokens_reused == 12
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.engine.pages import Pages
-from gptfast.model import narrowed
+from gptfast.model import narrowed, shifted
 from kernels import Ops
 from kernels.decode_attention.reference import QUANTIZED, quantize_kv
 from kernels.op import require
@@ -126,11 +126,6 @@ class KVCache:
         """Whether `layer` keeps its window alone."""
         return self._span > 0 and self.config.windows[layer] is not None
 
-    @property
-    def shifts(self) -> bool:
-        """Whether it keeps inputs of token shifts."""
-        return len(self._recent) > 0
-
     def table_of(self, layer: int) -> Tensor | None:
         """Which pages of `layer` hold each slot's text, as decode_attention takes it: None where a slot is a page."""
         return self._ring_table if self.is_ring(layer) else self.table if self.paged else None
@@ -204,6 +199,10 @@ class KVCache:
     def pieces(self, pieces: Sequence[Piece]) -> Pieces:
         """Slots to be filled further, each from where its text has come to, by one forward pass over all pieces."""
         return Pieces(self, pieces)
+
+    def whole(self, length: int) -> Whole:
+        """An empty slot to be filled with one text of up to `length` tokens, again and again with others."""
+        return Whole(self, length)
 
     def resume(self, slot: int, length: int) -> None:
         """The pages of `slot` hold `length` tokens, to the end of a page, which it never saw go in."""
@@ -398,6 +397,64 @@ class Pieces:
         self._newest, self._newest_to = (to_device(torch.tensor(x), device) for x in (newest, newest_to))
         last = (where % cache.page_size >= cache.page_size - cache._tail).nonzero()[:, 0]  # at the ends of pages
         self._last, self._last_to = (to_device(x, device) for x in (last, cache.ends(where[last])))
+
+
+class Whole:
+    """One text on its way into an empty slot, padded to `length` tokens: of a forward pass the sequence (1, length).
+
+    All that depends on the text lies in one tensor, so that a CUDA graph may read any. What stands behind its end is
+    seen by nobody: no operation looks ahead, and its keys and values go where nothing is read.
+    """
+
+    def __init__(self, cache: KVCache, length: int) -> None:
+        self.cache, self.length = cache, length
+        device = cache.lengths.device
+        self._recent = RECENT * (len(cache._recent) > 0)  # inputs of token shifts that are kept
+        self._ring = min(length, cache._span * cache._ring_page)  # keys of layers with a window, likewise
+        sizes = [length, length, self._recent, self._recent, self._ring, self._ring, 1, 1, 1]
+        self._given = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.tokens, self._where, *rest = self._given.split(sizes)
+        self._newest, self._newest_to, self._ring_from, self._ring_to, self._last, self._slot, self._end = rest
+        self._positions = torch.arange(length, device=device)[None]
+
+    def give(self, slot: int, text: Sequence[int]) -> None:
+        """From now on it is `text` that goes into `slot`, in one copy from the host, for which that does not wait."""
+        cache, T = self.cache, len(text)
+        ids = torch.tensor([*text, *[0] * (self.length - T)])
+        # Where there are fewer than are kept, the last one goes to its place more than once.
+        newest, in_ring = ((max(0, T - n) + torch.arange(n)).clamp(max=T - 1) for n in (self._recent, self._ring))
+        newest_to = slot * RECENT + newest % RECENT
+        ring_to = cache.ring_rows(slot, in_ring) if self._ring else in_ring
+        end = torch.tensor([T - 1, slot, T])
+        given = torch.cat((ids, cache.padded_rows(slot, self.length), newest, newest_to, in_ring, ring_to, end))
+        self._given.copy_(to_device(given, self._given.device))
+
+    def place(self, T: int) -> Tensor:
+        """Positions (1, length) of all tokens."""
+        return self._positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keeps k and v (1, length, G, D) of `layer`; causal attention of q (1, length, H, D) to them as kept."""
+        cache = self.cache
+        if cache.is_ring(layer):
+            cache.keep(layer, self._ring_to, k[:, self._ring_from], v[:, self._ring_from])
+        else:
+            cache.keep(layer, self._where, k, v)
+        window = narrowed(cache.config.windows[layer], self.length)
+        return cache.ops.attention(q, cache.as_kept(k), cache.as_kept(v), causal=True, window=window)
+
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+        """Keeps x (1, length, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
+        cache = self.cache
+        cache._recent[place].flatten(0, 1)[self._newest_to] = x[0, self._newest]
+        if cache._tail:
+            cache._ends[place][cache.ends(self._where)] = x[0]
+        return shifted(x, taps)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Counts the tokens of the text; of x (1, length, C) the row (1, C) at its end."""
+        self.cache.lengths.index_copy_(0, self._slot, self._end.to(torch.int32))
+        return x[0].index_select(0, self._last)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

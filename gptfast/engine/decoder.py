@@ -8,31 +8,33 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gptfast.engine.cache import KVCache, Piece, to_device
+from gptfast.engine.cache import KVCache, Piece, Whole, to_device
 from gptfast.engine.fused import step_of
-from gptfast.engine.reading import LONGEST, TOGETHER, WholeText, fits, padded
 from gptfast.model import GPT
 
 Result = TypeVar("Result")
+LONGEST = 4096  # tokens of a text that a graph reads; of more the device takes longer than its host
+TOGETHER = 8  # texts that graphs read one by one; each reads all weights, so that of more one pass is better
+ROUNDING = 64  # what lengths of graphs are multiples of
 
 
 class Decoder:
     """`model` over `cache`. A step has the same number of tokens for every slot; on CUDA `step` is one CUDA graph.
 
     With `records`, as on CUDA, whole texts are read by graphs too, one for each padded length, recorded when it first
-    comes up; until memory does not suffice for one.
+    comes up. Launch by launch the host takes longer than the device. Where memory does not suffice, there are none.
     """
 
     def __init__(self, model: GPT, cache: KVCache, compile: bool) -> None:
         self.cache, self._compile = cache, compile
-        self.records = cache.lengths.device.type == "cuda" and fits(cache)
+        self.records = cache.lengths.device.type == "cuda"
         self.use(model)
 
     def use(self, model: GPT) -> None:
         """Go on with another model of the same config; a step is recorded anew, and so is reading."""
         self.model = model
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-        self._readers: dict[int, tuple[WholeText, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._readers: dict[int, tuple[Whole, torch.cuda.CUDAGraph, Tensor]] = {}
         logits = step_of(model, self.cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
@@ -72,13 +74,14 @@ class Decoder:
         length = padded(piece.tokens, self.model.config.block_size)
         if length not in self._readers:
             pool = next((graph.pool() for _, graph, _ in self._readers.values()), None)
-            reader = WholeText(self.model, self.cache, length)
-            reader.give(piece, text)  # rehearsals for a graph write
-            self._readers[length] = reader, *captured(reader.run, reader.given.device, pool)
-        reader, graph, hidden = self._readers[length]
-        reader.give(piece, text)
+            whole = self.cache.whole(length)
+            whole.give(piece.slot, text)  # what is recorded runs before, and writes into the cache
+            run = lambda: whole.finish(self.model.hidden(whole.tokens[None], cache=whole))
+            self._readers[length] = whole, *captured(run, whole.tokens.device, pool)
+        whole, graph, hidden = self._readers[length]
+        whole.give(piece.slot, text)
         graph.replay()
-        return hidden.clone()  # other graphs use its memory
+        return hidden.clone()  # where it lies, other graphs write
 
     def read_whole(self, slot: int, prompt: Sequence[int]) -> Tensor:
         """A whole prompt goes into the empty `slot`; the logits (V,) of what follows it."""
@@ -89,6 +92,12 @@ class Decoder:
         is kept."""
         tokens = torch.tensor([text[-self.model.config.block_size :] for text in texts])
         return self.model.logits(to_device(tokens, self.cache.lengths.device), last_only=True)[:, -1]
+
+
+def padded(tokens: int, most: int) -> int:
+    """`tokens` rounded up to one of a few lengths, four to each doubling and none above `most`."""
+    step = max(ROUNDING, 1 << (tokens - 1).bit_length() >> 3)
+    return min(-(-tokens // step) * step, most)
 
 
 @torch.inference_mode()

@@ -84,17 +84,24 @@ def check(
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         raise no_tensor(q=q, k=k, v=v)
-    require(q.dim() == 4 and min(q.shape[2:]) > 0, f"q: expected (B, T, H, D), got {tuple(q.shape)}")
-    require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
-    (B, T, H, D), expected = q.shape, "(B, S, G, D) with q's B and D"
-    fits = k.dim() == 4 and (k.shape[0], k.shape[3]) == (B, D)
-    require(fits, f"k: expected {expected} = {(B, D)}, got {tuple(k.shape)}")
-    require(k.shape[2] > 0 and H % k.shape[2] == 0, f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
-    require(v.shape == k.shape, f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    # Written out: a message is made only where one is needed, and torch.compile cannot put a number that varies in it.
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 4 or min(shape[2:]) == 0:
+        raise ValueError(f"q: expected (B, T, H, D), got {tuple(shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating dtype, got {dtype}")
+    (B, T, H, D), of_k = shape, k.shape
+    if len(of_k) != 4 or of_k[0] != B or of_k[3] != D:
+        raise ValueError(f"k: expected (B, S, G, D) with q's B and D = {(B, D)}, got {tuple(of_k)}")
+    if of_k[2] == 0 or H % of_k[2]:
+        raise ValueError(f"k: its {of_k[2]} heads do not divide the {H} heads of q")
+    if v.shape != of_k:
+        raise ValueError(f"v: expected the shape of k, {tuple(of_k)}, got {tuple(v.shape)}")
     for name, x in (("k", k), ("v", v)):
-        require(x.dtype == q.dtype, f"{name}: {x.dtype}, but q is {q.dtype}")
-        require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
-    # Written out, since torch.compile cannot put a number that varies into a message, used or not.
+        if x.dtype != dtype:
+            raise ValueError(f"{name}: {x.dtype}, but q is {dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {device}")
     if window is not None and window < 0:
         raise ValueError(f"window: expected a number of positions or None, got {window}")
     if scale is not None and scale <= 0:
@@ -104,7 +111,7 @@ def check(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if cu_seqlens is not None:
-        _check_documents(cu_seqlens, T, k.shape[1], q.device)
+        _check_documents(cu_seqlens, T, of_k[1], device)
 
 
 def _check_documents(cu_seqlens: Tensor, T: int, S: int, device: torch.device) -> None:

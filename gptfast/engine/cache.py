@@ -80,6 +80,7 @@ class KVCache:
         require(storage in ("same", *QUANTIZED), f"storage: expected same, int8 or fp8, got {storage!r}")
         require(pages is None or page_size is not None, "pages: a pool of pages needs a page_size")
         self.config, self.ops, self.slots, self.capacity = config, ops, slots, capacity
+        self.windows = config.windows  # of each layer, None where it sees everything
         self.paged, self.page_size = page_size is not None, page_size or capacity
         per_slot = -(-capacity // self.page_size)
         self.pages = (slots * per_slot if pages is None else pages) if self.paged else slots
@@ -112,7 +113,7 @@ class KVCache:
     def _plan_ring(self, device: torch.device | str, may: bool) -> tuple[int, ...]:
         """Of layers with a window: `_span` pages for each slot, 0 where that saves nothing. Returns their shape."""
         config, slots = self.config, self.slots
-        window = next((window for window in config.windows if window is not None), None)
+        window = next((window for window in self.windows if window is not None), None)
         self._ring_page, self._span = min(self.page_size, RING_PAGE), 0
         if window is not None and may:  # what a step sees, adds, and takes back; they begin anywhere in a page
             self._span = -(-(window + 2 * MAX_STEP) // self._ring_page) + 1
@@ -124,7 +125,7 @@ class KVCache:
 
     def is_ring(self, layer: int) -> bool:
         """Whether `layer` keeps its window alone."""
-        return self._span > 0 and self.config.windows[layer] is not None
+        return self._span > 0 and self.windows[layer] is not None
 
     def table_of(self, layer: int) -> Tensor | None:
         """Which pages of `layer` hold each slot's text, as decode_attention takes it: None where a slot is a page."""
@@ -155,7 +156,7 @@ class KVCache:
             self._seen,
             self.table_of(layer),
             *scales,
-            window=self.config.windows[layer],
+            window=self.windows[layer],
         )
         return out.reshape(q.shape)
 
@@ -298,7 +299,9 @@ class Pieces:
         device = cache.lengths.device
         positions = [torch.arange(piece.start, piece.end) for piece in pieces]
         where = [cache.rows(piece.slot, at) for piece, at in zip(pieces, positions, strict=True)]
-        self._positions, self._where = (to_device(torch.cat(x), device) for x in (positions, where))
+        slots, ends = (torch.tensor(x) for x in zip(*((piece.slot, piece.end) for piece in pieces), strict=True))
+        together = all_to_device([torch.cat(positions), torch.cat(where), slots, ends], device)
+        self._positions, self._where, self._slots, self._ends = together
         if len(cache._recent):
             self._plan_shifts(torch.cat(where))
         alone = [piece.start == 0 and not cache._stored for piece in pieces]  # it sees itself, and nothing that is kept
@@ -321,7 +324,7 @@ class Pieces:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, N, G, D) of `layer`; attention of q (1, N, H, D), causal in each text."""
         cache = self.cache
-        attention, window, is_ring = cache.ops.attention, cache.config.windows[layer], cache.is_ring(layer)
+        attention, window, is_ring = cache.ops.attention, cache.windows[layer], cache.is_ring(layer)
         if is_ring:
             self._rings.append((layer, k[:, self._ring_from], v[:, self._ring_from]))
         else:
@@ -330,17 +333,17 @@ class Pieces:
             hidden = max(piece.tokens for piece in self.list) - 1
             window = hidden if window is None else min(hidden, window)
             return attention(q, k, v, causal=True, window=window, cu_seqlens=self._starts)
-        out, first = [], 0
+        out, first, single = [], 0, len(self.list) == 1
         for i, piece in enumerate(self.list):
             own = slice(first, first := first + piece.tokens)
-            seen = [k[:, own], v[:, own]]
+            mine, *seen = (q, k, v) if single else (x[:, own] for x in (q, k, v))
             if is_ring and not self._alone[i]:
                 past = cache.kept(layer, piece.slot, 0, self._past[i], q.dtype)
                 seen = [torch.cat((old, cache.as_kept(new)), dim=1) for old, new in zip(past, seen, strict=True)]
             elif not self._alone[i]:
                 seen = cache.kept(layer, piece.slot, piece.end, self._kept[i], q.dtype)
-            out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, seen[0].shape[1])))
-        return torch.cat(out, dim=1) if len(out) > 1 else out[0]
+            out.append(attention(mine, *seen, causal=True, window=narrowed(window, seen[0].shape[1])))
+        return out[0] if single else torch.cat(out, dim=1)
 
     def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, N, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
@@ -351,19 +354,18 @@ class Pieces:
 
     def advance(self) -> None:
         """Count the tokens of all pieces."""
-        cache, device = self.cache, self._where.device
+        cache = self.cache
         for place, newest, last in self._inputs:
             cache._recent[place].flatten(0, 1)[self._newest_to] = newest
             cache._ends[place][self._last_to] = last
         for layer, k, v in self._rings:
             cache.keep(layer, self._ring_to, k, v)
-        slots, ends = (torch.tensor(x) for x in zip(*((piece.slot, piece.end) for piece in self.list), strict=True))
-        cache.lengths[to_device(slots, device)] = to_device(ends.to(torch.int32), device)
+        cache.lengths[self._slots] = self._ends.to(torch.int32)
 
     def _plan_rings(self) -> None:
         """Where the window before each piece lies, which tokens at its end are kept, and where they go."""
         cache, device = self.cache, self._where.device
-        window, size = max(w for w in cache.config.windows if w is not None), cache._span * cache._ring_page
+        window, size = max(w for w in cache.windows if w is not None), cache._span * cache._ring_page
         self._past, came, goes, first = [], [], [], 0
         for piece in self.list:
             seen = torch.arange(max(0, piece.start - window), piece.start)
@@ -440,7 +442,7 @@ class Whole:
             cache.keep(layer, self._ring_to, k[:, self._ring_from], v[:, self._ring_from])
         else:
             cache.keep(layer, self._where, k, v)
-        window = narrowed(cache.config.windows[layer], self.length)
+        window = narrowed(cache.windows[layer], self.length)
         return cache.ops.attention(q, cache.as_kept(k), cache.as_kept(v), causal=True, window=window)
 
     def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
@@ -460,3 +462,8 @@ class Whole:
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x of the host on `device`; on CUDA by a copy that the host does not wait for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Vectors int64 of the host on `device`, by one copy for all."""
+    return to_device(torch.cat(tensors), device).split([len(x) for x in tensors])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gptfast.engine.cache import KVCache, Piece, Whole, to_device
+from gptfast.engine.cache import KVCache, Piece, Whole, all_to_device, to_device
 from gptfast.engine.fused import step_of
 from gptfast.model import GPT
 
@@ -63,11 +63,12 @@ class Decoder:
                 self._readers.clear()
                 self.records = False
         going_in = self.cache.pieces([piece for piece, _ in pieces])
-        tokens = torch.tensor([token for _, text in pieces for token in text])
-        x = self.model.hidden(to_device(tokens, self.cache.lengths.device)[None], cache=going_in)
-        going_in.advance()
+        given = torch.tensor([token for _, text in pieces for token in text])
         ends = torch.tensor([piece.tokens for piece, _ in pieces]).cumsum(0) - 1
-        return x[0, to_device(ends, x.device)]
+        tokens, last = all_to_device([given, ends], self.cache.lengths.device)
+        x = self.model.hidden(tokens[None], cache=going_in)
+        going_in.advance()
+        return x[0, last]
 
     def _read_recorded(self, piece: Piece, text: Sequence[int]) -> Tensor:
         """A text goes into the empty slot of `piece` by one graph; the hidden state (1, C) at its end."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptfast.config import GPTConfig
 from gptfast.engine.pages import Pages
-from gptfast.model import narrowed, shifted
+from gptfast.model import narrowed
 from kernels import Ops
 from kernels.decode_attention.reference import QUANTIZED, quantize_kv
 from kernels.op import require
@@ -123,9 +123,14 @@ class KVCache:
         self._ring_table = (first + blocks % max(1, self._span)).to(torch.int32)
         return slots * self._span, self._ring_page, config.kv_heads, config.head_dim
 
+    @property
+    def has_rings(self) -> bool:
+        """Whether layers with a window keep that alone."""
+        return self._span > 0
+
     def is_ring(self, layer: int) -> bool:
         """Whether `layer` keeps its window alone."""
-        return self._span > 0 and self.windows[layer] is not None
+        return self.has_rings and self.windows[layer] is not None
 
     def table_of(self, layer: int) -> Tensor | None:
         """Which pages of `layer` hold each slot's text, as decode_attention takes it: None where a slot is a page."""
@@ -201,9 +206,9 @@ class KVCache:
         """Slots to be filled further, each from where its text has come to, by one forward pass over all pieces."""
         return Pieces(self, pieces)
 
-    def whole(self, length: int) -> Whole:
-        """An empty slot to be filled with one text of up to `length` tokens, again and again with others."""
-        return Whole(self, length)
+    def padded(self, tokens: int, seen: int) -> Padded:
+        """Slots to be filled further by one piece after another, each of up to so many tokens."""
+        return Padded(self, tokens, seen)
 
     def resume(self, slot: int, length: int) -> None:
         """The pages of `slot` hold `length` tokens, to the end of a page, which it never saw go in."""
@@ -266,13 +271,14 @@ class KVCache:
         pages = torch.tensor(self.pool.held[slot] if self.paged else [slot])
         return pages[positions // self.page_size] * self.page_size + positions % self.page_size
 
-    def padded_rows(self, slot: int, length: int) -> Tensor:
-        """Where the first `length` positions of a slot lie; of those that it has no room for, rows of nobody."""
-        if not self.paged:
-            return torch.arange(slot * self.page_size, slot * self.page_size + length)
-        missing = self.pool.needed(length) - len(self.pool.held[slot])
-        pages = torch.tensor([*self.pool.held[slot], *[0] * missing])
-        return (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()[:length]
+    def rows_with_room(self, slot: int, first: int, end: int) -> Tensor:
+        """The same of positions `first` to `end`, of which the slot may lack pages: those go where nothing is read."""
+        size, held = self.page_size, self.pool.held[slot] if self.paged else [slot]
+        positions, room = torch.arange(first, end), len(held) * size
+        if room >= end:
+            return self.rows(slot, positions)
+        nobodys = positions % size if self.paged else torch.tensor(room - 1 + slot * size)  # behind the longest text
+        return torch.where(positions < room, self.rows(slot, positions.clamp(max=room - 1)), nobodys)
 
     def ring_rows(self, slot: int, positions: Tensor) -> Tensor:
         """The same in a layer that keeps its window alone."""
@@ -401,60 +407,75 @@ class Pieces:
         self._last, self._last_to = (to_device(x, device) for x in (last, cache.ends(where[last])))
 
 
-class Whole:
-    """One text on its way into an empty slot, padded to `length` tokens: of a forward pass the sequence (1, length).
+class Padded:
+    """One piece of a text at a time on its way into its slot, padded to `tokens`: of a pass the sequence (1, tokens).
 
-    All that depends on the text lies in one tensor, so that a CUDA graph may read any. What stands behind its end is
-    seen by nobody: no operation looks ahead, and its keys and values go where nothing is read.
+    It attends to itself where it begins the text, with `seen` = 0; else to what its slot holds, and ends within the
+    first `seen` positions. All that depends on the piece lies in one tensor, so that a CUDA graph may read any. What
+    stands behind its end is seen by nobody: nothing looks ahead, and its keys and values go where nothing is read.
     """
 
-    def __init__(self, cache: KVCache, length: int) -> None:
-        self.cache, self.length = cache, length
-        device = cache.lengths.device
-        self._recent = RECENT * (len(cache._recent) > 0)  # inputs of token shifts that are kept
-        self._ring = min(length, cache._span * cache._ring_page)  # keys of layers with a window, likewise
-        sizes = [length, length, self._recent, self._recent, self._ring, self._ring, 1, 1, 1]
-        self._given = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self.tokens, self._where, *rest = self._given.split(sizes)
-        self._newest, self._newest_to, self._ring_from, self._ring_to, self._last, self._slot, self._end = rest
-        self._positions = torch.arange(length, device=device)[None]
+    def __init__(self, cache: KVCache, tokens: int, seen: int) -> None:
+        require(not (seen and cache._span), "seen: layers that keep their window alone have no rows of all positions")
+        self.cache, self.length, self.seen = cache, tokens, seen
+        self._recent, self._taps = (n * (len(cache._recent) > 0) for n in (RECENT, TAPS))
+        self._ring = min(tokens, cache._span * cache._ring_page)  # keys that layers with a window keep
+        sizes = [tokens] * 3 + [seen, self._taps, self._taps, *[self._recent] * 2, *[self._ring] * 2, 1, 1, 1]
+        self._given = torch.zeros(sum(sizes), dtype=torch.int64, device=cache.lengths.device)
+        given = iter(self._given.split(sizes))
+        self.tokens, self._positions, self._where, self._rows, self._before, self._old = (next(given) for _ in range(6))
+        self._newest, self._newest_to, self._ring_from, self._ring_to = (next(given) for _ in range(4))
+        self._last, self._slot, self._end = given
 
-    def give(self, slot: int, text: Sequence[int]) -> None:
-        """From now on it is `text` that goes into `slot`, in one copy from the host, for which that does not wait."""
-        cache, T = self.cache, len(text)
-        ids = torch.tensor([*text, *[0] * (self.length - T)])
+    def give(self, piece: Piece, text: Sequence[int]) -> None:
+        """From now on it is `text`, the tokens of `piece`, that is read; the host waits for nothing."""
+        cache, (slot, start, T) = self.cache, piece
+        positions = torch.arange(start, start + self.length)
+        rows = cache.rows(slot, torch.arange(self.seen).clamp(max=piece.end - 1))  # no row of others, which may be NaN
+        before = torch.arange(start - self._taps, start)
         # Where there are fewer than are kept, the last one goes to its place more than once.
         newest, in_ring = ((max(0, T - n) + torch.arange(n)).clamp(max=T - 1) for n in (self._recent, self._ring))
-        newest_to = slot * RECENT + newest % RECENT
         ring_to = cache.ring_rows(slot, in_ring) if self._ring else in_ring
-        end = torch.tensor([T - 1, slot, T])
-        given = torch.cat((ids, cache.padded_rows(slot, self.length), newest, newest_to, in_ring, ring_to, end))
-        self._given.copy_(to_device(given, self._given.device))
+        self._given.copy_(to_device(torch.cat((
+            torch.tensor([*text, *text[-1:] * (self.length - T)]), positions,
+            cache.rows_with_room(slot, start, start + self.length), rows,
+            before, slot * RECENT + before % RECENT, newest, slot * RECENT + (start + newest) % RECENT,
+            in_ring, ring_to, torch.tensor([T - 1, slot, piece.end]),
+        )), self._given.device))  # fmt: skip
 
     def place(self, T: int) -> Tensor:
-        """Positions (1, length) of all tokens."""
-        return self._positions
+        """Positions (1, tokens), each in its own text."""
+        return self._positions.clamp(max=self.cache.config.block_size - 1)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keeps k and v (1, length, G, D) of `layer`; causal attention of q (1, length, H, D) to them as kept."""
+        """Keeps k and v (1, tokens, G, D) of `layer`; causal attention of q (1, tokens, H, D) to all kept."""
         cache = self.cache
+        attention, window = cache.ops.attention, cache.windows[layer]
         if cache.is_ring(layer):
             cache.keep(layer, self._ring_to, k[:, self._ring_from], v[:, self._ring_from])
         else:
             cache.keep(layer, self._where, k, v)
-        window = narrowed(cache.windows[layer], self.length)
-        return cache.ops.attention(q, cache.as_kept(k), cache.as_kept(v), causal=True, window=window)
+        if not self.seen:
+            window = narrowed(window, self.length)
+            return attention(q, cache.as_kept(k), cache.as_kept(v), causal=True, window=window)
+        # Queries stand at their positions among as many as there are keys, so that causality hides what is behind them.
+        among = q.new_zeros(1, self.seen, *q.shape[2:]).index_copy_(1, self._positions, q)
+        kept = cache.kept(layer, 0, 0, self._rows, q.dtype)
+        out = attention(among, *kept, causal=True, window=narrowed(window, self.seen))
+        return out.index_select(1, self._positions)
 
     def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
-        """Keeps x (1, length, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
+        """Keeps x (1, tokens, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
         cache = self.cache
-        cache._recent[place].flatten(0, 1)[self._newest_to] = x[0, self._newest]
+        recent = cache._recent[place].flatten(0, 1)
+        both = torch.cat((recent[self._old].masked_fill((self._before < 0)[:, None], 0.0), x[0]))
+        recent[self._newest_to] = x[0, self._newest]
         if cache._tail:
             cache._ends[place][cache.ends(self._where)] = x[0]
-        return shifted(x, taps)
+        return [both[TAPS - i : TAPS - i + self.length][None] for i in range(1, taps + 1)]
 
     def finish(self, x: Tensor) -> Tensor:
-        """Counts the tokens of the text; of x (1, length, C) the row (1, C) at its end."""
+        """Counts the tokens of the piece; of x (1, tokens, C) the row (1, C) at its end."""
         self.cache.lengths.index_copy_(0, self._slot, self._end.to(torch.int32))
         return x[0].index_select(0, self._last)
 

@@ -8,33 +8,34 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gptfast.engine.cache import KVCache, Piece, Whole, all_to_device, to_device
+from gptfast.engine.cache import KVCache, Padded, Piece, all_to_device, to_device
 from gptfast.engine.fused import step_of
 from gptfast.model import GPT
 
 Result = TypeVar("Result")
-LONGEST = 4096  # tokens of a text that a graph reads; of more the device takes longer than its host
-TOGETHER = 8  # texts that graphs read one by one; each reads all weights, so that of more one pass is better
+LONGEST = 4096  # positions of a text that a graph reads; of more the device takes longer than its host
+TOGETHER = 8  # pieces that graphs read one by one; each reads all weights, so that of more one pass is better
 ROUNDING = 64  # what lengths of graphs are multiples of
 
 
 class Decoder:
     """`model` over `cache`. A step has the same number of tokens for every slot; on CUDA `step` is one CUDA graph.
 
-    With `records`, as on CUDA, whole texts are read by graphs too, one for each padded length, recorded when it first
-    comes up. Launch by launch the host takes longer than the device. Where memory does not suffice, there are none.
+    With `records`, as on CUDA, pieces of texts are read by graphs too, one for each padded length, recorded when it
+    first comes up: launch by launch the host takes longer than the device. Where memory does not suffice, it has none.
     """
 
     def __init__(self, model: GPT, cache: KVCache, compile: bool) -> None:
         self.cache, self._compile = cache, compile
-        self.records = cache.lengths.device.type == "cuda"
+        has_room = cache.paged or cache.capacity > model.config.block_size  # for what stands behind a text
+        self.records = cache.lengths.device.type == "cuda" and has_room
         self.use(model)
 
     def use(self, model: GPT) -> None:
         """Go on with another model of the same config; a step is recorded anew, and so is reading."""
         self.model = model
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-        self._readers: dict[int, tuple[Whole, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._readers: dict[tuple[int, int], tuple[Padded, torch.cuda.CUDAGraph, Tensor]] = {}
         logits = step_of(model, self.cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
@@ -55,10 +56,12 @@ class Decoder:
 
     def read(self, pieces: Sequence[tuple[Piece, Sequence[int]]]) -> Tensor:
         """Pieces of texts go into their slots; the hidden state (n, C) at the end of each."""
-        whole = all(piece.start == 0 and piece.tokens <= LONGEST for piece, _ in pieces)
-        if self.records and whole and len(pieces) <= TOGETHER:
+        lengths = [self._padded(piece) for piece, _ in pieces] if self.records else []
+        fits = all(seen == 0 or not self.cache.has_rings for _, seen in lengths)
+        if self.records and fits and len(pieces) <= TOGETHER and max(map(max, lengths)) <= LONGEST:
             try:
-                return torch.cat([self._read_recorded(piece, text) for piece, text in pieces])
+                read = zip(lengths, pieces, strict=True)
+                return torch.cat([self._read_recorded(*length, *piece) for length, piece in read])
             except torch.OutOfMemoryError:  # launch by launch it may
                 self._readers.clear()
                 self.records = False
@@ -70,17 +73,24 @@ class Decoder:
         going_in.advance()
         return x[0, last]
 
-    def _read_recorded(self, piece: Piece, text: Sequence[int]) -> Tensor:
-        """A text goes into the empty slot of `piece` by one graph; the hidden state (1, C) at its end."""
-        length = padded(piece.tokens, self.model.config.block_size)
-        if length not in self._readers:
+    def _padded(self, piece: Piece) -> tuple[int, int]:
+        """How many tokens a graph has that reads `piece`, and positions that they see beside themselves, if any."""
+        if piece.start == 0:
+            return padded(piece.tokens, 4, self.model.config.block_size), 0
+        tokens = padded(piece.tokens, 1)
+        return tokens, padded(piece.start + tokens, 1)
+
+    def _read_recorded(self, tokens: int, seen: int, piece: Piece, text: Sequence[int]) -> Tensor:
+        """`text` goes into the slot of `piece` by one graph; the hidden state (1, C) at its end."""
+        if (tokens, seen) not in self._readers:
             pool = next((graph.pool() for _, graph, _ in self._readers.values()), None)
-            whole = self.cache.whole(length)
-            whole.give(piece.slot, text)  # what is recorded runs before, and writes into the cache
-            run = lambda: whole.finish(self.model.hidden(whole.tokens[None], cache=whole))
-            self._readers[length] = whole, *captured(run, whole.tokens.device, pool)
-        whole, graph, hidden = self._readers[length]
-        whole.give(piece.slot, text)
+            reader = self.cache.padded(tokens, seen)
+            # What is recorded runs before: on one token, which takes the place of nothing that the piece looks back at.
+            reader.give(Piece(piece.slot, piece.start, 1), text[:1])
+            run = lambda: reader.finish(self.model.hidden(reader.tokens[None], cache=reader))
+            self._readers[tokens, seen] = reader, *captured(run, reader.tokens.device, pool)
+        reader, graph, hidden = self._readers[tokens, seen]
+        reader.give(piece, text)
         graph.replay()
         return hidden.clone()  # where it lies, other graphs write
 
@@ -95,10 +105,11 @@ class Decoder:
         return self.model.logits(to_device(tokens, self.cache.lengths.device), last_only=True)[:, -1]
 
 
-def padded(tokens: int, most: int) -> int:
-    """`tokens` rounded up to one of a few lengths, four to each doubling and none above `most`."""
-    step = max(ROUNDING, 1 << (tokens - 1).bit_length() >> 3)
-    return min(-(-tokens // step) * step, most)
+def padded(tokens: int, steps: int, most: int | None = None) -> int:
+    """`tokens` rounded up to one of a few lengths, so many steps to each doubling, and none above `most`."""
+    step = max(ROUNDING, (1 << (tokens - 1).bit_length()) // (2 * steps))
+    length = -(-tokens // step) * step
+    return length if most is None else min(length, most)
 
 
 @torch.inference_mode()

@@ -1,24 +1,27 @@
-"""Whole texts are read by a graph for each padded length: their tokens are those of the naive way, whatever is behind."""
+"""Texts are read by graphs of padded lengths: their tokens are those of the naive way, whatever stands behind them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from cpu_graph import CpuGraph, captured
-from test_engine import GPT2, GREEDY, PROMPTS, SHORT, assert_empty, expected_of, make, naive, run
+from cpu_graph import captured
+from test_engine import GPT2, GREEDY, PROMPTS, SHORT, expected_of, make, naive, run
 from test_engine_fused import SWIGLU
 from test_engine_server import WINDOWED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from bench.host import Count
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.cache import Piece
 from gptfast.engine.decoder import Decoder, padded
 from gptfast.engine.weights import converted
 from gptfast.model import GPT
+from kernels._triton import launching
 from kernels.proof.interpret import interpreting
 
 LONG = dataclasses.replace(GPT2, block_size=300, n_layer=1)
@@ -120,7 +123,9 @@ def test_without_memory_for_a_graph_texts_are_read_launch_by_launch(
     assert engine.prefill_alone == 300
 
 
-@pytest.mark.parametrize("options", [dict(prefill_tokens=64), dict(page_size=4), dict(page_size=8, prefix_cache=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(prefill_tokens=64), dict(page_size=4), dict(page_size=8, prefix_cache=False)], ids=str
+)
 def test_layers_with_a_window_keep_the_newest_of_a_text(options: dict) -> None:
     """In their few pages, beside the inputs of token shifts; shorter texts than those and longer ones."""
     model = make(WINDOWED)
@@ -131,22 +136,52 @@ def test_layers_with_a_window_keep_the_newest_of_a_text(options: dict) -> None:
     assert {(64, 0), (120, 0)} & set(engine.decoder._readers) and engine.decoder.records
 
 
-@pytest.mark.parametrize("options", [dict(page_size=8), dict(page_size=8, kv_storage="int8")], ids=str)
-@pytest.mark.parametrize("name", SHORT)
-def test_a_conversation_goes_on_from_what_it_holds(name: str, options: dict) -> None:
-    """Each turn is read by a graph from where the known pages end; and so are the pieces of a long one."""
-    model = make(dataclasses.replace(SHORT[name], block_size=300, n_layer=1))
-    engine = recording(Engine(model, slots=1, prefill_tokens=100, **options))
-    plain = Engine(model, slots=1, prefill_tokens=100, **options)
+@pytest.mark.parametrize("storage", ["same", "int8"])
+@pytest.mark.parametrize("name", ["gpt2", "modern", "windowed"])
+def test_a_conversation_goes_on_from_what_it_holds(name: str, storage: Any) -> None:
+    """Each turn is read by a graph from where the known pages end; so are the pieces of a long one, and a branch."""
+    model = make(dataclasses.replace({**SHORT, "windowed": WINDOWED}[name], block_size=300, n_layer=2))
+    engine, plain = (
+        Engine(model, slots=1, prefill_tokens=100, page_size=8, kv_storage=storage, pages=140) for _ in "ab"
+    )
+    recording(engine)
     text: list[int] = []
     for turn, new in enumerate((3, 15, 60, 1, 130)):
         text += [(11 * i + turn) % 61 for i in range(new)]
         wanted = run(plain, (text, Sampling(9, 0)))
         assert run(engine, (text, Sampling(9, 0))) == wanted
         text += wanted[0]
-    assert engine.tokens_reused == plain.tokens_reused > 100
+    branch = ([*text[:64], 7], Sampling(9, 0))
+    assert run(engine, branch) == run(plain, branch) and engine.tokens_reused == plain.tokens_reused > 100
     assert {(64, 128), (64, 256), (64, 512)} & set(engine.decoder._readers)
     assert engine.decoder.records
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", SHORT)
+def test_the_cache_is_as_pieces_leave_it(name: str) -> None:
+    """Keys, values, and the inputs of token shifts: the newest, and those at the ends of pages."""
+    model, text = make(SHORT[name]), list(range(23))
+    caches = [KVCache(model.config, model.ops, 2, page_size=4, remembers=True) for _ in "ab"]
+    decoders = [Decoder(model, cache, False) for cache in caches]
+    decoders[0].records = True
+    for first, end in ((0, 1), (1, 10), (10, 23)):
+        found = []
+        for cache, decoder in zip(caches, decoders, strict=True):
+            assert cache.reserve(1, end)
+            found.append(decoder.read([(Piece(1, first, end - first), text[first:end])]))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        rows, (mine, theirs) = caches[0].rows(1, torch.arange(end)), caches
+        full = torch.arange(2 * mine.pool.held[1][0], 2 * mine.pool.held[1][-1] + 2)[: end // 4 * 2]
+        for one, other in (
+            *((x.flatten(0, 1)[rows], y.flatten(0, 1)[rows]) for x, y in zip(mine.k, theirs.k, strict=True)),
+            *((x.flatten(0, 1)[rows], y.flatten(0, 1)[rows]) for x, y in zip(mine.v, theirs.v, strict=True)),
+            (mine._recent, theirs._recent),
+            (mine._ends[:, full], theirs._ends[:, full]),
+            (mine.lengths, theirs.lengths),
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert set(decoders[0]._readers) == {(24, 0), (64, 128)}
 
 
 def test_what_others_left_behind_is_no_ones_harm() -> None:
@@ -181,3 +216,73 @@ def test_the_kernels_read(name: str) -> None:
                               for cache in caches), strict=True):  # fmt: skip
                 torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-4)
     assert len(mine._readers) == 1 and caches[0].lengths.tolist() == [3, 11]
+
+
+class Dispatched(TorchDispatchMode):
+    """Every operator of torch that the host calls, be it a view or an allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def work_of_a_prompt(layers: int, records: bool, prompt: list[int]) -> tuple[Counter[str], int]:
+    """Operators and launches from submit() to the first token, once what is recorded is."""
+    count, ops = (
+        Count(),
+        kernels.Ops({n: ("triton", "counted", o.triton or o.reference) for n, o in kernels.OPS.items()}),
+    )
+    with torch.no_grad(), launching(count.launcher):
+        model = GPT(dataclasses.replace(GPT2, n_layer=layers), ops).eval()
+        model.dtype = torch.bfloat16
+        engine = Engine(model, lag=1, prefill_alone=160)
+        engine.decoder.records = records
+        wanted = Sampling(max_tokens=1, temperature=0)
+        run(engine, (prompt, wanted))
+        before = count.launches
+        with Dispatched() as host:
+            run(engine, (prompt, wanted))
+    return host.seen, count.launches - before
+
+
+def test_the_host_does_little_for_a_layer_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch by launch, four of ours, four products, and two copies into the cache; the rest are views and memory.
+    From a graph nothing, however many layers there are and long the prompt is."""
+    (two, launches), (four, more) = (work_of_a_prompt(n, False, [1] * 50) for n in (2, 4))
+    layer = {name: (four[name] - count) / 2 for name, count in two.items() if four[name] != count}
+    assert (more - launches) / 2 == 4 and layer["linear"] == 4 and layer["index_copy_"] == 2
+    assert sum(layer.values()) <= 34 and sum(two.values()) - 2 * sum(layer.values()) <= 85
+
+    class Done:
+        def replay(self) -> None: ...
+        def pool(self) -> None: ...
+
+    monkeypatch.setattr("gptfast.engine.decoder.captured", lambda run, device, pool: (Done(), run()))
+    found = [work_of_a_prompt(layers, True, [1] * n) for layers, n in ((2, 50), (4, 50), (2, 160))]
+    assert found[0] == found[1] == found[2] and found[0][1] == 0 and sum(found[0][0].values()) <= 61
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*SHORT, "windowed"])
+def test_on_a_gpu_graphs_read_what_launches_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's test_a_conversation_goes_on_from_what_it_holds, by the kernels and CUDA graphs."""
+    monkeypatch.undo()
+    config = dataclasses.replace({**SHORT, "windowed": WINDOWED}[name], block_size=300, n_layer=2)
+    plain = make(config)
+    model = GPT(config, kernels.load("auto")).eval().cuda()
+    model.load_state_dict(plain.state_dict())
+    for page_size in (None, 8):
+        text: list[int] = []
+        graphs, launches = (Engine(model, slots=1, prefill_tokens=100, page_size=page_size) for _ in "ab")
+        launches.decoder.records = False
+        assert graphs.decoder.records
+        for turn, new in enumerate((3, 15, 60, 1, 130)):
+            text += [(11 * i + turn) % 61 for i in range(new)]
+            wanted = run(launches, (text, Sampling(9, 0)))
+            assert run(graphs, (text, Sampling(9, 0))) == wanted
+            text += wanted[0]
+        assert graphs.decoder.records and len(graphs.decoder._readers) >= 2

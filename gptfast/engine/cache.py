@@ -430,18 +430,24 @@ class Padded:
     def give(self, piece: Piece, text: Sequence[int]) -> None:
         """From now on it is `text`, the tokens of `piece`, that is read; the host waits for nothing."""
         cache, (slot, start, T) = self.cache, piece
-        positions = torch.arange(start, start + self.length)
-        rows = cache.rows(slot, torch.arange(self.seen).clamp(max=piece.end - 1))  # no row of others, which may be NaN
-        before = torch.arange(start - self._taps, start)
+        tokens, positions = torch.tensor([*text, *text[-1:] * (self.length - T)]), start + torch.arange(self.length)
+        given = [tokens, positions, cache.rows_with_room(slot, start, start + self.length)]
+        if self.seen:  # no row of others, which may be no numbers
+            given.append(cache.rows(slot, torch.arange(self.seen).clamp(max=piece.end - 1)))
         # Where there are fewer than are kept, the last one goes to its place more than once.
-        newest, in_ring = ((max(0, T - n) + torch.arange(n)).clamp(max=T - 1) for n in (self._recent, self._ring))
-        ring_to = cache.ring_rows(slot, in_ring) if self._ring else in_ring
-        self._given.copy_(to_device(torch.cat((
-            torch.tensor([*text, *text[-1:] * (self.length - T)]), positions,
-            cache.rows_with_room(slot, start, start + self.length), rows,
-            before, slot * RECENT + before % RECENT, newest, slot * RECENT + (start + newest) % RECENT,
-            in_ring, ring_to, torch.tensor([T - 1, slot, piece.end]),
-        )), self._given.device))  # fmt: skip
+        if self._recent:
+            before, newest = start - self._taps + torch.arange(self._taps), self._newest_of(T, self._recent)
+            places = (slot * RECENT + at % RECENT for at in (before, start + newest))
+            given += [before, next(places), newest, next(places)]
+        if self._ring:
+            newest = self._newest_of(T, self._ring)
+            given += [newest, cache.ring_rows(slot, newest)]
+        given.append(torch.tensor([T - 1, slot, piece.end]))
+        self._given.copy_(to_device(torch.cat(given), self._given.device))
+
+    @staticmethod
+    def _newest_of(T: int, n: int) -> Tensor:
+        return (max(0, T - n) + torch.arange(n)).clamp(max=T - 1)
 
     def place(self, T: int) -> Tensor:
         """Positions (1, tokens), each in its own text."""

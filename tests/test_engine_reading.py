@@ -241,6 +241,8 @@ def work_of_a_prompt(layers: int, records: bool, prompt: list[int]) -> tuple[Cou
         model.dtype = torch.bfloat16
         engine = Engine(model, lag=1, prefill_alone=160)
         engine.decoder.records = records
+        logits = torch.zeros(1, model.config.vocab_size)  # what kernels left out would have written may be no numbers
+        engine.model.logits_of = lambda x: logits  # type: ignore[method-assign]
         wanted = Sampling(max_tokens=1, temperature=0)
         run(engine, (prompt, wanted))
         before = count.launches
@@ -255,7 +257,7 @@ def test_the_host_does_little_for_a_layer_of_a_prompt(monkeypatch: pytest.Monkey
     (two, launches), (four, more) = (work_of_a_prompt(n, False, [1] * 50) for n in (2, 4))
     layer = {name: (four[name] - count) / 2 for name, count in two.items() if four[name] != count}
     assert (more - launches) / 2 == 4 and layer["linear"] == 4 and layer["index_copy_"] == 2
-    assert sum(layer.values()) <= 34 and sum(two.values()) - 2 * sum(layer.values()) <= 85
+    assert sum(layer.values()) <= 34 and sum(two.values()) - 2 * sum(layer.values()) <= 83
 
     class Done:
         def replay(self) -> None: ...
@@ -263,7 +265,7 @@ def test_the_host_does_little_for_a_layer_of_a_prompt(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("gptfast.engine.decoder.captured", lambda run, device, pool: (Done(), run()))
     found = [work_of_a_prompt(layers, True, [1] * n) for layers, n in ((2, 50), (4, 50), (2, 160))]
-    assert found[0] == found[1] == found[2] and found[0][1] == 0 and sum(found[0][0].values()) <= 61
+    assert found[0] == found[1] == found[2] and found[0][1] == 0 and sum(found[0][0].values()) <= 59
 
 
 @pytest.mark.gpu

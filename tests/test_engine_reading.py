@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from bench.host import Count
+from bench.step_work import Idle
 from gptfast.engine import Engine, KVCache, Sampling
 from gptfast.engine.cache import Piece
 from gptfast.engine.decoder import Decoder, padded
@@ -259,11 +260,7 @@ def test_the_host_does_little_for_a_layer_of_a_prompt(monkeypatch: pytest.Monkey
     assert (more - launches) / 2 == 4 and layer["linear"] == 4 and layer["index_copy_"] == 2
     assert sum(layer.values()) <= 34 and sum(two.values()) - 2 * sum(layer.values()) <= 83
 
-    class Done:
-        def replay(self) -> None: ...
-        def pool(self) -> None: ...
-
-    monkeypatch.setattr("gptfast.engine.decoder.captured", lambda run, device, pool: (Done(), run()))
+    monkeypatch.setattr("gptfast.engine.decoder.captured", lambda run, device, pool: (Idle(), run()))
     found = [work_of_a_prompt(layers, True, [1] * n) for layers, n in ((2, 50), (4, 50), (2, 160))]
     assert found[0] == found[1] == found[2] and found[0][1] == 0 and sum(found[0][0].values()) <= 59
 

@@ -430,7 +430,7 @@ class Padded:
     def give(self, piece: Piece, text: Sequence[int]) -> None:
         """From now on it is `text`, the tokens of `piece`, that is read; the host waits for nothing."""
         cache, (slot, start, T) = self.cache, piece
-        tokens, positions = torch.tensor([*text, *text[-1:] * (self.length - T)]), start + torch.arange(self.length)
+        tokens, positions = torch.tensor([*text, *[text[-1]] * (self.length - T)]), start + torch.arange(self.length)
         given = [tokens, positions, cache.rows_with_room(slot, start, start + self.length)]
         if self.seen:  # no row of others, which may be no numbers
             given.append(cache.rows(slot, torch.arange(self.seen).clamp(max=piece.end - 1)))
@@ -491,6 +491,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def all_to_device(tensors: list[Tensor], device: torch.device) -> Sequence[Tensor]:
     """Vectors int64 of the host on `device`, by one copy for all."""
     return to_device(torch.cat(tensors), device).split([len(x) for x in tensors])

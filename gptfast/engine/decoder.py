@@ -29,6 +29,7 @@ class Decoder:
         self.cache, self._compile = cache, compile
         has_room = cache.paged or cache.capacity > model.config.block_size  # for what stands behind a text
         self.records = cache.lengths.device.type == "cuda" and has_room
+        self.capture = captured  # how a graph is recorded
         self.use(model)
 
     def use(self, model: GPT) -> None:
@@ -49,7 +50,7 @@ class Decoder:
             return self.logits(tokens)
         if self._graph is None:
             self._tokens = tokens.clone()
-            self._graph = captured(lambda: self.logits(self._tokens), tokens.device)
+            self._graph = self.capture(lambda: self.logits(self._tokens), tokens.device)
         self._tokens.copy_(tokens)
         self._graph[0].replay()
         return self._graph[1]
@@ -88,7 +89,7 @@ class Decoder:
             # What is recorded runs before: on one token, which takes the place of nothing that the piece looks back at.
             reader.give(Piece(piece.slot, piece.start, 1), text[:1])
             run = lambda: reader.finish(self.model.hidden(reader.tokens[None], cache=reader))
-            self._readers[tokens, seen] = reader, *captured(run, reader.tokens.device, pool)
+            self._readers[tokens, seen] = reader, *self.capture(run, reader.tokens.device, pool)
         reader, graph, hidden = self._readers[tokens, seen]
         reader.give(piece, text)
         graph.replay()

@@ -95,6 +95,29 @@ def test_guesses_of_a_draft() -> None:
     assert engine._draft is not None and engine._draft._readers
 
 
+def test_who_finds_no_memory_has_read_nothing() -> None:
+    """Of two turns that are read together the second has no room for its graph; the first looks back at its past."""
+    model = make(dataclasses.replace(SHORT["modern"], block_size=300))
+    cache, other = (KVCache(model.config, model.ops, 2, page_size=4, remembers=True) for _ in "ab")
+    decoder, plain = Decoder(model, cache, False), Decoder(model, other, False)
+    text, calls = list(range(61)) * 4, []
+
+    def short_of_memory(run: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return captured(run, *arguments)
+
+    decoder.records, decoder.capture = True, short_of_memory
+    with torch.inference_mode():
+        for first, ends in ((0, (10, 10)), (10, (40, 240))):
+            for one in (cache, other):
+                assert one.reserve(0, ends[0]) and one.reserve(1, ends[1])
+            pieces = [(Piece(slot, first, end - first), text[first:end]) for slot, end in enumerate(ends)]
+            torch.testing.assert_close(decoder.read(pieces), plain.read(pieces), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 3 and not decoder.records
+
+
 def test_other_weights_are_recorded_anew() -> None:
     engine, other = recording(Engine(make(SHORT["gpt2"]))), make(SHORT["gpt2"], 1)
     run(engine, ([1, 2], GREEDY))

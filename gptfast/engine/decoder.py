@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ Result = TypeVar("Result")
 LONGEST = 4096  # positions of a text that a graph reads; of more the device takes longer than its host
 TOGETHER = 8  # pieces that graphs read one by one; each reads all weights, so that of more one pass is better
 ROUNDING = 64  # what lengths of graphs are multiples of
+
+
+class Reader(NamedTuple):
+    """A graph that reads pieces of one padded length: what it is given, and what it gives."""
+
+    given: Padded
+    graph: torch.cuda.CUDAGraph
+    hidden: Tensor
 
 
 class Decoder:
@@ -36,7 +44,7 @@ class Decoder:
         """Go on with another model of the same config; a step is recorded anew, and so is reading."""
         self.model = model
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-        self._readers: dict[tuple[int, int], tuple[Padded, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._readers: dict[tuple[int, int], Reader] = {}
         logits = step_of(model, self.cache)
         # Compiled without CUDA graphs of torch's own, which refuse a step that writes into its cache.
         self.logits: Callable[[Tensor], Tensor] = torch.compile(logits, dynamic=False) if self._compile else logits
@@ -60,10 +68,10 @@ class Decoder:
         lengths = [self._padded(piece) for piece, _ in pieces] if self.records else []
         fits = all(seen == 0 or not self.cache.has_rings for _, seen in lengths)
         if self.records and fits and len(pieces) <= TOGETHER and max(map(max, lengths)) <= LONGEST:
-            try:
-                read = zip(lengths, pieces, strict=True)
-                return torch.cat([self._read_recorded(*length, *piece) for length, piece in read])
-            except torch.OutOfMemoryError:  # launch by launch it may
+            try:  # all are recorded before any is read, so that who finds no memory has read nothing
+                readers = [self._reader(*length, *piece) for length, piece in zip(lengths, pieces, strict=True)]
+                return torch.cat([self._replayed(*one) for one in zip(readers, pieces, strict=True)])
+            except torch.OutOfMemoryError:  # launch by launch it may suffice
                 self._readers.clear()
                 self.records = False
         going_in = self.cache.pieces([piece for piece, _ in pieces])
@@ -81,19 +89,22 @@ class Decoder:
         tokens = padded(piece.tokens, 1)
         return tokens, padded(piece.start + tokens, 1)
 
-    def _read_recorded(self, tokens: int, seen: int, piece: Piece, text: Sequence[int]) -> Tensor:
-        """`text` goes into the slot of `piece` by one graph; the hidden state (1, C) at its end."""
+    def _reader(self, tokens: int, seen: int, piece: Piece, text: Sequence[int]) -> Reader:
+        """The graph of that length; it is recorded if `piece` is the first that needs it."""
         if (tokens, seen) not in self._readers:
-            pool = next((graph.pool() for _, graph, _ in self._readers.values()), None)
-            reader = self.cache.padded(tokens, seen)
+            pool = next((reader.graph.pool() for reader in self._readers.values()), None)
+            given = self.cache.padded(tokens, seen)
             # What is recorded runs before: on one token, which takes the place of nothing that the piece looks back at.
-            reader.give(Piece(piece.slot, piece.start, 1), text[:1])
-            run = lambda: reader.finish(self.model.hidden(reader.tokens[None], cache=reader))
-            self._readers[tokens, seen] = reader, *self.capture(run, reader.tokens.device, pool)
-        reader, graph, hidden = self._readers[tokens, seen]
-        reader.give(piece, text)
-        graph.replay()
-        return hidden.clone()  # where it lies, other graphs write
+            given.give(Piece(piece.slot, piece.start, 1), text[:1])
+            run = lambda: given.finish(self.model.hidden(given.tokens[None], cache=given))
+            self._readers[tokens, seen] = Reader(given, *self.capture(run, given.tokens.device, pool))
+        return self._readers[tokens, seen]
+
+    def _replayed(self, reader: Reader, piece: tuple[Piece, Sequence[int]]) -> Tensor:
+        """A piece goes into its slot; the hidden state (1, C) at its end."""
+        reader.given.give(*piece)
+        reader.graph.replay()
+        return reader.hidden.clone()  # where it lies, other graphs write
 
     def read_whole(self, slot: int, prompt: Sequence[int]) -> Tensor:
         """A whole prompt goes into the empty `slot`; the logits (V,) of what follows it."""

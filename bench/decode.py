@@ -13,7 +13,8 @@ counts. `mbu` is the bytes of weights and of keys and values that a step must re
 bandwidth, by the datasheet or by the copy of `python -m bench peaks`. `error` is that of the logits after the prompt,
 against the same weights in fp32 and plain torch, and `same_tokens` counts the first tokens that are theirs as well; of
 more than four sequences the first four are compared. `kernels`, `torch_ops` and `host_us` are what a step of the engine
-launches of ours and of torch's, and its host's work around that: bench/step_work.py, counted on any machine's CPU.
+launches of ours and of torch's, and its host's work around that: bench/step_work.py, counted on any machine's CPU;
+`first_host_us` is the host's work from a prompt to its first token, where graphs read it as on CUDA.
 A step that torch.compile cut in parts is no one graph, which `graph_breaks` counts.
 `shares` of the time of a step of the engine: `weights` and `cache`, what reading them takes at that bandwidth;
 `launches`, all that is left, `launch_us` for each; and beside these `host`, its work, which the device need not wait
@@ -373,6 +374,7 @@ def figures(
         "error": error, "same_tokens": agrees, "config": dataclasses.asdict(config),
         "graph_breaks": way.graph_breaks and way.graph_breaks(),
         "kernels": work and work.kernels, "torch_ops": work and work.torch_ops, "host_us": work and work.host_us,
+        "first_host_us": work and work.first_us,
         "valid": not beyond, "invalid_reason": f"mbu {share:.2f}: not all was read" if beyond else None,
         **(shares(config, size, way, step_s, peak, work) if work else {}),
     }  # fmt: skip
@@ -403,7 +405,8 @@ def line(row: Row) -> str:
     times = f"{row['tokens_per_s']:9.1f} tokens/s  first {row['ttft_ms']:8.1f} ms  each {row['tpot_ms']:8.2f} ms"
     error = "    n/a" if row["error"] is None else f"{row['error']:.1e}"
     launches = "" if row["kernels"] is None else f"  launches {row['kernels']}+{row['torch_ops']}"
-    host = "" if row["host_us"] is None else f"  host {row['host_us']:.0f} us"
+    first = "" if row["first_host_us"] is None else f", first {row['first_host_us']:.0f}"
+    host = "" if row["host_us"] is None else f"  host {row['host_us']:.0f} us{first}"
     parts = " ".join(f"{part} {100 * value:.0f}%" for part, value in row.get("shares", {}).items())
     goes = f"  ({parts})" if parts else ""
     broken = f"  in {row['graph_breaks'] + 1} parts at least" if row.get("graph_breaks") else ""

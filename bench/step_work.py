@@ -1,4 +1,4 @@
-"""What a step of decoding gives a GPU and its host to do, counted and timed on any CPU with the launches left out.
+"""What a step of decoding, and a prompt, give a GPU and its host to do: counted and timed on any CPU without launches.
 
 On a GPU the step is one replay of a graph, the drawing of tokens in it, so the host's work is what the engine does
 around it; the device's time grows with the number of its launches. They are counted for greedy requests.
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from gptfast.config import GPTConfig
 from gptfast.engine import Engine, KVCache, Sampling
-from gptfast.engine.decoder import Decoder
+from gptfast.engine.decoder import LONGEST, Decoder
 from gptfast.engine.loop import Drawn, Loop
 from gptfast.engine.sampling import Kinds
 from gptfast.engine.weights import Weights, converted
@@ -42,6 +42,7 @@ class StepWork:
     kernels: int  # launches of ours
     torch_ops: int  # of torch's, each a launch or more
     host_us: float  # of the engine for each step, its device's work left out
+    first_us: float | None  # of the engine from a prompt to its first token, likewise; None where no graph reads it
 
 
 class CountOps(TorchDispatchMode):
@@ -85,8 +86,8 @@ def step_work(config: GPTConfig, B: int, length: int, weights: Weights) -> StepW
             step()
         launches = count.launches - before
         with one_thread():
-            taken_us = host_us(model, B)
-    return StepWork(launches, len(seen.seen), taken_us)
+            taken_us, first = host_us(model, B), first_us(model, length) if length <= LONGEST else None
+    return StepWork(launches, len(seen.seen), taken_us, first)
 
 
 def host_us(model: GPT, B: int) -> float:
@@ -107,6 +108,37 @@ def host_us(model: GPT, B: int) -> float:
     if unlike or engine.busy:
         raise RuntimeError(f"the engine did not decode as it was timed: {unlike or 'it still runs'}")
     return median(taken) * 1e6
+
+
+class Idle:
+    """A graph whose replay does nothing."""
+
+    def replay(self) -> None: ...
+
+    def pool(self) -> None: ...
+
+
+def first_us(model: GPT, prompt: int) -> float:
+    """Microseconds of the engine from submit() to the first token of a prompt, where the device's work is done already.
+
+    Of a prompt whose length has been read before, so that a graph reads it.
+    """
+    engine = Engine(model, slots=1, weights="model", prefill_alone=prompt)
+    logits = torch.zeros(1, model.config.vocab_size)
+    engine.model.logits_of = lambda x: logits  # type: ignore[method-assign]
+    engine.decoder.records = True
+    engine.decoder.capture = lambda run, device, pool: (Idle(), run())  # type: ignore[assignment,misc]
+    text = [i % model.config.vocab_size for i in range(prompt)]
+
+    def first() -> None:
+        request = engine.submit(text, Sampling(max_tokens=1, temperature=0))
+        while engine.busy:
+            engine.step()
+        if request.finish_reason != "length":
+            raise RuntimeError(f"the prompt was not read as it was timed: {request.error}")
+
+    first()
+    return median(_timed(first) for _ in range(HOST_STEPS)) * 1e6
 
 
 def _timed(run: Callable[[], Any]) -> float:

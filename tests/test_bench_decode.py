@@ -76,11 +76,12 @@ def test_a_row_follows_from_its_times():
     fast = figures(CONFIG, "small", size, way(), Samples([0.0], [8e-3]), 0.0, 8, PEAK, 2)
     assert not fast["valid"] and "not all was read" in fast["invalid_reason"]
     slow = Samples([0.0], [8 * 2 * row["read_bytes"] / 1e9])  # of each step half the time goes into reading
-    parts = figures(CONFIG, "small", size, way(), slow, 0.0, 8, PEAK, 2, StepWork(10, 15, 100.0))
+    parts = figures(CONFIG, "small", size, way(), slow, 0.0, 8, PEAK, 2, StepWork(10, 15, 100.0, 300.0))
     step_s = 2 * row["read_bytes"] / 1e9
     assert parts["shares"]["weights"] == pytest.approx(mfu.palm_params(CONFIG) * 4 / 1e9 / step_s)
     assert parts["shares"]["cache"] == pytest.approx(keys / 1e9 / step_s) and parts["shares"]["launches"] == 0.5
     assert parts["shares"]["host"] == pytest.approx(1e-4 / step_s) and "launches 50%" in decode.line(parts)
+    assert parts["first_host_us"] == 300 and "host 100 us, first 300" in decode.line(parts)
     assert parts["launch_us"] == pytest.approx(0.5 * step_s * 1e6 / 25) and "shares" not in row
     naive = figures(CONFIG, "small", size, way(impl="naive", lengths=6), samples, 0.0, 8, PEAK, 2)
     assert naive["mbu"] is None and "mbu     n/a" in decode.line({**naive, "name": "small"})
@@ -92,7 +93,7 @@ def test_a_step_is_counted_without_a_gpu():
     one, two = step_work(shallow, 1, 16, "model"), step_work(deep, 1, 16, "model")
     packed = step_work(shallow, 1, 16, "int8")
     assert (one.kernels, two.kernels, packed.kernels) == (5 * 2 + 3, 5 * 4 + 3, 5 * 2 + 3)
-    assert packed.torch_ops == one.torch_ops == two.torch_ops == 1 and one.host_us > 0
+    assert packed.torch_ops == one.torch_ops == two.torch_ops == 1 and one.host_us > 0 and (one.first_us or 0) > 0
 
 
 def test_the_host_is_timed_while_it_decodes():

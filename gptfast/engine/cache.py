@@ -80,6 +80,7 @@ class KVCache:
         require(storage in ("same", *QUANTIZED), f"storage: expected same, int8 or fp8, got {storage!r}")
         require(pages is None or page_size is not None, "pages: a pool of pages needs a page_size")
         self.config, self.ops, self.slots, self.capacity = config, ops, slots, capacity
+        self.windows = config.windows  # of each layer, None where it sees everything
         self.paged, self.page_size = page_size is not None, page_size or capacity
         per_slot = -(-capacity // self.page_size)
         self.pages = (slots * per_slot if pages is None else pages) if self.paged else slots
@@ -112,7 +113,7 @@ class KVCache:
     def _plan_ring(self, device: torch.device | str, may: bool) -> tuple[int, ...]:
         """Of layers with a window: `_span` pages for each slot, 0 where that saves nothing. Returns their shape."""
         config, slots = self.config, self.slots
-        window = next((window for window in config.windows if window is not None), None)
+        window = next((window for window in self.windows if window is not None), None)
         self._ring_page, self._span = min(self.page_size, RING_PAGE), 0
         if window is not None and may:  # what a step sees, adds, and takes back; they begin anywhere in a page
             self._span = -(-(window + 2 * MAX_STEP) // self._ring_page) + 1
@@ -122,9 +123,14 @@ class KVCache:
         self._ring_table = (first + blocks % max(1, self._span)).to(torch.int32)
         return slots * self._span, self._ring_page, config.kv_heads, config.head_dim
 
+    @property
+    def has_rings(self) -> bool:
+        """Whether layers with a window keep that alone."""
+        return self._span > 0
+
     def is_ring(self, layer: int) -> bool:
         """Whether `layer` keeps its window alone."""
-        return self._span > 0 and self.config.windows[layer] is not None
+        return self.has_rings and self.windows[layer] is not None
 
     def table_of(self, layer: int) -> Tensor | None:
         """Which pages of `layer` hold each slot's text, as decode_attention takes it: None where a slot is a page."""
@@ -155,7 +161,7 @@ class KVCache:
             self._seen,
             self.table_of(layer),
             *scales,
-            window=self.config.windows[layer],
+            window=self.windows[layer],
         )
         return out.reshape(q.shape)
 
@@ -199,6 +205,10 @@ class KVCache:
     def pieces(self, pieces: Sequence[Piece]) -> Pieces:
         """Slots to be filled further, each from where its text has come to, by one forward pass over all pieces."""
         return Pieces(self, pieces)
+
+    def padded(self, tokens: int, seen: int) -> Padded:
+        """Slots to be filled further by one piece after another, each of up to so many tokens."""
+        return Padded(self, tokens, seen)
 
     def resume(self, slot: int, length: int) -> None:
         """The pages of `slot` hold `length` tokens, to the end of a page, which it never saw go in."""
@@ -261,6 +271,15 @@ class KVCache:
         pages = torch.tensor(self.pool.held[slot] if self.paged else [slot])
         return pages[positions // self.page_size] * self.page_size + positions % self.page_size
 
+    def rows_with_room(self, slot: int, first: int, end: int) -> Tensor:
+        """The same of positions `first` to `end`, of which the slot may lack pages: those go where nothing is read."""
+        size, held = self.page_size, self.pool.held[slot] if self.paged else [slot]
+        positions, room = torch.arange(first, end), len(held) * size
+        if room >= end:
+            return self.rows(slot, positions)
+        nobodys = positions % size if self.paged else torch.tensor(room - 1 + slot * size)  # behind the longest text
+        return torch.where(positions < room, self.rows(slot, positions.clamp(max=room - 1)), nobodys)
+
     def ring_rows(self, slot: int, positions: Tensor) -> Tensor:
         """The same in a layer that keeps its window alone."""
         size = self._ring_page
@@ -286,7 +305,9 @@ class Pieces:
         device = cache.lengths.device
         positions = [torch.arange(piece.start, piece.end) for piece in pieces]
         where = [cache.rows(piece.slot, at) for piece, at in zip(pieces, positions, strict=True)]
-        self._positions, self._where = (to_device(torch.cat(x), device) for x in (positions, where))
+        slots, ends = (torch.tensor(x) for x in zip(*((piece.slot, piece.end) for piece in pieces), strict=True))
+        together = all_to_device([torch.cat(positions), torch.cat(where), slots, ends], device)
+        self._positions, self._where, self._slots, self._ends = together
         if len(cache._recent):
             self._plan_shifts(torch.cat(where))
         alone = [piece.start == 0 and not cache._stored for piece in pieces]  # it sees itself, and nothing that is kept
@@ -309,7 +330,7 @@ class Pieces:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keeps k and v (1, N, G, D) of `layer`; attention of q (1, N, H, D), causal in each text."""
         cache = self.cache
-        attention, window, is_ring = cache.ops.attention, cache.config.windows[layer], cache.is_ring(layer)
+        attention, window, is_ring = cache.ops.attention, cache.windows[layer], cache.is_ring(layer)
         if is_ring:
             self._rings.append((layer, k[:, self._ring_from], v[:, self._ring_from]))
         else:
@@ -318,17 +339,17 @@ class Pieces:
             hidden = max(piece.tokens for piece in self.list) - 1
             window = hidden if window is None else min(hidden, window)
             return attention(q, k, v, causal=True, window=window, cu_seqlens=self._starts)
-        out, first = [], 0
+        out, first, single = [], 0, len(self.list) == 1
         for i, piece in enumerate(self.list):
             own = slice(first, first := first + piece.tokens)
-            seen = [k[:, own], v[:, own]]
+            mine, *seen = (q, k, v) if single else (x[:, own] for x in (q, k, v))
             if is_ring and not self._alone[i]:
                 past = cache.kept(layer, piece.slot, 0, self._past[i], q.dtype)
                 seen = [torch.cat((old, cache.as_kept(new)), dim=1) for old, new in zip(past, seen, strict=True)]
             elif not self._alone[i]:
                 seen = cache.kept(layer, piece.slot, piece.end, self._kept[i], q.dtype)
-            out.append(attention(q[:, own], *seen, causal=True, window=narrowed(window, seen[0].shape[1])))
-        return torch.cat(out, dim=1) if len(out) > 1 else out[0]
+            out.append(attention(mine, *seen, causal=True, window=narrowed(window, seen[0].shape[1])))
+        return out[0] if single else torch.cat(out, dim=1)
 
     def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
         """Keeps x (1, N, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
@@ -339,19 +360,18 @@ class Pieces:
 
     def advance(self) -> None:
         """Count the tokens of all pieces."""
-        cache, device = self.cache, self._where.device
+        cache = self.cache
         for place, newest, last in self._inputs:
             cache._recent[place].flatten(0, 1)[self._newest_to] = newest
             cache._ends[place][self._last_to] = last
         for layer, k, v in self._rings:
             cache.keep(layer, self._ring_to, k, v)
-        slots, ends = (torch.tensor(x) for x in zip(*((piece.slot, piece.end) for piece in self.list), strict=True))
-        cache.lengths[to_device(slots, device)] = to_device(ends.to(torch.int32), device)
+        cache.lengths[self._slots] = self._ends.to(torch.int32)
 
     def _plan_rings(self) -> None:
         """Where the window before each piece lies, which tokens at its end are kept, and where they go."""
         cache, device = self.cache, self._where.device
-        window, size = max(w for w in cache.config.windows if w is not None), cache._span * cache._ring_page
+        window, size = max(w for w in cache.windows if w is not None), cache._span * cache._ring_page
         self._past, came, goes, first = [], [], [], 0
         for piece in self.list:
             seen = torch.arange(max(0, piece.start - window), piece.start)
@@ -387,6 +407,90 @@ class Pieces:
         self._last, self._last_to = (to_device(x, device) for x in (last, cache.ends(where[last])))
 
 
+class Padded:
+    """One piece of a text at a time on its way into its slot, padded to `tokens`: of a pass the sequence (1, tokens).
+
+    It attends to itself where it begins the text, with `seen` = 0; else to what its slot holds, and ends within the
+    first `seen` positions. All that depends on the piece lies in one tensor, so that a CUDA graph may read any. What
+    stands behind its end is seen by nobody: nothing looks ahead, and its keys and values go where nothing is read.
+    """
+
+    def __init__(self, cache: KVCache, tokens: int, seen: int) -> None:
+        require(not (seen and cache._span), "seen: layers that keep their window alone have no rows of all positions")
+        self.cache, self.length, self.seen = cache, tokens, seen
+        self._recent, self._taps = (n * (len(cache._recent) > 0) for n in (RECENT, TAPS))
+        self._ring = min(tokens, cache._span * cache._ring_page)  # keys that layers with a window keep
+        sizes = [tokens] * 3 + [seen, self._taps, self._taps, *[self._recent] * 2, *[self._ring] * 2, 1, 1, 1]
+        self._given = torch.zeros(sum(sizes), dtype=torch.int64, device=cache.lengths.device)
+        given = iter(self._given.split(sizes))
+        self.tokens, self._positions, self._where, self._rows, self._before, self._old = (next(given) for _ in range(6))
+        self._newest, self._newest_to, self._ring_from, self._ring_to = (next(given) for _ in range(4))
+        self._last, self._slot, self._end = given
+
+    def give(self, piece: Piece, text: Sequence[int]) -> None:
+        """From now on it is `text`, the tokens of `piece`, that is read; the host waits for nothing."""
+        cache, (slot, start, T) = self.cache, piece
+        tokens, positions = torch.tensor([*text, *[text[-1]] * (self.length - T)]), start + torch.arange(self.length)
+        given = [tokens, positions, cache.rows_with_room(slot, start, start + self.length)]
+        if self.seen:  # no row of others, which may be no numbers
+            given.append(cache.rows(slot, torch.arange(self.seen).clamp(max=piece.end - 1)))
+        # Where there are fewer than are kept, the last one goes to its place more than once.
+        if self._recent:
+            before, newest = start - self._taps + torch.arange(self._taps), self._newest_of(T, self._recent)
+            places = (slot * RECENT + at % RECENT for at in (before, start + newest))
+            given += [before, next(places), newest, next(places)]
+        if self._ring:
+            newest = self._newest_of(T, self._ring)
+            given += [newest, cache.ring_rows(slot, newest)]
+        given.append(torch.tensor([T - 1, slot, piece.end]))
+        self._given.copy_(to_device(torch.cat(given), self._given.device))
+
+    @staticmethod
+    def _newest_of(T: int, n: int) -> Tensor:
+        return (max(0, T - n) + torch.arange(n)).clamp(max=T - 1)
+
+    def place(self, T: int) -> Tensor:
+        """Positions (1, tokens), each in its own text."""
+        return self._positions.clamp(max=self.cache.config.block_size - 1)[None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keeps k and v (1, tokens, G, D) of `layer`; causal attention of q (1, tokens, H, D) to all kept."""
+        cache = self.cache
+        attention, window = cache.ops.attention, cache.windows[layer]
+        if cache.is_ring(layer):
+            cache.keep(layer, self._ring_to, k[:, self._ring_from], v[:, self._ring_from])
+        else:
+            cache.keep(layer, self._where, k, v)
+        if not self.seen:
+            window = narrowed(window, self.length)
+            return attention(q, cache.as_kept(k), cache.as_kept(v), causal=True, window=window)
+        # Queries stand at their positions among as many as there are keys, so that causality hides what is behind them.
+        among = q.new_zeros(1, self.seen, *q.shape[2:]).index_copy_(1, self._positions, q)
+        kept = cache.kept(layer, 0, 0, self._rows, q.dtype)
+        out = attention(among, *kept, causal=True, window=narrowed(window, self.seen))
+        return out.index_select(1, self._positions)
+
+    def previous(self, place: int, x: Tensor, taps: int) -> Sequence[Tensor]:
+        """Keeps x (1, tokens, C), the input of token shift `place`; x as it was 1 ... `taps` positions before."""
+        cache = self.cache
+        recent = cache._recent[place].flatten(0, 1)
+        both = torch.cat((recent[self._old].masked_fill((self._before < 0)[:, None], 0.0), x[0]))
+        recent[self._newest_to] = x[0, self._newest]
+        if cache._tail:
+            cache._ends[place][cache.ends(self._where)] = x[0]
+        return [both[TAPS - i : TAPS - i + self.length][None] for i in range(1, taps + 1)]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Counts the tokens of the piece; of x (1, tokens, C) the row (1, C) at its end."""
+        self.cache.lengths.index_copy_(0, self._slot, self._end.to(torch.int32))
+        return x[0].index_select(0, self._last)
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x of the host on `device`; on CUDA by a copy that the host does not wait for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def all_to_device(tensors: list[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Vectors int64 of the host on `device`, by one copy for all."""
+    return to_device(torch.cat(tensors), device).split([len(x) for x in tensors])

@@ -49,8 +49,9 @@ class Engine:
     steps, and up to `prefill_alone` while nobody decodes, whom that would keep waiting: by default 4096 on CUDA and as
     many as the others elsewhere, also once memory did not suffice. A `draft` GPT with the same vocabulary guesses
     `guesses` tokens a step. With a tokenizer, prompts may be text, stop strings are known, and ids without a token are
-    never drawn. On CUDA the step is one CUDA graph, and the host hears of its tokens up to `lag` calls of step() later:
-    by default 1, and 0 on other devices. Raises ValueError, naming the argument, for what does not fit.
+    never drawn. On CUDA the step is one CUDA graph, and so is reading a text of each of few lengths, recorded when one
+    first comes up; the host hears of tokens up to `lag` calls of step() later: by default 1, and 0 on other devices.
+    Raises ValueError, naming the argument, for what does not fit.
     """
 
     def __init__(

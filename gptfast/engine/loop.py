@@ -33,9 +33,10 @@ class Arriving:
     def __init__(self, drawn: Drawn) -> None:
         self._event: torch.cuda.Event | None = None
         if drawn.tokens.device.type == "cuda":
-            self._host = Drawn(*(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in drawn))
+            self._host = Drawn(*(torch.empty(x.shape, dtype=x.dtype, pin_memory=x.numel() > 0) for x in drawn))
             for there, here in zip(self._host, drawn, strict=True):
-                there.copy_(here, non_blocking=True)
+                if here.numel():
+                    there.copy_(here, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
@@ -108,9 +109,9 @@ class Loop:
         samplings = [request.sampling for request in requests]
         kinds = Kinds.of(samplings, self.vocabulary)
         uniforms = [r.uniform(len(r.tokens)) if r.sampling.temperature else 0.0 for r in requests]
-        rows = to_device(torch.tensor(slots), self._where)
-        settings = Settings(*to_device(torch.stack(Settings.of(samplings)), self._where))
-        uniform = to_device(torch.tensor(uniforms, dtype=torch.float64), self._where)
+        given = torch.stack((*torch.tensor([slots, uniforms], dtype=torch.float64), *Settings.of(samplings)))
+        where, uniform, *numbers = to_device(given, self._where)  # in one copy
+        rows, settings = where.long(), Settings(*numbers)
         occurred = self._occurred[rows] if self._occurred is not None and kinds.penalized else None
         token, told = self._draw(logits, uniform, settings, kinds, occurred)
         fed = token.clamp(min=0)

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import Cost, Op, changed, differentiable, require
+from ..op import Cost, Op, changed, differentiable
+from ..prims import require_kernel_dtype
 from .backward import launch_backward
 from .cpu import attention_cpu
 from .dropout import seed_tensor
@@ -97,8 +98,9 @@ def attention_triton(
     where it cannot run.
     """
     check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
-    require(q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"q: expected fp32, fp16 or bf16, got {q.dtype}")
-    require(q.shape[3] <= 256, f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
+    require_kernel_dtype("q", q)
+    if q.shape[3] > 256:
+        raise ValueError(f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
     drawn = seed_tensor(dropout, seed, q.device)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     window = -1 if window is None else window

@@ -98,10 +98,12 @@ def check(
     """Refuse arguments that mean nothing: raises ValueError that names the argument and what it should be."""
     if not isinstance(q, Tensor):
         raise no_tensor(q=q)
-    require(q.dim() == 4 and min(q.shape[2:]) > 0, f"q: expected (B, T, H, D), got {tuple(q.shape)}")
-    require(q.is_floating_point(), f"q: expected a floating dtype, got {q.dtype}")
+    # Written out: a message is made only where one is needed, and torch.compile cannot put a number that varies in it.
+    if q.dim() != 4 or min(q.shape[2:]) == 0:
+        raise ValueError(f"q: expected (B, T, H, D), got {tuple(q.shape)}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
     S = _check_keys(q, k, v) if heads is None else _check_projection(q, k, v, heads)
-    # Written out, since torch.compile cannot put a number that varies into a message, used or not.
     if window is not None and window < 0:
         raise ValueError(f"window: expected a number of positions or None, got {window}")
     if scale is not None and scale <= 0:
@@ -118,20 +120,25 @@ def _check_keys(q: Tensor, k: Tensor | None, v: Tensor | None) -> int:
     """Returns S."""
     if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
         raise no_tensor(k=k, v=v)
-    (B, _, H, D), expected = q.shape, "(B, S, G, D) with q's B and D"
-    fits = k.dim() == 4 and (k.shape[0], k.shape[3]) == (B, D)
-    require(fits, f"k: expected {expected} = {(B, D)}, got {tuple(k.shape)}")
-    require(k.shape[2] > 0 and H % k.shape[2] == 0, f"k: its {k.shape[2]} heads do not divide the {H} heads of q")
-    require(v.shape == k.shape, f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    (B, _, H, D), of_k, dtype, device = q.shape, k.shape, q.dtype, q.device
+    if len(of_k) != 4 or of_k[0] != B or of_k[3] != D:
+        raise ValueError(f"k: expected (B, S, G, D) with q's B and D = {(B, D)}, got {tuple(of_k)}")
+    if of_k[2] == 0 or H % of_k[2]:
+        raise ValueError(f"k: its {of_k[2]} heads do not divide the {H} heads of q")
+    if v.shape != of_k:
+        raise ValueError(f"v: expected the shape of k, {tuple(of_k)}, got {tuple(v.shape)}")
     for name, x in (("k", k), ("v", v)):
-        require(x.dtype == q.dtype, f"{name}: {x.dtype}, but q is {q.dtype}")
-        require(x.device == q.device, f"{name}: on {x.device}, but q is on {q.device}")
-    return k.shape[1]
+        if x.dtype != dtype:
+            raise ValueError(f"{name}: {x.dtype}, but q is {dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {device}")
+    return of_k[1]
 
 
 def _check_projection(q: Tensor, k: Tensor | None, v: Tensor | None, heads: int) -> int:
     """Returns S, which is T."""
-    require(k is None and v is None, "k, v: with heads, q is the projection of all three; leave them out")
+    if k is not None or v is not None:
+        raise ValueError("k, v: with heads, q is the projection of all three; leave them out")
     both = q.shape[2] - heads  # of keys and of values
     if not (heads > 0 and both > 0 and both % 2 == 0 and 2 * heads % both == 0):
         raise ValueError(f"heads: expected H of the H + 2 G = {q.shape[2]} in q, where G divides H; got {heads}")

@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Relative Frobenius norm of the difference to an fp64 truth. A truth of rounding noise counts as zero."""
     noise = 1e-12 * max(truth.numel(), 1) ** 0.5
+    truth = truth.double()  # which it is, unless results are integers
     return ((found.double() - truth).norm() / truth.norm().clamp_min(noise)).item()
 
 
@@ -132,7 +133,7 @@ def usual_errors(reference: Callable[..., Any], arguments: Sequence[Any], draws:
         outputs = list(shapes) if isinstance(shapes, tuple) else [shapes]
         cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
         same, truth = run(reference, near, cotangents), run(reference, doubled(near), cotangents)
-        norms.append([t.norm().item() for t in truth])
+        norms.append([t.double().norm().item() for t in truth])
         errors.append([relative_error(s, t) for s, t in zip(same, truth, strict=True)])
     return [(sum(n) / draws, max(e)) for n, e in zip(zip(*norms, strict=True), zip(*errors, strict=True), strict=True)]
 

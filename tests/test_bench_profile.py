@@ -193,7 +193,7 @@ def test_the_command_profiles_a_model_and_sets_two_beside_each_other(tmp_path, c
 
 
 def test_decoding_is_profiled_as_the_engine_does_it():
-    """Five launches a layer and two, the drawing, and the host's work; every step the first after the same text."""
+    """Five launches a layer and three, the last of which chooses, and the host's work; every step the first after the same text."""
     L, B, S = 1, 2, 9
     config = dataclasses.replace(PRESETS["gpt2"], n_layer=L, n_head=1, n_embd=16, block_size=S + 8, vocab_size=32)
     model = kernels_of(config, "interpret")
@@ -201,7 +201,7 @@ def test_decoding_is_profiled_as_the_engine_does_it():
     report = profile.profile(subject.step, device="cpu", steps=1, warmup=3, samples=1, memory=subject.memory)
     calls = {piece.name.removeprefix("gptfast::"): piece.calls for piece in report.trace.pieces}
     assert (calls["decode_linear"], calls["append_attention"], calls["decode_embedding"]) == (4 * L + 1, L, 1)
-    assert calls["aten::max"] >= 1 and {"norms + GEMMs", "attention", "embedding"} <= report.trace.parts().keys()
+    assert calls["decode_greedy"] == 1 and {"norms + GEMMs", "attention", "embedding"} <= report.trace.parts().keys()
     assert subject.dims == {"B": B, "S": S} and subject.tokens == B
     keys = 2 * L * B * (config.block_size + 1) * 16 * 4
     assert report.memory["cache"] > keys and report.memory["weights"] >= sum(p.nbytes for p in model.parameters())

@@ -109,6 +109,8 @@ def divided(dims: dict[str, Any]) -> tuple[dict[str, Any], int]:
     if "M" in dims:
         shared = "M" if dims["M"] >= MULTIPROCESSORS else "N"
         return {**dims, shared: max(1, dims[shared] // MULTIPROCESSORS)}, 1
+    if "T" not in dims:  # rows, each shared by as many programs as there is room for
+        return {**dims, "B": 1}, max(1, MULTIPROCESSORS // dims["B"])
     if "S" not in dims:
         return {**dims, "B": 1, "T": max(1, dims["T"] // 16)}, max(1, MULTIPROCESSORS // dims["B"])
     groups = dims["B"] * dims["G"]

@@ -193,7 +193,7 @@ def test_the_command_profiles_a_model_and_sets_two_beside_each_other(tmp_path, c
 
 
 def test_decoding_is_profiled_as_the_engine_does_it():
-    """Five launches a layer and three, the last of which chooses, and the host's work; every step the first after the same text."""
+    """Five launches a layer and three, the last of which chooses, and the host's work; every step as the first."""
     L, B, S = 1, 2, 9
     config = dataclasses.replace(PRESETS["gpt2"], n_layer=L, n_head=1, n_embd=16, block_size=S + 8, vocab_size=32)
     model = kernels_of(config, "interpret")

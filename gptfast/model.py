@@ -162,7 +162,7 @@ class Attention(nn.Module):
         if cache is None and rotation is None and values is None and not config.qk_norm:
             return self._projected(self._attended((qkv,), documents, heads=H))
         q, k, v = qkv.split((H, G, G), dim=2)
-        in_rotary = rotation is not None and not config.qk_norm_weight  # which has no weight
+        in_rotary = rotation is not None and not config.qk_norm_weight  # whose norm takes no weight
         if config.qk_norm and not in_rotary:
             q, k = ops.rmsnorm(q, self.q_norm, config.qk_epsilon), ops.rmsnorm(k, self.k_norm, config.qk_epsilon)
         if rotation is not None:

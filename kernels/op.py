@@ -47,7 +47,7 @@ class Op:
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
-_HERE = contextlib.nullcontext()
+_NO_CONTEXT = contextlib.nullcontext()
 _LIBRARY = torch.library.Library("gptfast", "FRAGMENT")
 _interpretable: list[Callable[[], None]] = []
 
@@ -222,13 +222,13 @@ def _on_gpu(name: str, first: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Returns a context that makes the first tensor's GPU current, where Triton launches. Refuses a tensor on none."""
     device = first.device
     if device.type == "cuda":
-        return torch.cuda.device(device) if device.index != torch.cuda.current_device() else _HERE
+        return torch.cuda.device(device) if device.index != torch.cuda.current_device() else _NO_CONTEXT
     if launcher() is None:
         raise ValueError(
             f"{name}: the Triton kernel needs CUDA tensors, the first argument is on {device}; "
             "use kernels.load('reference'), or load('interpret') to run the kernel on the CPU"
         )
-    return _HERE
+    return _NO_CONTEXT
 
 
 def _tensor_slots(schema: str, skip: int = 0) -> tuple[int, list[int]]:

@@ -21,11 +21,16 @@ import pytest
 _numbers = itertools.count()
 
 
-def mutated(page: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The page with `old` changed to `new` where it first stands, as a module of its own until the test ends."""
+def mutated(
+    page: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch, of: ModuleType | None = None
+) -> ModuleType:
+    """The page with `old` changed to `new` where it first stands, as a module of its own until the test ends.
+
+    If the page is part of a package, `of`, that is what comes back, with the changed page in it.
+    """
     source = Path(page.__file__).read_text()
     assert old in source, "the page has changed: rewrite this mutant"
-    return loaded(page, source.replace(old, new, 1), page, folder, monkeypatch)
+    return loaded(page, source.replace(old, new, 1), page if of is None else of, folder, monkeypatch)
 
 
 def loaded(

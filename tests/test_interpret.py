@@ -249,6 +249,16 @@ def test_guard_sees_what_a_kernel_does_too_early():
 
 
 @jit
+def _assembly_kernel(x_ptr):
+    tl.inline_asm_elementwise("mov.b32 $0, %clock; // $1", "=r,r", [tl.load(x_ptr)], tl.int32, False, 1)
+
+
+def test_an_instruction_that_the_interpreter_does_not_know_is_refused():
+    with interpreting(), pytest.raises(NotImplementedError, match="does not know the instruction: mov"):
+        _assembly_kernel[(1,)](torch.zeros(1, dtype=torch.int32))
+
+
+@jit
 def _counting_past_int32_kernel(out_ptr, N, OP: tl.constexpr):
     n = N
     if OP == "add":

@@ -350,6 +350,7 @@ def test_a_preset_that_logs_to_wandb_runs_without_it_and_says_so(
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli.run(pretrain.main, ["gpt2", *flags, "--max_iters=1"]) == 0
     assert "wandb_log: no, wandb is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(trainer, "start", lambda *_: pytest.fail("a model is made first"))
     assert cli.run(pretrain.main, ["gpt2", *flags, "--max_iters=1", "--wandb_log=True"]) == 2
 
 

@@ -28,7 +28,7 @@ from gptfast import checkpoint, mfu, runtime, untrusted
 from gptfast.aside import locked, unwritable
 from gptfast.data import Batches, Tokens, count_windows, load_tokens, whole_split
 from gptfast.errors import UserError
-from gptfast.log import Log, Row, Tracker, facts
+from gptfast.log import Log, Row, Tracker, facts, import_tracker
 from gptfast.log.lines import evaluation_line, iteration_line, whole_split_line
 from gptfast.model import GPT
 from gptfast.packing import PackedBatches, document_starts
@@ -118,6 +118,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
         open_log(config.out_dir, team) as log,
     ):
         config = without_absent_wandb(config, typed)
+        import_tracker(*tracker_kind(config))  # what is missing is said before a model is made
         run = start(config, recipe, team)
         model = dataclasses.asdict(run.model.config)
         named = {key: value for key, value in (("name", recipe.name), ("stage", recipe.stage)) if value}
@@ -533,13 +534,17 @@ class Meter:
             log.say(line)
 
 
-def tracker(config: Pretrain) -> Tracker:
-    """Returns the tracker that evaluations are sent to; nanoGPT's `wandb_log` means --tracker=wandb."""
+def tracker_kind(config: Pretrain) -> tuple[str, str]:
+    """Returns what evaluations are sent to, and the flag that asked; nanoGPT's `wandb_log` means --tracker=wandb."""
     kind, flag = config.tracker, f"--tracker={config.tracker}"
     if config.wandb_log and kind == "none":
         kind, flag = "wandb", "--wandb_log=True"
-    if config.eval_only or launch().rank:
-        kind = "none"
+    return "none" if config.eval_only or launch().rank else kind, flag
+
+
+def tracker(config: Pretrain) -> Tracker:
+    """Returns the tracker that evaluations are sent to."""
+    kind, flag = tracker_kind(config)
     project, name = config.wandb_project, config.wandb_run_name
     return Tracker(kind, flag, config.out_dir, project, name, dataclasses.asdict(config))
 

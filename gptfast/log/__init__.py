@@ -36,12 +36,12 @@ from .schema import (
     longest,
     plain,
 )
-from .trackers import Tracker
+from .trackers import Tracker, import_tracker
 
 __all__ = [
     "EVERY_ROW", "FACTS", "KINDS", "LONGEST_NAME", "NOT_FINITE", "OPTIONAL", "SCHEMA", "Log", "Row", "Tracker",
     "bounded", "check_row", "command", "commit", "cpu_facts", "driver_version", "facts", "gpu_limits", "gpu_state",
-    "hardware", "is_text", "longest", "now", "plain", "software",
+    "hardware", "import_tracker", "is_text", "longest", "now", "plain", "software",
 ]  # fmt: skip
 
 CHECKOUT = f"{Path(__file__).resolve().parents[2]}/"

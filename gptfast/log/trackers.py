@@ -34,9 +34,9 @@ class Tracker:
         self.dropped = 0
         self._rows: queue.Queue[Row | None] = queue.Queue(TRACKER_BACKLOG)
         self._thread: threading.Thread | None = None
-        if kind == "none":
+        module = import_tracker(kind, flag)
+        if module is None:
             return
-        module = _import_tracker(kind, flag)
         if kind == "tensorboard":
             connect = partial(_tensorboard, module, Path(out_dir) / "tensorboard")
         else:
@@ -83,7 +83,10 @@ class Tracker:
             self.dropped += 1
 
 
-def _import_tracker(kind: str, flag: str) -> Any:
+def import_tracker(kind: str, flag: str) -> Any:
+    """Returns the package of a kind, None for "none". Raises UserError, naming the `flag`, if it is missing."""
+    if kind == "none":
+        return None
     module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
     try:
         return importlib.import_module(module)

@@ -21,7 +21,7 @@ from gptfast.config import nanochat
 from gptfast.errors import UserError, remedy, to_install
 from gptfast.hf import nanochat as nanochat_files
 from gptfast.log import Log
-from gptfast.log.trackers import _import_tracker
+from gptfast.log.trackers import import_tracker
 from gptfast.model import GPT
 from gptfast.serve.server import import_uvicorn
 from gptfast.tokenizer import _import_tiktoken, _named_encoding
@@ -124,7 +124,7 @@ IMPORTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "datasets of documents": ("datasets", lambda at: next(Documents("a/b", (), "", "text").read())),
     "huggingface_hub": ("huggingface_hub", lambda at: hf.find("some/model")),
     "yaml": ("pyyaml", lambda at: core_task._settings(at / "core.yaml")),
-    "wandb": ("wandb", lambda at: _import_tracker("wandb", "--wandb")),
+    "wandb": ("wandb", lambda at: import_tracker("wandb", "--wandb")),
     "fastapi": ("fastapi", lambda at: import_uvicorn()),
 }
 

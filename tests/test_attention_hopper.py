@@ -69,7 +69,7 @@ def check(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int) -> None:
     [
         dict(B=2, T=1, S=1, H=2, G=2, D=64), dict(B=1, T=257, S=257, H=2, G=1, D=64),
         dict(B=1, T=131, S=640, H=2, G=2, D=64), dict(B=1, T=3, S=300, H=4, G=2, D=128),
-        dict(B=2, T=130, S=389, H=2, G=1, D=128),
+        dict(B=2, T=130, S=389, H=2, G=1, D=128), dict(B=1, T=130, S=389, H=2, G=1, D=256),
     ],
     ids=lambda dims: " ".join(f"{letter}={size}" for letter, size in dims.items()),
 )  # fmt: skip
@@ -224,10 +224,11 @@ def test_it_is_taken_unasked_where_it_wins_and_for_what_it_can_do(features):
     plain, gluon = ["attention_fwd_kernel"], [KERNEL]
     assert launched(attention_triton, *arguments, **features) == (plain if features else gluon)
     assert launched(attention_triton, *arguments, arch=100, **features) == plain
-    assert launched(attention_triton, *qkv(1, 5, 5, 1, 1, 64), **features) == plain
+    for D in (64, 256):
+        assert launched(attention_triton, *qkv(1, 5, 5, 1, 1, D), **features) == plain
 
 
-SMALL, WRONG = qkv(1, 5, 5, 1, 1, 64), "q: needs bf16 and a head dim of 64 or 128, got torch"
+SMALL, WRONG = qkv(1, 5, 5, 1, 1, 64), "q: needs bf16 and a head dim of 64, 128 or 256, got torch"
 REFUSED = {
     "causal": (SMALL, dict(causal=False)), "window": (SMALL, dict(window=3)),
     "window, softcap": (SMALL, dict(softcap=2.0)), "window, softcap, dropout": (SMALL, dict(dropout=0.1)),
@@ -272,26 +273,26 @@ def test_compiled_as_one_operator_of_the_same_shape():
 # ---- machine code
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", hopper.TILES)
 def test_the_report_holds_its_machine_code_to_the_gates(D):
     rows = [row for row in aot.read_report() if row["kernel"] == KERNEL and f" D={D} " in row["constants"]]
     assert rows and {row["arch"] for row in rows} == {90}
     for row in rows:
         assert row["broken"] == []
-        steps = D // 16 + 128 // 16  # of 16 along the axis contracted, in the two products of a tile
+        steps = D // 16 + hopper.TILES[D].block_n // 16  # of 16, in the two products of a tile
         assert row["matrix"] == f"HGMMA {2 * 2 * steps}"  # in the loop and around it, for both groups
         assert row["warps"] == 12 and row["bulk_copies"] > 0
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", hopper.TILES)
 def test_the_order_of_its_instructions(D):
     """In the loop: both products, the wait for the scores, their exponentials, and only then the wait for the sums."""
-    found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90)
+    found, block_n = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90), hopper.TILES[D].block_n
     compiled = aot.compile_launch(next(launch for launch in found if launch.kernel.__name__ == KERNEL), 90)
     letters = {"HGMMA": "P", "WARPGROUP.DEPBAR": "w", "MUFU.EX2": "e"}
     (listing,) = listings([compiled.asm["cubin"]], 90)
     order = "".join(letter for op in listing for name, letter in letters.items() if op.startswith(name))
-    loops = re.findall(rf"P{{{D // 16 + 8}}}we{{64,}}w", order)
+    loops = re.findall(rf"P{{{(D + block_n) // 16}}}we{{{block_n // 2},}}w", order)
     assert len(loops) == 2, order  # one of each group
     # The registers of all roles must fit those that the program starts with, or the last to ask would wait forever.
     assert ".maxnreg 168" in compiled.asm["ptx"]
@@ -299,7 +300,7 @@ def test_the_order_of_its_instructions(D):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", hopper.TILES)
 def test_on_a_gpu(D):
     for T in (1, 63, 128, 1031, 4096):
         q, k, v = (x.cuda() for x in qkv(2, T, T + 3, 4, 2, D))

@@ -6,7 +6,6 @@ A mutant is a page with one mistake in its protocol. Each must be caught, whatev
 from __future__ import annotations
 
 import re
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,14 +14,17 @@ from oracle import relative_error
 from torch import Tensor
 
 from kernels._triton import Launcher, launching
-from kernels.attention import ATTENTION, attention_triton, hopper
-from kernels.attention.hopper import fused, stay
+from kernels.attention import ATTENTION, attention_gluon, attention_triton, hopper
+from kernels.attention.hopper import fused, stay, wide
 from kernels.attention.reference import attention_reference
 from kernels.proof import aot
 from kernels.proof.emulate import ProtocolError, emulating
 
 pytestmark = pytest.mark.triton
-KERNELS = {64: "attention_bwd_kernel_stay_hopper", 128: "attention_bwd_kernel_fused_hopper"}
+KERNELS = {
+    64: "attention_bwd_kernel_stay_hopper", 128: "attention_bwd_kernel_fused_hopper",
+    256: "attention_bwd_kernel_wide_hopper",
+}  # fmt: skip
 AROUND = ["attention_bwd_kernel_prepare", "attention_bwd_kernel_finish"]
 
 
@@ -60,7 +62,7 @@ def check(c: dict[str, Tensor], seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 @pytest.mark.parametrize(
     "dims", [(2, 1, 3, 2, 2), (1, 257, 257, 2, 1), (2, 130, 200, 2, 2), (1, 65, 400, 4, 2)], ids=str
 )
@@ -68,7 +70,7 @@ def test_values(dims, D, seed):
     check(case(*dims, D), seed)
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 def test_gradients_may_lie_in_one_tensor(D):
     """As slices of the gradient of a fused projection, which q, k and v are slices of."""
     c, (H, G) = case(1, 140, 140, 2, 1, D), (2, 1)
@@ -120,8 +122,44 @@ FUSED = {
     "differences not fenced": (
         "gl_hopper.fence_async_shared()\n        gl_hopper.mbarrier.arrive(s_full", "gl_hopper.mbarrier.arrive(s_full"),
 }  # fmt: skip
+DQ_DONE = "part = gl_hopper.warpgroup_mma_wait(0, [part])"
+LAST = "last_head, last_row = _place_of(total - 1, kv_head, first, tiles, HEADS, BLOCK_M)"
+WIDE = {
+    "keys not awaited": (f"{WAIT}(k_full.index(0), 0)", GONE),
+    "values not awaited": (f"{WAIT}(v_full.index(0), 0)", GONE),
+    "queries not awaited": (f"{WAIT}(q_full.index(q_stage), (i // Q_STAGES) & 1)", GONE),
+    "dout not awaited": (f"{WAIT}(o_full.index(o_stage), (i // O_STAGES) & 1)", GONE),
+    "weights not awaited": (f"{WAIT}(p_full.index(0), i & 1)", GONE),
+    "weights not given": (f"{ARRIVE}(p_full.index(0))", GONE),
+    "phase of weights": ("p_full.index(0), i & 1", "p_full.index(0), (i + 1) & 1"),
+    "weights given before they are stored": (
+        f"p_tiles.index(0).store(p)\n        {ARRIVE}(p_full.index(0))",
+        f"{ARRIVE}(p_full.index(0))\n        p_tiles.index(0).store(p)"),
+    "differences not awaited": (f"{WAIT}(s_full.index(0), i & 1)", GONE),
+    "differences not fenced": (f"gl_hopper.fence_async_shared()\n        {ARRIVE}(s_full", f"{ARRIVE}(s_full"),
+    "queries not given back": (f"{ARRIVE}(q_free.index(q_stage))", GONE),
+    "queries given back while read": (
+        f"dk, operand = gl_hopper.warpgroup_mma_wait(2, [dk, operand])\n        {ARRIVE}(q_free.index(q_stage))",
+        f"{ARRIVE}(q_free.index(q_stage))\n        dk, operand = gl_hopper.warpgroup_mma_wait(2, [dk, operand])"),
+    "dout given back while read": (
+        f"dv, weights = gl_hopper.warpgroup_mma_wait(2, [dv, weights])\n        {ARRIVE}(o_free.index(o_stage))",
+        f"{ARRIVE}(o_free.index(o_stage))\n        dv, weights = gl_hopper.warpgroup_mma_wait(2, [dv, weights])"),
+    "two give back dout": ("o_free.index(stage), count=1", "o_free.index(stage), count=2"),
+    "dp used too early": ("dp = gl_hopper.warpgroup_mma_wait(0, [dp])", "dp = gl_hopper.warpgroup_mma_wait(1, [dp])"),
+    "operand given up": ("dk, operand = gl_hopper.warpgroup_mma_wait(2, [dk, operand])",
+                         "dk = gl_hopper.warpgroup_mma_wait(2, [dk])"),
+    "differences overwritten while read": (
+        f"{DQ_DONE}\n    {LAST}\n    {ARRIVE}", f"{LAST}\n    {DQ_DONE}\n    {ARRIVE}"),
+    "sums overwritten": ("gl_hopper.tma.store_wait(0)\n    a_tile", "a_tile"),
+    "sums not fenced": ("gl_hopper.fence_async_shared()\n    reduce_add", "reduce_add"),
+    "keys overwritten by dk": (f"{WAIT}(k_free.index(0), 0)", GONE),
+    "the first part twice": ("HALF + COLUMNS, part, a_tile", "HALF, part, a_tile"),
+    "the second part of another tile": ("_place_of(i - 1, ", "_place_of(i, "),
+    "both groups the first half": ("k.slice(HALF, COLUMNS, dim=1)", "k.slice(0, COLUMNS, dim=1)"),
+}  # fmt: skip
 MUTANTS = [(stay, 64, name, change) for name, change in STAY.items()]
 MUTANTS += [(fused, 128, name, change) for name, change in FUSED.items()]
+MUTANTS += [(wide, 256, name, change) for name, change in WIDE.items()]
 
 
 @pytest.mark.parametrize(
@@ -145,12 +183,12 @@ def test_mutant_is_caught(page, D, name, change, tmp_path, monkeypatch):
 # ---- when it is taken
 
 
-def launched(page: ModuleType | None = None, arch: int = 90, T: int = 64, D: int = 64, **features) -> list[str]:
+def launched(arch: int = 90, D: int = 64, gluon: bool = False, **features) -> list[str]:
     """The kernels that forward and backward would launch on a GPU of that architecture."""
     found: list[str] = []
-    q, k, v = (torch.randn(1, T, 2, D).bfloat16().requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 64, 2, D).bfloat16().requires_grad_() for _ in range(3))
     with launching(Launcher(lambda kernel, *_, **__: found.append(kernel.__name__), arch)):
-        out = attention_triton(q, k, v, **features)
+        out = (attention_gluon if gluon else attention_triton)(q, k, v, **features)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     return found[1:]
 
@@ -158,9 +196,11 @@ def launched(page: ModuleType | None = None, arch: int = 90, T: int = 64, D: int
 PLAIN = ["attention_bwd_kernel_dq", "attention_bwd_kernel_dk_dv"]
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 def test_it_is_taken_where_it_can_run(D):
-    assert launched(D=D) == [AROUND[0], KERNELS[D], AROUND[1]]
+    """At D = 256 only where it is asked for."""
+    hopper = [AROUND[0], KERNELS[D], AROUND[1]]
+    assert launched(D=D) == (PLAIN if D == 256 else hopper) and launched(D=D, gluon=True) == hopper
     assert launched(D=D, arch=100) == PLAIN and launched(D=D, arch=80) == PLAIN
     for features in (dict(causal=False), dict(window=3), dict(softcap=2.0), dict(dropout=0.1)):
         assert launched(D=D, **features) == PLAIN
@@ -170,7 +210,7 @@ def test_it_is_taken_where_it_can_run(D):
 def test_deterministic_algorithms_take_the_kernels_that_sum_in_order():
     torch.use_deterministic_algorithms(True)
     try:
-        assert launched() == PLAIN
+        assert launched() == PLAIN and launched(D=256, gluon=True) == PLAIN
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -178,7 +218,7 @@ def test_deterministic_algorithms_take_the_kernels_that_sum_in_order():
 # ---- machine code
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 def test_the_report_holds_its_machine_code_to_the_gates(D):
     rows = [row for row in aot.read_report() if row["kernel"] == KERNELS[D]]
     assert rows and {row["arch"] for row in rows} == {90}
@@ -187,20 +227,20 @@ def test_the_report_holds_its_machine_code_to_the_gates(D):
         assert re.match("HGMMA ", row["matrix"]) and row["bulk_copies"] > 0
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 def test_the_registers_of_all_roles_fit_those_that_the_program_starts_with(D):
     """Or the last to ask would wait forever."""
     found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90)
     launch = next(launch for launch in found if launch.kernel.__name__ == KERNELS[D])
     ptx = aot.compile_launch(launch, 90).asm["ptx"]
     granted = int(re.search(r"\.maxnreg (\d+)", ptx).group(1))
-    groups = 3 if D == 64 else 2
-    asked = 2 * stay.TILE.registers + (512 - 24 - 2 * stay.TILE.registers) if D == 64 else 2 * fused.TILE.registers
+    groups, tile = (3 if D == 64 else 2), {64: stay, 128: fused, 256: wide}[D].TILE
+    asked = 2 * tile.registers + (512 - 24 - 2 * tile.registers if D == 64 else 0)
     assert asked + 24 <= granted * (groups + 1)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 def test_on_a_gpu(D):
     for T, S in ((1, 3), (63, 66), (128, 128), (1031, 1031), (700, 2048)):
         q, dout = torch.randn(2, 2, T, 4, D, device="cuda").bfloat16().unbind()
@@ -210,13 +250,13 @@ def test_on_a_gpu(D):
             leaves = [x.to(dtype).requires_grad_() for x in operands]
             return torch.autograd.grad(function(*leaves), leaves, dout.to(dtype))
 
-        found, same = run(attention_triton, torch.bfloat16), run(attention_reference, torch.bfloat16)
+        found, same = run(attention_gluon, torch.bfloat16), run(attention_reference, torch.bfloat16)
         for f, s, t in zip(found, same, run(attention_reference, torch.float64), strict=True):
             assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", KERNELS)
 def test_a_projection_on_a_gpu(D):
     """The gradients of its slices; but the sums of dq differ in their order."""
     whole, dout = torch.randn(2, 1031, 12, D, device="cuda").bfloat16(), torch.randn(2, 1031, 4, D, device="cuda")
@@ -224,7 +264,7 @@ def test_a_projection_on_a_gpu(D):
 
     def run(*operands, **form):
         leaves = [x.detach().requires_grad_() for x in operands]
-        return torch.cat(torch.autograd.grad(attention_triton(*leaves, **form), leaves, dout.bfloat16()), dim=2)
+        return torch.cat(torch.autograd.grad(attention_gluon(*leaves, **form), leaves, dout.bfloat16()), dim=2)
 
     found, apart = run(whole, heads=4), run(*slices)
     assert torch.equal(found[:, :, 4:], apart[:, :, 4:])

@@ -332,7 +332,7 @@ ALIKE: dict[str, tuple[str, ...]] = {
         'queries_seeing: cument_ptr + S + u, u < [S -> T], other=0))',
     ),
     "Launches of kernels in Gluon, which the interpreter has not: test_attention_hopper.py emulates them.": (
-        'launch_forward: if takes_forward(gluon, [q -> k], k, v, options)',
+        'launch_forward: if takes_forward([q -> k], k, v, options)',
         'launch_forward: es_forward(gluon, q, k, [v -> q], options):',
         'launch_forward: launch_forward_hopper([q -> k], k, v, options.',
         'launch_forward: ch_forward_hopper(q, k, [v -> q], options.scale,',

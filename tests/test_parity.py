@@ -104,9 +104,11 @@ def test_fuzz(op, fuzz_examples):
         torch.manual_seed(seed)
         arguments, keywords = op.inputs(**values, dtype=dtype)
         arguments = list(arguments)
+        scaled = arguments[0][:, :, : values["H"]] if values.get("projected") else arguments[0]
+        if scaled.is_floating_point():
+            scaled.mul_(magnitude)
         for i, a in enumerate(arguments):
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-                a = a * magnitude if i == 0 else a
                 choices = [a, *layouts(a).values()]
                 arguments[i] = choices[(layout + i) % len(choices)]
         what = f"{values} {dtype} seed {seed} layout {layout} x {magnitude}"

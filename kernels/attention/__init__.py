@@ -38,11 +38,11 @@ from .shared import Options
 
 def _forward(
     q: Tensor, k: Tensor | None, v: Tensor | None, heads: int, cu_seqlens: Tensor | None, seed: Tensor | None,
-    causal: bool, window: int, scale: float, softcap: float, dropout: float, return_lse: bool, gluon: bool,
+    causal: bool, window: int, scale: float, softcap: float, dropout: float, gluon: bool, return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns out, the natural log-sum-exp (empty unless asked for), and the log-sum-exp in base 2 for the backward."""
-    options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
-    out, lse = launch_forward(*operands(q, k, v, heads), options, gluon)
+    options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout, gluon)
+    out, lse = launch_forward(*operands(q, k, v, heads), options)
     if not return_lse:
         return out, lse.new_empty(0), lse
     return out, torch.where(lse == torch.inf, -torch.inf, lse * 0.6931471805599453), lse
@@ -51,10 +51,10 @@ def _forward(
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor,
     heads: int, cu_seqlens: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
-    dropout: float,
+    dropout: float, gluon: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the gradients of q, k and v, contiguous; those of cu_seqlens and seed are empty, as of what is absent."""
-    options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout)
+    options = Options(cu_seqlens, seed, causal, window, scale, softcap, dropout, gluon)
     dout = torch.zeros_like(out) if dout is None else dout  # only the log-sum-exp was used
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (lse.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -65,7 +65,7 @@ def _backward(
 
 
 def _save(inputs: tuple, output: tuple) -> tuple:
-    q, k, v, heads, *options, _, _ = inputs
+    q, k, v, heads, *options, _ = inputs
     out, _, lse = output
     return q, k, v, out, lse, heads, *options
 
@@ -94,8 +94,8 @@ def attention_triton(
     Head dims D up to 256. Slices of a fused projection are not copied, on sm_90 and sm_100 if their rows start at
     multiples of 16 bytes; results are contiguous. Memory is O(T). Dropout depends on seed and positions alone, so that
     the backward computes it again. Deterministic except for dq on sm_90 where hopper/ computes it: its last bits vary
-    unless torch.use_deterministic_algorithms is set. `gluon` insists on the forward of hopper/, and raises ValueError
-    where it cannot run.
+    unless torch.use_deterministic_algorithms is set. `gluon` insists on the forward of hopper/, raises ValueError where
+    it cannot run, and takes the backward of hopper/ at D = 256 too.
     """
     check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
     require_kernel_dtype("q", q)
@@ -106,7 +106,7 @@ def attention_triton(
     window = -1 if window is None else window
     softcap, dropout = float(softcap or 0.0), float(dropout)
     out, lse = _attention(
-        q, k, v, heads or 0, cu_seqlens, drawn, causal, window, scale, softcap, dropout, return_lse, gluon
+        q, k, v, heads or 0, cu_seqlens, drawn, causal, window, scale, softcap, dropout, gluon, return_lse
     )
     return (out, lse) if return_lse else out
 

@@ -178,15 +178,15 @@ def tile(D: int, dtype: torch.dtype, arch: int, T: int = 0, dropout: bool = Fals
     return CONSERVATIVE if chosen.descriptors and D % 8 else chosen
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Options, gluon: bool) -> tuple[Tensor, Tensor]:
-    """Returns out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32. `gluon` insists on hopper/."""
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Returns out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32."""
     q, k, v = rows(q), rows(k), rows(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(torch.inf)
-    if takes_forward(gluon, q, k, v, options):
+    if takes_forward(q, k, v, options):
         launch_forward_hopper(q, k, v, options.scale, out, lse)
         return out, lse
     bounded = options.window >= 0 or options.cu_seqlens is not None

@@ -24,6 +24,7 @@ class Options(NamedTuple):
     scale: float
     softcap: float  # 0 for none
     dropout: float
+    gluon: bool  # insists on the kernels of hopper/
 
     def scalars(self) -> tuple:
         """Returns the runtime arguments of every kernel, in order."""

@@ -252,7 +252,7 @@ class _Product:
     def _refuse(self, *_: Any) -> NoReturn:
         raise ProtocolError("a product of matrices is used before it has been waited for")
 
-    __add__ = __mul__ = __getitem__ = __getattr__ = _refuse
+    __add__ = __sub__ = __mul__ = __getitem__ = __getattr__ = _refuse
 
 
 class _Descriptor:

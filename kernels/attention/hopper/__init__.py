@@ -1,4 +1,4 @@
-"""Attention by Hopper's own instructions, in Gluon: causal, bf16, head vectors of 64 or 128, grouped heads, T <= S.
+"""Attention by Hopper's own instructions, in Gluon: causal, bf16, head dims 64, 128 and 256, grouped heads, T <= S.
 
 What decides which kernels `attention` uses by default: TFLOP/s on an NVIDIA H200 (2026-11-26, triton 3.6.0) of the
 plain kernels with their best tiles, of these, and of cuDNN 9.19:
@@ -8,8 +8,8 @@ plain kernels with their best tiles, of these, and of cuDNN 9.19:
     1, 16384, 32, 64    471 / 438 / 459     390 / 468 / 428
     4, 4096, 16, 128    473 / 602 / -       391 / 479 / 438
 
-So this forward runs at D = 128, and this backward always, unless torch.use_deterministic_algorithms asks for sums in a
-fixed order: then the plain kernels run.
+So this forward runs at D = 128, and this backward at 64 and 128, unless torch.use_deterministic_algorithms asks for
+sums in a fixed order: then the plain kernels run. At D = 256 neither has been timed: `gluon` asks for both.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..._triton import launcher, multiprocessors, skip, triton
 from ...op import require
 from ..shared import Options, aligned
-from . import fused, stay
+from . import fused, stay, wide
 from .forward import launch_forward_hopper
 from .pieces import (
     LOG2_E,
@@ -34,22 +34,24 @@ from .pieces import (
 __all__ = ["launch_backward_hopper", "launch_forward_hopper", "takes_backward", "takes_forward"]
 
 
-def takes_forward(insisted: bool, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+def takes_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Returns whether this forward can run and is faster. Raises ValueError if insisted on where it cannot."""
     if launcher() is skip:
         return False
-    if insisted:
+    if options.gluon:
         why_not = obstacle(q, k, v, options)
         require(not why_not, f"attention by Gluon: {why_not}; leave the choice to attention_triton")
-    return (insisted or q.shape[3] == 128) and can_run(q, k, v, options)
+    return (options.gluon or q.shape[3] == 128) and can_run(q, k, v, options)
 
 
 def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Returns whether this backward can run, and the order of dq's sums may vary.
 
-    Grouped heads of 128 are left to the plain kernels: with them the kernel of fused.py spills.
+    Grouped heads of 128 are left to the plain kernels: with them the kernel of fused.py spills. So are heads of 256,
+    unless insisted on: the kernel of wide.py has not been timed.
     """
-    if torch.are_deterministic_algorithms_enabled() or (q.shape[3] == 128 and q.shape[2] != k.shape[2]):
+    D, grouped = q.shape[3], q.shape[2] != k.shape[2]
+    if torch.are_deterministic_algorithms_enabled() or (D == 128 and grouped) or (D == 256 and not options.gluon):
         return False
     return can_run(q, k, v, options)
 
@@ -64,20 +66,23 @@ def launch_backward_hopper(
     rows = triton.cdiv(T, 64) * 64
     statistics = torch.empty((2, B * H, rows), dtype=torch.float32, device=q.device)
     sums = torch.empty((B * H, rows, D), dtype=torch.float32, device=q.device)
-    attention_bwd_kernel_prepare[(rows // 64, B * H)](
-        out, dout, lse, statistics, sums, *dout.stride()[:3], B * H, T, H, rows, D=D, BLOCK=64, num_warps=4
+    block = 64 if D <= 128 else 16  # rows of a program before and after, whose registers hold them
+    attention_bwd_kernel_prepare[(rows // block, B * H)](
+        out, dout, lse, statistics, sums, *dout.stride()[:3], B * H, T, H, rows, D=D, BLOCK=block, num_warps=4
     )
     programs, tile, kernel = triton.cdiv(S, 128) * B * G, fused.TILE, fused.attention_bwd_kernel_fused_hopper
     if D == 64:
         programs, tile = min(programs, multiprocessors(q)), stay.TILE
         kernel = stay.attention_bwd_kernel_stay_hopper
+    elif D == 256:
+        programs, tile, kernel = triton.cdiv(S, 64) * B * G, wide.TILE, wide.attention_bwd_kernel_wide_hopper
     kernel[(programs,)](
         tiles_of(q, tile.block_m), tiles_of(k, 64), tiles_of(v, 64), tiles_of(dout, tile.block_m),
         statistics_of(statistics, tile.block_m), tiles_of(dk, 64), tiles_of(dv, 64),
-        sums_of(sums, 64, D if D == 64 else D // 2), B * G, T, S, H, G, scale * LOG2_E, scale,
+        sums_of(sums, 64, 64), B * G, T, S, H, G, scale * LOG2_E, scale,
         HEADS=H // G, D=D, BLOCK_M=tile.block_m, Q_STAGES=tile.q_stages, O_STAGES=tile.o_stages,
         S_STAGES=tile.s_stages, REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip
-    attention_bwd_kernel_finish[(rows // 64, B * H)](
-        sums, dq, *dq.stride()[:3], T, H, rows, scale, D=D, BLOCK=64, num_warps=4
+    attention_bwd_kernel_finish[(rows // block, B * H)](
+        sums, dq, *dq.stride()[:3], T, H, rows, scale, D=D, BLOCK=block, num_warps=4
     )

@@ -10,13 +10,13 @@ from .pieces import Tile, fetch, fetch_both, gluon_kernel, reduce_add, weights_o
 
 
 @gluon_jit
-def _supply_dk_dv(
+def supply_dk_dv(
     q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full, v_full, q_full, q_free,
-    o_full, o_free, b, g, n, first, tiles, H, HEADS: gl.constexpr, BLOCK_M: gl.constexpr,
+    o_full, o_free, b, g, n, first, tiles, H, HEADS: gl.constexpr, KEY_TILES: gl.constexpr, BLOCK_M: gl.constexpr,
     Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of the one warp: fetch the keys and values, then queries and dout of all HEADS heads, in order."""
-    for group in gl.static_range(2):
+    for group in gl.static_range(KEY_TILES):
         fetch(k, b, g, n + group * 64, k_full.index(group), k_tiles.index(group))
     for i in range(tiles * HEADS):
         h, row = g * HEADS, first + i * BLOCK_M
@@ -26,7 +26,7 @@ def _supply_dk_dv(
         gl_hopper.mbarrier.wait(q_free.index(stage), (i // Q_STAGES + 1) & 1)
         fetch_both(q, statistics, 0, b, h, H, row, q_full.index(stage), q_tiles.index(stage), l_tiles.index(stage))
         if i == 0:
-            for group in gl.static_range(2):
+            for group in gl.static_range(KEY_TILES):
                 fetch(v, b, g, n + group * 64, v_full.index(group), v_tiles.index(group))
         stage = i % O_STAGES
         gl_hopper.mbarrier.wait(o_free.index(stage), (i // O_STAGES + 1) & 1)
@@ -164,9 +164,9 @@ def attention_bwd_kernel_fused_hopper(
             (_gather_all, (dk_out, dv_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
                            a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n, first,
                            tiles, S - T, G, factor, scale, HEADS, 1, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
-            (_supply_dk_dv, (q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full,
-                             v_full, q_full, q_free, o_full, o_free, b, g, n, first, tiles, H, HEADS, BLOCK_M,
-                             Q_STAGES, O_STAGES)),
+            (supply_dk_dv, (q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full,
+                            v_full, q_full, q_free, o_full, o_free, b, g, n, first, tiles, H, HEADS, 2, BLOCK_M,
+                            Q_STAGES, O_STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -22,7 +22,7 @@ from ..._triton import (
 )
 from ..shared import Options
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 LOG2_E = 1.4426950408889634
 # One machine code for all sizes: no kernel here is faster for knowing that one of these is a multiple of 16, or 1.
 SIZES = ("heads", "T", "S", "H", "G", "rows")
@@ -38,7 +38,7 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     if capability != 90:
         return f"q: the kernel is for sm_90, this is sm_{capability}"
     if q.dtype != torch.bfloat16 or D not in HEAD_DIMS:
-        return f"q: needs bf16 and a head dim of 64 or 128, got {q.dtype} and {D}"
+        return f"q: needs bf16 and a head dim of 64, 128 or 256, got {q.dtype} and {D}"
     if S < T:
         return f"k: needs at least as many keys as queries, got {S} and {T}"
     if not options.causal:

@@ -5,6 +5,7 @@ A mutant is the page with one mistake in its protocol. Each must be caught, what
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from types import ModuleType
 
@@ -20,10 +21,11 @@ from kernels.attention import ATTENTION, attention_gluon, attention_triton
 from kernels.attention.hopper import forward as hopper
 from kernels.attention.hopper import pieces
 from kernels.attention.reference import attention_reference
+from kernels.attention.shared import Options
 from kernels.proof import aot
 from kernels.proof.emulate import ProtocolError, emulating
 from kernels.proof.interpret import interpreting
-from kernels.proof.machine_code import listings
+from kernels.proof.machine_code import broken_gates, listings, read_codes
 
 pytestmark = pytest.mark.triton
 KERNEL = "attention_fwd_kernel_hopper"
@@ -34,11 +36,16 @@ def qkv(B: int, T: int, S: int, H: int, G: int, D: int) -> tuple[Tensor, Tensor,
     return q, *torch.randn(2, B, S, G, D).bfloat16().unbind()
 
 
-def forward(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def options_of(q: Tensor, window: int | None = None, cu_seqlens: Tensor | None = None) -> Options:
+    """What the kernels are given, as by attention_gluon."""
+    return Options(cu_seqlens, None, True, -1 if window is None else window, q.shape[3] ** -0.5, 0.0, 0.0, True)
+
+
+def forward(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int, **features) -> tuple[Tensor, Tensor]:
     """out and the log-sum-exp in base 2, by the kernel of a page, into memory that holds NaN."""
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)
     with emulating(seed, watch=check_turns):
-        page.launch_forward_hopper(q, k, v, q.shape[3] ** -0.5, out, lse)
+        page.launch_forward_hopper(q, k, v, options_of(q, **features), out, lse)
     return out, lse
 
 
@@ -50,11 +57,11 @@ def check_turns(products: list[int]) -> None:
     assert in_turns == [1, 1, 2, 2] * (len(in_turns) // 4), f"not in turns: {products}"
 
 
-def check(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int) -> None:
+def check(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int, **features) -> None:
     """The error rule of tests/oracle.py."""
-    found, lse = forward(page, q, k, v, seed)
-    truth, truth_lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True)
-    same = attention_reference(q, k, v)
+    found, lse = forward(page, q, k, v, seed, **features)
+    truth, truth_lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True, **features)
+    same = attention_reference(q, k, v, **features)
     assert found.isfinite().all() and lse.isfinite().all()
     assert relative_error(found, truth) <= 2 * relative_error(same, truth) + torch.finfo(q.dtype).eps, "values"
     torch.testing.assert_close(lse.double() * torch.tensor(2.0).log(), truth_lse, rtol=1e-5, atol=1e-5)
@@ -75,6 +82,22 @@ def check(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int) -> None:
 )  # fmt: skip
 def test_values(dims, seed):
     check(hopper, *qkv(**dims), seed)
+
+
+BOUNDS = {
+    "window": dict(window=100), "window of one": dict(window=1), "window of all": dict(window=1000),
+    "documents": dict(cu_seqlens=torch.tensor([0, 0, 3, 64, 190, 330])),
+    "documents and window": dict(cu_seqlens=torch.tensor([0, 150, 151, 330]), window=70),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("D", hopper.TILES)
+@pytest.mark.parametrize("features", BOUNDS.values(), ids=BOUNDS)
+def test_windows_and_documents(features, D):
+    for seed in range(2):
+        check(hopper, *qkv(1, 330, 330, 2, 1, D), seed, **features)
+    if "cu_seqlens" not in features:
+        check(hopper, *qkv(1, 70, 330, 1, 1, D), 2, **features)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -181,9 +204,10 @@ MUTANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "weights given up": (WAIT_FOR_SUMS, "acc = gl_hopper.warpgroup_mma_wait(0, [acc])", ("are given up",)),
     "result not fenced": ("    gl_hopper.fence_async_shared()\n", "", ("no fence",)),
     "result not awaited": ("    gl_hopper.tma.store_wait(0)\n", "", ("under way",)),
-    "both groups the same queries": ("row + ROWS, tiles", "row, tiles", ("",)),
-    "diagonal not masked": ("if n + BLOCK_N > first + 1:", "if n > first + 1:", (VALUES,)),
-    "keys in another order than values": ("fetch(k, b, g, (tiles - 1 - i)", "fetch(k, b, g, i", (VALUES,)),
+    "both groups the same queries": ("row + ROWS, start", "row, start", ("",)),
+    "diagonal not masked": ("masked = n + BLOCK_N > first + 1", "masked = n > first + 1", (VALUES,)),
+    "keys in another order than values": (
+        "fetch(k, b, g, start + (tiles - 1 - i)", "fetch(k, b, g, start + i", (VALUES,)),
 }  # fmt: skip
 
 
@@ -199,6 +223,26 @@ def test_mutant_is_caught(mistake, tmp_path, monkeypatch):
             found.append(str(error))
     assert found, "not caught"
     assert all(any(fault in error for fault in faults) for error in found), found
+
+
+BOUND_MUTANTS = {
+    "first tile masked as if it were seen": ("masked | (n < last_seen)", "masked | (n > last_seen)"),
+    "masked by the first query alone": ("gl.minimum(first + ROWS, S) - 1, S,", "gl.minimum(first, S - 1), S,"),
+    "one key too few": ("seen[:, None] <= keys[None, :]", "seen[:, None] < keys[None, :]"),
+    "one key too many": ("seen[:, None] <= keys[None, :]", "seen[:, None] <= keys[None, :] + 1"),
+    "a tile too few": ("0) // BLOCK_N * BLOCK_N", "0) // BLOCK_N * BLOCK_N + BLOCK_N"),
+    "start of another block": ("first_key(row + (S - T), S", "first_key(row + ROWS + (S - T), S"),
+    "keys from the start": ("fetch(k, b, g, start + ", "fetch(k, b, g, "),
+    "values from the start": ("fetch(v, b, g, start + ", "fetch(v, b, g, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BOUND_MUTANTS)
+def test_mistaken_bound_is_caught(mistake, tmp_path, monkeypatch):
+    page = mutated(hopper, *BOUND_MUTANTS[mistake], tmp_path, monkeypatch)
+    with pytest.raises((AssertionError, ProtocolError)):
+        for features in (dict(window=200), dict(cu_seqlens=torch.tensor([0, 193, 270, 640]))):
+            check(page, *qkv(1, 640, 640, 1, 1, 64), 0, **features)
 
 
 # ---- when it is taken
@@ -226,13 +270,14 @@ def test_it_is_taken_unasked_where_it_wins_and_for_what_it_can_do(features):
     assert launched(attention_triton, *arguments, arch=100, **features) == plain
     for D in (64, 256):
         assert launched(attention_triton, *qkv(1, 5, 5, 1, 1, D), **features) == plain
+        if not features or "window" in features or "cu_seqlens" in features:
+            assert launched(attention_gluon, *qkv(1, 5, 5, 1, 1, D), **features) == gluon
 
 
 SMALL, WRONG = qkv(1, 5, 5, 1, 1, 64), "q: needs bf16 and a head dim of 64, 128 or 256, got torch"
 REFUSED = {
-    "causal": (SMALL, dict(causal=False)), "window": (SMALL, dict(window=3)),
-    "window, softcap": (SMALL, dict(softcap=2.0)), "window, softcap, dropout": (SMALL, dict(dropout=0.1)),
-    "window, softcap, dropout and cu_seqlens": (SMALL, dict(cu_seqlens=torch.tensor([0, 5]))),
+    "causal": (SMALL, dict(causal=False)), "softcap": (SMALL, dict(softcap=2.0)),
+    "softcap and dropout": (SMALL, dict(dropout=0.1)),
     "k: needs at least": (qkv(1, 6, 5, 1, 1, 64), {}),
     f"{WRONG}.bfloat16 and 96": (qkv(1, 5, 5, 1, 1, 96), {}),
     f"{WRONG}.float16 and 64": (tuple(x.half() for x in SMALL), {}),
@@ -282,6 +327,17 @@ def test_the_report_holds_its_machine_code_to_the_gates(D):
         steps = D // 16 + hopper.TILES[D].block_n // 16  # of 16, in the two products of a tile
         assert row["matrix"] == f"HGMMA {2 * 2 * steps}"  # in the loop and around it, for both groups
         assert row["warps"] == 12 and row["bulk_copies"] > 0
+
+
+@pytest.mark.parametrize("D", hopper.TILES)
+def test_the_machine_code_for_documents_holds_the_gates(D):
+    """Of forward and backward; a window alone compiles to a part of it."""
+    op = dataclasses.replace(ATTENTION, triton=attention_gluon, variants={})
+    found = aot.launches(op, dict(B=1, T=512, S=512, H=4, G=4, D=D, documents=True), 90)
+    gluon = [launch for launch in found if launch.kernel.__name__.endswith("_hopper")]
+    assert len(gluon) == 2
+    for code in read_codes([aot.compile_launch(launch, 90) for launch in gluon], 90):
+        assert broken_gates(code, 90) == []
 
 
 @pytest.mark.parametrize("D", hopper.TILES)

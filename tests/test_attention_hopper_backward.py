@@ -6,6 +6,8 @@ A mutant is a page with one mistake in its protocol. Each must be caught, whatev
 from __future__ import annotations
 
 import re
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from kernels._triton import Launcher, launching
 from kernels.attention import ATTENTION, attention_gluon, attention_triton, hopper
-from kernels.attention.hopper import fused, stay, wide
+from kernels.attention.hopper import fused, pieces, stay, wide
 from kernels.attention.reference import attention_reference
 from kernels.proof import aot
 from kernels.proof.emulate import ProtocolError, emulating
+from tests.test_attention_hopper import BOUNDS, options_of
 
 pytestmark = pytest.mark.triton
 KERNELS = {
@@ -28,11 +31,11 @@ KERNELS = {
 AROUND = ["attention_bwd_kernel_prepare", "attention_bwd_kernel_finish"]
 
 
-def case(B: int, T: int, S: int, H: int, G: int, D: int) -> dict[str, Tensor]:
+def case(B: int, T: int, S: int, H: int, G: int, D: int, **features) -> dict[str, Any]:
     """q, k, v, dout in bf16, and the forward's results in fp64, rounded as the kernel leaves them."""
     q, dout = torch.randn(2, B, T, H, D).bfloat16().unbind()
     k, v = torch.randn(2, B, S, G, D).bfloat16().unbind()
-    out, lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True)
+    out, lse = attention_reference(q.double(), k.double(), v.double(), return_lse=True, **features)
     return dict(
         q=q,
         k=k,
@@ -40,20 +43,21 @@ def case(B: int, T: int, S: int, H: int, G: int, D: int) -> dict[str, Tensor]:
         dout=dout,
         out=out.bfloat16().contiguous(),
         lse=(lse / torch.tensor(2.0).log()).float().contiguous(),
+        features=features,
     )
 
 
-def gradients(c: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def gradients(c: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
     operands = [c[name].to(dtype).requires_grad_() for name in "qkv"]
-    return torch.autograd.grad(attention_reference(*operands), operands, c["dout"].to(dtype))
+    return torch.autograd.grad(attention_reference(*operands, **c["features"]), operands, c["dout"].to(dtype))
 
 
-def check(c: dict[str, Tensor], seed: int) -> None:
+def check(c: dict[str, Any], seed: int) -> None:
     """The error rule of tests/oracle.py, for dq, dk and dv written into memory that held NaN."""
     found = tuple(torch.full_like(c[name], torch.nan) for name in "qkv")
     with emulating(seed):
         hopper.launch_backward_hopper(
-            c["dout"], c["q"], c["k"], c["v"], c["out"], c["lse"], c["q"].shape[3] ** -0.5, found
+            c["dout"], c["q"], c["k"], c["v"], c["out"], c["lse"], options_of(c["q"], **c["features"]), found
         )
     same, truth = gradients(c, torch.bfloat16), gradients(c, torch.float64)
     for name, f, s, t in zip("qkv", found, same, truth, strict=True):
@@ -71,6 +75,14 @@ def test_values(dims, D, seed):
 
 
 @pytest.mark.parametrize("D", KERNELS)
+@pytest.mark.parametrize("features", BOUNDS.values(), ids=BOUNDS)
+def test_windows_and_documents(features, D):
+    check(case(1, 330, 330, 1, 1, D, **features), 0)
+    if "cu_seqlens" not in features:
+        check(case(1, 70, 330, 1, 1, D, **features), 1)  # the first keys are too old for every query
+
+
+@pytest.mark.parametrize("D", KERNELS)
 def test_gradients_may_lie_in_one_tensor(D):
     """As slices of the gradient of a fused projection, which q, k and v are slices of."""
     c, (H, G) = case(1, 140, 140, 2, 1, D), (2, 1)
@@ -80,7 +92,9 @@ def test_gradients_may_lie_in_one_tensor(D):
     apart = tuple(torch.empty_like(c[name]) for name in "qkv")
     for into in (apart, whole.split((H, G, G), dim=2)):
         with emulating():
-            hopper.launch_backward_hopper(c["dout"], c["q"], c["k"], c["v"], c["out"], c["lse"], D**-0.5, into)
+            hopper.launch_backward_hopper(
+                c["dout"], c["q"], c["k"], c["v"], c["out"], c["lse"], options_of(c["q"]), into
+            )
     assert torch.equal(whole, torch.cat(apart, dim=2))
 
 
@@ -180,6 +194,29 @@ def test_mutant_is_caught(page, D, name, change, tmp_path, monkeypatch):
     assert caught == 2, "not caught"
 
 
+BOUND_MUTANTS = {
+    "last tile not masked": ("masked | (position + (BLOCK_M - 1) > until)", "masked | (position > until)"),
+    "one query too few": ("queries[None, :] <= last[:, None]", "queries[None, :] < last[:, None]"),
+    "one query too many": ("queries[None, :] <= last[:, None]", "queries[None, :] <= last[:, None] + 1"),
+    "a tile too few": ("gl.maximum(last + 1 - (S", "gl.maximum(last + 1 - BLOCK_M - (S"),
+    "no tile": ("gl.maximum(last + 1 - (S - T), first + 1)", "last + 1 - (S - T)"),
+    "queries of the first key": ("gl.minimum(n + KEYS, S) - 1", "gl.minimum(n, S - 1)"),
+    "documents end one later": ("gl.load(document_ptr + S + u) - 1", "gl.load(document_ptr + S + u)"),
+    "starts of documents": ("gl.load(document_ptr + S + u)", "gl.load(document_ptr + u)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("D", KERNELS)
+@pytest.mark.parametrize("mistake", BOUND_MUTANTS)
+def test_mistaken_bound_is_caught(mistake, D, tmp_path, monkeypatch):
+    page = mutated(pieces, *BOUND_MUTANTS[mistake], tmp_path, monkeypatch, of=hopper)
+    monkeypatch.setattr(sys.modules[__name__], "hopper", page)
+    documents, window = dict(cu_seqlens=torch.tensor([0, 193, 270, 400])), dict(window=100)
+    with pytest.raises((AssertionError, ProtocolError, IndexError)):
+        for T, features in ((400, documents), (400, window), (64, window)):
+            check(case(1, T, 400, 1, 1, D, **features), 0)
+
+
 # ---- when it is taken
 
 
@@ -204,6 +241,8 @@ def test_it_is_taken_where_it_can_run(D):
     assert launched(D=D, arch=100) == PLAIN and launched(D=D, arch=80) == PLAIN
     for features in (dict(causal=False), dict(window=3), dict(softcap=2.0), dict(dropout=0.1)):
         assert launched(D=D, **features) == PLAIN
+    for features in (dict(window=3), dict(cu_seqlens=torch.tensor([0, 9, 64]))):
+        assert launched(D=D, gluon=True, **features) == hopper
     assert launched(D=96) == PLAIN
 
 

@@ -310,7 +310,7 @@ def launch_backward(
             x.zero_()
         return
     if dlse is None and takes_backward(q, k, v, options):
-        launch_backward_hopper(dout, q, k, v, out, lse, options.scale, gradients)
+        launch_backward_hopper(dout, q, k, v, out, lse, options, gradients)
         return
     blocks = {kernel: tile(kernel, D, q.dtype, arch(q), T, options.dropout > 0) for kernel in TILES}
     if any(block.descriptors for block in blocks.values()):

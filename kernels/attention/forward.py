@@ -187,7 +187,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[T
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse.fill_(torch.inf)
     if takes_forward(q, k, v, options):
-        launch_forward_hopper(q, k, v, options.scale, out, lse)
+        launch_forward_hopper(q, k, v, options, out, lse)
         return out, lse
     bounded = options.window >= 0 or options.cu_seqlens is not None
     block = tile(D, q.dtype, arch(q), T, options.dropout > 0, bounded)

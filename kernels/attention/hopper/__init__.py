@@ -9,7 +9,8 @@ plain kernels with their best tiles, of these, and of cuDNN 9.19:
     4, 4096, 16, 128    473 / 602 / -       391 / 479 / 438
 
 So this forward runs at D = 128, and this backward at 64 and 128, unless torch.use_deterministic_algorithms asks for
-sums in a fixed order: then the plain kernels run. At D = 256 neither has been timed: `gluon` asks for both.
+sums in a fixed order: then the plain kernels run. At D = 256, and with windows or documents, neither has been timed:
+`gluon` asks for them.
 """
 
 import torch
@@ -24,6 +25,8 @@ from .pieces import (
     LOG2_E,
     attention_bwd_kernel_finish,
     attention_bwd_kernel_prepare,
+    bounded,
+    bounds,
     can_run,
     obstacle,
     statistics_of,
@@ -41,29 +44,29 @@ def takes_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     if options.gluon:
         why_not = obstacle(q, k, v, options)
         require(not why_not, f"attention by Gluon: {why_not}; leave the choice to attention_triton")
-    return (options.gluon or q.shape[3] == 128) and can_run(q, k, v, options)
+    return can_run(q, k, v, options) and (options.gluon or (q.shape[3] == 128 and not bounded(options)))
 
 
 def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Returns whether this backward can run, and the order of dq's sums may vary.
 
-    Grouped heads of 128 are left to the plain kernels: with them the kernel of fused.py spills. So are heads of 256,
-    unless insisted on: the kernel of wide.py has not been timed.
+    Grouped heads of 128 are left to the plain kernels: with them the kernel of fused.py spills. So are, unless insisted
+    on, heads of 256, windows and documents, which have not been timed.
     """
-    D, grouped = q.shape[3], q.shape[2] != k.shape[2]
-    if torch.are_deterministic_algorithms_enabled() or (D == 128 and grouped) or (D == 256 and not options.gluon):
+    D, grouped, untimed = q.shape[3], q.shape[2] != k.shape[2], q.shape[3] == 256 or bounded(options)
+    if torch.are_deterministic_algorithms_enabled() or (D == 128 and grouped) or (untimed and not options.gluon):
         return False
     return can_run(q, k, v, options)
 
 
 def launch_backward_hopper(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fill dq, dk and dv, of the shapes of q, k, v. lse (B, H, T) fp32 in base 2; out contiguous."""
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     (B, T, H, D), (S, G), (dq, dk, dv) = q.shape, k.shape[1:3], gradients
-    rows = triton.cdiv(T, 64) * 64
+    rows, scale, (window, documents, flags) = triton.cdiv(T, 64) * 64, options.scale, bounds(options, S)
     statistics = torch.empty((2, B * H, rows), dtype=torch.float32, device=q.device)
     sums = torch.empty((B * H, rows, D), dtype=torch.float32, device=q.device)
     block = 64 if D <= 128 else 16  # rows of a program before and after, whose registers hold them
@@ -78,8 +81,8 @@ def launch_backward_hopper(
         programs, tile, kernel = triton.cdiv(S, 64) * B * G, wide.TILE, wide.attention_bwd_kernel_wide_hopper
     kernel[(programs,)](
         tiles_of(q, tile.block_m), tiles_of(k, 64), tiles_of(v, 64), tiles_of(dout, tile.block_m),
-        statistics_of(statistics, tile.block_m), tiles_of(dk, 64), tiles_of(dv, 64),
-        sums_of(sums, 64, 64), B * G, T, S, H, G, scale * LOG2_E, scale,
+        statistics_of(statistics, tile.block_m), documents, tiles_of(dk, 64), tiles_of(dv, 64),
+        sums_of(sums, 64, 64), B * G, T, S, H, G, window, scale * LOG2_E, scale, **flags,
         HEADS=H // G, D=D, BLOCK_M=tile.block_m, Q_STAGES=tile.q_stages, O_STAGES=tile.o_stages,
         S_STAGES=tile.s_stages, REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip

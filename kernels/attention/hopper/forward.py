@@ -14,13 +14,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..._triton import gl, gl_hopper, gluon_jit, triton
-from ..shared import aligned, place
-from .pieces import LOG2_E, fetch, tiles_of
+from ..shared import Options, aligned, place
+from .pieces import LOG2_E, bounds, fetch, first_key, tiles_of
 
 
 @gluon_jit
 def _supply(
-    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g, row, tiles,
+    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g, row, start, tiles,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of the one warp: fetch tiles in the order in which the others consume them, the last keys first."""
@@ -30,20 +30,31 @@ def _supply(
         if i < tiles:
             stage = i % STAGES
             gl_hopper.mbarrier.wait(k_free.index(stage), (i // STAGES + 1) & 1)
-            fetch(k, b, g, (tiles - 1 - i) * BLOCK_N, k_full.index(stage), k_tiles.index(stage))
+            fetch(k, b, g, start + (tiles - 1 - i) * BLOCK_N, k_full.index(stage), k_tiles.index(stage))
         if i > 0:
             stage = (i - 1) % STAGES
             gl_hopper.mbarrier.wait(v_free.index(stage), ((i - 1) // STAGES + 1) & 1)
-            fetch(v, b, g, (tiles - i) * BLOCK_N, v_full.index(stage), v_tiles.index(stage))
+            fetch(v, b, g, start + (tiles - i) * BLOCK_N, v_full.index(stage), v_tiles.index(stage))
 
 
 @gluon_jit
-def _softmax_step(s, m, l, first, n, scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
-    """Fold the scores of keys from n on into the running maximum m and sum l; the first query's position is `first`."""
-    if n + BLOCK_N > first + 1:
+def _softmax_step(
+    s, m, l, first, seen, last_seen, n, scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BOUNDED: gl.constexpr,
+    SCORES: gl.constexpr,
+):  # fmt: skip
+    """Fold the scores of keys from n on into the running maximum m and sum l; the first query's position is `first`.
+
+    If BOUNDED, `seen` is the first key that each query sees, and `last_seen` that of the last query.
+    """
+    masked = n + BLOCK_N > first + 1
+    if BOUNDED:
+        masked = masked | (n < last_seen)
+    if masked:
         position = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         keys = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
         s = gl.where(position[:, None] >= keys[None, :], s, float("-inf"))
+        if BOUNDED:
+            s = gl.where(seen[:, None] <= keys[None, :], s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # no key seen yet: every weight is exp2(-inf - 0) = 0
     p = gl.exp2(s * scale - origin[:, None])
@@ -53,14 +64,19 @@ def _softmax_step(s, m, l, first, n, scale, ROWS: gl.constexpr, BLOCK_N: gl.cons
 
 @gluon_jit
 def _attend(
-    out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h, row, tiles, T, back,
-    scale, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    out, lse_ptr, document_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h, row,
+    start, tiles, T, S, window, scale, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of a group of four warps: ROWS queries from `row` on -> out and the log-sum-exp in base 2."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    first = row + back
+    first = row + S - T
+    seen, last_seen = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)), S - 1), first
+    if BOUNDED:
+        last_seen = first_key(gl.minimum(first + ROWS, S) - 1, S, window, document_ptr, DOCUMENTS)
+        seen = first_key(seen, S, window, document_ptr, DOCUMENTS)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([ROWS, D], gl.float32, OUT)
@@ -75,7 +91,9 @@ def _attend(
     s = gl_hopper.warpgroup_mma(q, keys, blank, use_acc=False, is_async=True)
     s = gl_hopper.warpgroup_mma_wait(0, [s])
     gl_hopper.mbarrier.arrive(k_free.index(0))
-    p, alpha, m, l = _softmax_step(s, m, l, first, (tiles - 1) * BLOCK_N, scale, ROWS, BLOCK_N, SCORES)
+    p, alpha, m, l = _softmax_step(
+        s, m, l, first, seen, last_seen, start + (tiles - 1) * BLOCK_N, scale, ROWS, BLOCK_N, BOUNDED, SCORES
+    )
     weights = gl.convert_layout(p, WEIGHTS)
     if tiles > 1:
         gl_hopper.mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1)
@@ -91,7 +109,9 @@ def _attend(
         gl_hopper.mbarrier.arrive(turn.index(1 - GROUP))
         s = gl_hopper.warpgroup_mma_wait(1, [s])
         gl_hopper.mbarrier.arrive(k_free.index(k_stage))
-        p, alpha, m, l = _softmax_step(s, m, l, first, (tiles - 1 - i) * BLOCK_N, scale, ROWS, BLOCK_N, SCORES)
+        p, alpha, m, l = _softmax_step(
+            s, m, l, first, seen, last_seen, start + (tiles - 1 - i) * BLOCK_N, scale, ROWS, BLOCK_N, BOUNDED, SCORES
+        )
         # Waiting for the next keys here, not at the top, keeps ptxas from moving the exponentials below the wait for
         # the values' product, where they would no longer overlap it.
         if i + 1 < tiles:
@@ -118,19 +138,24 @@ def _attend(
 
 @gluon_jit
 def attention_fwd_kernel_hopper(
-    q, k, v, out, lse_ptr, heads, T, S, H, G, scale,
+    q, k, v, out, lse_ptr, document_ptr, heads, T, S, H, G, window, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over the keys up to their own -> out and the log-sum-exp in base 2.
 
-    q, k, v and out are descriptors of (B, heads, rows, D). `scale` is to base 2. T <= S: every query sees a key.
+    q, k, v and out are descriptors of (B, heads, rows, D). `scale` is to base 2. T <= S: every query sees a key. If
+    BOUNDED, a query sees the `window` keys before its own and, if DOCUMENTS, none before its document (2, S).
     """
     ROWS: gl.constexpr = BLOCK_M // 2
     head, block = place(gl.program_id(0), gl.cdiv(T, BLOCK_M), heads, S, D, True)
     b, h = head // H, head % H
     g = h // (H // G)
     row = block * BLOCK_M
-    tiles = gl.cdiv(gl.minimum(row + BLOCK_M, T) + (S - T), BLOCK_N)  # up to the last key that a query sees
+    start, end = 0, gl.minimum(row + BLOCK_M, T) + (S - T)  # up to the last key that a query sees
+    if BOUNDED:
+        start = gl.maximum(first_key(row + (S - T), S, window, document_ptr, DOCUMENTS), 0) // BLOCK_N * BLOCK_N
+    tiles = gl.cdiv(end - start, BLOCK_N)
     lse_ptr += head.to(gl.int64) * T
 
     q_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, ROWS, D], q.layout)
@@ -154,12 +179,14 @@ def attention_fwd_kernel_hopper(
 
     gl.warp_specialize(
         [
-            (_attend, (out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h,
-                       row, tiles, T, S - T, scale, 0, ROWS, BLOCK_N, D, STAGES)),
-            (_attend, (out, lse_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h,
-                       row + ROWS, tiles, T, S - T, scale, 1, ROWS, BLOCK_N, D, STAGES)),
+            (_attend, (out, lse_ptr, document_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                       turn, b, h, row, start, tiles, T, S, window, scale, BOUNDED, DOCUMENTS,
+                       0, ROWS, BLOCK_N, D, STAGES)),
+            (_attend, (out, lse_ptr, document_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
+                       turn, b, h, row + ROWS, start, tiles, T, S, window, scale, BOUNDED, DOCUMENTS,
+                       1, ROWS, BLOCK_N, D, STAGES)),
             (_supply, (q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g,
-                       row, tiles, BLOCK_M, BLOCK_N, STAGES)),
+                       row, start, tiles, BLOCK_M, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -180,13 +207,13 @@ class Tile(NamedTuple):
 TILES = {64: Tile(128, 128, 2, 240), 128: Tile(128, 128, 2, 240), 256: Tile(128, 64, 2, 240)}
 
 
-def launch_forward_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+def launch_forward_hopper(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor, lse: Tensor) -> None:
     """Fill out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32, both contiguous."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    block = TILES[D]
+    block, (window, documents, flags) = TILES[D], bounds(options, S)
     attention_fwd_kernel_hopper[(triton.cdiv(T, block.block_m) * B * H,)](
         tiles_of(q, block.block_m // 2), tiles_of(k, block.block_n), tiles_of(v, block.block_n),
-        tiles_of(out, block.block_m // 2), lse, B * H, T, S, H, G, scale * LOG2_E,
+        tiles_of(out, block.block_m // 2), lse, documents, B * H, T, S, H, G, window, options.scale * LOG2_E, **flags,
         D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, STAGES=block.stages, REGISTERS=block.registers, num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,7 @@ dk and dv of 64 keys, also multiplies the ds of both by half of the keys' column
 
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
-from .pieces import Tile, fetch, fetch_both, gluon_kernel, reduce_add, weights_of
+from .pieces import Tile, fetch, fetch_both, gluon_kernel, last_query, queries_from, reduce_add, weights_of
 
 
 @gluon_jit
@@ -35,10 +35,10 @@ def supply_dk_dv(
 
 @gluon_jit
 def _gather_all(
-    dk_out, dv_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, a_tiles, k_full, v_full,
-    q_full, q_free, o_full, o_free, s_full, s_free, kv_head, n, first, tiles, back, G, factor, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
-    O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+    dk_out, dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, a_tiles,
+    k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, kv_head, n, first, tiles, T, S, G, window, factor,
+    scale, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of a group of four warps: dk and dv of 64 keys, and half of dq's columns per tile of queries."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -47,6 +47,7 @@ def _gather_all(
     COLUMNS: gl.constexpr = D // 2
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     start = n + GROUP * 64
+    until = last_query(gl.minimum(start, S - 1), S, window, document_ptr, DOCUMENTS)
     dk = gl.zeros([64, D], gl.float32, OUT)
     dv = gl.zeros([64, D], gl.float32, OUT)
     blank = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
@@ -72,7 +73,10 @@ def _gather_all(
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         s = gl_hopper.warpgroup_mma_wait(1, [s])
         # dv
-        p = weights_of(s, lse, row + back, start, factor, BLOCK_M, SCORES)
+        p = weights_of(
+            s, lse, row + (S - T), start, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+            SCORES,
+        )  # fmt: skip
         weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
         dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
         # ds
@@ -117,16 +121,15 @@ def _gather_all(
 
 @gluon_kernel
 def attention_bwd_kernel_fused_hopper(
-    q, k, v, dout, statistics, dk_out, dv_out, dq_sum, heads, T, S, H, G, factor, scale,
-    HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr,
-    O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 keys of one key head -> dk and dv, over the queries of all its heads; adds to dq_sum in fp32."""
     head, block = place(gl.program_id(0), gl.cdiv(S, 128), heads, T * HEADS, D, False)
     b, g = head // G, head % G
     n = block * 128
-    first = gl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M  # row of the first tile of queries that sees a key
-    tiles = gl.cdiv(T - first, BLOCK_M)
+    first, tiles = queries_from(n, T, S, window, document_ptr, 128, BLOCK_M, BOUNDED, DOCUMENTS)
 
     q_tiles = gl.allocate_shared_memory(gl.bfloat16, [Q_STAGES, 1, 1, BLOCK_M, D], q.layout)
     o_tiles = gl.allocate_shared_memory(gl.bfloat16, [O_STAGES, 1, 1, BLOCK_M, D], dout.layout)
@@ -158,12 +161,14 @@ def attention_bwd_kernel_fused_hopper(
         gl_hopper.mbarrier.init(s_free.index(stage), count=2)
     gl.warp_specialize(
         [
-            (_gather_all, (dk_out, dv_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
-                           a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n, first,
-                           tiles, S - T, G, factor, scale, HEADS, 0, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
-            (_gather_all, (dk_out, dv_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
-                           a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n, first,
-                           tiles, S - T, G, factor, scale, HEADS, 1, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
+            (_gather_all, (dk_out, dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles,
+                           s_tiles, a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n,
+                           first, tiles, T, S, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 0, BLOCK_M, D,
+                           Q_STAGES, O_STAGES, S_STAGES)),
+            (_gather_all, (dk_out, dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles,
+                           s_tiles, a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n,
+                           first, tiles, T, S, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 1, BLOCK_M, D,
+                           Q_STAGES, O_STAGES, S_STAGES)),
             (supply_dk_dv, (q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full,
                             v_full, q_full, q_free, o_full, o_free, b, g, n, first, tiles, H, HEADS, 2, BLOCK_M,
                             Q_STAGES, O_STAGES)),

@@ -20,12 +20,12 @@ from ..._triton import (
     skip,
     tl,
 )
-from ..shared import Options
+from ..shared import Options, document_bounds
 
 HEAD_DIMS = (64, 128, 256)
 LOG2_E = 1.4426950408889634
 # One machine code for all sizes: no kernel here is faster for knowing that one of these is a multiple of 16, or 1.
-SIZES = ("heads", "T", "S", "H", "G", "rows")
+SIZES = ("heads", "T", "S", "H", "G", "rows", "window")
 plain_kernel = functools.partial(jit, do_not_specialize=SIZES)
 gluon_kernel = functools.partial(gluon_jit, do_not_specialize=SIZES)
 
@@ -43,9 +43,21 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
         return f"k: needs at least as many keys as queries, got {S} and {T}"
     if not options.causal:
         return "causal: needs True"
-    if options.window >= 0 or options.softcap or options.dropout or options.cu_seqlens is not None:
-        return "window, softcap, dropout and cu_seqlens: need to be left out"
+    if options.softcap or options.dropout:
+        return "softcap and dropout: need to be left out"
     return ""
+
+
+def bounded(options: Options) -> bool:
+    """Returns whether a query may not see all keys before its own."""
+    return options.window >= 0 or options.cu_seqlens is not None
+
+
+def bounds(options: Options, S: int) -> tuple[int, Tensor | None, dict[str, bool]]:
+    """Returns the window, S if there is none, document_bounds, and the flags of every kernel."""
+    documents = document_bounds(options.cu_seqlens, S)
+    flags = dict(BOUNDED=bounded(options), DOCUMENTS=documents is not None)
+    return options.window if options.window >= 0 else S, documents, flags
 
 
 def can_run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -129,13 +141,60 @@ def fetch_both(source, statistics, kind, b, head, H, row, full, target, statisti
 
 
 @gluon_jit
-def weights_of(s, lse, position, start, factor, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
-    """Returns the weights [keys from start on, queries from position on], 0 where a query does not see a key."""
+def first_key(p, S, window, document_ptr, DOCUMENTS: gl.constexpr):
+    """Returns the first key that the query at position p < S sees, or a negative number for key 0."""
+    first = p - window
+    if DOCUMENTS:
+        first = gl.maximum(first, gl.load(document_ptr + p))
+    return first
+
+
+@gluon_jit
+def last_query(u, S, window, document_ptr, DOCUMENTS: gl.constexpr):
+    """Returns the position of the last query that sees key u < S, or a number past the last query."""
+    last = u + window
+    if DOCUMENTS:
+        last = gl.minimum(last, gl.load(document_ptr + S + u) - 1)
+    return last
+
+
+@gluon_jit
+def queries_from(
+    n, T, S, window, document_ptr, KEYS: gl.constexpr, BLOCK_M: gl.constexpr, BOUNDED: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """Returns the row of the first tile of queries that see one of KEYS keys from n on, and the number of tiles.
+
+    There is always one; where keys are too old for every query, its mask leaves nothing.
+    """
+    first = gl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M
+    end = T
+    if BOUNDED:
+        last = last_query(gl.minimum(n + KEYS, S) - 1, S, window, document_ptr, DOCUMENTS)
+        end = gl.minimum(T, gl.maximum(last + 1 - (S - T), first + 1))
+    return first, gl.cdiv(end - first, BLOCK_M)
+
+
+@gluon_jit
+def weights_of(
+    s, lse, position, start, until, S, window, document_ptr, factor, BLOCK_M: gl.constexpr, BOUNDED: gl.constexpr,
+    DOCUMENTS: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """Returns the weights [64 keys from start on, queries from position on], 0 where a query does not see a key.
+
+    `until` is last_query of the first key: up to there, and from the last key on, a tile needs no mask.
+    """
     p = gl.exp2(s * factor - lse[None, :])
-    if position < start + 63:
+    masked = position < start + 63
+    if BOUNDED:
+        masked = masked | (position + (BLOCK_M - 1) > until)
+    if masked:
         keys = start + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         queries = position + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
         p = gl.where(queries[None, :] >= keys[:, None], p, 0.0)
+        if BOUNDED:
+            last = last_query(gl.minimum(keys, S - 1), S, window, document_ptr, DOCUMENTS)
+            p = gl.where(queries[None, :] <= last[:, None], p, 0.0)
     return p
 
 

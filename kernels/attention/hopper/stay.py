@@ -12,29 +12,33 @@ Barriers are used as in forward.py; `differences` are ds before its scale.
 
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
-from .pieces import Tile, fetch, fetch_both, gluon_kernel, reduce_add, weights_of
+from .pieces import Tile, fetch, fetch_both, gluon_kernel, last_query, queries_from, reduce_add, weights_of
 
 
 @gluon_jit
-def _work(j, T, S, heads, G, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr):
+def _work(
+    j, document_ptr, T, S, heads, G, window, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr,
+    D: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
     """Returns batch, key head, first key, first query and tiles of queries of this program's j-th block of keys."""
     w = gl.program_id(0) + j * gl.num_programs(0)
     head, block = place(w, gl.cdiv(S, 128), heads, T * HEADS, D, False)
     n = block * 128
-    first = gl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M
-    return head // G, head % G, n, first, gl.cdiv(T - first, BLOCK_M) * HEADS
+    first, tiles = queries_from(n, T, S, window, document_ptr, 128, BLOCK_M, BOUNDED, DOCUMENTS)
+    return head // G, head % G, n, first, tiles * HEADS
 
 
 @gluon_jit
 def _stay_supply(
-    q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full, v_full, kv_free, q_full,
-    q_free, o_full, o_free, rounds, T, S, heads, H, G, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full, v_full,
+    kv_free, q_full, q_free, o_full, o_free, rounds, T, S, heads, H, G, window, BOUNDED: gl.constexpr,
+    DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr,
+    O_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of the one warp: fetch tiles in the order in which the others consume them."""
     t = rounds * 0  # tiles of queries so far, of all blocks
     for j in range(rounds):
-        b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        b, g, n, first, total = _work(j, document_ptr, T, S, heads, G, window, BOUNDED, DOCUMENTS, HEADS, D, BLOCK_M)
         kv = j % 2
         gl_hopper.mbarrier.wait(kv_free.index(kv), (j // 2 + 1) & 1)
         for group in gl.static_range(2):
@@ -58,9 +62,9 @@ def _stay_supply(
 
 @gluon_jit
 def _stay_gather(
-    dk_out, dv_out, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full, v_full, kv_free, q_full,
-    q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G, factor, scale,
-    HEADS: gl.constexpr, GROUP: gl.constexpr,
+    dk_out, dv_out, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full, v_full,
+    kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G, window, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of a group of four warps: dk and dv of 64 keys of one block after another."""
@@ -69,8 +73,9 @@ def _stay_gather(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     before = rounds * 0  # tiles of queries of earlier blocks
     for j in tl.range(0, rounds, disable_licm=True):
-        b, g, n, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        b, g, n, first, total = _work(j, document_ptr, T, S, heads, G, window, BOUNDED, DOCUMENTS, HEADS, D, BLOCK_M)
         kv, parity, start = j % 2, (j // 2) & 1, n + GROUP * 64
+        until = last_query(gl.minimum(start, S - 1), S, window, document_ptr, DOCUMENTS)
         dk = gl.zeros([64, D], gl.float32, OUT)
         dv = gl.zeros([64, D], gl.float32, OUT)
         blank = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
@@ -91,7 +96,10 @@ def _stay_gather(
         gl_hopper.tma.store_wait(0)  # the last block's results have left its tiles of keys and values
         gl_hopper.mbarrier.arrive(kv_free.index(1 - kv), pred=j > 0)
         s = gl_hopper.warpgroup_mma_wait(1, [s])
-        p = weights_of(s, lse, first + S - T, start, factor, BLOCK_M, SCORES)
+        p = weights_of(
+            s, lse, first + S - T, start, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+            SCORES,
+        )  # fmt: skip
         weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
         dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
         delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
@@ -122,7 +130,10 @@ def _stay_gather(
             lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
             s, dk, ds = gl_hopper.warpgroup_mma_wait(1, [s, dk, ds])
             gl_hopper.mbarrier.arrive(q_free.index(last))
-            p = weights_of(s, lse, row + S - T, start, factor, BLOCK_M, SCORES)
+            p = weights_of(
+                s, lse, row + S - T, start, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+                SCORES,
+            )  # fmt: skip
             weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
             dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
             delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
@@ -157,14 +168,15 @@ def _stay_gather(
 
 @gluon_jit
 def _stay_sums(
-    dq_sum, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T, S, heads, H, G, HEADS: gl.constexpr,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, S_STAGES: gl.constexpr,
+    dq_sum, document_ptr, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T, S, heads, H, G, window,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
+    S_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of the group of four warps that multiplies the others' ds by the keys and adds it to dq."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     t = rounds * 0
     for j in tl.range(0, rounds, disable_licm=True):
-        b, g, _, first, total = _work(j, T, S, heads, G, HEADS, D, BLOCK_M)
+        b, g, _, first, total = _work(j, document_ptr, T, S, heads, G, window, BOUNDED, DOCUMENTS, HEADS, D, BLOCK_M)
         kv = j % 2
         nothing = gl.zeros([BLOCK_M, D], gl.float32, OUT)
         for group in gl.static_range(2):
@@ -194,10 +206,9 @@ def _stay_sums(
 
 @gluon_kernel
 def attention_bwd_kernel_stay_hopper(
-    q, k, v, dout, statistics, dk_out, dv_out, dq_sum, heads, T, S, H, G, factor, scale,
-    HEADS: gl.constexpr, D: gl.constexpr,
-    BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: one block of 128 keys after another -> dk and dv; it adds to dq_sum in fp32."""
     works = gl.cdiv(S, 128) * heads
@@ -235,18 +246,19 @@ def attention_bwd_kernel_stay_hopper(
         gl_hopper.mbarrier.init(s_free.index(stage), count=1)
     gl.warp_specialize(
         [
-            (_stay_gather, (dk_out, dv_out, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full,
-                            v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G,
-                            factor, scale, HEADS, 0, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
-            (_stay_gather, (dk_out, dv_out, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full,
-                            v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G,
-                            factor, scale, HEADS, 1, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
-            (_stay_sums, (dq_sum, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T, S, heads, H, G,
-                          HEADS, BLOCK_M, D, S_STAGES)),
-            (_stay_supply, (q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full,
-                            v_full, kv_free, q_full, q_free, o_full, o_free, rounds, T, S, heads, H, G, HEADS, BLOCK_M,
-                            D,
-                            Q_STAGES, O_STAGES)),
+            (_stay_gather, (dk_out, dv_out, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
+                            k_full, v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S,
+                            heads, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 0, BLOCK_M, D, Q_STAGES,
+                            O_STAGES, S_STAGES)),
+            (_stay_gather, (dk_out, dv_out, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
+                            k_full, v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S,
+                            heads, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 1, BLOCK_M, D, Q_STAGES,
+                            O_STAGES, S_STAGES)),
+            (_stay_sums, (dq_sum, document_ptr, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T,
+                          S, heads, H, G, window, BOUNDED, DOCUMENTS, HEADS, BLOCK_M, D, S_STAGES)),
+            (_stay_supply, (q, k, v, dout, statistics, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles,
+                            d_tiles, k_full, v_full, kv_free, q_full, q_free, o_full, o_free, rounds, T, S, heads, H,
+                            G, window, BOUNDED, DOCUMENTS, HEADS, BLOCK_M, D, Q_STAGES, O_STAGES)),
         ],
         [4, 4, 1],
         [REGISTERS, 512 - 24 - 2 * REGISTERS, 24],

@@ -13,7 +13,7 @@ and the other alone dout.
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
 from .fused import supply_dk_dv
-from .pieces import Tile, gluon_kernel, reduce_add, weights_of
+from .pieces import Tile, gluon_kernel, last_query, queries_from, reduce_add, weights_of
 
 
 @gluon_jit
@@ -36,9 +36,10 @@ def _place_of(i, kv_head, first, tiles, HEADS: gl.constexpr, BLOCK_M: gl.constex
 
 @gluon_jit
 def _gather_dv(
-    dv_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles, a_tiles, k_full, q_full, q_free,
-    o_full, o_free, p_full, s_full, k_free, kv_head, n, first, tiles, back, G, factor,
-    HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+    dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles, a_tiles, k_full,
+    q_full, q_free, o_full, o_free, p_full, s_full, k_free, kv_head, n, first, tiles, T, S, G, window, factor,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of the first group of four warps: weights and dv of 64 keys, and the first half of dq's columns."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -52,6 +53,7 @@ def _gather_dv(
     part = nothing
     k = k_tiles.index(0).reshape([64, D])
     a_tile = a_tiles.index(0)
+    until = last_query(gl.minimum(n, S - 1), S, window, document_ptr, DOCUMENTS)
     gl_hopper.mbarrier.wait(k_full.index(0), 0)
     total = tiles * HEADS
     for i in tl.range(0, total, disable_licm=True):
@@ -67,7 +69,10 @@ def _gather_dv(
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         s = gl_hopper.warpgroup_mma_wait(0, [s])
         # weights, for the other group too
-        p = weights_of(s, lse, row + back, n, factor, BLOCK_M, SCORES).to(gl.bfloat16)
+        p = weights_of(
+            s, lse, row + (S - T), n, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+            SCORES,
+        ).to(gl.bfloat16)  # fmt: skip
         p_tiles.index(0).store(p)
         gl_hopper.mbarrier.arrive(p_full.index(0))
         # dv
@@ -169,16 +174,15 @@ def _gather_dk(
 
 @gluon_kernel
 def attention_bwd_kernel_wide_hopper(
-    q, k, v, dout, statistics, dk_out, dv_out, dq_sum, heads, T, S, H, G, factor, scale,
-    HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr,
-    O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: 64 keys of one key head -> dk and dv, over the queries of all its heads; adds to dq_sum in fp32."""
     head, block = place(gl.program_id(0), gl.cdiv(S, 64), heads, T * HEADS, D, False)
     b, g = head // G, head % G
     n = block * 64
-    first = gl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M  # row of the first tile of queries that sees a key
-    tiles = gl.cdiv(T - first, BLOCK_M)
+    first, tiles = queries_from(n, T, S, window, document_ptr, 64, BLOCK_M, BOUNDED, DOCUMENTS)
 
     q_tiles = gl.allocate_shared_memory(gl.bfloat16, [Q_STAGES, 1, 1, BLOCK_M, D], q.layout)
     o_tiles = gl.allocate_shared_memory(gl.bfloat16, [O_STAGES, 1, 1, BLOCK_M, D], dout.layout)
@@ -211,9 +215,9 @@ def attention_bwd_kernel_wide_hopper(
     gl_hopper.mbarrier.init(k_free.index(0), count=1)
     gl.warp_specialize(
         [
-            (_gather_dv, (dv_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles, a_tiles,
-                          k_full, q_full, q_free, o_full, o_free, p_full, s_full, k_free, head, n, first,
-                          tiles, S - T, G, factor, HEADS, BLOCK_M, D, Q_STAGES, O_STAGES)),
+            (_gather_dv, (dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles,
+                          a_tiles, k_full, q_full, q_free, o_full, o_free, p_full, s_full, k_free, head, n, first,
+                          tiles, T, S, G, window, factor, BOUNDED, DOCUMENTS, HEADS, BLOCK_M, D, Q_STAGES, O_STAGES)),
             (_gather_dk, (dk_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, d_tiles, p_tiles, s_tiles, a_tiles,
                           k_full, v_full, q_full, q_free, o_full, o_free, p_full, s_full, k_free, head, n,
                           first, tiles, G, scale, HEADS, BLOCK_M, D, Q_STAGES, O_STAGES)),

@@ -111,16 +111,27 @@ def activation(
 
 
 @functools.cache
-def _compiled_flex(T: int, S: int, device: torch.device) -> tuple[Function, object]:
+def _compiled_flex(
+    T: int, S: int, window: int | None, edges: tuple[int, ...], device: torch.device
+) -> tuple[Function, object]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = create_block_mask(lambda b, h, t, s: t + S - T >= s, None, None, T, S, device=device)
-    return torch.compile(flex_attention), mask
+    document = torch.bucketize(torch.arange(S, device=device), torch.tensor(edges, device=device), right=True)
+
+    def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        position = t + S - T
+        seen = position >= s
+        if window is not None:
+            seen = seen & (position - s <= window)
+        return seen & (document[position] == document[s]) if edges else seen
+
+    return torch.compile(flex_attention), create_block_mask(sees, None, None, T, S, device=device)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's FlexAttention, compiled, with the causal block mask made beforehand."""
-    function, mask = _compiled_flex(q.shape[1], k.shape[1], q.device)
+def flex(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """torch's FlexAttention, compiled, with the block mask made beforehand: causal, a window, packed documents."""
+    edges = () if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    function, mask = _compiled_flex(q.shape[1], k.shape[1], window, edges, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 

@@ -136,8 +136,6 @@ FUSED = {
     "differences not fenced": (
         "gl_hopper.fence_async_shared()\n        gl_hopper.mbarrier.arrive(s_full", "gl_hopper.mbarrier.arrive(s_full"),
 }  # fmt: skip
-DQ_DONE = "part = gl_hopper.warpgroup_mma_wait(0, [part])"
-LAST = "last_head, last_row = _place_of(total - 1, kv_head, first, tiles, HEADS, BLOCK_M)"
 WIDE = {
     "keys not awaited": (f"{WAIT}(k_full.index(0), 0)", GONE),
     "values not awaited": (f"{WAIT}(v_full.index(0), 0)", GONE),
@@ -163,12 +161,13 @@ WIDE = {
     "operand given up": ("dk, operand = gl_hopper.warpgroup_mma_wait(2, [dk, operand])",
                          "dk = gl_hopper.warpgroup_mma_wait(2, [dk])"),
     "differences overwritten while read": (
-        f"{DQ_DONE}\n    {LAST}\n    {ARRIVE}", f"{LAST}\n    {DQ_DONE}\n    {ARRIVE}"),
+        "part = gl_hopper.warpgroup_mma_wait(0, [part])", "part = gl_hopper.warpgroup_mma_wait(1, [part])"),
     "sums overwritten": ("gl_hopper.tma.store_wait(0)\n    a_tile", "a_tile"),
     "sums not fenced": ("gl_hopper.fence_async_shared()\n    reduce_add", "reduce_add"),
     "keys overwritten by dk": (f"{WAIT}(k_free.index(0), 0)", GONE),
     "the first part twice": ("HALF + COLUMNS, part, a_tile", "HALF, part, a_tile"),
-    "the second part of another tile": ("_place_of(i - 1, ", "_place_of(i, "),
+    "the second part of another tile": ("last_head, last_row = head, row\n        row =", "row ="),
+    "the next tile of the same head": ("row = row + BLOCK_M", "row = row + 0"),
     "both groups the first half": ("k.slice(HALF, COLUMNS, dim=1)", "k.slice(0, COLUMNS, dim=1)"),
 }  # fmt: skip
 MUTANTS = [(stay, 64, name, change) for name, change in STAY.items()]
@@ -285,13 +284,15 @@ def test_on_a_gpu(D):
         q, dout = torch.randn(2, 2, T, 4, D, device="cuda").bfloat16().unbind()
         k, v = torch.randn(2, 2, S, 2, D, device="cuda").bfloat16().unbind()
 
-        def run(function, dtype, operands=(q, k, v), dout=dout):
+        def run(function, dtype, features, operands=(q, k, v), dout=dout):
             leaves = [x.to(dtype).requires_grad_() for x in operands]
-            return torch.autograd.grad(function(*leaves), leaves, dout.to(dtype))
+            return torch.autograd.grad(function(*leaves, **features), leaves, dout.to(dtype))
 
-        found, same = run(attention_gluon, torch.bfloat16), run(attention_reference, torch.bfloat16)
-        for f, s, t in zip(found, same, run(attention_reference, torch.float64), strict=True):
-            assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps
+        edges = torch.tensor([0, T // 3, T // 2, T], device="cuda")
+        for features in ({}, dict(window=100), *([dict(cu_seqlens=edges)] if T == S else [])):
+            found, same = (run(f, torch.bfloat16, features) for f in (attention_gluon, attention_reference))
+            for f, s, t in zip(found, same, run(attention_reference, torch.float64, features), strict=True):
+                assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps
 
 
 @pytest.mark.gpu

@@ -198,6 +198,20 @@ def test_peers_are_there_only_where_they_can_run():
     assert not absent.can_run(cuda, True) and set(peers.PEERS) <= set(kernels.OPS)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [dict(), dict(window=20), dict(cu_seqlens=torch.tensor([0, 0, 100, 120, 256]), window=50)],
+    ids=["causal", "window", "documents"],
+)
+def test_flex_attention_sees_what_attention_sees(features, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    peers._compiled_flex.cache_clear()
+    q, k, v = torch.randn(3, 1, 256, 2, 16).unbind()
+    expected = kernels.OPS["attention"].reference(q, k, v, **features)
+    torch.testing.assert_close(peers.flex(q, k, v, **features), expected, rtol=1e-4, atol=1e-4)
+    peers._compiled_flex.cache_clear()
+
+
 def test_torchs_chunked_loss_chunks(monkeypatch):
     """Only with options: without them it makes all the logits at once."""
     asked = {}

@@ -94,8 +94,8 @@ def attention_triton(
     Head dims D up to 256. Slices of a fused projection are not copied, on sm_90 and sm_100 if their rows start at
     multiples of 16 bytes; results are contiguous. Memory is O(T). Dropout depends on seed and positions alone, so that
     the backward computes it again. Deterministic except for dq on sm_90 where hopper/ computes it: its last bits vary
-    unless torch.use_deterministic_algorithms is set. `gluon` insists on the forward of hopper/, raises ValueError where
-    it cannot run, and takes the backward of hopper/ at D = 256 too.
+    unless torch.use_deterministic_algorithms is set. `gluon` insists on the kernels of hopper/, and raises ValueError
+    where they cannot run.
     """
     check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
     require_kernel_dtype("q", q)
@@ -192,6 +192,8 @@ ATTENTION = Op(
         *(dict(B=16384 // T, T=T, S=T, H=16, G=16, D=128) for T in (512, 1024, 2048, 4096, 8192, 16384)),
         dict(B=4, T=4096, S=4096, H=32, G=8, D=128), dict(B=4, T=4096, S=4096, H=16, G=16, D=96),
         dict(B=4, T=4096, S=4096, H=8, G=4, D=256), dict(B=16, T=1024, S=1024, H=12, G=12, D=64, projected=True),
+        dict(B=8, T=2048, S=2048, H=6, G=6, D=128, window=512),  # nanochat's short layers
+        dict(B=16, T=1024, S=1024, H=12, G=12, D=64, documents=True),
     ),
     cost=cost,
     variants={"gluon": attention_gluon},

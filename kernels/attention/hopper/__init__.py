@@ -9,8 +9,8 @@ plain kernels with their best tiles, of these, and of cuDNN 9.19:
     4, 4096, 16, 128    473 / 602 / -       391 / 479 / 438
 
 So this forward runs at D = 128, and this backward at 64 and 128, unless torch.use_deterministic_algorithms asks for
-sums in a fixed order: then the plain kernels run. At D = 256, and with windows or documents, neither has been timed:
-`gluon` asks for them.
+sums in a fixed order: then the plain kernels run. What has not been timed runs where `gluon` asks for it: windows and
+documents, D = 256, and this backward with grouped heads of 128.
 """
 
 import torch
@@ -50,11 +50,12 @@ def takes_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
 def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Returns whether this backward can run, and the order of dq's sums may vary.
 
-    Grouped heads of 128 are left to the plain kernels: with them the kernel of fused.py spills. So are, unless insisted
-    on, heads of 256, windows and documents, which have not been timed.
+    Windows and documents, grouped heads of 128, and heads of 256 are left to the plain kernels unless insisted on: they
+    have not been timed.
     """
-    D, grouped, untimed = q.shape[3], q.shape[2] != k.shape[2], q.shape[3] == 256 or bounded(options)
-    if torch.are_deterministic_algorithms_enabled() or (D == 128 and grouped) or (untimed and not options.gluon):
+    D, grouped = q.shape[3], q.shape[2] != k.shape[2]
+    untimed = bounded(options) or D == 256 or (D == 128 and grouped)
+    if torch.are_deterministic_algorithms_enabled() or (untimed and not options.gluon):
         return False
     return can_run(q, k, v, options)
 

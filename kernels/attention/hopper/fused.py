@@ -58,11 +58,9 @@ def _gather_all(
         gl_hopper.mbarrier.wait(k_full.index(group), 0)
     gl_hopper.mbarrier.wait(v_full.index(GROUP), 0)
     total = tiles * HEADS
+    head, row = kv_head * HEADS, first
     for i in tl.range(0, total, disable_licm=True):
         q_stage, o_stage, s_stage = i % Q_STAGES, i % O_STAGES, i % S_STAGES
-        head, row = kv_head * HEADS, first + i * BLOCK_M
-        if HEADS > 1:
-            head, row = kv_head * HEADS + i // tiles, first + i % tiles * BLOCK_M
         # scores
         gl_hopper.mbarrier.wait(q_full.index(q_stage), (i // Q_STAGES) & 1)
         queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
@@ -108,6 +106,9 @@ def _gather_all(
         reduce_add(dq_sum, [head, row, GROUP * COLUMNS], a_tile)
         dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])
         gl_hopper.mbarrier.arrive(q_free.index(q_stage))
+        row = row + BLOCK_M
+        if HEADS > 1 and row == first + tiles * BLOCK_M:
+            head, row = head + 1, first
     last = total - 1  # both groups read the keys until dq is complete
     gl_hopper.mbarrier.wait(s_free.index(last % S_STAGES), (last // S_STAGES) & 1)
     # epilogue

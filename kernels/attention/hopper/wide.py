@@ -26,15 +26,6 @@ def _send(dq_sum, head, row, column, part, a_tile, BLOCK_M: gl.constexpr, COLUMN
 
 
 @gluon_jit
-def _place_of(i, kv_head, first, tiles, HEADS: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Returns the head and the first row of the i-th tile of queries."""
-    if HEADS > 1:
-        return kv_head * HEADS + i // tiles, first + i % tiles * BLOCK_M
-    else:
-        return kv_head * HEADS, first + i * BLOCK_M
-
-
-@gluon_jit
 def _gather_dv(
     dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles, a_tiles, k_full,
     q_full, q_free, o_full, o_free, p_full, s_full, k_free, kv_head, n, first, tiles, T, S, G, window, factor,
@@ -55,16 +46,15 @@ def _gather_dv(
     a_tile = a_tiles.index(0)
     until = last_query(gl.minimum(n, S - 1), S, window, document_ptr, DOCUMENTS)
     gl_hopper.mbarrier.wait(k_full.index(0), 0)
-    total = tiles * HEADS
-    for i in tl.range(0, total, disable_licm=True):
+    head, row = kv_head * HEADS, first
+    last_head, last_row = head, row
+    for i in tl.range(0, tiles * HEADS, disable_licm=True):
         q_stage, o_stage = i % Q_STAGES, i % O_STAGES
-        head, row = _place_of(i, kv_head, first, tiles, HEADS, BLOCK_M)
         # scores, while the second part of the last dq is added
         gl_hopper.mbarrier.wait(q_full.index(q_stage), (i // Q_STAGES) & 1)
         queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
         s = gl_hopper.warpgroup_mma(k, queries.permute([1, 0]), blank, use_acc=False, is_async=True)
         if i > 0:
-            last_head, last_row = _place_of(i - 1, kv_head, first, tiles, HEADS, BLOCK_M)
             _send(dq_sum, last_head, last_row, COLUMNS, part, a_tile, BLOCK_M, COLUMNS)
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         s = gl_hopper.warpgroup_mma_wait(0, [s])
@@ -92,7 +82,10 @@ def _gather_dv(
         begun = gl_hopper.warpgroup_mma_wait(1, [begun])
         _send(dq_sum, head, row, 0, begun, a_tile, BLOCK_M, COLUMNS)
         part = gl_hopper.warpgroup_mma_wait(0, [part])
-    last_head, last_row = _place_of(total - 1, kv_head, first, tiles, HEADS, BLOCK_M)
+        last_head, last_row = head, row
+        row = row + BLOCK_M
+        if HEADS > 1 and row == first + tiles * BLOCK_M:
+            head, row = head + 1, first
     gl_hopper.mbarrier.arrive(k_free.index(0))
     _send(dq_sum, last_head, last_row, COLUMNS, part, a_tile, BLOCK_M, COLUMNS)
     # epilogue: the other group was done with the values when it gave the last ds
@@ -124,10 +117,10 @@ def _gather_dk(
     a_tile = a_tiles.index(1)
     gl_hopper.mbarrier.wait(k_full.index(0), 0)
     gl_hopper.mbarrier.wait(v_full.index(0), 0)
-    total = tiles * HEADS
-    for i in tl.range(0, total, disable_licm=True):
+    head, row = kv_head * HEADS, first
+    last_head, last_row = head, row
+    for i in tl.range(0, tiles * HEADS, disable_licm=True):
         q_stage, o_stage = i % Q_STAGES, i % O_STAGES
-        head, row = _place_of(i, kv_head, first, tiles, HEADS, BLOCK_M)
         # dp
         gl_hopper.mbarrier.wait(o_full.index(o_stage), (i // O_STAGES) & 1)
         douts = o_tiles.index(o_stage).reshape([BLOCK_M, D])
@@ -136,7 +129,6 @@ def _gather_dk(
         dp = gl_hopper.warpgroup_mma_wait(0, [dp])
         # the second part of the last dq, while the other group computes the weights
         if i > 0:
-            last_head, last_row = _place_of(i - 1, kv_head, first, tiles, HEADS, BLOCK_M)
             _send(dq_sum, last_head, last_row, HALF + COLUMNS, part, a_tile, BLOCK_M, COLUMNS)
         # ds, for the other group too
         gl_hopper.mbarrier.wait(p_full.index(0), i & 1)
@@ -162,7 +154,10 @@ def _gather_dk(
         begun = gl_hopper.warpgroup_mma_wait(1, [begun])
         _send(dq_sum, head, row, HALF, begun, a_tile, BLOCK_M, COLUMNS)
         part = gl_hopper.warpgroup_mma_wait(0, [part])
-    last_head, last_row = _place_of(total - 1, kv_head, first, tiles, HEADS, BLOCK_M)
+        last_head, last_row = head, row
+        row = row + BLOCK_M
+        if HEADS > 1 and row == first + tiles * BLOCK_M:
+            head, row = head + 1, first
     _send(dq_sum, last_head, last_row, HALF + COLUMNS, part, a_tile, BLOCK_M, COLUMNS)
     gl_hopper.mbarrier.wait(k_free.index(0), 0)  # the other group reads the keys until its dq is complete
     # epilogue

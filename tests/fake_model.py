@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +33,7 @@ class FakeModel:
         self.requests: list[dict[str, Any]] = []
         self.tokens: list[str] = []  # Authorization of each request
         self.refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = []
+        self.connections: list[socket.socket] = []
         self.gone = 0  # clients that left before their answer was whole
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
@@ -40,10 +43,17 @@ class FakeModel:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:  # a browser keeps some open, and would ask by them
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _handler(fake) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                fake.connections.append(self.connection)
 
             def log_message(self, *_: Any) -> None: ...
 

@@ -437,7 +437,7 @@ def test_a_projection_gives_the_bits_of_its_slices(features):
 
 def test_torch_checks_the_operator_of_a_projection():
     whole = torch.randn(2, 5, 4, 8, requires_grad=True)
-    arguments = (whole, None, None, 2, None, None, True, -1, 0.3, 0.0, 0.0, True, False)
+    arguments = (whole, None, None, 2, None, None, True, -1, 0.3, 0.0, 0.0, False, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.gptfast.attention.default, arguments, test_utils=checks)
 

@@ -333,9 +333,9 @@ ALIKE: dict[str, tuple[str, ...]] = {
     ),
     "Launches of kernels in Gluon, which the interpreter has not: test_attention_hopper.py emulates them.": (
         'launch_forward: if takes_forward([q -> k], k, v, options)',
-        'launch_forward: es_forward(gluon, q, k, [v -> q], options):',
-        'launch_forward: launch_forward_hopper([q -> k], k, v, options.',
-        'launch_forward: ch_forward_hopper(q, k, [v -> q], options.scale,',
+        'launch_forward: if takes_forward(q, k, [v -> q], options):',
+        'launch_forward: launch_forward_hopper([q -> k], k, v, options,',
+        'launch_forward: ch_forward_hopper(q, k, [v -> q], options, out,',
         'launch_backward: None and takes_backward([q -> k], k, v, options)',
         'launch_backward: h_backward_hopper(dout, [q -> k], k, v, out, lse',
         'launch_backward: ward_hopper(dout, q, k, [v -> x], out, lse, opti',

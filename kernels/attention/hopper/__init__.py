@@ -76,7 +76,8 @@ def launch_backward_hopper(
     )
     programs, tile, kernel = triton.cdiv(S, 128) * B * G, fused.TILE, fused.attention_bwd_kernel_fused_hopper
     if D == 64:
-        programs, tile = min(programs, multiprocessors(q)), stay.TILE
+        tile = stay.DOCUMENTS_TILE if documents is not None and H > G else stay.TILE
+        programs = min(programs, multiprocessors(q))
         kernel = stay.attention_bwd_kernel_stay_hopper
     elif D == 256:
         programs, tile, kernel = triton.cdiv(S, 64) * B * G, wide.TILE, wide.attention_bwd_kernel_wide_hopper

@@ -43,10 +43,8 @@ def _stay_supply(
         gl_hopper.mbarrier.wait(kv_free.index(kv), (j // 2 + 1) & 1)
         for group in gl.static_range(2):
             fetch(k, b, g, n + group * 64, k_full.index(kv * 2 + group), k_tiles.index(kv * 2 + group))
+        h, row = g * HEADS, first
         for i in range(total):
-            h, row = g * HEADS, first + i * BLOCK_M
-            if HEADS > 1:
-                h, row = g * HEADS + i // (total // HEADS), first + i % (total // HEADS) * BLOCK_M
             stage = t % Q_STAGES
             gl_hopper.mbarrier.wait(q_free.index(stage), (t // Q_STAGES + 1) & 1)
             fetch_both(q, statistics, 0, b, h, H, row, q_full.index(stage), q_tiles.index(stage), l_tiles.index(stage))
@@ -58,6 +56,9 @@ def _stay_supply(
             full = o_full.index(stage)
             fetch_both(dout, statistics, 1, b, h, H, row, full, o_tiles.index(stage), d_tiles.index(stage))
             t += 1
+            row = row + BLOCK_M
+            if HEADS > 1 and row == first + total // HEADS * BLOCK_M:
+                h, row = h + 1, first
 
 
 @gluon_jit
@@ -115,12 +116,13 @@ def _stay_gather(
         if total > 1:
             gl_hopper.mbarrier.wait(q_full.index((before + 1) % Q_STAGES), ((before + 1) // Q_STAGES) & 1)
         # scores of tile i, dk of tile i - 1
+        row = first
         for i in tl.range(1, total, disable_licm=True):
             t = before + i
             q_stage, o_stage, s_stage, last = t % Q_STAGES, t % O_STAGES, t % S_STAGES, (t - 1) % Q_STAGES
-            row = first + i * BLOCK_M
-            if HEADS > 1:
-                row = first + i % (total // HEADS) * BLOCK_M
+            row = row + BLOCK_M
+            if HEADS > 1 and row == first + total // HEADS * BLOCK_M:
+                row = first
             queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
             dk = gl_hopper.warpgroup_mma(ds, q_tiles.index(last).reshape([BLOCK_M, D]), dk, is_async=True)
             s = gl_hopper.warpgroup_mma(k, queries.permute([1, 0]), blank, use_acc=False, is_async=True)
@@ -181,11 +183,9 @@ def _stay_sums(
         nothing = gl.zeros([BLOCK_M, D], gl.float32, OUT)
         for group in gl.static_range(2):
             gl_hopper.mbarrier.wait(k_full.index(kv * 2 + group), (j // 2) & 1)
+        head, row = b * H + g * HEADS, first
         for i in tl.range(0, total, disable_licm=True):
             stage = t % S_STAGES
-            head, row = b * H + g * HEADS, first + i * BLOCK_M
-            if HEADS > 1:
-                head, row = b * H + g * HEADS + i // (total // HEADS), first + i % (total // HEADS) * BLOCK_M
             gl_hopper.mbarrier.wait(s_full.index(stage), (t // S_STAGES) & 1)
             part = nothing
             for group in gl.static_range(2):
@@ -201,6 +201,9 @@ def _stay_sums(
             gl_hopper.fence_async_shared()
             reduce_add(dq_sum, [head, row, 0], a_tiles.index(0))
             t += 1
+            row = row + BLOCK_M
+            if HEADS > 1 and row == first + total // HEADS * BLOCK_M:
+                head, row = head + 1, first
     gl_hopper.tma.store_wait(0)
 
 
@@ -267,3 +270,4 @@ def attention_bwd_kernel_stay_hopper(
 
 # NVIDIA H200, 2026-11-26, at 16 x 1024 x 12 and 1 x 16384 x 32 heads of 64.
 TILE = Tile(64, 3, 3, 2, 192)
+DOCUMENTS_TILE = Tile(64, 3, 3, 2, 200)  # of grouped heads; with 192 registers a few values spill, once a block

@@ -435,6 +435,14 @@ def test_a_projection_gives_the_bits_of_its_slices(features):
         assert all(torch.equal(a, b) for a, b in zip(apart, whole, strict=True))
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_a_window_may_be_larger_than_any_position(window):
+    """Without a sum of it and a position that passes int32."""
+    x = qkv(40, 40)
+    for found, expected in zip(results(interpreted, *x, window=window), results(interpreted, *x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_torch_checks_the_operator_of_a_projection():
     whole = torch.randn(2, 5, 4, 8, requires_grad=True)
     arguments = (whole, None, None, 2, None, None, True, -1, 0.3, 0.0, 0.0, False, True)

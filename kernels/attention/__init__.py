@@ -35,6 +35,8 @@ from .forward import launch_forward
 from .reference import attention_reference, check, operands
 from .shared import Options
 
+FARTHEST = 2**30  # a window that reaches everything; a position and a larger one would not add up in int32
+
 
 def _forward(
     q: Tensor, k: Tensor | None, v: Tensor | None, heads: int, cu_seqlens: Tensor | None, seed: Tensor | None,
@@ -94,8 +96,8 @@ def attention_triton(
     Head dims D up to 256. Slices of a fused projection are not copied, on sm_90 and sm_100 if their rows start at
     multiples of 16 bytes; results are contiguous. Memory is O(T). Dropout depends on seed and positions alone, so that
     the backward computes it again. Deterministic except for dq on sm_90 where hopper/ computes it: its last bits vary
-    unless torch.use_deterministic_algorithms is set. `gluon` insists on the kernels of hopper/, and raises ValueError
-    where they cannot run.
+    unless torch.use_deterministic_algorithms is set. `gluon` insists on the forward of hopper/, raises ValueError where
+    it cannot run, and lets the backward of hopper/ do what has not been timed.
     """
     check(q, k, v, heads, window, scale, softcap, dropout, cu_seqlens)
     require_kernel_dtype("q", q)
@@ -103,7 +105,7 @@ def attention_triton(
         raise ValueError(f"q: head dims up to 256 have kernels, got {q.shape[3]}; use the reference")
     drawn = seed_tensor(dropout, seed, q.device)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    window = -1 if window is None else window
+    window = -1 if window is None else min(window, FARTHEST)
     softcap, dropout = float(softcap or 0.0), float(dropout)
     out, lse = _attention(
         q, k, v, heads or 0, cu_seqlens, drawn, causal, window, scale, softcap, dropout, gluon, return_lse

@@ -166,8 +166,8 @@ WIDE = {
     "sums not fenced": ("gl_hopper.fence_async_shared()\n    reduce_add", "reduce_add"),
     "keys overwritten by dk": (f"{WAIT}(k_free.index(0), 0)", GONE),
     "the first part twice": ("HALF + COLUMNS, part, a_tile", "HALF, part, a_tile"),
-    "the second part of another tile": ("last_head, last_row = head, row\n        row =", "row ="),
-    "the next tile of the same head": ("row = row + BLOCK_M", "row = row + 0"),
+    "the second part of another tile": ("last_head, last_row = head, row\n        head, row =", "head, row ="),
+    "the next tile of the same head": ("next_queries(head, row, first,", "next_queries(head, row - BLOCK_M, first,"),
     "both groups the first half": ("k.slice(HALF, COLUMNS, dim=1)", "k.slice(0, COLUMNS, dim=1)"),
 }  # fmt: skip
 MUTANTS = [(stay, 64, name, change) for name, change in STAY.items()]

@@ -189,8 +189,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[T
     if takes_forward(q, k, v, options):
         launch_forward_hopper(q, k, v, options, out, lse)
         return out, lse
-    bounded = options.window >= 0 or options.cu_seqlens is not None
-    block = tile(D, q.dtype, arch(q), T, options.dropout > 0, bounded)
+    block = tile(D, q.dtype, arch(q), T, options.dropout > 0, options.bounded)
     operands = q, k, v
     if block.descriptors:
         q, k, v = aligned(q), aligned(k), aligned(v)

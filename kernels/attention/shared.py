@@ -24,7 +24,12 @@ class Options(NamedTuple):
     scale: float
     softcap: float  # 0 for none
     dropout: float
-    gluon: bool  # insists on the kernels of hopper/
+    gluon: bool  # insists on the forward of hopper/, and lets its backward do what has not been timed
+
+    @property
+    def bounded(self) -> bool:
+        """Returns whether a query may not see all keys before its own."""
+        return self.window >= 0 or self.cu_seqlens is not None
 
     def scalars(self) -> tuple:
         """Returns the runtime arguments of every kernel, in order."""

@@ -25,7 +25,6 @@ from .pieces import (
     LOG2_E,
     attention_bwd_kernel_finish,
     attention_bwd_kernel_prepare,
-    bounded,
     bounds,
     can_run,
     obstacle,
@@ -44,7 +43,7 @@ def takes_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     if options.gluon:
         why_not = obstacle(q, k, v, options)
         require(not why_not, f"attention by Gluon: {why_not}; leave the choice to attention_triton")
-    return can_run(q, k, v, options) and (options.gluon or (q.shape[3] == 128 and not bounded(options)))
+    return can_run(q, k, v, options) and (options.gluon or (q.shape[3] == 128 and not options.bounded))
 
 
 def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -54,7 +53,7 @@ def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     have not been timed.
     """
     D, grouped = q.shape[3], q.shape[2] != k.shape[2]
-    untimed = bounded(options) or D == 256 or (D == 128 and grouped)
+    untimed = options.bounded or D == 256 or (D == 128 and grouped)
     if torch.are_deterministic_algorithms_enabled() or (untimed and not options.gluon):
         return False
     return can_run(q, k, v, options)

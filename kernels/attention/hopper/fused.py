@@ -6,7 +6,17 @@ dk and dv of 64 keys, also multiplies the ds of both by half of the keys' column
 
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
-from .pieces import Tile, fetch, fetch_both, gluon_kernel, last_query, queries_from, reduce_add, weights_of
+from .pieces import (
+    Tile,
+    fetch,
+    fetch_both,
+    gluon_kernel,
+    last_query,
+    next_queries,
+    queries_from,
+    reduce_add,
+    weights_of,
+)
 
 
 @gluon_jit
@@ -18,10 +28,8 @@ def supply_dk_dv(
     """Run the role of the one warp: fetch the keys and values, then queries and dout of all HEADS heads, in order."""
     for group in gl.static_range(KEY_TILES):
         fetch(k, b, g, n + group * 64, k_full.index(group), k_tiles.index(group))
+    h, row = g * HEADS, first
     for i in range(tiles * HEADS):
-        h, row = g * HEADS, first + i * BLOCK_M
-        if HEADS > 1:
-            h, row = g * HEADS + i // tiles, first + i % tiles * BLOCK_M
         stage = i % Q_STAGES
         gl_hopper.mbarrier.wait(q_free.index(stage), (i // Q_STAGES + 1) & 1)
         fetch_both(q, statistics, 0, b, h, H, row, q_full.index(stage), q_tiles.index(stage), l_tiles.index(stage))
@@ -31,6 +39,7 @@ def supply_dk_dv(
         stage = i % O_STAGES
         gl_hopper.mbarrier.wait(o_free.index(stage), (i // O_STAGES + 1) & 1)
         fetch_both(dout, statistics, 1, b, h, H, row, o_full.index(stage), o_tiles.index(stage), d_tiles.index(stage))
+        h, row = next_queries(h, row, first, first + tiles * BLOCK_M, HEADS, BLOCK_M)
 
 
 @gluon_jit
@@ -106,9 +115,7 @@ def _gather_all(
         reduce_add(dq_sum, [head, row, GROUP * COLUMNS], a_tile)
         dk, ds = gl_hopper.warpgroup_mma_wait(0, [dk, ds])
         gl_hopper.mbarrier.arrive(q_free.index(q_stage))
-        row = row + BLOCK_M
-        if HEADS > 1 and row == first + tiles * BLOCK_M:
-            head, row = head + 1, first
+        head, row = next_queries(head, row, first, first + tiles * BLOCK_M, HEADS, BLOCK_M)
     last = total - 1  # both groups read the keys until dq is complete
     gl_hopper.mbarrier.wait(s_free.index(last % S_STAGES), (last // S_STAGES) & 1)
     # epilogue

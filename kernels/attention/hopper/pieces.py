@@ -48,15 +48,10 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     return ""
 
 
-def bounded(options: Options) -> bool:
-    """Returns whether a query may not see all keys before its own."""
-    return options.window >= 0 or options.cu_seqlens is not None
-
-
 def bounds(options: Options, S: int) -> tuple[int, Tensor | None, dict[str, bool]]:
     """Returns the window, S if there is none, document_bounds, and the flags of every kernel."""
     documents = document_bounds(options.cu_seqlens, S)
-    flags = dict(BOUNDED=bounded(options), DOCUMENTS=documents is not None)
+    flags = dict(BOUNDED=options.bounded, DOCUMENTS=documents is not None)
     return options.window if options.window >= 0 else S, documents, flags
 
 
@@ -173,6 +168,15 @@ def queries_from(
         last = last_query(gl.minimum(n + KEYS, S) - 1, S, window, document_ptr, DOCUMENTS)
         end = gl.minimum(T, gl.maximum(last + 1 - (S - T), first + 1))
     return first, gl.cdiv(end - first, BLOCK_M)
+
+
+@gluon_jit
+def next_queries(head, row, first, end, HEADS: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Returns head and row of the next tile of queries, of rows first to end of each of HEADS heads."""
+    row = row + BLOCK_M
+    if HEADS > 1 and row == end:
+        head, row = head + 1, first
+    return head, row
 
 
 @gluon_jit

@@ -12,7 +12,17 @@ Barriers are used as in forward.py; `differences` are ds before its scale.
 
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
-from .pieces import Tile, fetch, fetch_both, gluon_kernel, last_query, queries_from, reduce_add, weights_of
+from .pieces import (
+    Tile,
+    fetch,
+    fetch_both,
+    gluon_kernel,
+    last_query,
+    next_queries,
+    queries_from,
+    reduce_add,
+    weights_of,
+)
 
 
 @gluon_jit
@@ -56,9 +66,7 @@ def _stay_supply(
             full = o_full.index(stage)
             fetch_both(dout, statistics, 1, b, h, H, row, full, o_tiles.index(stage), d_tiles.index(stage))
             t += 1
-            row = row + BLOCK_M
-            if HEADS > 1 and row == first + total // HEADS * BLOCK_M:
-                h, row = h + 1, first
+            h, row = next_queries(h, row, first, first + total // HEADS * BLOCK_M, HEADS, BLOCK_M)
 
 
 @gluon_jit
@@ -116,13 +124,11 @@ def _stay_gather(
         if total > 1:
             gl_hopper.mbarrier.wait(q_full.index((before + 1) % Q_STAGES), ((before + 1) // Q_STAGES) & 1)
         # scores of tile i, dk of tile i - 1
-        row = first
+        head, row = g * HEADS, first
         for i in tl.range(1, total, disable_licm=True):
             t = before + i
             q_stage, o_stage, s_stage, last = t % Q_STAGES, t % O_STAGES, t % S_STAGES, (t - 1) % Q_STAGES
-            row = row + BLOCK_M
-            if HEADS > 1 and row == first + total // HEADS * BLOCK_M:
-                row = first
+            head, row = next_queries(head, row, first, first + total // HEADS * BLOCK_M, HEADS, BLOCK_M)
             queries = q_tiles.index(q_stage).reshape([BLOCK_M, D])
             dk = gl_hopper.warpgroup_mma(ds, q_tiles.index(last).reshape([BLOCK_M, D]), dk, is_async=True)
             s = gl_hopper.warpgroup_mma(k, queries.permute([1, 0]), blank, use_acc=False, is_async=True)
@@ -201,9 +207,7 @@ def _stay_sums(
             gl_hopper.fence_async_shared()
             reduce_add(dq_sum, [head, row, 0], a_tiles.index(0))
             t += 1
-            row = row + BLOCK_M
-            if HEADS > 1 and row == first + total // HEADS * BLOCK_M:
-                head, row = head + 1, first
+            head, row = next_queries(head, row, first, first + total // HEADS * BLOCK_M, HEADS, BLOCK_M)
     gl_hopper.tma.store_wait(0)
 
 

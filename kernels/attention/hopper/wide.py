@@ -13,7 +13,7 @@ and the other alone dout.
 from ..._triton import gl, gl_hopper, gluon_jit, tl
 from ..shared import place
 from .fused import supply_dk_dv
-from .pieces import Tile, gluon_kernel, last_query, queries_from, reduce_add, weights_of
+from .pieces import Tile, gluon_kernel, last_query, next_queries, queries_from, reduce_add, weights_of
 
 
 @gluon_jit
@@ -83,9 +83,7 @@ def _gather_dv(
         _send(dq_sum, head, row, 0, begun, a_tile, BLOCK_M, COLUMNS)
         part = gl_hopper.warpgroup_mma_wait(0, [part])
         last_head, last_row = head, row
-        row = row + BLOCK_M
-        if HEADS > 1 and row == first + tiles * BLOCK_M:
-            head, row = head + 1, first
+        head, row = next_queries(head, row, first, first + tiles * BLOCK_M, HEADS, BLOCK_M)
     gl_hopper.mbarrier.arrive(k_free.index(0))
     _send(dq_sum, last_head, last_row, COLUMNS, part, a_tile, BLOCK_M, COLUMNS)
     # epilogue: the other group was done with the values when it gave the last ds
@@ -155,9 +153,7 @@ def _gather_dk(
         _send(dq_sum, head, row, HALF, begun, a_tile, BLOCK_M, COLUMNS)
         part = gl_hopper.warpgroup_mma_wait(0, [part])
         last_head, last_row = head, row
-        row = row + BLOCK_M
-        if HEADS > 1 and row == first + tiles * BLOCK_M:
-            head, row = head + 1, first
+        head, row = next_queries(head, row, first, first + tiles * BLOCK_M, HEADS, BLOCK_M)
     _send(dq_sum, last_head, last_row, HALF + COLUMNS, part, a_tile, BLOCK_M, COLUMNS)
     gl_hopper.mbarrier.wait(k_free.index(0), 0)  # the other group reads the keys until its dq is complete
     # epilogue
@@ -185,8 +181,8 @@ def attention_bwd_kernel_wide_hopper(
     v_tiles = gl.allocate_shared_memory(gl.bfloat16, [1, 1, 1, 64, D], v.layout)
     l_tiles = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 1, 1, BLOCK_M], statistics.layout)
     d_tiles = gl.allocate_shared_memory(gl.float32, [O_STAGES, 1, 1, BLOCK_M], statistics.layout)
-    p_tiles = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
-    s_tiles = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
+    p_tiles = gl.allocate_shared_memory(gl.bfloat16, [S_STAGES, 64, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
+    s_tiles = gl.allocate_shared_memory(gl.bfloat16, [S_STAGES, 64, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
     a_tiles = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_M, D // 4], dq_sum.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1, 1], gl_hopper.mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1, 1], gl_hopper.mbarrier.MBarrierLayout())

@@ -4,73 +4,33 @@ python -m bench PAGE         one page of it, with flags of its own: python -m be
 The campaign runs its pages one after another, each in a process of its own, and keeps the rows of those that finished
 when it is stopped. Rows go to results/<machine>/<page>.jsonl, figures are drawn from them. Exit code 1 means that a
 page failed or that a figure is invalid, 2 a mistake in the command.
+
+On a GPU that is at hand for minutes, with everything to take along in one file:
+
+    python -m bench --set=proof --out=rows --archive=proof.tar.gz     # the tests; kernels that nobody has timed
+    python -m bench --minutes=9 --out=rows --archive=rows.tar.gz      # the campaign
+    python -m bench --set=large --out=rows --archive=large.tar.gz     # GPT-2 1558M: step, profile, decoding
+    python -m bench merge rows                   # at home, unpacked: into results/<machine>, figures drawn anew
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import importlib
-import signal
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gptfast import cli
+from gptfast.aside import check_writable
 from gptfast.errors import UserError, nearest
 
+from .stages import CPU, SETS, Stage, run_stages
+
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A page of the campaign, and the seconds it may take before it is stopped, its rows kept."""
-
-    name: str
-    limit_s: float
-    page: str = ""  # to run instead of bench.<name>
-    module: str = ""  # to run instead of any page
-    flags: tuple[str, ...] = ("--out={out}",)
-    quick: tuple[str, ...] | None = ("--quick",)  # added with --quick; None: the stage is left out then
-    quick_s: float = 25  # its limit with --quick
-
-    def command(self, quick: bool, out: Path) -> list[str]:
-        start = [self.module] if self.module else ["bench", self.page or self.name]
-        flags = (*self.flags, *((self.quick or ()) if quick else ()))
-        return [sys.executable, "-m", *start, *(flag.format(out=out) for flag in flags)]
-
-    def seconds(self, quick: bool) -> float:
-        return self.quick_s if quick and self.quick is not None else self.limit_s
-
-
-# The worthiest first: within 4 minutes the ops and the first models are there, all of it within 9 on a cold machine.
-# With --quick all of it takes 4. A page's own budget ends it 10 seconds before it would be stopped.
-GPU = (
-    Stage("peaks", 25), Stage("warm", 60, flags=("--budget_s=50",), quick=("--quick", "--budget_s=25"), quick_s=35),
-    Stage("ops", 125, flags=("--out={out}", "--budget_s=105"), quick=("--quick", "--budget_s=30"), quick_s=45),
-    Stage("model", 130, flags=("--out={out}", "--budget_s=105"), quick=("--quick", "--budget_s=30"), quick_s=50),
-    Stage("profile", 45, flags=("--out={out}", "--budget_s=20"), quick=("--quick", "--budget_s=15"), quick_s=30),
-    Stage("decode", 65, flags=("--out={out}", "--models=gpt2", "--context=1024", "--budget_s=45"),
-        quick=("--quick", "--budget_s=20"), quick_s=35),
-    Stage("optim", 35, flags=("--out={out}", "--sizes=768,1600,4096", "--budget_s=25"), quick=None),
-    Stage("plots", 20, quick_s=20),
-    # Last and alone: kernels that no GPU may have run yet. One that never ends costs nothing but itself.
-    Stage("unproven", 25, "ops", quick=None,
-        flags=("--out={out}", "--variants=gluon", "--direction=forward", "--no-compile", "--budget_s=15")),
-)  # fmt: skip
-CPU = (
-    Stage("peaks", 40), Stage("ops", 130, flags=("--out={out}", "--direction=both", "--budget_s=105"), quick_s=130),
-    Stage("model", 50, quick_s=50), Stage("profile", 40, flags=("--out={out}", "--budget_s=20"), quick_s=40),
-    Stage("decode", 100, flags=("--out={out}", "--new=64", "--budget_s=40"), quick_s=100),
-    Stage("serve", 75, flags=("--out={out}", "--loads=1,4", "--requests=8", "--budget_s=40"), quick_s=60),
-    Stage("optim", 35, flags=("--out={out}", "--quick"), quick=(), quick_s=35),
-    Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",), quick_s=45),
-    Stage("aot", 30, module="kernels.proof.aot", flags=(), quick=(), quick_s=30), Stage("plots", 25),
-)  # fmt: skip
 NEEDS_GPU = (
     "the speed of the Triton kernels, against cuDNN, FlashAttention, FlexAttention and torch.compile",
     "ms/iter, tokens/s, mfu, mfu_palm, hfu and peak memory of GPT-2 124M to 1558M, and the ladder of kernels",
@@ -101,15 +61,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "pages:\n" + "\n".join(f"  {name:10s} {about}" for name, about in pages().items())
-    parser.add_argument("--only", help="pages, comma-separated: peaks,ops")
+    parser.add_argument("--set", choices=tuple(SETS), default="campaign", help="which stages; the others need a GPU")
+    parser.add_argument("--only", help="stages, comma-separated: peaks,ops")
     parser.add_argument("--quick", action="store_true", help="one size of each thing: 4 minutes on a GPU")
+    parser.add_argument("--minutes", type=float, help="start no stage that could end after this")
     parser.add_argument("--out", type=Path, help="folder of rows and figures (default: results/<machine>)")
-    arguments = parser.parse_args(argv)
-    return campaign(arguments.only, arguments.quick, arguments.out)
+    parser.add_argument("--archive", type=Path, help="pack rows, figures and logs into this .tar.gz after every stage")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the commands, and run nothing")
+    return campaign(parser.parse_args(argv))
 
 
 # ---- the campaign ----------------------------------------------------------------------------------------------------
-def campaign(only: str | None, quick: bool, out: Path | None) -> int:
+def campaign(arguments: argparse.Namespace) -> int:
     """Run the stages, say how each ended, and return the exit code."""
     import torch
 
@@ -117,18 +80,30 @@ def campaign(only: str | None, quick: bool, out: Path | None) -> int:
 
     from . import results
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu, quick, minutes = torch.cuda.is_available(), arguments.quick, arguments.minutes
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes={minutes:g} must be above 0")
     machine = hardware("cuda" if on_gpu else "cpu")
-    out = out or results.folder(machine)
-    stages = chosen(GPU if on_gpu else CPU, only, quick)
+    out = (arguments.out or results.folder(machine)).absolute()
+    of_set = SETS[arguments.set] if on_gpu or arguments.set != "campaign" else CPU
+    stages = chosen(of_set, arguments.only, quick)
+    if arguments.dry_run:
+        for stage in stages:
+            print(f"# {stage.name}, at most {stage.seconds(quick):.0f} s\n{shlex.join(stage.command(quick, out))}")
+        return 0
+    if not on_gpu and arguments.set != "campaign":
+        raise UserError(f"--set={arguments.set} needs a CUDA device; --dry_run prints what it would run")
+    archive = arguments.archive and arguments.archive.absolute()
+    if archive is not None:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(archive.parent)
     print(f"bench: {machine['name']} -> {out}")
-    minutes = sum(stage.seconds(quick) for stage in stages) / 60
-    print(f"bench: {', '.join(stage.name for stage in stages)}; at most {minutes:.1f} minutes")
+    whole = sum(stage.seconds(quick) for stage in stages) / 60
+    print(f"bench: {', '.join(stage.name for stage in stages)}; at most {min(whole, minutes or whole):.1f} minutes")
     started, ends = time.monotonic(), {}
-    for number, stage in enumerate(stages, 1):
-        print(f"\nbench: [{number}/{len(stages)}] {stage.name}, {time.monotonic() - started:.0f} s gone", flush=True)
-        ends[stage.name] = run_stage(stage, quick, out)
-        if ends[stage.name] == "interrupted":
+    for name, end in run_stages(stages, quick, out, archive, minutes):
+        ends[name] = end
+        if end == "interrupted":
             break
     print(f"\nbench: {time.monotonic() - started:.0f} s")
     for name, end in ends.items():
@@ -154,31 +129,6 @@ def chosen(stages: Sequence[Stage], only: str | None, quick: bool = False) -> li
         if name not in there:
             raise UserError(f"--only={name}: no such page of the campaign{nearest(name, there)}")
     return [there[name] for name in there if name in names]
-
-
-def run_stage(stage: Stage, quick: bool, out: Path) -> str:
-    """Run one stage in its own process, so that its memory is free again for the next. Returns how it ended."""
-    process = subprocess.Popen(stage.command(quick, out), cwd=HERE.parent)
-    limit_s = stage.seconds(quick)
-    try:
-        code = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        _stop(process)
-        return f"stopped after its {limit_s:.0f} s; the rows so far are kept"
-    except KeyboardInterrupt:
-        _stop(process)
-        return "interrupted"
-    return "done" if code == 0 else f"failed with exit code {code}"
-
-
-def _stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may not let go of one that hangs on its GPU
-            process.wait(10)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m bench decode                       # on a GPU batch 1, 8, 32 and contexts of 128 to 8k; on a CPU one size
     python -m bench decode --models=gpt2 --batch=1 --context=272 --new=256 --compile
-    python -m bench decode --quick
+    python -m bench decode --variants=columns,in_order    # kernels that run only when asked for, beside the others
 
 Variants side by side in one process, round after round: the engine with each form of its weights that the device takes,
 the naive loop that reads everything again for each token, transformers' generate with its cache, and on a GPU, or with
@@ -24,13 +24,10 @@ for while the host is a step ahead.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import functools
-import gc
-import importlib.util
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -39,70 +36,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
 from gptfast import mfu
 from gptfast.cli import check_ranges
 from gptfast.config import NAMES, GPTConfig, preset
-from gptfast.engine import Engine, KVCache, Sampling
-from gptfast.engine.decoder import Decoder
-from gptfast.engine.weights import Weights, choose_weights, converted
-from gptfast.errors import UserError
+from gptfast.errors import UserError, nearest
 from gptfast.log import Log, Row, facts
 from gptfast.model import GPT
 from gptfast.runtime import made_current
 from kernels import _triton
 
-from . import compiling, peers, results
+from . import compiling, decoders, peers, results
+from .decoders import Size, Variant, asked_for, fresh, last, let_go, with_ops
 from .failures import FAILURES, in_one_line
 from .peaks import ceilings
 from .step_work import StepWork, step_work
 from .timing import relative_error, summarize
 
-NAIVE_LENGTHS = 6  # at which the naive loop is timed
 DISTURBED = 10  # how often one token may take longer than all of them, because the machine did something else meanwhile
 COMPARED_ROWS, COMPARED_TOKENS = 4, 8  # the truth reads everything again for each token, in fp32
 MEASURED_SLACK = 0.15  # a copy that other tenants slowed may be beaten
 
 
-@dataclass(frozen=True)
-class Size:
-    """`new` tokens after `prompt` tokens, for B sequences at once."""
-
-    B: int
-    prompt: int
-    new: int
-
-    @property
-    def dims(self) -> dict[str, int]:
-        return {"B": self.B, "prompt": self.prompt, "new": self.new}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to decode. `generate(tokens, n)` gives n tokens (B, n) after tokens (B, T), greedily."""
-
-    impl: str
-    dtype: str  # of the activations
-    weight_bytes: float  # per number
-    kv_bytes: float
-    generate: Callable[[Tensor, int], Tensor]
-    logits: Callable[[Tensor], Tensor]  # (B, V) after tokens (B, T)
-    lengths: int | None = None  # of the naive loop: how many are timed
-    weights: Weights | None = None  # of the engine: their form
-    graph_breaks: Callable[[], int] | None = None  # of torch.compile's: how often its step was cut in two
-
-
 # ---- what is decoded, and the truth about it -------------------------------------------------------------------------
-def fresh(config: GPTConfig, device: torch.device) -> GPT:
-    """A model with the same random weights at every call, as this device runs it."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = GPT(config, kernels.load("auto" if device.type == "cuda" else "cpu")).eval()
-    if device.type != "cpu":
-        model.dtype = torch.bfloat16
-    return model
-
-
 @dataclass(frozen=True)
 class Truth:
     """Of the first sequences: their logits (b, V) fp64 after the prompt, and the tokens (b, n) that follow it."""
@@ -120,145 +75,15 @@ class Truth:
 
 def truth(model: GPT, prompts: Tensor, n: int) -> Truth:
     """What the weights of `model` say in fp32, by the reference of every op and without a cache."""
-    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, {**shared, id(model.ops): peers.ops_in_torch()})
+    plain = with_ops(model, peers.ops_in_torch())
     plain.dtype = torch.float32
     tokens, first = prompts[:COMPARED_ROWS], None
     for _ in range(n):  # one sequence at a time, which takes the least memory
-        logits = torch.cat([_last(plain)(row[None]) for row in tokens])
+        logits = torch.cat([last(plain)(row[None]) for row in tokens])
         first = logits.double() if first is None else first
         tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
     assert first is not None
     return Truth(first, tokens[:, prompts.shape[1] :].cpu())
-
-
-def let_go() -> None:
-    """Give memory that nothing refers to any more back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# ---- ways to decode --------------------------------------------------------------------------------------------------
-def by_engine(model: GPT, size: Size, weights: Weights) -> Variant:
-    """The engine, with its matrices in the form `weights`."""
-    engine = Engine(model, slots=size.B, weights=weights)
-
-    def generate(tokens: Tensor, n: int) -> Tensor:
-        requests = [engine.submit(row, Sampling(max_tokens=n, temperature=0)) for row in tokens.tolist()]
-        while engine.busy:
-            engine.step()
-        return torch.tensor([request.tokens for request in requests])
-
-    itemsize = {"float16": 2, "int8": 1}.get(weights, model.dtype.itemsize)
-    dtype = engine.model.dtype
-    impl = "engine" if weights == "model" else f"engine {weights}"
-    return Variant(impl, _name(dtype), itemsize, dtype.itemsize, generate, _last(engine.model), None, weights)
-
-
-def naive(model: GPT) -> Variant:
-    """A forward pass over everything for each token, as nanoGPT's generate does."""
-
-    def generate(tokens: Tensor, n: int) -> Tensor:
-        start = tokens.shape[1]
-        for _ in range(n):
-            tokens = torch.cat((tokens, _last(model)(tokens).argmax(-1, keepdim=True)), dim=1)
-        return tokens[:, start:].cpu()
-
-    itemsize = model.dtype.itemsize
-    return Variant("naive", _name(model.dtype), itemsize, itemsize, generate, _last(model), NAIVE_LENGTHS)
-
-
-def transformers_model(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Any:
-    """GPT-2 of transformers, with torch's attention, over the weights of `model`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from gptfast import hf
-
-    settings, weights = hf.exported(model, "gpt2")
-    chosen = GPT2Config(**{key: value for key, value in settings.items() if key != "architectures"})
-    chosen._attn_implementation = "sdpa"
-    with torch.device("meta"):  # its own random weights would be thrown away
-        theirs: Any = GPT2LMHeadModel(chosen)
-    theirs.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, strict=False, assign=True)
-    theirs.tie_weights()
-    return theirs.eval()
-
-
-def by_transformers(config: GPTConfig, model: GPT, dtype: torch.dtype) -> Variant:
-    """transformers' generate, with its cache and torch's attention, over the same weights."""
-    theirs = transformers_model(config, model, dtype)
-
-    def generate(tokens: Tensor, n: int) -> Tensor:
-        mask = torch.ones_like(tokens)
-        out = theirs.generate(
-            tokens, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
-        )
-        return out[:, tokens.shape[1] :].cpu()
-
-    itemsize = dtype.itemsize
-    return Variant(
-        "transformers", _name(dtype), itemsize, itemsize, generate, lambda tokens: theirs(tokens).logits[:, -1]
-    )
-
-
-def compiled(model: GPT, size: Size) -> Variant:
-    """torch.compile of a step of the model in plain torch over a static cache, with torch's attention under a mask."""
-    chosen = {name: ("reference", "plain torch", peers.in_torch(op)) for name, op in kernels.OPS.items()}
-    fused = peers.sdpa_decode(None)
-    ops = kernels.Ops({**chosen, "decode_attention": ("sdpa", "torch's attention", fused)})
-    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, {**shared, id(model.ops): ops})
-    plain = converted(plain, "model")
-    cache = KVCache(model.config, ops, size.B, dtype=model.dtype, device=model.lm_head.weight.device)
-    decoder = Decoder(plain, cache, compile=True)
-
-    def generate(tokens: Tensor, n: int) -> Tensor:
-        for slot in range(size.B):
-            cache.release(slot)
-        logits = torch.stack([decoder.read_whole(slot, row) for slot, row in enumerate(tokens.tolist())])
-        found = [logits.argmax(-1, keepdim=True)]
-        while len(found) < n:
-            found.append(decoder.step(found[-1])[:, -1].argmax(-1, keepdim=True))
-            cache.advance(1)
-        return torch.cat(found, dim=1).cpu()
-
-    itemsize, before = model.dtype.itemsize, compiling.count_breaks()
-    breaks = lambda: compiling.count_breaks() - before
-    dtype = _name(model.dtype)
-    return Variant("torch.compile", dtype, itemsize, itemsize, generate, _last(plain), graph_breaks=breaks)
-
-
-def _last(model: GPT) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: model.logits(tokens, last_only=True)[:, -1]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def variants(model: GPT, size: Size, compiles: bool, log: Log) -> Iterator[Variant]:
-    """Every way that the model's device has, the naive one first; what cannot be made is said, and left out."""
-    on_cpu = model.lm_head.weight.device.type == "cpu"
-    chosen, _ = choose_weights(model)
-    forms: tuple[Weights, ...] = ("model", "float16", "int8") if on_cpu else ("model", "int8")
-    ways: dict[str, Callable[[], Variant]] = {"naive": lambda: naive(converted(model, "model"))}
-    for form in sorted(forms, key=chosen.__ne__):
-        ways[f"engine {form}"] = functools.partial(by_engine, model, size, form)
-    if importlib.util.find_spec("transformers") is None:
-        log.say("decode transformers is not installed: its generate is left out")
-    else:
-        for dtype in (torch.float32, torch.bfloat16) if on_cpu else (torch.bfloat16,):
-            ways[f"transformers {_name(dtype)}"] = functools.partial(by_transformers, model.config, model, dtype)
-    if compiles:
-        ways["torch.compile"] = lambda: compiled(model, size)
-    for name, make in ways.items():
-        try:
-            yield make()
-        except FAILURES as error:
-            log.row("note", name=f"{name} {size.dims}", text=f"left out: {type(error).__name__}: {error}")
-            log.say(f"decode {name}: left out: {in_one_line(error)}")
-        let_go()
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -454,7 +279,7 @@ def run_size(
         log.row("note", name=what, text=f"failed: {type(error).__name__}: {error}")
         log.say(f"decode {what}: FAILED: {in_one_line(error)}")
 
-    ways = variants(model, size, arguments.compile, log)
+    ways = decoders.variants(model, size, arguments.compile, log, arguments.variants)
     _, once_s = measure(ways, tokens, size.new, arguments.rounds, budget_s, known, failed)
     for row in rows.values():
         if row["n"] > 1:
@@ -509,6 +334,7 @@ def main(argv: Sequence[str]) -> int:
     add("--batch", help="sequences at once, comma-separated (default: 1,8,32 on a GPU, else 1)")
     add("--context", help="tokens of prompt and answer together, comma-separated (default: 128,1024,8192 on a GPU)")
     add("--new", type=int, help="tokens of the answer (default: 64 on a GPU, else 256)")
+    add("--variants", default="", help=f"the engine with these too, on a GPU: of {', '.join(asked_for())}")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU; a minute or two)")
     add("--rounds", type=int, default=5, help="samples of each variant, at most")
     add("--budget_s", type=float, default=900.0 if on_gpu else 45.0, help="start no round or size that would end after")
@@ -526,6 +352,12 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{flag}={getattr(arguments, flag)} must be above 0")
     if arguments.new is not None and arguments.new < 2:
         raise UserError(f"--new={arguments.new}: at least 2, of which the second and on are timed as steps")
+    arguments.variants = [name for name in arguments.variants.split(",") if name]
+    for name in arguments.variants:
+        if name not in asked_for():
+            raise UserError(f"--variants={name} is unknown{nearest(name, asked_for())}")
+    if arguments.variants and device.type != "cuda":
+        raise UserError("--variants: these kernels need a CUDA device; `python -m bench host` counts launches without")
     chosen = sizes(arguments, device.type == "cuda")
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)

@@ -41,7 +41,7 @@ from gptfast.runtime import made_current, threads_beside_requests
 from gptfast.tokenizer import CharTokenizer
 
 from . import results
-from .decode import fresh, let_go, transformers_model
+from .decoders import fresh, let_go, transformers_model
 from .failures import FAILURES, in_one_line
 from .timing import summarize
 

@@ -6,13 +6,15 @@ import argparse
 import dataclasses
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kernels
-from bench import compiling, decode, results
-from bench.decode import Samples, Size, Variant, figures, main, measure, sample
+from bench import compiling, decode, decoders, results
+from bench.decode import Samples, figures, main, measure, sample
+from bench.decoders import Size, Variant
 from bench.peaks import Ceilings
 from bench.step_work import CountOps, StepWork, host_us, step_work
 from bench.timing import relative_error
@@ -23,6 +25,7 @@ from gptfast.engine.weights import converted
 from gptfast.errors import UserError
 from gptfast.log import Log
 from gptfast.model import GPT
+from kernels import _triton
 
 CONFIG = dataclasses.replace(PRESETS["char-cpu"], block_size=24)
 PEAK = mfu.Peak.measured("a copy", {}, 1e9, "by hand")
@@ -171,7 +174,7 @@ def test_a_way_that_cannot_run_is_named_and_left_out(roof, tmp_path, monkeypatch
     def broken(*_):
         raise RuntimeError("no such thing here")
 
-    monkeypatch.setattr(decode, "by_transformers", broken)
+    monkeypatch.setattr(decoders, "by_transformers", broken)
     flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
     assert main([*flags, f"--out={tmp_path}"]) == 0
     assert "transformers float32: left out: RuntimeError: no such thing here" in capsys.readouterr().out
@@ -236,9 +239,31 @@ def small(monkeypatch, **changes):
     monkeypatch.setitem(PRESETS, "char-cpu", dataclasses.replace(PRESETS["char-cpu"], n_layer=1, **changes))
 
 
+def test_kernels_by_name_are_for_a_gpu_and_known(monkeypatch):
+    with pytest.raises(UserError, match="--variants=column is unknown; did you mean columns"):
+        main(["--variants=column", "--device=cpu"])
+    with pytest.raises(UserError, match="--variants: these kernels need a CUDA device"):
+        main(["--variants=columns", "--device=cpu"])
+
+
+def test_a_variant_is_the_engine_with_its_kernels_and_in_order_none_starts_early(monkeypatch):
+    asked, early, x = [], [], SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(_triton, "arch", lambda x: 90)
+    monkeypatch.setattr(kernels, "load", lambda *chosen, **per_op: asked.append((chosen, per_op)) or model.ops)
+    record = lambda tokens, n: early.append(_triton.starts_early(x)) or tokens
+    monkeypatch.setattr(decoders, "by_engine", lambda *_: dataclasses.replace(way(), generate=record))
+    model = GPT(CONFIG, kernels.Ops({name: ("", "", op.reference) for name, op in kernels.OPS.items()}))
+    ways = [decoders.by_variant(model, Size(1, 4, 4), name) for name in ("columns", "in_order")]
+    for each in ways:
+        each.generate(torch.zeros(1, 4), 4)
+    assert [each.impl for each in ways] == ["engine columns", "engine in_order"] and early == [True, False]
+    assert asked == [(("auto",), {"decode_linear": "columns"})] and _triton.starts_early(x)
+
+
 def test_a_failure_at_run_time_is_in_a_row_and_the_page_goes_on(roof, tmp_path, monkeypatch, capsys):
     small(monkeypatch)
-    monkeypatch.setattr(decode, "by_engine", lambda model, size, form: fails_at(1 + (form == "int8"), f"engine {form}"))
+    broken = lambda model, size, form: fails_at(1 + (form == "int8"), f"engine {form}")
+    monkeypatch.setattr(decoders, "by_engine", broken)
     flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu"]
     assert main([*flags, f"--out={tmp_path}"]) == 0
     rows = results.read(tmp_path / "decode.jsonl")
@@ -272,7 +297,7 @@ def test_the_truth_is_the_same_weights_in_fp32_by_the_references():
         assert relative_error(right.logits, exact) < 1e-6 and right.tokens.shape == (4, 3)
         assert right.tokens[:, 0].equal(exact.argmax(-1)) and model.dtype == torch.bfloat16
         same.dtype = torch.bfloat16
-        error, agrees = right.against(decode.naive(converted(same, "model")), prompts)
+        error, agrees = right.against(decoders.naive(converted(same, "model")), prompts)
     assert 1e-4 < error < 0.1 and 0 <= agrees <= 3
 
 
@@ -319,7 +344,7 @@ def test_the_compiled_peer_is_one_graph_and_where_it_is_not_a_row_says_so_or_it_
     it runs the rest of the layers uncompiled."""
     assert max(config.n_layer for config in PRESETS.values()) <= compiling.LIMIT
     monkeypatch.setitem(PRESETS, "char-cpu", dataclasses.replace(PRESETS["char-cpu"], n_layer=3))
-    monkeypatch.setattr(decode, "variants", lambda model, size, *_: iter([decode.compiled(model, size)]))
+    monkeypatch.setattr(decoders, "variants", lambda model, size, *_: iter([decoders.compiled(model, size)]))
     flags = ["--models=char-cpu", "--context=12", "--new=4", "--rounds=1", "--device=cpu", "--compile"]
     assert main([*flags, f"--out={tmp_path / 'whole'}"]) == 0 and len(graphs) == 1
     assert "parts" not in capsys.readouterr().out

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import re
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
-from bench import __main__ as campaign
 from bench import ops, peers, warm
 from bench.failures import FAILURES
 from bench.ops import Case, cases, fitted, halved, run_case, variants
@@ -279,28 +274,6 @@ def test_an_op_without_a_gradient_is_timed_forward_whatever_is_asked_of_the_othe
     assert directions("backward") == {("layernorm", "backward")}
 
 
-def test_campaign_stages_are_pages_that_exist():
-    for stages in (campaign.GPU, campaign.CPU):
-        names = [stage.name for stage in campaign.chosen(stages, None)]
-        assert names == [stage.name for stage in stages] and names[0] == "peaks"
-    assert [stage.name for stage in campaign.chosen(campaign.GPU, "ops,peaks")] == ["peaks", "ops"]
-    with pytest.raises(UserError, match="did you mean peaks"):
-        campaign.chosen(campaign.GPU, "peak")
-
-
-@pytest.mark.parametrize("quick, minutes", [(False, 9), (True, 4)])
-def test_the_budgets_of_the_gpu_campaign_add_up(quick, minutes):
-    """Each page's own budget ends it before it is stopped; ops and models have begun after four minutes."""
-    stages = campaign.chosen(campaign.GPU, None, quick)
-    assert sum(stage.seconds(quick) for stage in stages) <= 60 * minutes
-    before = itertools.accumulate(stage.seconds(quick) for stage in stages)
-    begun = [stages[0].name] + [stage.name for stage, at in zip(stages[1:], before, strict=False) if at < 4 * 60]
-    assert {"peaks", "ops", "model"} <= set(begun)
-    for stage in (*stages, *campaign.CPU):
-        last = [flag for flag in stage.command(quick, Path("x")) if flag.startswith("--budget_s=")][-1:]
-        assert all(float(flag.partition("=")[2]) <= stage.seconds(quick) - 10 for flag in last), stage
-
-
 def test_what_is_warmed_is_every_case_once():
     todo = warm.commands(3, None, True, True, 50.0)
     shares = [ops._share(flag.partition("=")[2]) for command in todo for flag in command if flag.startswith("--warm=")]
@@ -319,44 +292,6 @@ def test_a_share_runs_its_cases_and_writes_nothing(tmp_path, capsys):
     flags = ["--only=layernorm,rmsnorm", "--quick", "--device=cpu", "--dtype=float32", f"--out={tmp_path}"]
     assert ops.main([*flags, "--warm=0/2"]) == 0
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
-
-
-def test_the_flags_of_every_stage_are_those_of_its_page(capsys):
-    for stage in (*campaign.GPU, *campaign.CPU):
-        if not stage.module:
-            with pytest.raises(SystemExit):
-                campaign.main([stage.page or stage.name, "--help"])
-            known = set(re.findall(r"--[a-z_-]+", capsys.readouterr().out.partition("options:")[2]))
-            assert {flag.partition("=")[0] for flag in (*stage.flags, *(stage.quick or ()))} <= known, stage
-
-
-def test_a_page_that_does_not_even_die_holds_nobody_up(monkeypatch):
-    class Hung:
-        def __init__(self) -> None:
-            self.told = []
-
-        def send_signal(self, number):
-            self.told.append(number)
-
-        def wait(self, timeout=None):
-            assert timeout is not None, "waits for ever"
-            raise subprocess.TimeoutExpired("bench", timeout)
-
-        def kill(self):
-            self.told.append("kill")
-
-    hung = Hung()
-    campaign._stop(hung)
-    assert hung.told == [signal.SIGINT, "kill"]
-
-
-def test_a_stage_says_how_it_ended(tmp_path):
-    short = campaign.Stage("version", 60, module="platform", flags=())
-    assert campaign.run_stage(short, False, tmp_path) == "done"
-    missing = campaign.Stage("nothing", 60, module="no_such_module", flags=())
-    assert campaign.run_stage(missing, False, tmp_path) == "failed with exit code 1"
-    slow = campaign.Stage("slow", 0.5, module="http.server", flags=())  # which serves until it is stopped
-    assert "stopped after its 0 s" in campaign.run_stage(slow, False, tmp_path)
 
 
 # ---- kernels that fail, and those that nobody has run yet ------------------------------------------------------------
@@ -440,9 +375,6 @@ def test_a_variant_is_timed_only_where_it_is_asked_for():
     assert "gluon" in attention.variants and "gluon" not in variants(attention, gpu, compiled=False)
     asked = variants(attention, gpu, compiled=False, asked=["gluon"])
     assert list(asked)[:3] == ["triton", "gluon", "reference"]
-    *before, last = campaign.GPU  # where one that never ends costs nothing but itself
-    assert last.page == "ops" and "--variants=gluon" in last.flags
-    assert not any("--variants" in flag for stage in before for flag in stage.flags)
 
 
 def test_a_variant_is_checked_first_where_it_can_run(monkeypatch, tmp_path):

@@ -50,6 +50,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"there is no Triton for {sys.platform}")
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the largest cases take 25 GB, and workers share the GPU
+
+
 @pytest.fixture(scope="session")
 def fuzz_examples(pytestconfig: pytest.Config) -> int:
     """How many random cases a fuzz test draws for one op: `--fuzz-examples`."""

@@ -36,9 +36,13 @@ def qkv(B: int, T: int, S: int, H: int, G: int, D: int) -> tuple[Tensor, Tensor,
     return q, *torch.randn(2, B, S, G, D).bfloat16().unbind()
 
 
-def options_of(q: Tensor, window: int | None = None, cu_seqlens: Tensor | None = None) -> Options:
+def options_of(
+    q: Tensor, window: int | None = None, cu_seqlens: Tensor | None = None, softcap: float = 0.0,
+    scale: float | None = None,
+) -> Options:  # fmt: skip
     """What the kernels are given, as by attention_gluon."""
-    return Options(cu_seqlens, None, True, -1 if window is None else window, q.shape[3] ** -0.5, 0.0, 0.0, True)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return Options(cu_seqlens, None, True, -1 if window is None else window, scale, softcap, 0.0, True)
 
 
 def forward(page: ModuleType, q: Tensor, k: Tensor, v: Tensor, seed: int, **features) -> tuple[Tensor, Tensor]:
@@ -88,12 +92,13 @@ BOUNDS = {
     "window": dict(window=100), "window of one": dict(window=1), "window of all": dict(window=1000),
     "documents": dict(cu_seqlens=torch.tensor([0, 0, 3, 64, 190, 330])),
     "documents and window": dict(cu_seqlens=torch.tensor([0, 150, 151, 330]), window=70),
+    "softcap": dict(softcap=1.5, scale=0.3), "softcap and window": dict(softcap=20.0, window=100),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("D", hopper.TILES)
 @pytest.mark.parametrize("features", BOUNDS.values(), ids=BOUNDS)
-def test_windows_and_documents(features, D):
+def test_windows_documents_and_softcaps(features, D):
     for seed in range(2):
         check(hopper, *qkv(1, 330, 330, 2, 1, D), seed, **features)
     if "cu_seqlens" not in features:
@@ -245,6 +250,13 @@ def test_mistaken_bound_is_caught(mistake, tmp_path, monkeypatch):
             check(page, *qkv(1, 640, 640, 1, 1, 64), 0, **features)
 
 
+@pytest.mark.parametrize("mistake", [("s = tanh(s * share)", "s = s * share"), ("gl.exp2(s * factor", "gl.exp2(s")])
+def test_mistaken_softcap_is_caught(mistake, tmp_path, monkeypatch):
+    page = mutated(hopper, *mistake, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        check(page, *qkv(1, 330, 330, 1, 1, 64), 0, softcap=1.5, scale=0.3)
+
+
 # ---- when it is taken
 
 
@@ -270,14 +282,14 @@ def test_it_is_taken_unasked_where_it_wins_and_for_what_it_can_do(features):
     assert launched(attention_triton, *arguments, arch=100, **features) == plain
     for D in (64, 256):
         assert launched(attention_triton, *qkv(1, 5, 5, 1, 1, D), **features) == plain
-        if not features or "window" in features or "cu_seqlens" in features:
+        if not {"causal", "dropout"} & {*features}:
             assert launched(attention_gluon, *qkv(1, 5, 5, 1, 1, D), **features) == gluon
 
 
 SMALL, WRONG = qkv(1, 5, 5, 1, 1, 64), "q: needs bf16 and a head dim of 64, 128 or 256, got torch"
 REFUSED = {
-    "causal": (SMALL, dict(causal=False)), "softcap": (SMALL, dict(softcap=2.0)),
-    "softcap and dropout": (SMALL, dict(dropout=0.1)),
+    "causal": (SMALL, dict(causal=False)), "dropout": (SMALL, dict(dropout=0.1)),
+    "softcap: needs at least 1e-06": (SMALL, dict(softcap=1e-7)),
     "k: needs at least": (qkv(1, 6, 5, 1, 1, 64), {}),
     f"{WRONG}.bfloat16 and 96": (qkv(1, 5, 5, 1, 1, 96), {}),
     f"{WRONG}.float16 and 64": (tuple(x.half() for x in SMALL), {}),
@@ -360,7 +372,7 @@ def test_the_order_of_its_instructions(D):
 def test_on_a_gpu(D):
     for T in (1, 63, 128, 1031, 4096):
         q, k, v = (x.cuda() for x in qkv(2, T, T + 3, 4, 2, D))
-        for given in ({}, dict(window=100)):
+        for given in ({}, dict(window=100), dict(softcap=2.0)):
             truth = attention_reference(q.double(), k.double(), v.double(), **given)
             bound = 2 * relative_error(attention_reference(q, k, v, **given), truth) + torch.finfo(q.dtype).eps
             assert relative_error(attention_gluon(q, k, v, **given), truth) <= bound

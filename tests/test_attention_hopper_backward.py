@@ -76,7 +76,7 @@ def test_values(dims, D, seed):
 
 @pytest.mark.parametrize("D", KERNELS)
 @pytest.mark.parametrize("features", BOUNDS.values(), ids=BOUNDS)
-def test_windows_and_documents(features, D):
+def test_windows_documents_and_softcaps(features, D):
     check(case(1, 330, 330, 1, 1, D, **features), 0)
     if "cu_seqlens" not in features:
         check(case(1, 70, 330, 1, 1, D, **features), 1)  # the first keys are too old for every query
@@ -145,8 +145,8 @@ WIDE = {
     "weights not given": (f"{ARRIVE}(p_full.index(0))", GONE),
     "phase of weights": ("p_full.index(0), i & 1", "p_full.index(0), (i + 1) & 1"),
     "weights given before they are stored": (
-        f"p_tiles.index(0).store(p)\n        {ARRIVE}(p_full.index(0))",
-        f"{ARRIVE}(p_full.index(0))\n        p_tiles.index(0).store(p)"),
+        f"p_tiles.index(0).store(slope.to(gl.bfloat16))\n        {ARRIVE}(p_full.index(0))",
+        f"{ARRIVE}(p_full.index(0))\n        p_tiles.index(0).store(slope.to(gl.bfloat16))"),
     "differences not awaited": (f"{WAIT}(s_full.index(0), i & 1)", GONE),
     "differences not fenced": (f"gl_hopper.fence_async_shared()\n        {ARRIVE}(s_full", f"{ARRIVE}(s_full"),
     "queries not given back": (f"{ARRIVE}(q_free.index(q_stage))", GONE),
@@ -216,6 +216,24 @@ def test_mistaken_bound_is_caught(mistake, D, tmp_path, monkeypatch):
             check(case(1, T, 400, 1, 1, D, **features), 0)
 
 
+SOFTCAP_MUTANTS = {
+    "no slope": ("slope = 1.0 - p * p", "slope = 1.0 - 0.0 * p"),
+    "slope of the scores": ("slope = slope * p", "slope = slope * s"),
+    "hidden keys seen": ("-1e18 if SOFTCAPPED", "-1.0 if SOFTCAPPED"),
+    "scores not capped": ("p = tanh(s * share)", "p = s * share"),
+    "far from zero by the series": ("square < 0.09", "square < 9.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("D", KERNELS)
+@pytest.mark.parametrize("mistake", SOFTCAP_MUTANTS)
+def test_mistaken_softcap_is_caught(mistake, D, tmp_path, monkeypatch):
+    page = mutated(pieces, *SOFTCAP_MUTANTS[mistake], tmp_path, monkeypatch, of=hopper)
+    monkeypatch.setattr(sys.modules[__name__], "hopper", page)
+    with pytest.raises(AssertionError):
+        check(case(1, 330, 330, 1, 1, D, softcap=1.5, scale=0.3), 0)
+
+
 # ---- when it is taken
 
 
@@ -240,7 +258,7 @@ def test_it_is_taken_where_it_can_run(D):
     assert launched(D=D, arch=100) == PLAIN and launched(D=D, arch=80) == PLAIN
     for features in (dict(causal=False), dict(window=3), dict(softcap=2.0), dict(dropout=0.1)):
         assert launched(D=D, **features) == PLAIN
-    for features in (dict(window=3), dict(cu_seqlens=torch.tensor([0, 9, 64]))):
+    for features in (dict(window=3), dict(softcap=2.0), dict(cu_seqlens=torch.tensor([0, 9, 64]))):
         assert launched(D=D, gluon=True, **features) == hopper
     assert launched(D=96) == PLAIN
 
@@ -265,14 +283,16 @@ def test_the_report_holds_its_machine_code_to_the_gates(D):
         assert re.match("HGMMA ", row["matrix"]) and row["bulk_copies"] > 0
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("D", KERNELS)
-def test_the_registers_of_all_roles_fit_those_that_the_program_starts_with(D):
+def test_the_registers_of_all_roles_fit_those_that_the_program_starts_with(D, softcap):
     """Or the last to ask would wait forever."""
-    found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D), 90)
+    found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D, softcap=softcap), 90)
     launch = next(launch for launch in found if launch.kernel.__name__ == KERNELS[D])
     ptx = aot.compile_launch(launch, 90).asm["ptx"]
     granted = int(re.search(r"\.maxnreg (\d+)", ptx).group(1))
     groups, tile = (3 if D == 64 else 2), {64: stay, 128: fused, 256: wide}[D].TILE
+    tile = stay.SOFTCAP_TILE if softcap and D == 64 else tile
     asked = 2 * tile.registers + (512 - 24 - 2 * tile.registers if D == 64 else 0)
     assert asked + 24 <= granted * (groups + 1)
 
@@ -289,7 +309,7 @@ def test_on_a_gpu(D):
             return torch.autograd.grad(function(*leaves, **features), leaves, dout.to(dtype))
 
         edges = torch.tensor([0, T // 3, T // 2, T], device="cuda")
-        for features in ({}, dict(window=100), *([dict(cu_seqlens=edges)] if T == S else [])):
+        for features in ({}, dict(window=100), dict(softcap=2.0), *([dict(cu_seqlens=edges)] if T == S else [])):
             found, same = (run(f, torch.bfloat16, features) for f in (attention_gluon, attention_reference))
             for f, s, t in zip(found, same, run(attention_reference, torch.float64, features), strict=True):
                 assert relative_error(f, t) <= 2 * relative_error(s, t) + torch.finfo(f.dtype).eps

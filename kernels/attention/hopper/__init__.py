@@ -9,8 +9,8 @@ plain kernels with their best tiles, of these, and of cuDNN 9.19:
     4, 4096, 16, 128    473 / 602 / -       391 / 479 / 438
 
 So this forward runs at D = 128, and this backward at 64 and 128, unless torch.use_deterministic_algorithms asks for
-sums in a fixed order: then the plain kernels run. What has not been timed runs where `gluon` asks for it: windows and
-documents, D = 256, and this backward with grouped heads of 128.
+sums in a fixed order: then the plain kernels run. What has not been timed runs where `gluon` asks for it: windows,
+documents and a softcap, D = 256, and this backward with grouped heads of 128.
 """
 
 import torch
@@ -22,11 +22,10 @@ from ..shared import Options, aligned
 from . import fused, stay, wide
 from .forward import launch_forward_hopper
 from .pieces import (
-    LOG2_E,
     attention_bwd_kernel_finish,
     attention_bwd_kernel_prepare,
-    bounds,
     can_run,
+    features,
     obstacle,
     statistics_of,
     sums_of,
@@ -43,17 +42,18 @@ def takes_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     if options.gluon:
         why_not = obstacle(q, k, v, options)
         require(not why_not, f"attention by Gluon: {why_not}; leave the choice to attention_triton")
-    return can_run(q, k, v, options) and (options.gluon or (q.shape[3] == 128 and not options.bounded))
+    timed = q.shape[3] == 128 and not (options.bounded or options.softcap)
+    return can_run(q, k, v, options) and (options.gluon or timed)
 
 
 def takes_backward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Returns whether this backward can run, and the order of dq's sums may vary.
 
-    Windows and documents, grouped heads of 128, and heads of 256 are left to the plain kernels unless insisted on: they
-    have not been timed.
+    Windows, documents and a softcap, grouped heads of 128, and heads of 256 are left to the plain kernels unless
+    insisted on: they have not been timed.
     """
     D, grouped = q.shape[3], q.shape[2] != k.shape[2]
-    untimed = options.bounded or D == 256 or (D == 128 and grouped)
+    untimed = options.bounded or options.softcap > 0 or D == 256 or (D == 128 and grouped)
     if torch.are_deterministic_algorithms_enabled() or (untimed and not options.gluon):
         return False
     return can_run(q, k, v, options)
@@ -66,7 +66,7 @@ def launch_backward_hopper(
     """Fill dq, dk and dv, of the shapes of q, k, v. lse (B, H, T) fp32 in base 2; out contiguous."""
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     (B, T, H, D), (S, G), (dq, dk, dv) = q.shape, k.shape[1:3], gradients
-    rows, scale, (window, documents, flags) = triton.cdiv(T, 64) * 64, options.scale, bounds(options, S)
+    rows, given = triton.cdiv(T, 64) * 64, features(options, S)
     statistics = torch.empty((2, B * H, rows), dtype=torch.float32, device=q.device)
     sums = torch.empty((B * H, rows, D), dtype=torch.float32, device=q.device)
     block = 64 if D <= 128 else 16  # rows of a program before and after, whose registers hold them
@@ -75,18 +75,19 @@ def launch_backward_hopper(
     )
     programs, tile, kernel = triton.cdiv(S, 128) * B * G, fused.TILE, fused.attention_bwd_kernel_fused_hopper
     if D == 64:
-        tile = stay.DOCUMENTS_TILE if documents is not None and H > G else stay.TILE
+        tile = stay.DOCUMENTS_TILE if given.documents is not None and H > G else stay.TILE
+        tile = stay.SOFTCAP_TILE if options.softcap else tile
         programs = min(programs, multiprocessors(q))
         kernel = stay.attention_bwd_kernel_stay_hopper
     elif D == 256:
         programs, tile, kernel = triton.cdiv(S, 64) * B * G, wide.TILE, wide.attention_bwd_kernel_wide_hopper
     kernel[(programs,)](
         tiles_of(q, tile.block_m), tiles_of(k, 64), tiles_of(v, 64), tiles_of(dout, tile.block_m),
-        statistics_of(statistics, tile.block_m), documents, tiles_of(dk, 64), tiles_of(dv, 64),
-        sums_of(sums, 64, 64), B * G, T, S, H, G, window, scale * LOG2_E, scale, **flags,
+        statistics_of(statistics, tile.block_m), given.documents, tiles_of(dk, 64), tiles_of(dv, 64),
+        sums_of(sums, 64, 64), B * G, T, S, H, G, given.window, given.share, given.factor, options.scale, **given.flags,
         HEADS=H // G, D=D, BLOCK_M=tile.block_m, Q_STAGES=tile.q_stages, O_STAGES=tile.o_stages,
         S_STAGES=tile.s_stages, REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip
     attention_bwd_kernel_finish[(rows // block, B * H)](
-        sums, dq, *dq.stride()[:3], T, H, rows, scale, D=D, BLOCK=block, num_warps=4
+        sums, dq, *dq.stride()[:3], T, H, rows, options.scale, D=D, BLOCK=block, num_warps=4
     )

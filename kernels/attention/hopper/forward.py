@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._triton import gl, gl_hopper, gluon_jit, triton
 from ..shared import Options, aligned, place
-from .pieces import LOG2_E, bounds, fetch, first_key, tiles_of
+from .pieces import features, fetch, first_key, tanh, tiles_of
 
 
 @gluon_jit
@@ -39,13 +39,15 @@ def _supply(
 
 @gluon_jit
 def _softmax_step(
-    s, m, l, first, seen, last_seen, n, scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BOUNDED: gl.constexpr,
-    SCORES: gl.constexpr,
+    s, m, l, first, seen, last_seen, n, share, factor, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BOUNDED: gl.constexpr, SOFTCAPPED: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """Fold the scores of keys from n on into the running maximum m and sum l; the first query's position is `first`.
 
     If BOUNDED, `seen` is the first key that each query sees, and `last_seen` that of the last query.
     """
+    if SOFTCAPPED:
+        s = tanh(s * share)
     masked = n + BLOCK_N > first + 1
     if BOUNDED:
         masked = masked | (n < last_seen)
@@ -55,9 +57,9 @@ def _softmax_step(
         s = gl.where(position[:, None] >= keys[None, :], s, float("-inf"))
         if BOUNDED:
             s = gl.where(seen[:, None] <= keys[None, :], s, float("-inf"))
-    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    m_new = gl.maximum(m, gl.max(s, 1) * factor)
     origin = gl.where(m_new == float("-inf"), 0.0, m_new)  # no key seen yet: every weight is exp2(-inf - 0) = 0
-    p = gl.exp2(s * scale - origin[:, None])
+    p = gl.exp2(s * factor - origin[:, None])
     alpha = gl.exp2(m - origin)
     return p.to(gl.bfloat16), alpha, m_new, l * alpha + gl.sum(p, 1)
 
@@ -65,8 +67,9 @@ def _softmax_step(
 @gluon_jit
 def _attend(
     out, lse_ptr, document_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, turn, b, h, row,
-    start, tiles, T, S, window, scale, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    start, tiles, T, S, window, share, factor, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr,
+    SOFTCAPPED: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of a group of four warps: ROWS queries from `row` on -> out and the log-sum-exp in base 2."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -92,8 +95,9 @@ def _attend(
     s = gl_hopper.warpgroup_mma_wait(0, [s])
     gl_hopper.mbarrier.arrive(k_free.index(0))
     p, alpha, m, l = _softmax_step(
-        s, m, l, first, seen, last_seen, start + (tiles - 1) * BLOCK_N, scale, ROWS, BLOCK_N, BOUNDED, SCORES
-    )
+        s, m, l, first, seen, last_seen, start + (tiles - 1) * BLOCK_N, share, factor, ROWS, BLOCK_N, BOUNDED,
+        SOFTCAPPED, SCORES,
+    )  # fmt: skip
     weights = gl.convert_layout(p, WEIGHTS)
     if tiles > 1:
         gl_hopper.mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1)
@@ -110,8 +114,9 @@ def _attend(
         s = gl_hopper.warpgroup_mma_wait(1, [s])
         gl_hopper.mbarrier.arrive(k_free.index(k_stage))
         p, alpha, m, l = _softmax_step(
-            s, m, l, first, seen, last_seen, start + (tiles - 1 - i) * BLOCK_N, scale, ROWS, BLOCK_N, BOUNDED, SCORES
-        )
+            s, m, l, first, seen, last_seen, start + (tiles - 1 - i) * BLOCK_N, share, factor, ROWS, BLOCK_N, BOUNDED,
+            SOFTCAPPED, SCORES,
+        )  # fmt: skip
         # Waiting for the next keys here, not at the top, keeps ptxas from moving the exponentials below the wait for
         # the values' product, where they would no longer overlap it.
         if i + 1 < tiles:
@@ -138,14 +143,14 @@ def _attend(
 
 @gluon_jit
 def attention_fwd_kernel_hopper(
-    q, k, v, out, lse_ptr, document_ptr, heads, T, S, H, G, window, scale,
-    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr,
+    q, k, v, out, lse_ptr, document_ptr, heads, T, S, H, G, window, share, factor,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over the keys up to their own -> out and the log-sum-exp in base 2.
 
-    q, k, v and out are descriptors of (B, heads, rows, D). `scale` is to base 2. T <= S: every query sees a key. If
-    BOUNDED, a query sees the `window` keys before its own and, if DOCUMENTS, none before its document (2, S).
+    q, k, v and out are descriptors of (B, heads, rows, D); share and factor as of Features. T <= S: every query sees a
+    key. If BOUNDED, a query sees the `window` keys before its own and, if DOCUMENTS, none before its document (2, S).
     """
     ROWS: gl.constexpr = BLOCK_M // 2
     head, block = place(gl.program_id(0), gl.cdiv(T, BLOCK_M), heads, S, D, True)
@@ -180,11 +185,11 @@ def attention_fwd_kernel_hopper(
     gl.warp_specialize(
         [
             (_attend, (out, lse_ptr, document_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
-                       turn, b, h, row, start, tiles, T, S, window, scale, BOUNDED, DOCUMENTS,
-                       0, ROWS, BLOCK_N, D, STAGES)),
+                       turn, b, h, row, start, tiles, T, S, window, share, factor, BOUNDED, DOCUMENTS,
+                       SOFTCAPPED, 0, ROWS, BLOCK_N, D, STAGES)),
             (_attend, (out, lse_ptr, document_ptr, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free,
-                       turn, b, h, row + ROWS, start, tiles, T, S, window, scale, BOUNDED, DOCUMENTS,
-                       1, ROWS, BLOCK_N, D, STAGES)),
+                       turn, b, h, row + ROWS, start, tiles, T, S, window, share, factor, BOUNDED, DOCUMENTS,
+                       SOFTCAPPED, 1, ROWS, BLOCK_N, D, STAGES)),
             (_supply, (q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, k_free, v_full, v_free, b, h, g,
                        row, start, tiles, BLOCK_M, BLOCK_N, STAGES)),
         ],
@@ -211,9 +216,10 @@ def launch_forward_hopper(q: Tensor, k: Tensor, v: Tensor, options: Options, out
     """Fill out (B, T, H, D) and the log-sum-exp in base 2 (B, H, T) fp32, both contiguous."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    block, (window, documents, flags) = TILES[D], bounds(options, S)
+    block, given = TILES[D], features(options, S)
     attention_fwd_kernel_hopper[(triton.cdiv(T, block.block_m) * B * H,)](
         tiles_of(q, block.block_m // 2), tiles_of(k, block.block_n), tiles_of(v, block.block_n),
-        tiles_of(out, block.block_m // 2), lse, documents, B * H, T, S, H, G, window, options.scale * LOG2_E, **flags,
-        D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, STAGES=block.stages, REGISTERS=block.registers, num_warps=4,
+        tiles_of(out, block.block_m // 2), lse, given.documents, B * H, T, S, H, G, given.window, given.share,
+        given.factor, **given.flags, D=D, BLOCK_M=block.block_m, BLOCK_N=block.block_n, STAGES=block.stages,
+        REGISTERS=block.registers, num_warps=4,
     )  # fmt: skip

@@ -45,9 +45,10 @@ def supply_dk_dv(
 @gluon_jit
 def _gather_all(
     dk_out, dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, a_tiles,
-    k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, kv_head, n, first, tiles, T, S, G, window, factor,
-    scale, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+    k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, kv_head, n, first, tiles, T, S, G, window, share,
+    factor, scale, BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, HEADS: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+    S_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of a group of four warps: dk and dv of 64 keys, and half of dq's columns per tile of queries."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -80,9 +81,9 @@ def _gather_all(
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         s = gl_hopper.warpgroup_mma_wait(1, [s])
         # dv
-        p = weights_of(
-            s, lse, row + (S - T), start, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
-            SCORES,
+        p, slope = weights_of(
+            s, lse, row + (S - T), start, until, S, window, document_ptr, share, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+            SOFTCAPPED, SCORES,
         )  # fmt: skip
         weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
         dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
@@ -90,7 +91,7 @@ def _gather_all(
         delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         gl_hopper.mbarrier.wait(s_free.index(s_stage), (i // S_STAGES + 1) & 1)
         dp = gl_hopper.warpgroup_mma_wait(1, [dp])
-        differences = (p * (dp - delta[None, :])).to(gl.bfloat16)
+        differences = (slope * (dp - delta[None, :])).to(gl.bfloat16)
         s_tiles.index(s_stage * 2 + GROUP).store(differences)
         gl_hopper.fence_async_shared()
         gl_hopper.mbarrier.arrive(s_full.index(s_stage))
@@ -129,9 +130,10 @@ def _gather_all(
 
 @gluon_kernel
 def attention_bwd_kernel_fused_hopper(
-    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, factor, scale,
-    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, share, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+    BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: 128 keys of one key head -> dk and dv, over the queries of all its heads; adds to dq_sum in fp32."""
     head, block = place(gl.program_id(0), gl.cdiv(S, 128), heads, T * HEADS, D, False)
@@ -171,12 +173,12 @@ def attention_bwd_kernel_fused_hopper(
         [
             (_gather_all, (dk_out, dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles,
                            s_tiles, a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n,
-                           first, tiles, T, S, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 0, BLOCK_M, D,
-                           Q_STAGES, O_STAGES, S_STAGES)),
+                           first, tiles, T, S, G, window, share, factor, scale, BOUNDED, DOCUMENTS, SOFTCAPPED, HEADS,
+                           0, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
             (_gather_all, (dk_out, dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles,
                            s_tiles, a_tiles, k_full, v_full, q_full, q_free, o_full, o_free, s_full, s_free, head, n,
-                           first, tiles, T, S, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 1, BLOCK_M, D,
-                           Q_STAGES, O_STAGES, S_STAGES)),
+                           first, tiles, T, S, G, window, share, factor, scale, BOUNDED, DOCUMENTS, SOFTCAPPED, HEADS,
+                           1, BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
             (supply_dk_dv, (q, k, v, dout, statistics, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, k_full,
                             v_full, q_full, q_free, o_full, o_free, b, g, n, first, tiles, H, HEADS, 2, BLOCK_M,
                             Q_STAGES, O_STAGES)),

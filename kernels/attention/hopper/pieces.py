@@ -24,6 +24,7 @@ from ..shared import Options, document_bounds
 
 HEAD_DIMS = (64, 128, 256)
 LOG2_E = 1.4426950408889634
+LEAST_SOFTCAP = 1e-6  # below, a masked share would be no mask
 # One machine code for all sizes: no kernel here is faster for knowing that one of these is a multiple of 16, or 1.
 SIZES = ("heads", "T", "S", "H", "G", "rows", "window")
 plain_kernel = functools.partial(jit, do_not_specialize=SIZES)
@@ -43,16 +44,28 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
         return f"k: needs at least as many keys as queries, got {S} and {T}"
     if not options.causal:
         return "causal: needs True"
-    if options.softcap or options.dropout:
-        return "softcap and dropout: need to be left out"
+    if options.dropout:
+        return "dropout: needs to be left out"
+    if 0 < options.softcap < LEAST_SOFTCAP:
+        return f"softcap: needs at least {LEAST_SOFTCAP}, got {options.softcap}"
     return ""
 
 
-def bounds(options: Options, S: int) -> tuple[int, Tensor | None, dict[str, bool]]:
-    """Returns the window, S if there is none, document_bounds, and the flags of every kernel."""
-    documents = document_bounds(options.cu_seqlens, S)
-    flags = dict(BOUNDED=options.bounded, DOCUMENTS=documents is not None)
-    return options.window if options.window >= 0 else S, documents, flags
+class Features(NamedTuple):
+    """Of options, what every kernel is given."""
+
+    window: int  # S if there is none
+    documents: Tensor | None  # document_bounds
+    share: float  # takes products of q and k to shares of the softcap; unused without one
+    factor: float  # takes those, or without a softcap the products, to scores in base 2
+    flags: dict[str, bool]
+
+
+def features(options: Options, S: int) -> Features:
+    documents, capped = document_bounds(options.cu_seqlens, S), options.softcap > 0
+    share, factor = (options.scale / options.softcap, options.softcap) if capped else (0.0, options.scale)
+    flags = dict(BOUNDED=options.bounded, DOCUMENTS=documents is not None, SOFTCAPPED=capped)
+    return Features(options.window if options.window >= 0 else S, documents, share, factor * LOG2_E, flags)
 
 
 def can_run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -180,26 +193,45 @@ def next_queries(head, row, first, end, HEADS: gl.constexpr, BLOCK_M: gl.constex
 
 
 @gluon_jit
-def weights_of(
-    s, lse, position, start, until, S, window, document_ptr, factor, BLOCK_M: gl.constexpr, BOUNDED: gl.constexpr,
-    DOCUMENTS: gl.constexpr, SCORES: gl.constexpr,
-):  # fmt: skip
-    """Returns the weights [64 keys from start on, queries from position on], 0 where a query does not see a key.
+def tanh(x):
+    """Returns tanh(x) in fp32, as ..shared.tanh does."""
+    square = x * x
+    series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return gl.where(square < 0.09, series, 1.0 - 2.0 / (gl.exp2(x * 2.8853900817779268) + 1.0))
 
-    `until` is last_query of the first key: up to there, and from the last key on, a tile needs no mask.
+
+@gluon_jit
+def weights_of(
+    s, lse, position, start, until, S, window, document_ptr, share, factor, BLOCK_M: gl.constexpr,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """Returns the weights [64 keys from start on, queries from position on], 0 where a query does not see a key, and
+    their gradients' factor ds / (dp - delta): the weights, times the slope of the softcap.
+
+    `until` is last_query of the first key: up to there, and from the last key on, a tile needs no mask. Under a softcap
+    shares are masked, so that fewer tiles of numbers are held at once: at -1e18, whose square is finite.
     """
-    p = gl.exp2(s * factor - lse[None, :])
+    HIDDEN: gl.constexpr = -1e18 if SOFTCAPPED else 0.0
+    if SOFTCAPPED:
+        p = tanh(s * share)
+    else:
+        p = gl.exp2(s * factor - lse[None, :])
     masked = position < start + 63
     if BOUNDED:
         masked = masked | (position + (BLOCK_M - 1) > until)
     if masked:
         keys = start + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         queries = position + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
-        p = gl.where(queries[None, :] >= keys[:, None], p, 0.0)
+        p = gl.where(queries[None, :] >= keys[:, None], p, HIDDEN)
         if BOUNDED:
             last = last_query(gl.minimum(keys, S - 1), S, window, document_ptr, DOCUMENTS)
-            p = gl.where(queries[None, :] <= last[:, None], p, 0.0)
-    return p
+            p = gl.where(queries[None, :] <= last[:, None], p, HIDDEN)
+    slope = p
+    if SOFTCAPPED:
+        slope = 1.0 - p * p
+        p = gl.exp2(p * factor - lse[None, :])
+        slope = slope * p
+    return p, slope
 
 
 # ---- before and after the backward

@@ -72,8 +72,8 @@ def _stay_supply(
 @gluon_jit
 def _stay_gather(
     dk_out, dv_out, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles, k_full, v_full,
-    kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G, window, factor, scale,
-    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S, heads, G, window, share, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of a group of four warps: dk and dv of 64 keys of one block after another."""
@@ -105,15 +105,15 @@ def _stay_gather(
         gl_hopper.tma.store_wait(0)  # the last block's results have left its tiles of keys and values
         gl_hopper.mbarrier.arrive(kv_free.index(1 - kv), pred=j > 0)
         s = gl_hopper.warpgroup_mma_wait(1, [s])
-        p = weights_of(
-            s, lse, first + S - T, start, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
-            SCORES,
+        p, slope = weights_of(
+            s, lse, first + S - T, start, until, S, window, document_ptr, share, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+            SOFTCAPPED, SCORES,
         )  # fmt: skip
         weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
         dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
         delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         dp = gl_hopper.warpgroup_mma_wait(1, [dp])
-        differences = (p * (dp - delta[None, :])).to(gl.bfloat16)
+        differences = (slope * (dp - delta[None, :])).to(gl.bfloat16)
         gl_hopper.mbarrier.wait(s_free.index(s_stage), (before // S_STAGES + 1) & 1)
         s_tiles.index(s_stage * 2 + GROUP).store(differences)
         gl_hopper.fence_async_shared()
@@ -138,15 +138,15 @@ def _stay_gather(
             lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
             s, dk, ds = gl_hopper.warpgroup_mma_wait(1, [s, dk, ds])
             gl_hopper.mbarrier.arrive(q_free.index(last))
-            p = weights_of(
-                s, lse, row + S - T, start, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
-                SCORES,
+            p, slope = weights_of(
+                s, lse, row + S - T, start, until, S, window, document_ptr, share, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+                SOFTCAPPED, SCORES,
             )  # fmt: skip
             weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
             dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
             delta = d_tiles.index(o_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
             dp = gl_hopper.warpgroup_mma_wait(1, [dp])
-            differences = (p * (dp - delta[None, :])).to(gl.bfloat16)
+            differences = (slope * (dp - delta[None, :])).to(gl.bfloat16)
             gl_hopper.mbarrier.wait(s_free.index(s_stage), (t // S_STAGES + 1) & 1)
             s_tiles.index(s_stage * 2 + GROUP).store(differences)
             gl_hopper.fence_async_shared()
@@ -213,9 +213,10 @@ def _stay_sums(
 
 @gluon_kernel
 def attention_bwd_kernel_stay_hopper(
-    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, factor, scale,
-    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, share, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+    BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: one block of 128 keys after another -> dk and dv; it adds to dq_sum in fp32."""
     works = gl.cdiv(S, 128) * heads
@@ -255,12 +256,12 @@ def attention_bwd_kernel_stay_hopper(
         [
             (_stay_gather, (dk_out, dv_out, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
                             k_full, v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S,
-                            heads, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 0, BLOCK_M, D, Q_STAGES,
-                            O_STAGES, S_STAGES)),
+                            heads, G, window, share, factor, scale, BOUNDED, DOCUMENTS, SOFTCAPPED, HEADS, 0,
+                            BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
             (_stay_gather, (dk_out, dv_out, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, d_tiles, s_tiles,
                             k_full, v_full, kv_free, q_full, q_free, o_full, o_free, s_full, s_free, rounds, T, S,
-                            heads, G, window, factor, scale, BOUNDED, DOCUMENTS, HEADS, 1, BLOCK_M, D, Q_STAGES,
-                            O_STAGES, S_STAGES)),
+                            heads, G, window, share, factor, scale, BOUNDED, DOCUMENTS, SOFTCAPPED, HEADS, 1,
+                            BLOCK_M, D, Q_STAGES, O_STAGES, S_STAGES)),
             (_stay_sums, (dq_sum, document_ptr, k_tiles, s_tiles, a_tiles, k_full, kv_free, s_full, s_free, rounds, T,
                           S, heads, H, G, window, BOUNDED, DOCUMENTS, HEADS, BLOCK_M, D, S_STAGES)),
             (_stay_supply, (q, k, v, dout, statistics, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles,
@@ -275,3 +276,4 @@ def attention_bwd_kernel_stay_hopper(
 # NVIDIA H200, 2026-11-26, at 16 x 1024 x 12 and 1 x 16384 x 32 heads of 64.
 TILE = Tile(64, 3, 3, 2, 192)
 DOCUMENTS_TILE = Tile(64, 3, 3, 2, 200)  # of grouped heads; with 192 registers a few values spill, once a block
+SOFTCAP_TILE = Tile(64, 3, 3, 2, 208)  # with 200 they would; not timed

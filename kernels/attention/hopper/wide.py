@@ -28,9 +28,9 @@ def _send(dq_sum, head, row, column, part, a_tile, BLOCK_M: gl.constexpr, COLUMN
 @gluon_jit
 def _gather_dv(
     dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles, a_tiles, k_full,
-    q_full, q_free, o_full, o_free, p_full, s_full, k_free, kv_head, n, first, tiles, T, S, G, window, factor,
-    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+    q_full, q_free, o_full, o_free, p_full, s_full, k_free, kv_head, n, first, tiles, T, S, G, window, share, factor,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, HEADS: gl.constexpr,
+    BLOCK_M: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Run the role of the first group of four warps: weights and dv of 64 keys, and the first half of dq's columns."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -59,14 +59,14 @@ def _gather_dv(
         lse = l_tiles.index(q_stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, SCORES))
         s = gl_hopper.warpgroup_mma_wait(0, [s])
         # weights, for the other group too
-        p = weights_of(
-            s, lse, row + (S - T), n, until, S, window, document_ptr, factor, BLOCK_M, BOUNDED, DOCUMENTS,
-            SCORES,
-        ).to(gl.bfloat16)  # fmt: skip
-        p_tiles.index(0).store(p)
+        p, slope = weights_of(
+            s, lse, row + (S - T), n, until, S, window, document_ptr, share, factor, BLOCK_M, BOUNDED, DOCUMENTS,
+            SOFTCAPPED, SCORES,
+        )  # fmt: skip
+        p_tiles.index(0).store(slope.to(gl.bfloat16))
         gl_hopper.mbarrier.arrive(p_full.index(0))
         # dv
-        weights = gl.convert_layout(p, WEIGHTS)
+        weights = gl.convert_layout(p.to(gl.bfloat16), WEIGHTS)
         gl_hopper.mbarrier.wait(o_full.index(o_stage), (i // O_STAGES) & 1)
         douts = o_tiles.index(o_stage).reshape([BLOCK_M, D])
         dv = gl_hopper.warpgroup_mma(weights, douts, dv, is_async=True)
@@ -165,9 +165,10 @@ def _gather_dk(
 
 @gluon_kernel
 def attention_bwd_kernel_wide_hopper(
-    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, factor, scale,
-    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, k, v, dout, statistics, document_ptr, dk_out, dv_out, dq_sum, heads, T, S, H, G, window, share, factor, scale,
+    BOUNDED: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAPPED: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+    BLOCK_M: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, S_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: 64 keys of one key head -> dk and dv, over the queries of all its heads; adds to dq_sum in fp32."""
     head, block = place(gl.program_id(0), gl.cdiv(S, 64), heads, T * HEADS, D, False)
@@ -208,7 +209,8 @@ def attention_bwd_kernel_wide_hopper(
         [
             (_gather_dv, (dv_out, dq_sum, document_ptr, q_tiles, k_tiles, v_tiles, o_tiles, l_tiles, p_tiles, s_tiles,
                           a_tiles, k_full, q_full, q_free, o_full, o_free, p_full, s_full, k_free, head, n, first,
-                          tiles, T, S, G, window, factor, BOUNDED, DOCUMENTS, HEADS, BLOCK_M, D, Q_STAGES, O_STAGES)),
+                          tiles, T, S, G, window, share, factor, BOUNDED, DOCUMENTS, SOFTCAPPED, HEADS, BLOCK_M, D,
+                          Q_STAGES, O_STAGES)),
             (_gather_dk, (dk_out, dq_sum, q_tiles, k_tiles, v_tiles, o_tiles, d_tiles, p_tiles, s_tiles, a_tiles,
                           k_full, v_full, q_full, q_free, o_full, o_free, p_full, s_full, k_free, head, n,
                           first, tiles, G, scale, HEADS, BLOCK_M, D, Q_STAGES, O_STAGES)),

@@ -21,6 +21,7 @@ from kernels.attention.hopper import fused, pieces, stay, wide
 from kernels.attention.reference import attention_reference
 from kernels.proof import aot
 from kernels.proof.emulate import ProtocolError, emulating
+from kernels.proof.machine_code import broken_gates, read_code
 from tests.test_attention_hopper import BOUNDS, options_of
 
 pytestmark = pytest.mark.triton
@@ -219,7 +220,7 @@ def test_mistaken_bound_is_caught(mistake, D, tmp_path, monkeypatch):
 SOFTCAP_MUTANTS = {
     "no slope": ("slope = 1.0 - p * p", "slope = 1.0 - 0.0 * p"),
     "slope of the scores": ("slope = slope * p", "slope = slope * s"),
-    "hidden keys seen": ("-1e18 if SOFTCAPPED", "-1.0 if SOFTCAPPED"),
+    "hidden keys seen": ("-1e9 if SOFTCAPPED", "-1.0 if SOFTCAPPED"),
     "scores not capped": ("p = tanh(s * share)", "p = s * share"),
     "far from zero by the series": ("square < 0.09", "square < 9.0"),
 }  # fmt: skip
@@ -286,11 +287,13 @@ def test_the_report_holds_its_machine_code_to_the_gates(D):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("D", KERNELS)
 def test_the_registers_of_all_roles_fit_those_that_the_program_starts_with(D, softcap):
-    """Or the last to ask would wait forever."""
+    """Or the last to ask would wait forever. Nor do values spill, but for one at the end of a program."""
     found = aot.launches(ATTENTION, dict(B=1, T=512, S=512, H=2, G=2, D=D, softcap=softcap), 90)
     launch = next(launch for launch in found if launch.kernel.__name__ == KERNELS[D])
-    ptx = aot.compile_launch(launch, 90).asm["ptx"]
-    granted = int(re.search(r"\.maxnreg (\d+)", ptx).group(1))
+    compiled = aot.compile_launch(launch, 90)
+    granted = int(re.search(r"\.maxnreg (\d+)", compiled.asm["ptx"]).group(1))
+    spills = ["spills: 8 B of stack, 2 local accesses"] if softcap and D == 128 else []
+    assert broken_gates(read_code(compiled, 90), 90) == spills
     groups, tile = (3 if D == 64 else 2), {64: stay, 128: fused, 256: wide}[D].TILE
     tile = stay.SOFTCAP_TILE if softcap and D == 64 else tile
     asked = 2 * tile.registers + (512 - 24 - 2 * tile.registers if D == 64 else 0)

@@ -56,12 +56,10 @@ FEW_BYTES = (
 EVERYTHING = "dropout, a window and a softcap at once at the largest head dim: the least of the sixteen tiles tried"
 FEW_ROWS = "a few bytes with some sets of options, once a row; fewer loads in flight would cost all others"
 FEW_ROWS_PRODUCT = "a warp's product has fewer rows than theirs; a few bytes of two such products, once a program"
-ONCE = "one value that the end of a program needs; the loops have registers enough"
 EXCUSED: tuple[tuple[str, str, str | tuple[str, ...], str], ...] = (
     ("cross_entropy_rows_kernel", "", "narrow loads", ODD_PITCH),
     ("cross_entropy_bwd_kernel", "", "narrow loads", ODD_PITCH),
     ("attention_bwd_kernel_dq", "BLOCK_D=256 WINDOWED", "spills: 8 B", FEW_BYTES),
-    ("attention_bwd_kernel_fused_hopper", "SOFTCAPPED", "spills: 8 B", ONCE),
     ("decode_greedy_fwd_kernel", "", "narrow loads", ODD_PITCH),
     ("decode_linear_fwd_kernel_columns", "", ("matrix product without", "spills: 8 B"), FEW_ROWS_PRODUCT),
     ("attention_bwd_kernel_dk_dv", "BLOCK_D=256 WINDOWED", "spills: 8 B", FEW_BYTES),
@@ -409,6 +407,10 @@ def constants(launch: Launch) -> str:
     return " ".join(name if value is True else f"{name}={value}" for name, value in shown.items())
 
 
+FIELDS = (  # of a row, in the order in which they are written
+    "kernel", "arch", "digest", "constants", "registers", "shared_bytes", "warps", "programs_per_sm", "matrix",
+    "bulk_copies", "bytes_in_flight", "broken",
+)  # fmt: skip
 UNSAID = {"shared_bytes": 0, "matrix": "", "bulk_copies": 0, "broken": []}  # of a row, where it is so
 
 
@@ -545,7 +547,7 @@ def _say_failures(failures: list[str], what: str) -> int:
 def write_report(rows: list[dict[str, Any]]) -> None:
     """Write one row per line, sorted, so that a change reads well in a diff."""
     rows = sorted(rows, key=lambda r: (r["kernel"], r["arch"], r["constants"], r["digest"]))
-    said = ({name: value for name, value in row.items() if value != UNSAID.get(name, ())} for row in rows)
+    said = ({name: row[name] for name in FIELDS if row[name] != UNSAID.get(name, ())} for row in rows)
     lines = ",\n".join(map(json.dumps, said))
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')

@@ -209,9 +209,9 @@ def weights_of(
     their gradients' factor ds / (dp - delta): the weights, times the slope of the softcap.
 
     `until` is last_query of the first key: up to there, and from the last key on, a tile needs no mask. Under a softcap
-    shares are masked, so that fewer tiles of numbers are held at once: at -1e18, whose square is finite.
+    shares are masked, so that fewer tiles of numbers are held at once: by -1e9, whose square is finite.
     """
-    HIDDEN: gl.constexpr = -1e18 if SOFTCAPPED else 0.0
+    HIDDEN: gl.constexpr = -1e9 if SOFTCAPPED else 0.0
     if SOFTCAPPED:
         p = tanh(s * share)
     else:

@@ -4,7 +4,8 @@
     python -m bench deep --tool=proton --op=attention       # Triton's profiler: time of each kernel, by call stack
     python -m bench deep --tool=memcheck --op=rotary        # compute-sanitizer over the op's parity tests on the GPU
     python -m bench deep --tool=racecheck --op=attention    # likewise, for races in shared memory
-    python -m bench deep --tool=consan --op=attention       # Triton's check of barriers and copies, for Gluon kernels
+    python -m bench deep --tool=consan --op=attention       # Triton's check of barriers and copies, for Gluon kernels;
+                                                            # they take minutes to compile with it
 
 Each prints the exact command that it runs, and `--dry_run` that alone, to be taken to another machine. A report of
 Nsight Compute that was made elsewhere is read by `--report=FILE.ncu-rep`, or FILE.csv from `ncu --csv --page raw`.
@@ -165,7 +166,8 @@ def command_of(options: argparse.Namespace, out: Path) -> list[str]:
         pages = TESTS.get(options.op)
         if pages is None:
             raise UserError(f"--tool=consan is for kernels in Gluon; {options.op} has none, {', '.join(TESTS)} do")
-        return ["env", "TRITON_INSTRUMENTATION_MODE=consan", "TRITON_ALWAYS_COMPILE=1", *tests, *pages]
+        mode = ["env", "TRITON_INSTRUMENTATION_MODE=consan", "TRITON_ALWAYS_COMPILE=1"]
+        return [*mode, *tests, "-p", "tests.instrumented", *pages]
     # torch's own allocator would hide accesses beyond a tensor that end within a larger block
     checker = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", f"--tool={options.tool}"]
     picked = ["tests/test_parity.py", "-k", f"{options.op} and not fuzz"]

@@ -48,7 +48,7 @@ def of(op: str, device: torch.device, compiled: bool = True) -> dict[str, Functi
     return {name: peer.run for name, peer in PEERS.get(op, {}).items() if peer.can_run(device, compiled)}
 
 
-OURS = ("triton", "gluon", "cpu", "reference")  # names of our own implementations in rows; others are peers'
+OURS = ("triton", "gluon", "columns", "cpu", "reference")  # names of our own implementations in rows; others are peers'
 # What people write for an op without kernels of their own is its reference, but torch's fused operator for attention,
 # whose reference holds T x S scores for every head: at T = 16k no GPU's memory does.
 IN_TORCH = {"attention": "cpu"}
@@ -128,9 +128,15 @@ def _compiled_flex(
     return torch.compile(flex_attention), create_block_mask(sees, None, None, T, S, device=device)
 
 
+@functools.lru_cache(maxsize=64)
+def _edges(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The starts of documents, read once for each tensor: a peer is not timed with a wait of the host in every call."""
+    return tuple(cu_seqlens.tolist())
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """torch's FlexAttention, compiled, with the block mask made beforehand: causal, a window, packed documents."""
-    edges = () if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    edges = () if cu_seqlens is None else _edges(cu_seqlens)
     function, mask = _compiled_flex(q.shape[1], k.shape[1], window, edges, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

@@ -70,18 +70,20 @@ CPU = (
     Stage("cpu", 45, flags=("--out={out}/cpu.jsonl",), quick=("--rounds=8",), quick_s=45),
     Stage("aot", 30, module="kernels.proof.aot", flags=(), quick=(), quick_s=30), Stage("plots", 25),
 )  # fmt: skip
+TESTS = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "-rf", "--continue-on-collection-errors", "tests",
+    "--ignore-glob=tests/test_serve*")  # fmt: skip
+LARGEST_CASES = "50304"  # in their names; they take up to 46 GiB each, and so run one at a time
 # What may fail, and what runs by default only once it has been timed: Gluon kernels and decoding kernels by name. The
 # server's tests need no GPU, but packages that a borrowed machine may lack.
 PROOF = (
-    Stage("tests", 200, module="pytest", quick=("-k", "not parity"), quick_s=120,
-        flags=("-q", "-m", "gpu", "-n", "10", "--dist", "worksteal", "-p", "no:cacheprovider", "-rf",
-            "--continue-on-collection-errors", "--ignore-glob=tests/test_serve*", "tests")),
+    Stage("tests", 170, module="pytest", quick=("-k", "not parity"), quick_s=100,
+        flags=(*TESTS, "-n", "10", "--dist", "worksteal", "-k", f"not {LARGEST_CASES}")),
+    Stage("largest", 60, module="pytest", flags=(*TESTS, "-k", f"parity and {LARGEST_CASES}"), quick=None),
     Stage("gluon", 100, "ops", quick_s=35, quick=("--quick", "--budget_s=25"),
         flags=("--out={out}", "--only=attention", "--variants=gluon", "--no-compile", "--budget_s=90")),
     Stage("columns", 60, "decode", quick=("--rounds=2", "--budget_s=25"), quick_s=35, flags=("--out={out}",
         "--models=gpt2", "--batch=1", "--context=1024", "--variants=columns,in_order", "--no-compile",
         "--budget_s=45")),
-    Stage("consan", 60, "deep", flags=("--tool=consan", "--op=attention", "--out={out}"), quick=None),
     Stage("memcheck", 60, "deep", flags=("--tool=memcheck", "--op=decode_greedy", "--out={out}"), quick=None),
 )  # fmt: skip
 # Models that take a GPU's time and memory; and where their time goes.

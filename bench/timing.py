@@ -210,6 +210,8 @@ def judge(results: Tensors, exact: Tensors, usual: Tensors, any_dtype: bool = Fa
         if out.shape != truth.shape or (out.dtype != common.dtype and not any_dtype):
             return Verdict(None, None, f"output {i} is {tuple(out.shape)} {out.dtype}, expected {tuple(truth.shape)}")
         if not out.is_floating_point():
+            if not torch.equal(out.long(), truth.long()):
+                return Verdict(None, None, f"output {i}: other integers than the reference's")
             continue
         if out.dtype == truth.dtype and torch.equal(out, truth):
             continue  # as a copy is; there the three fp64 tensors of its size below would be the most memory by far

@@ -203,13 +203,16 @@ def _of_gpu(events: Sequence[Event], gpu: Sequence[Event], host: Host, marks: Se
     calls = [event for event in events if event.get("cat") in LAUNCHES]
     launched = {e["args"]["correlation"]: e for e in calls if "correlation" in e.get("args", {})}
     spent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    covered_us = gpu[0]["ts"]
     for event in gpu:
         launch = launched.get(event.get("args", {}).get("correlation"))
         around = host.at(launch.get("tid"), launch["ts"]) if launch else None
         names = [event["name"], *host.names(around)]
         part = part_of(names, host.forward_names(around))
+        start, stop = event["ts"], event["ts"] + event["dur"]
         spent[event["name"], part][0] += 1
-        spent[event["name"], part][1] += event["dur"]
+        spent[event["name"], part][1] += max(0.0, stop - max(start, covered_us))  # not where it waits for the last one
+        covered_us = max(covered_us, stop)
     syncs: Counter[str] = Counter()
     waits = []
     for call in calls:
@@ -219,18 +222,18 @@ def _of_gpu(events: Sequence[Event], gpu: Sequence[Event], host: Host, marks: Se
             syncs[who] += 1
             waits.append((call["ts"], call["ts"] + call["dur"], who))
     gaps: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    busy_us, start_us, end_us = 0.0, gpu[0]["ts"], gpu[0]["ts"]
+    start_us = end_us = gpu[0]["ts"]
     for event in gpu:
         start, stop = event["ts"], event["ts"] + event["dur"]
         if start - end_us > 0:
             cause = _cause(end_us, start, launched.get(event.get("args", {}).get("correlation")), waits)
             gaps[cause][0] += start - end_us > SHORTEST_GAP_US
             gaps[cause][1] += start - end_us
-        busy_us += max(0.0, stop - max(start, end_us))
         end_us = max(end_us, stop)
     idle = tuple(Gap(cause, n / steps, us / steps / 1e3) for cause, (n, us) in _longest(gaps))
     per_step = {who: n / steps for who, n in syncs.items()}
     span = (end_us - start_us) / steps / 1e3
+    busy_us = sum(us for _, us in spent.values())
     return Trace(steps, span, busy_us / steps / 1e3, _pieces(spent, steps), idle, per_step, True)
 
 

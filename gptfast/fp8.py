@@ -29,7 +29,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.op import refuse_second_derivative
 
 from .errors import UserError
 from .model import GPT, Linear
@@ -118,8 +119,8 @@ class _Linear(torch.autograd.Function):
         return product(x8, w8, x.dtype, way, fast=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        refuse_second_derivative("a product in 8 bits", "leave fp8 out")
         x, x_scale, w, w_scale = ctx.saved_tensors
         g8 = rounded(gradient, E5M2)
         of_x, of_weight = ctx.dtypes

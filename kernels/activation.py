@@ -76,19 +76,19 @@ def relu2(x: Tensor) -> Tensor:
 
 
 class _ReLU2(torch.autograd.Function):
-    """Computes relu2 in fewer passes: torch would save both x and its positive part, and mask by comparison."""
+    """Computes relu2 in fewer passes: torch would save the positive part, and mask by comparison."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (dy * positive).mul_(2)
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return 2 * dy * F.relu(x)
+        return F.relu(x).mul_(dy).mul_(2)
 
 
 def _check(h: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, kind: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl, triton
-from .op import Cost, Op, no_tensor, without_gradient
+from .op import Cost, Op, no_tensor, require, traced, without_gradient
 from .prims import as_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +35,9 @@ def decode_embedding_reference(
     last row. Raises ValueError naming the argument.
     """
     _check(table, tokens, positions, lengths)
+    if tokens.device.type == "cpu" and tokens.numel() and not traced():
+        low, high = (int(x) for x in tokens.aminmax())
+        require(0 <= low and high < table.shape[0], f"tokens: expected 0 to {table.shape[0] - 1}, got {low} to {high}")
     x = table[tokens].to(torch.promote_types(table.dtype, torch.float32))
     if positions is not None and lengths is not None:
         at = lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import arch, jit, multiprocessors, tl
-from .op import Cost, Op, differentiable
+from .op import Cost, Op, check_eps, differentiable
 from .prims import (
     NORM_BACKWARD,
     RowTile,
@@ -45,7 +45,7 @@ def layernorm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, e
 
     Computes in at least fp32 and returns x's dtype. Raises ValueError for a wrong shape, dtype or device.
     """
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     centered = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
     centered = centered - centered.mean(-1, keepdim=True)  # the mean of a row far from zero was rounded
@@ -62,7 +62,7 @@ def layernorm_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: fl
     Rows far from zero keep as many digits as torch's statistics do: at mean 4e4 and deviation 0.01 y errs by 0.2,
     where the reference does by 1e-6.
     """
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     if x.shape[-1] == 1:
         return layernorm_reference(x, weight, bias, eps)
     parameters = [p for p in (weight, bias) if p is not None]
@@ -92,10 +92,11 @@ def add_layernorm_cpu(
     return layernorm_cpu(h, weight, bias, eps), h
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight: expected a tensor (N,), got {weight!r}; without scale and shift, give ones")
     check_rows(x, weight=weight, bias=bias)
+    check_eps(eps)
 
 
 @jit
@@ -351,7 +352,7 @@ _layernorm = differentiable(
 
 def layernorm_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Compute layernorm_reference with the kernels of this page, on CUDA tensors: fp32, fp16 or bf16. Deterministic."""
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     require_kernel_dtype("x", x)
     return _layernorm(x, None, weight, bias, eps)[0]
 
@@ -361,7 +362,7 @@ def add_layernorm_triton(
 ) -> tuple[Tensor, Tensor]:
     """Compute add_layernorm_reference in one pass over memory: read x and residual, write y and h. Deterministic."""
     check_residual(x, residual)
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     require_kernel_dtype("x", x)
     return _layernorm(x, residual, weight, bias, eps)
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ._triton import arch, jit, tile_arch, tl, triton
-from .op import Cost, Op, changed, no_tensor, require, without_gradient
+from .op import Cost, Op, changed, check_count, no_tensor, require, without_gradient
 from .prims import require_kernel_dtype
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -153,7 +153,8 @@ def _check(x: Tensor, steps: int, coefficients: Coefficients) -> None:
     require(x.ndim == 3, f"x must be a stack of matrices (B, M, N), not {tuple(x.shape)}")
     require(x.is_floating_point(), f"x must be floating point, not {x.dtype}")
     most = len(coefficients)
-    require(0 <= steps <= most, f"steps must be 0 to {most}, as many as there are coefficients")
+    check_count("steps", steps)
+    require(steps <= most, f"steps must be 0 to {most}, as many as there are coefficients")
 
 
 @jit

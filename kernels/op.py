@@ -1,6 +1,7 @@
 """The declaration of an operation, and the glue that makes functions that launch kernels differentiable."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._triton import launcher, launching, skip
 
@@ -118,8 +120,7 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(f"{name}: its kernels have no second derivative; use kernels.load('reference')")
+            refuse_second_derivative(name, "use kernels.load('reference')")
             if ctx.launcher is None:
                 return gradients(ctx, backward(*grads, *recall(ctx)))
             with launching(ctx.launcher):
@@ -140,8 +141,7 @@ def differentiable(
         if torch.compiler.is_compiling():
             output = operator(*inputs)
             return output[0] if n == 1 else output[:n]
-        if transformed():
-            raise RuntimeError(f"{name}: no kernels under torch.func and vmap; use kernels.load('reference')")
+        _refuse_transforms(name, inputs)
         with _on_gpu(name, inputs[tensors[0]]):
             if torch.is_grad_enabled():
                 for i in tensors:
@@ -165,6 +165,7 @@ def without_gradient(name: str, forward: Callable[..., Tensor], writes: Sequence
     def apply(*inputs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return operator(*inputs)
+        _refuse_transforms(name, inputs)
         with _on_gpu(name, inputs[first]):
             return forward(*inputs)
 
@@ -262,6 +263,28 @@ def no_tensor(**arguments: Any) -> ValueError:
     return ValueError(f"{name}: expected a tensor, got {value!r:.80}")
 
 
+def refuse_second_derivative(name: str, instead: str) -> None:
+    """Called by a backward that has no derivative of its own: raises RuntimeError under create_graph=True.
+
+    torch's once_differentiable lets a cotangent pass that is constant, and a second derivative is then silently 0.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: no second derivative; {instead}")
+
+
+def _refuse_transforms(name: str, inputs: Sequence[Any]) -> None:
+    """Refuse torch.func, vmap and forward-mode differentiation, which would be lost in a launch."""
+    if transformed() or (forward_ad._current_level >= 0 and any(map(_is_dual, inputs))):
+        raise RuntimeError(
+            f"{name}: no kernels under torch.func, vmap and forward-mode differentiation; "
+            "use kernels.load('reference')"
+        )
+
+
+def _is_dual(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
 def transformed() -> bool:
     """Returns whether torch.func or vmap is at work, which know torch's own operators alone."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
@@ -270,6 +293,29 @@ def transformed() -> bool:
 def traced() -> bool:
     """Returns whether tensors have no values to look at: in torch.compile, torch.func and vmap."""
     return torch.compiler.is_compiling() or transformed()
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """Refuse what is no whole number of at least `least`: raises ValueError that names the argument."""
+    whole = not isinstance(value, bool) if isinstance(value, int) else hasattr(value, "__index__")
+    if not whole or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def check_scores(window: int | None, scale: float | None, softcap: float | None) -> None:
+    """Refuse a window, scale or softcap of scores that means nothing; raises ValueError that names the argument."""
+    if window is not None:
+        check_count("window", window)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale: expected a positive number or None, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+
+
+def check_eps(eps: Any) -> None:
+    """Refuse an eps that is no finite number of at least 0."""
+    if not (isinstance(eps, (float, int)) and 0 <= eps < math.inf):
+        raise ValueError(f"eps: expected a number of at least 0, got {eps!r}")
 
 
 def require(condition: bool, message: str) -> None:

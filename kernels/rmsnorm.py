@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._triton import arch, jit, multiprocessors, tile_arch, tl
-from .op import Cost, Op, differentiable, traced
+from .op import Cost, Op, check_eps, differentiable, traced
 from .prims import (
     NORM_BACKWARD,
     RowTile,
@@ -42,6 +42,7 @@ def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
     Computes in at least fp32 and returns x's dtype. Raises ValueError for a wrong shape, dtype or device.
     """
     check_rows(x, weight=weight)
+    check_eps(eps)
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight.to(h.dtype)).to(x.dtype)
@@ -50,6 +51,7 @@ def rmsnorm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 def rmsnorm_cpu(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Compute rmsnorm_reference on a CPU in fewer passes over memory, in half the time."""
     check_rows(x, weight=weight)
+    check_eps(eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     if traced():
         return rmsnorm_reference(x, weight, eps)  # whose passes a compiler fuses, and which torch.func differentiates
@@ -319,6 +321,7 @@ _rmsnorm = differentiable(
 def rmsnorm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Compute rmsnorm_reference with the kernels of this page, on CUDA tensors of fp32, fp16 or bf16. Deterministic."""
     check_rows(x, weight=weight)
+    check_eps(eps)
     require_kernel_dtype("x", x)
     return _rmsnorm(x, None, weight, eps)[0]
 
@@ -329,6 +332,7 @@ def add_rmsnorm_triton(
     """Compute add_rmsnorm_reference in one pass over memory: read x and residual, write y and h. Deterministic."""
     check_residual(x, residual)
     check_rows(x, weight=weight)
+    check_eps(eps)
     require_kernel_dtype("x", x)
     return _rmsnorm(x, residual, weight, eps)
 

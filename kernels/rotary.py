@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
-from .op import Cost, Op, changed, differentiable, no_tensor, traced
+from .op import Cost, Op, changed, check_eps, differentiable, no_tensor, traced
 from .prims import require_kernel_dtype
 
 
@@ -40,7 +40,7 @@ def rotary_reference(
 
     Computes in at least fp32. With `qk_norm` every head vector has unit root mean square (no weight) before `scale`.
     """
-    _check(q, k, cos, sin)
+    _check(q, k, cos, sin, eps)
     wide = torch.promote_types(q.dtype, torch.float32)
     c, s = cos.to(wide)[:, None, :], sin.to(wide)[:, None, :]  # (T, 1, D/2): over batch and heads
 
@@ -63,7 +63,7 @@ def rotary_cpu(
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute rotary_reference on a CPU in fewer passes, forward and backward; the reference, if tables are learned."""
-    _check(q, k, cos, sin)
+    _check(q, k, cos, sin, eps)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if learned or traced():  # a compiler fuses the passes of the reference, and torch.func differentiates it
         return rotary_reference(q, k, cos, sin, qk_norm=qk_norm, eps=eps, scale=scale, interleaved=interleaved)
@@ -138,10 +138,11 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: decoding calls this in every layer."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         raise no_tensor(q=q, k=k, cos=cos, sin=sin)
+    check_eps(eps)
     if q.dim() != 4 or q.shape[-1] % 2:
         raise ValueError(f"q: expected (B, T, H, D) with D even, got {tuple(q.shape)}")
     if not q.is_floating_point():
@@ -370,7 +371,7 @@ def rotary_triton(
 
     They are fp32, fp16 or bf16. Slices of a fused projection are not copied; results are contiguous. Deterministic.
     """
-    _check(q, k, cos, sin)
+    _check(q, k, cos, sin, eps)
     require_kernel_dtype("q", q)
     learned = cos.requires_grad or sin.requires_grad
     return _rotary(q, k, cos, sin, qk_norm, eps, scale, interleaved, learned)

@@ -52,7 +52,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the largest cases take 25 GB, and workers share the GPU
+        torch.cuda.empty_cache()  # workers share the GPU
 
 
 @pytest.fixture(scope="session")

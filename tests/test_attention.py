@@ -498,6 +498,7 @@ def test_compiled_with_every_feature():
         (dict(k=None, v=None, heads=4), "heads: expected H of the H + 2 G = 4"),
         (dict(q=torch.zeros(1, 3, 7, 8), k=None, v=None, heads=3), "heads: expected H of the H + 2 G = 7"),
         (dict(window=-1), "window: expected"),
+        (dict(dropout=0.5, seed=1.5), "seed: expected a whole number"),
         (dict(scale=0.0), "scale: expected a positive number"),
         (dict(softcap=-2.0), "softcap: expected a positive number"),
         (dict(dropout=1.0), "dropout: expected a probability"),

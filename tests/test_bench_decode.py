@@ -148,8 +148,9 @@ def test_rounds_are_interleaved_and_end_with_the_budget(monkeypatch):
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     found, once_s = measure([noted("a"), noted("b")], tokens, 7, rounds=9, budget_s=45)
     rounds = [[(impl, 1), (impl, 7)] for impl in "ab"]
-    assert order == [("a", 3), *rounds[0], ("b", 3), *rounds[1], *rounds[0], *rounds[1]]
-    assert [len(samples.all_s) for samples in found.values()] == [2, 2] and once_s == 6
+    warm = [[(impl, 3), (impl, 1)] for impl in "ab"]
+    assert order == [*warm[0], *rounds[0], *warm[1], *rounds[1], *rounds[0], *rounds[1]]
+    assert [len(samples.all_s) for samples in found.values()] == [2, 2] and once_s == 8
 
 
 def test_a_sample_that_something_disturbed_is_taken_again(monkeypatch):
@@ -208,13 +209,21 @@ def ticking(monkeypatch):
 def test_a_variant_that_fails_while_it_runs_ends_alone(ticking):
     """At its warm-up, in the first round, or in the second: its samples until then are kept."""
     told = []
-    ways = [fails_at(1, "warm-up"), fails_at(2, "first"), fails_at(5, "second"), way(impl="fine")]
+    ways = [fails_at(1, "warm-up"), fails_at(3, "first"), fails_at(6, "second"), way(impl="fine")]
     failed = lambda way, error: told.append((way.impl, type(error).__name__))
     known = lambda way, samples: counts.update({way.impl: len(samples.all_s)})
     counts: dict[str, int] = {}
     found, _ = measure(ways, torch.zeros(1, 4, dtype=torch.int64), 7, 4, 1e9, known, failed)
     assert told == [(impl, "OutOfMemoryError") for impl in ("warm-up", "first", "second")]
     assert list(found) == ["fine float32"] and counts == {"second": 1, "fine": 4}
+
+
+def test_all_graphs_are_made_before_the_clock_runs(ticking):
+    """One token alone is read in pieces of its own; what they need must not be made within a sample."""
+    asked = []
+    record = lambda tokens, n: (asked.append(n), torch.zeros(len(tokens), n, dtype=torch.int64))[1]
+    measure([dataclasses.replace(way(), generate=record)], torch.zeros(1, 4, dtype=torch.int64), 7, 1, 1e9)
+    assert asked == [3, 1, 1, 7]
 
 
 def test_what_fails_is_let_go_before_the_next_is_made():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from bench import deep
 from gptfast import cli
 
+CASE = dict(direction="forward", dtype="bfloat16", impl="triton", size=0)
 REPORT = (
     "==PROF== Connected to process 7\n"
     '"ID","Process ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum",'
@@ -45,6 +47,19 @@ def test_the_command_is_printed_and_not_run(tool: str, words: list[str], capsys:
     assert cli.run(deep.main, [f"--tool={tool}", "--op=rotary", "--dry_run", "--out=somewhere"]) == 0
     printed = capsys.readouterr().out
     assert not [word for word in words if word not in printed]
+
+
+def test_instrumented_kernels_get_the_memory_that_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any thread, as autograd's; without the plugin a launch raises."""
+    from triton.runtime import _allocation
+
+    import tests.instrumented as plugin
+
+    command = deep.command_of(argparse.Namespace(tool="consan", op="attention", **CASE), Path("somewhere"))
+    assert command[-4:-2] == ["-p", "tests.instrumented"] and command[-1].endswith("backward.py")
+    monkeypatch.setattr(_allocation.NullAllocator, "__call__", _allocation.NullAllocator.__call__)
+    plugin.pytest_configure(None)
+    assert _allocation._NULL_ALLOCATOR(4, 8, None).numel() == 4
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,8 @@ def test_flex_attention_sees_what_attention_sees(features, monkeypatch):
     q, k, v = torch.randn(3, 1, 256, 2, 16).unbind()
     expected = kernels.OPS["attention"].reference(q, k, v, **features)
     torch.testing.assert_close(peers.flex(q, k, v, **features), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("a call that is timed waits for the GPU"))
+    peers.flex(q, k, v, **features)
     peers._compiled_flex.cache_clear()
 
 
@@ -375,6 +377,15 @@ def test_a_variant_is_timed_only_where_it_is_asked_for():
     assert "gluon" in attention.variants and "gluon" not in variants(attention, gpu, compiled=False)
     asked = variants(attention, gpu, compiled=False, asked=["gluon"])
     assert list(asked)[:3] == ["triton", "gluon", "reference"]
+
+
+def test_a_variant_that_refuses_a_case_is_left_out_and_the_others_are_timed(tmp_path):
+    attention, functions = kernels.OPS["attention"], {"gluon": refuses, "reference": kernels.OPS["attention"].reference}
+    case = Case(attention, dict(attention.parity[0]), "float32", "forward", CPU)
+    with Log(tmp_path, console=False) as log:
+        assert list(ops.build(case, functions, 1, log)[0]) == ["reference"]
+        with pytest.raises(ValueError, match="for sm_90"):
+            ops.build(case, {"triton": refuses}, 1, log)
 
 
 def test_a_variant_is_checked_first_where_it_can_run(monkeypatch, tmp_path):

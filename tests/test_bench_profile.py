@@ -121,6 +121,20 @@ def test_gaps_inside_a_graph_are_the_graphs():
     assert (gap.cause, gap.calls, gap.ms) == ("between the kernels of a graph", 2, pytest.approx(0.004))
 
 
+def test_a_kernel_that_starts_early_is_not_counted_while_it_waits():
+    """The parts of a step add up to the time in which the GPU is busy."""
+    events = [
+        event("user_annotation", trace.STEP, 0, 100),
+        event("cuda_runtime", "cudaGraphLaunch", 1, 4, correlation=1),
+        event("kernel", "decode_linear_fwd_kernel_rows", 10, 10, 7, correlation=1),
+        event("kernel", "decode_attention_fwd_kernel", 12, 18, 7, correlation=1),
+        event("kernel", "decode_greedy_fwd_kernel", 15, 5, 8, correlation=1),  # done before the last one
+    ]
+    found = trace.read(events)
+    assert found.busy_ms == pytest.approx(0.020)
+    assert sorted(piece.ms for piece in found.pieces) == pytest.approx([0.0, 0.010, 0.010])
+
+
 def test_a_trace_without_steps_is_refused():
     with pytest.raises(ValueError, match=r"no range named bench\.step"):
         trace.read([event("kernel", "nvjet", 0, 1)])

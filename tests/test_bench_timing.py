@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import timing
-from bench.timing import CudaStopwatch, Settings, Stopwatch, Work, summarize
+from bench.timing import CudaStopwatch, Settings, Stopwatch, Work, judge, summarize
 
 
 class Machine:
@@ -114,6 +114,12 @@ def outside(run: Callable[[], Any], ms: float) -> str | None:
     watch = CudaStopwatch.__new__(CudaStopwatch)
     watch.device = torch.device("cpu")
     return watch.look_outside([Work(run, (), lambda seed: None)], summarize([ms] * 8, method="events"))
+
+
+def test_other_integers_are_wrong():
+    right, wrong = (torch.tensor([[token, 1]]) for token in (5, 7))
+    assert judge([right], [right], [right]).reason is None
+    assert judge([wrong], [right], [right]).reason == "output 0: other integers than the reference's"
 
 
 @pytest.mark.parametrize("submit_ms", [0.0, 0.00005, 0.002, 0.02])

@@ -339,7 +339,7 @@ BYTES = torch.zeros(2, 8, 2, 16, dtype=torch.int8)
     (dict(k=POOL, v=POOL, pages=TABLE - 1), "pages: sequence 0 has -1 to 0, the pool 6"),
     (dict(k=POOL[:, :0], v=POOL[:, :0], pages=TABLE), "k: pages of no rows"),
     (dict(k=BYTES.float().to("meta"), v=BYTES.float().to("meta")), "k: on meta, but q is on cpu"),
-    (dict(window=-1), "window: expected a number of positions"), (dict(scale=0.0), "scale: expected a positive"),
+    (dict(window=-1), "window: expected a whole number"), (dict(scale=0.0), "scale: expected a positive"),
     (dict(softcap=-1.0), "softcap: expected a positive"),
 ], ids=lambda x: x[:30] if isinstance(x, str) else "")  # fmt: skip
 def test_bad_arguments(change, complaint, function):

@@ -5,6 +5,7 @@ The list of ops is kernels.OPS; which options meet is drawn from their declarati
 
 import functools
 import inspect
+import math
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, check_parity, differentiated, doubled, layouts, leaves, relative_error, run
+from oracle import DTYPES, check_parity, differentiated, doubled, is_number, layouts, leaves, relative_error, run
 from torch import Tensor
 
 import kernels
@@ -304,6 +305,62 @@ def test_an_argument_that_is_no_tensor_is_named(op):
             for function in filter(None, (op.reference, op.cpu, kernel_of(op))):
                 with pytest.raises(ValueError, match=f"^{name}: expected a tensor"):
                     function(**passed | {name: wrong})
+
+
+NO_NUMBERS = {  # for what these arguments mean, in whichever op
+    "eps": (math.nan, -1.0, "a"), "softcap": (math.nan, math.inf, 0.0, -2.0), "window": (1.5, True, -1),
+    "ignore_index": (1.5,), "vocab_size": (8.0, 0), "z_loss": (math.nan,), "label_smoothing": (math.nan, 1.5),
+    "chunk_bytes": (0, 1.5), "steps": (-1, 1.5), "dropout": (math.nan, 1.0),
+}  # fmt: skip
+
+
+@each_op
+def test_a_number_that_means_nothing_is_named(op):
+    """By every path alike: what one takes and another does not would differ between machines."""
+    arguments, keywords = a_case(op)
+    names = set(inspect.signature(op.reference).parameters)
+    wrong = {name: values for name, values in NO_NUMBERS.items() if name in names}
+    if "softcap" in names:
+        wrong |= {"scale": (math.nan, math.inf, 0.0)} if "window" in names else {}
+    passed = dict(zip(inspect.signature(op.reference).parameters, arguments, strict=False)) | keywords
+    for name, values in wrong.items():
+        for value in values:
+            for function in filter(None, (op.reference, op.cpu, kernel_of(op))):
+                with pytest.raises(ValueError, match=f"^{name}"):
+                    function(**passed | {name: value})
+
+
+@each_differentiable_op
+def test_a_second_derivative_is_right_or_refused(op):
+    """By the references, with each option; of cotangents that are constants, as those of a loss are: torch's
+    once_differentiable lets them pass, and the second derivative is 0 in silence. Kernels refuse it."""
+    for options in option_sets(op):
+        arguments, keywords = op.inputs(**gradient_dims(op), **options, dtype=torch.float64)
+        leaves = differentiated(doubled(arguments))
+        for function in filter(None, (op.reference, op.cpu)):
+            again = functools.partial(function, **keywords)
+            with torch.no_grad():
+                outputs = again(*leaves)
+            cotangents = [torch.randn_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+            try:
+                assert torch.autograd.gradgradcheck(again, leaves, cotangents, fast_mode=True, atol=1e-4)
+            except RuntimeError as error:
+                assert "no second derivative; give a chunk_bytes" in str(error), f"{options}: {error}"
+    arguments, keywords = a_case(op)
+    outputs = kernel_of(op, **keywords)(*(leaves := differentiated(arguments)))
+    total = sum(o.sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, [x for x in leaves if is_number(x)], create_graph=True, allow_unused=True)
+
+
+@each_op
+def test_a_tangent_is_refused_and_not_lost(op):
+    arguments, keywords = a_case(op)
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(x, x) if is_number(x) else x for x in arguments]
+        with pytest.raises(RuntimeError, match=r"forward-mode.*reference"):
+            kernel_of(op, **keywords)(*dual)
+        kernel_of(op, **keywords)(*arguments)
 
 
 @each_op

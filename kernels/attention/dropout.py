@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, tl
+from ..op import check_count
 
 ROUNDS = 7  # of Philox: the fewest that pass BigCrush (Salmon et al., SC 2011)
 
@@ -22,6 +23,7 @@ def seed_tensor(dropout: float, seed: int | None, device: torch.device) -> Tenso
         return None
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
+    check_count("seed", seed, -(2**63))
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
@@ -29,6 +31,7 @@ def drop(p: Tensor, dropout: float, seed: int | None, queries: range, keys: rang
     """Returns p (..., queries, keys) with entries zeroed at this rate and the others scaled up."""
     if seed is None:
         return F.dropout(p, dropout)
+    check_count("seed", seed, -(2**63))
     heads = p.shape[:-2].numel()
     drawn = undropped(seed, dropout, heads, queries, keys, p.device).view(p.shape)
     return torch.where(drawn, p, 0.0) / (1.0 - dropout)  # a NaN that is dropped is 0, as in the kernels

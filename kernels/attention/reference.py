@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..op import no_tensor, require, traced
+from ..op import check_scores, no_tensor, require, traced
 from .dropout import drop
 
 
@@ -104,12 +104,7 @@ def check(
     if not q.is_floating_point():
         raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
     S = _check_keys(q, k, v) if heads is None else _check_projection(q, k, v, heads)
-    if window is not None and window < 0:
-        raise ValueError(f"window: expected a number of positions or None, got {window}")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale: expected a positive number or None, got {scale}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    check_scores(window, scale, softcap)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if cu_seqlens is not None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, launcher, launching, tl, triton
-from ..op import Cost, Op, changed, differentiable, no_tensor, require
+from ..op import Cost, Op, changed, differentiable, no_tensor, refuse_second_derivative, require
 from ..prims import as_rows, require_kernel_dtype
 from .rows import TILES as ROW_TILES
 from .rows import Criterion, check_criterion, cross_entropy_rows, load_logits, logits_gradient
@@ -185,8 +185,8 @@ class _InPlace(torch.autograd.Function):
         return _reduced(loss, counted, criterion.reduction)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative("cross_entropy", "use kernels.load('reference')")
         (dlogits,) = ctx.saved_tensors
         M, N = dlogits.shape
         factor = dloss.expand(M)

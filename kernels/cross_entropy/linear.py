@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, launcher, skip, tl, triton
-from ..op import Cost, Op, changed, differentiable, no_tensor, require
+from ..op import Cost, Op, changed, check_count, differentiable, no_tensor, refuse_second_derivative
 from ..prims import require_kernel_dtype
 from . import OPTIONS, draw_targets, formula
 from .rows import Criterion, check_criterion, cross_entropy_rows
@@ -105,7 +105,7 @@ def _rows_per_chunk(x: Tensor, weight: Tensor, chunk_bytes: int | None) -> int:
     """Returns how many rows of logits fit in the budget: at least one, a multiple of 128 if there is room for that."""
     if chunk_bytes is None:
         chunk_bytes = 1 << 27 if x.device.type == "cpu" else 1 << 30
-    require(chunk_bytes > 0, "chunk_bytes: expected at least 1")
+    check_count("chunk_bytes", chunk_bytes, 1)
     rows = chunk_bytes // (weight.shape[0] * x.dtype.itemsize)
     return max(1, rows - rows % 128 if rows >= 128 else rows)
 
@@ -268,8 +268,8 @@ class _Chunked(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy", "give a chunk_bytes that all logits fit into")
         saved, task = ctx.saved_tensors, ctx.task
         late = task.criterion.reduction == "none"
         dx, dweight = _backward(dloss, saved, saved if late else None, task)

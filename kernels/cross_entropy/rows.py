@@ -4,13 +4,14 @@ Computes the loss of each row, the two parts of its log-sum-exp and, on demand, 
 On a Hopper GPU rows of 16 bits that fit are held in shared memory (hopper.py); others are read twice.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._triton import jit, tl
-from ..op import no_tensor, require, traced
+from ..op import check_count, no_tensor, require, traced
 from ..prims import RowTile, RowTiles, tanh
 from .hopper import fits, launch_hopper
 
@@ -41,9 +42,13 @@ def check_criterion(targets: Tensor, M: int, N: int, device: torch.device, crite
         raise ValueError(f"targets: expected int32 or int64, got {targets.dtype}")
     if targets.device != device:
         raise ValueError(f"targets: on {targets.device}, but {rows} is on {device}")
-    require(1 <= V <= N, "vocab_size: expected at least 1 and at most the number of logits")
+    check_count("vocab_size", V, 1)
+    require(V <= N, "vocab_size: expected at least 1 and at most the number of logits")
+    check_count("ignore_index", criterion.ignore_index, -(2**63))
     require(0 <= criterion.label_smoothing <= 1, "label_smoothing: expected 0 to 1")
-    require(criterion.softcap is None or criterion.softcap > 0, "softcap: expected None or a number above 0")
+    require(abs(criterion.z_loss) < math.inf, "z_loss: expected a finite number")
+    cap = criterion.softcap
+    require(cap is None or 0 < cap < math.inf, "softcap: expected None or a number above 0")
     if criterion.reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {criterion.reduction!r}")
     if device.type == "cpu" and not traced() and M:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import Cost, Op, changed, no_tensor, without_gradient
+from ..op import Cost, Op, changed, check_eps, no_tensor, without_gradient
 from ..prims import require_kernel_dtype
 from . import Append, launch
 from . import cost as attention_cost
@@ -56,6 +56,7 @@ def append_attention_reference(
     """
     append = Append(q_norm, k_norm, cos, sin, eps if qk_norm else None, counts)
     _check(qkv, Cache(k, v, k_scale, v_scale), lengths, pages, append, window, scale, softcap)
+    check_eps(eps)
     (B, T), (rows, G) = qkv.shape[:2], k.shape[1:3]
     q, new_k, new_v = qkv.split((qkv.shape[2] - 2 * G, G, G), dim=2)
     position = lengths.long()[:, None] + torch.arange(T, device=qkv.device)
@@ -159,6 +160,7 @@ def append_attention_triton(
     """
     append = Append(q_norm, k_norm, cos, sin, eps if qk_norm else None, counts)
     _check(qkv, Cache(k, v, k_scale, v_scale), lengths, pages, append, window, scale, softcap)
+    check_eps(eps)
     require_kernel_dtype("qkv", qkv)
     if qkv.shape[3] > 256:
         raise ValueError(f"qkv: head dims up to 256 have kernels, got {qkv.shape[3]}; use the reference")

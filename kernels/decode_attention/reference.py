@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..op import no_tensor, require, traced
+from ..op import check_scores, no_tensor, require, traced
 
 QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 FUSED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of torch's fused operator on a CPU
@@ -203,12 +203,7 @@ def check(
     for name, x in tensors.items():
         if x is not None and x.device != q.device:
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
-    if window is not None and window < 0:
-        raise ValueError(f"window: expected a number of positions or None, got {window}")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale: expected a positive number or None, got {scale}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    check_scores(window, scale, softcap)
     if on_host(lengths):
         _check_values(k, lengths, pages, new)
 

@@ -20,6 +20,7 @@ the matrix into the L2 cache, and then wait. There is no derivative.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import arch, launcher, multiprocessors, skip, starts_early, tile_arch, triton
-from ..op import Cost, Op, changed, no_tensor, without_gradient
+from ..op import Cost, Op, changed, check_eps, no_tensor, without_gradient
 from ..prims import as_rows, early_launch, require_kernel_dtype
 from . import columns as columns_page
 from .rows import NUM_WARPS, decode_linear_fwd_kernel_rows, depth, rows_of_a_warp
@@ -63,7 +64,7 @@ def decode_linear_reference(
     swiglu, silu(g) * h, which needs gate. int8 matrices need their scales. Raises ValueError naming the argument.
     """
     terms = Terms(bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
-    _check(x, weight, terms)
+    _check(x, weight, terms, eps, softcap)
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def widened(vector: Tensor | None) -> Tensor | None:
@@ -109,7 +110,7 @@ class Terms(NamedTuple):
     activation: str
 
 
-def _check(x: Tensor, weight: Tensor, terms: Terms) -> None:
+def _check(x: Tensor, weight: Tensor, terms: Terms, eps: float, softcap: float | None) -> None:
     """Refuse wrong arguments. A message is made only where a check fails: a step calls this dozens of times."""
     bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation = terms
     for name, tensor in (("x", x), ("weight", weight), *zip(Terms._fields, terms[:-2], strict=False)):
@@ -117,6 +118,9 @@ def _check(x: Tensor, weight: Tensor, terms: Terms) -> None:
             raise no_tensor(**{name: tensor})
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected floating (..., K) with K >= 1, got {x.dtype}{tuple(x.shape)}")
+    check_eps(eps)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     if activation not in ACTIVATIONS:
@@ -235,7 +239,7 @@ def decode_linear_triton(
     rows in bf16 go by columns.py.
     """
     terms = Terms(bias, residual, norm_weight, norm_bias, gate, gate_bias, scale, gate_scale, norm, activation)
-    _check(x, weight, terms)
+    _check(x, weight, terms, eps, softcap)
     require_kernel_dtype("x", x)
     if dtype not in (None, torch.float32, x.dtype):
         raise ValueError(f"dtype: expected x's or float32, got {dtype}")

@@ -75,7 +75,7 @@ def launch_backward_hopper(
     )
     programs, tile, kernel = triton.cdiv(S, 128) * B * G, fused.TILE, fused.attention_bwd_kernel_fused_hopper
     if D == 64:
-        tile = stay.DOCUMENTS_TILE if given.documents is not None and H > G else stay.TILE
+        tile = stay.TILE if given.documents is None else stay.DOCUMENTS_TILE
         tile = stay.SOFTCAP_TILE if options.softcap else tile
         programs = min(programs, multiprocessors(q))
         kernel = stay.attention_bwd_kernel_stay_hopper

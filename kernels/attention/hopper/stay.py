@@ -275,5 +275,5 @@ def attention_bwd_kernel_stay_hopper(
 
 # NVIDIA H200, 2026-11-26, at 16 x 1024 x 12 and 1 x 16384 x 32 heads of 64.
 TILE = Tile(64, 3, 3, 2, 192)
-DOCUMENTS_TILE = Tile(64, 3, 3, 2, 200)  # of grouped heads; with 192 registers a few values spill, once a block
+DOCUMENTS_TILE = Tile(64, 3, 3, 2, 200)  # with 192 registers a few values spill, once a block
 SOFTCAP_TILE = Tile(64, 3, 3, 2, 208)  # with 200 they would; not timed

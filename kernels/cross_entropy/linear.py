@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._triton import jit, launcher, skip, tl, triton
-from ..op import Cost, Op, changed, check_count, differentiable, no_tensor, refuse_second_derivative
+from ..op import Cost, Op, changed, check_count, differentiable, no_tensor, refuse_second_derivative, transformed
 from ..prims import require_kernel_dtype
 from . import OPTIONS, draw_targets, formula
 from .rows import Criterion, check_criterion, cross_entropy_rows
@@ -56,7 +56,7 @@ def linear_cross_entropy_reference(
     _check(x, weight, targets, criterion)
     x, weight = _operands(x, weight)
     rows = _rows_per_chunk(x, weight, chunk_bytes)
-    if x.shape[0] > rows:
+    if x.shape[0] > rows and not transformed():
         return _Chunked.apply(x, weight, targets, criterion, rows)
     return formula(F.linear(x, weight), targets, criterion)
 

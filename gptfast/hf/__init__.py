@@ -151,7 +151,8 @@ def exported(
 
     `among` as in `layout_for`. Raises UserError for a model that the layout cannot express.
     """
-    config, chosen = model.config, layout_for(model.config, layout, among)
+    config = model.config
+    chosen = layout_for(config, layout, among, () if nanochat.misfits(config) else ("nanochat_pt",))
     ours: Weights = model.state_dict()
     if vocab_size is not None and vocab_size < config.vocab_size:
         config = dataclasses.replace(config, vocab_size=vocab_size)

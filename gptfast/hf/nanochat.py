@@ -26,7 +26,7 @@ from gptfast.aside import folder_aside
 from gptfast.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig, nanochat
 from gptfast.errors import UserError
 from gptfast.hf import torch_files
-from gptfast.hf.layouts import Weights, halves_swapped
+from gptfast.hf.layouts import Weights, halves_swapped, instead
 from gptfast.model import GPT
 
 FILE = re.compile(r"model_(\d{6,})\.pt")
@@ -121,7 +121,10 @@ def _tables(config: GPTConfig) -> list[str]:
 
 def misfits(config: GPTConfig) -> list[str]:
     """Returns the fields of `config` that nanochat's code cannot express, as 'field=value'."""
-    theirs = dataclasses.asdict(_nearest(config))
+    try:
+        theirs = dataclasses.asdict(_nearest(config))
+    except UserError:  # its gates and rotary positions cannot be of these sizes
+        return [f"n_embd={config.n_embd}", f"n_head={config.n_head}"]
     same = {"head_size": config.n_embd // config.n_head, "mlp_width": 4 * config.n_embd}  # what None means
     differing = []
     for field, value in dataclasses.asdict(config).items():
@@ -145,9 +148,7 @@ def write(model: GPT, folder: str | Path, *, step: int = 0, dtype: torch.dtype =
     """
     reasons = misfits(model.config)
     if reasons:
-        raise UserError(
-            f"nanochat cannot express {', '.join(reasons)}; train a model without, or keep it as a gptfast checkpoint"
-        )
+        raise UserError(f"nanochat cannot express {', '.join(reasons)}; {instead(model.config)}")
     weights = {name: w.to(dtype) for name, w in _given(model.config, model.state_dict()).items()}
     config = _nearest(model.config)
     settings: dict[str, Any] = {name: getattr(config, name) for name in SIZES} | {"n_kv_head": config.kv_heads}

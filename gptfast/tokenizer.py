@@ -142,7 +142,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     meta = untrusted.json_object(path, "prepare the data again")
-    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1 or "tokenizer" not in meta:
+    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1 or meta.get("tokenizer") is None:
         raise UserError(f"{path} does not state vocab_size and tokenizer; prepare the data again")
     files = meta.get("files", {})
     if not isinstance(files, dict) or not all(

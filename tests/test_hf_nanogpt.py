@@ -181,6 +181,10 @@ def test_a_model_without_tokenizer_is_exported_and_says_what_it_lacks(
     assert cli.run(sample.main, [f"--out_dir={out}", "--device=cpu", "--kernels=reference"]) == 2
     said = capsys.readouterr().err
     assert "the model has no tokenizer, which text needs; import it again with one: python -m gptfast.hf import" in said
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    prepare("chars", tmp_path, tmp_path / "text.txt")
+    again = ["import", out, f"--out_dir={tmp_path / 'new'}", f"--tokenizer={tmp_path / 'chars'}"]
+    assert cli.run(command.main, again) == 0 and hf.load_tokenizer(tmp_path / "new").decode([0]) == "\n"
 
 
 def test_gpt2s_vocabulary_is_gpt2s_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,11 @@ def exists(out_dir: str | Path) -> bool:
     return Path(out_dir).is_dir() and bool(_folders(Path(out_dir)))
 
 
+def last_step(out_dir: str | Path) -> int | None:
+    """Returns the step of the checkpoint in `out_dir` that was saved last, valid or not; None where there is none."""
+    return _step(_folders(Path(out_dir))[0]) if exists(out_dir) else None
+
+
 def load(out_dir: str | Path, step: int | None = None, *, best: bool = False) -> Checkpoint:
     """Loads the last saved valid checkpoint of `out_dir`, the one of `step`, or the best (lowest score).
 

@@ -53,6 +53,22 @@ LIMITS: dict[str, tuple[float, float]] = {
     "hop_us": (0.0, 10.0**9), "memory_gbs": POSITIVE, "newton_schulz_tflops": POSITIVE,
     "budget_s": (0.0, float("inf")),
 }  # fmt: skip
+# What other programs, nanochat before all, call a flag: of ours, the first that the command has.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "num_iterations": ("max_iters",), "num_steps": ("max_iters",), "max_steps": ("max_iters",),
+    "max_seq_len": ("block_size",), "sequence_len": ("block_size",), "context_length": ("block_size",),
+    "num_layers": ("n_layer",), "num_heads": ("n_head",), "hidden_size": ("n_embd",), "run": ("wandb_run_name",),
+    "lr": ("learning_rate",), "embedding_lr": ("learning_rate",), "unembedding_lr": ("head_lr",),
+    "wd": ("weight_decay",), "warmup_steps": ("warmup_iters",), "grad_accum": ("gradient_accumulation_steps",),
+    "eval_every": ("eval_interval",), "save_every": ("eval_interval",), "mmlu_epochs": ("mixture",),
+    "gsm8k_epochs": ("mixture",), "prompt": ("start",), "max_tokens": ("max_new_tokens",),
+    "max_new_tokens": ("max_tokens",), "num_tokens": ("max_new_tokens", "max_tokens"),
+}  # fmt: skip
+SHORT: dict[str, tuple[str, ...]] = {  # nanochat's flags of one letter, likewise
+    "t": ("temperature",), "k": ("top_k",), "m": ("max_tokens", "max_new_tokens"), "n": ("num_samples",),
+    "p": ("prompt", "port", "start"), "d": ("dtype",),
+}  # fmt: skip
+CHECKPOINTS = ("i", "g", "source", "model_tag")  # nanochat's flags that choose a model
 SHOWN = 80  # characters of the user's input that an error repeats
 
 
@@ -179,7 +195,7 @@ def parse(
     Raises UserError for an unknown flag or preset (names the nearest) and for a value of the wrong type (names the
     type); exits with code 0 after `--help`.
     """
-    words, flags = _split(argv, get_type_hints(config_type))
+    words, flags = _split(argv, config_type)
     if len(words) > 1:
         raise UserError(f"{' '.join(words)}: give one name, not {len(words)}")
     base = config_type()
@@ -219,11 +235,12 @@ def check_ranges(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def typed(argv: Sequence[str], config_type: type) -> dict[str, str]:
     """Returns the flags that the user typed, `{key: text}`, to tell a choice from a default."""
-    return dict(_split(argv, get_type_hints(config_type))[1])
+    return dict(_split(argv, config_type)[1])
 
 
-def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+def _split(argv: Sequence[str], config_type: type) -> tuple[list[str], list[tuple[str, str]]]:
     """Returns the bare words, and `(key, text)` for every flag, in the order typed."""
+    types = get_type_hints(config_type)
     words: list[str] = []
     flags: list[tuple[str, str]] = []
     remaining = list(argv)
@@ -232,13 +249,15 @@ def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], li
         if argument in ("-h", "--help"):
             flags.append(("help", "True"))
             continue
+        if re.match("-[a-zA-Z]", argument):
+            raise _unknown("-", argument[1:].partition("=")[0], config_type, types)
         if not argument.startswith("--"):
             words.append(argument)
             continue
         name, equals, text = argument[2:].partition("=")
         key = name.replace("-", "_")
         if key not in types:
-            raise UserError(f"unknown flag --{_shown(name)}{nearest(key, types, '--')}")
+            raise _unknown("--", name, config_type, types)
         if not equals:
             is_switch = types[key] is bool and (not remaining or remaining[0].lower() not in ("true", "false"))
             if not is_switch and (not remaining or remaining[0].startswith("--")):
@@ -246,6 +265,18 @@ def _split(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], li
             text = "True" if is_switch else remaining.pop(0)
         flags.append((key, text))
     return words, flags
+
+
+def _unknown(dashes: str, name: str, config_type: type, types: Mapping[str, Any]) -> UserError:
+    """The error for a flag that the command has not, with what was meant."""
+    key, said = name.replace("-", "_"), f"unknown flag {dashes}{_shown(name)}"
+    if key in CHECKPOINTS and {"init_from", "out_dir"} & set(types):
+        is_own = getattr(config_type, "init_from", "resume") in ("resume", "scratch")  # a field's default
+        return UserError(f"{said}; the checkpoint is named by --{'out_dir' if is_own else 'init_from'}=FOLDER")
+    for meant in (ALIASES if dashes == "--" else SHORT).get(key, ()):
+        if meant in types:
+            return UserError(f"{said}; did you mean --{meant}?")
+    return UserError(said + (nearest(key, types, "--") if dashes == "--" else "; flags are typed --key=value"))
 
 
 def _preset_name(word: str, presets: Mapping[str, Any]) -> str:

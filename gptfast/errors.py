@@ -12,6 +12,10 @@ class UserError(ValueError):
     """An error that the user can fix. The message is one line that names the cause and the fix."""
 
 
+class NoTokenizer(UserError):
+    """The model was imported without a tokenizer."""
+
+
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Returns `; did you mean x?` with the known word most similar to `word`, or the list of all if none is.
 

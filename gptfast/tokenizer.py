@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gptfast import tokenizer_json, untrusted
 from gptfast.blanks import LONG, Blanks
-from gptfast.errors import UserError, remedy, to_install
+from gptfast.errors import NoTokenizer, UserError, remedy, to_install
 from gptfast.tokenizer_json import BYTE_LETTERS, MOST_TOKENS
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ GPT4_PATTERN = (
 BEGINNINGS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")  # names that a BOS may have
 
 GPT2_VOCAB, GPT2_BOS = 50257, 50256
+WITH_ONE = "import it again with one: python -m gptfast.hf import FOLDER --out_dir=NEW --tokenizer=ITS_TOKENIZER"
 COPY_AGAIN = "copy or train the tokenizer again"
 NO_DATA_SET = "no data set in {}; make it: python -m train.prepare {}, of your own text with --source=FILE_OR_FOLDER"
 RANKS, HUGGING_FACE, ENCODING = "ranks.tiktoken", "tokenizer.json", "encoding.json"  # files of a saved tokenizer
@@ -141,7 +142,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     meta = untrusted.json_object(path, "prepare the data again")
-    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1 or "tokenizer" not in meta:
+    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1 or meta.get("tokenizer") is None:
         raise UserError(f"{path} does not state vocab_size and tokenizer; prepare the data again")
     files = meta.get("files", {})
     if not isinstance(files, dict) or not all(
@@ -531,7 +532,7 @@ def _described_bpe(description: Mapping[str, Any]) -> BPETokenizer:
 
 def _unknown_description(description: Any) -> UserError:
     if description is None:
-        return UserError("not a tokenizer, but none: the model was imported without; import it with one")
+        return NoTokenizer(f"the model has no tokenizer, which text needs; {WITH_ONE}")
     return UserError(f"not a tokenizer that gptfast knows: {str(description)[:80]}; prepare the data again")
 
 

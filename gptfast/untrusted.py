@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import stat
+import sys
 import weakref
 import zlib
 from array import array
@@ -236,4 +237,6 @@ def plain_name(name: Any) -> bool:
 def reason(error: BaseException) -> str:
     """Returns the message of an error on one line."""
     text = getattr(error, "strerror", None) or str(error)
+    if "set_int_max_str_digits" in text:  # what Python advises its programmers
+        return f"a number of more than {sys.get_int_max_str_digits():,} digits"
     return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -87,10 +87,12 @@ def test_commands(run: Run, chat: Chat, tmp_path: Path) -> None:
     script = {"one": told(chat, "Hello"), "two": told(chat, "good day"), "Be good.\n\none": told(chat, "84")}
     saved, other = tmp_path / "talk.jsonl", tmp_path / "other.jsonl"
     other.write_text("not ours")
+    nowhere = tmp_path / "none" / "a" / "talk.jsonl"
     typed = "\n".join(
         [
             "/temperature 0.5", "/temperature", "/temperature -1", "/temperature warm", "/top_k 3", "/top_k 1e400",
             "/top_p 2", "/max_tokens 64", "/nonsense", "/undo", "/save", f"/save {saved}", "one", "two",
+            f"/save {nowhere}",
             "/again", "/undo", f"/save {saved}", f"/save {other}", "/clear", "/system Be good.", "one",
             "/system none", f"/load {saved}", "two", f"/load {other}", f"/load {tmp_path / 'none'}", "/help",
             "/quit", "one",
@@ -99,13 +101,16 @@ def test_commands(run: Run, chat: Chat, tmp_path: Path) -> None:
     code, out, err = run(script, typed)
     assert code == 0 and out.splitlines() == ["Hello", "good day", "good day", "84", "Hello", "good day"]
     assert other.read_text() == "not ours" and [len(messages) for messages in conversation.read(saved)] == [2]
+    assert not (tmp_path / "none").exists()
     lines = [line for line in err.splitlines() if not line.startswith("(")]
     expected = [
         "temperature: 0.5", "temperature: 0.5", "error: temperature: must be 0, or 1e-06 to 1e+06, got -1.0",
         "error: temperature: expected a number, got warm", "top_k: 3", "error: top_k: expected a number, got 1e400",
         "error: top_p: must be above 0 and at most 1, got 2.0", "max_tokens: 64", "error: unknown command /nonsense",
         "error: nothing has been said yet", "error: /save needs a file",
-        "error: nothing has been said yet, so there is", "taken back: two", f"saved 2 messages in {saved}",
+        "error: nothing has been said yet, so there is",
+        f"error: {nowhere}: there is no folder {nowhere.parent}; make it",
+        "taken back: two", f"saved 2 messages in {saved}",
         f"error: {other} is there already", "a new conversation",
         "system: Be good.", "system: none", "going on with 2 messages", f"error: {other}, line 1: no JSON",
         f"error: cannot read {tmp_path / 'none'}", *command.COMMANDS,

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from gptfast import cli, runtime
+from gptfast.chat.__main__ import ChatConfig
 from gptfast.errors import UserError, nearest
+from gptfast.sample import Sample
+from gptfast.serve.__main__ import Serve
+from train.config import Pretrain
+from train.sft import Sft
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ def test_accepted(argv: list[str], field: str, value: object) -> None:
     ("argv", "message"),
     [
         (["--lerning_rate=1"], "unknown flag --lerning_rate; did you mean --learning_rate?"),
+        (["--num-iterations=5"], "unknown flag --num-iterations; did you mean --max_iters?"),
+        (["--lr", "1"], "unknown flag --lr; did you mean --learning_rate?"),
+        (["--device-type=cpu"], "unknown flag --device-type; did you mean --device?"),
+        (["-x", "5"], "unknown flag -x; flags are typed --key=value"),
+        (["-learning_rate=1"], "unknown flag -learning_rate; flags are typed --key=value"),
         (["--learning_rate=fast"], "--learning_rate=fast: expected float"),
         (["--max_iters=1.5"], "--max_iters=1.5: expected int"),
         (["--max_iters=1e3"], "--max_iters=1e3: expected int"),
@@ -89,6 +99,33 @@ def test_refused(argv: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         parse(*argv)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config_type", "argv", "meant"),
+    [
+        (Sft, ["-i", "base"], "the checkpoint is named by --init_from=FOLDER"),
+        (ChatConfig, ["-i", "sft"], "the checkpoint is named by --out_dir=FOLDER"),
+        (ChatConfig, ["-p", "Hi"], "did you mean --prompt?"),
+        (ChatConfig, ["-t=0.5"], "did you mean --temperature?"),
+        (ChatConfig, ["--max-new-tokens=5"], "did you mean --max_tokens?"),
+        (Sample, ["--source", "sft"], "the checkpoint is named by --out_dir=FOLDER"),
+        (Sample, ["--prompt=x"], "did you mean --start?"),
+        (Serve, ["-g", "d12"], "the checkpoint is named by --out_dir=FOLDER"),
+        (Serve, ["-p", "80"], "did you mean --port?"),
+        (Sft, ["--model-tag=d12"], "the checkpoint is named by --init_from=FOLDER"),
+        (Pretrain, ["--model-tag=d12"], "the checkpoint is named by --out_dir=FOLDER"),
+        (Sft, ["--mmlu-epochs=3"], "did you mean --mixture?"),
+        (Pretrain, ["--eval-every=5"], "did you mean --eval_interval?"),
+        (Pretrain, ["--run=dummy"], "did you mean --wandb_run_name?"),
+        (Pretrain, ["--max-seq-len=512"], "did you mean --block_size?"),
+        (Pretrain, ["--device-batch-size=8"], "did you mean --batch_size?"),
+    ],
+)
+def test_spellings_of_nanochats(config_type: type, argv: list[str], meant: str) -> None:
+    with pytest.raises(UserError) as error:
+        cli.parse(config_type, argv)
+    assert str(error.value) == f"unknown flag {argv[0].partition('=')[0]}; {meant}"
 
 
 def test_no_presets_and_positional() -> None:

@@ -261,6 +261,12 @@ def test_weights_that_change_are_judged_anew(tmp_path: Path) -> None:
     assert evaluate._weights(tmp_path) == before and before
     (tmp_path / "ckpt-1" / "model.safetensors").write_bytes(b"2")
     assert evaluate._weights(tmp_path) != before
+    for content in (b"a", b"ab"):  # nanoGPT's, in a folder or named itself
+        before = evaluate._weights(tmp_path)
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        assert evaluate._weights(tmp_path) != before
+    (alone,) = evaluate._weights(tmp_path / "ckpt.pt")
+    assert alone[1] == 2
 
 
 # ---- the bundle

@@ -170,7 +170,7 @@ def test_what_is_not_a_gpt_of_ours_is_refused(settings: dict, message: str, tmp_
 
 
 def test_a_folder_that_is_none_and_files_that_are_damaged(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds neither a checkpoint of ours nor config\.json"):
+    with pytest.raises(UserError, match=r"holds no model; give a folder with a checkpoint of ours, config\.json"):
         hf.load(tmp_path, OPS)
     weights = damaged({}, tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -230,7 +230,7 @@ def test_the_stored_dtype(tmp_path: Path) -> None:
 
 
 NOT_EXPRESSIBLE = [
-    (dataclasses.replace(OURS["modern"], softcap=15.0), "auto", "llama layout cannot express qk_norm=True, softcap=15"),
+    (dataclasses.replace(OURS["modern"], softcap=15.0), "auto", "nearest layout, qwen3, cannot express softcap=15.0;"),
     (dataclasses.replace(LLAMA, token_shift=True), "llama", "cannot express token_shift=True"),
     (LLAMA, "gpt2", "gpt2 layout cannot express position=rope, norm=rmsnorm, activation=swiglu, n_kv_head=2"),
     (GPT2, "llama", "llama layout cannot express position=learned, norm=layernorm, activation=gelu;"),
@@ -405,7 +405,7 @@ def test_characters_in_a_gguf_file(tmp_path: Path) -> None:
 
 GGUF_REFUSED = [
     (GPT2, None, "has only GPT-2's GELU, by tanh"),
-    (OURS["modern"], None, "llama.cpp's qwen3 has no relu"),
+    (OURS["modern"], None, "llama.cpp's qwen3 has no ReLU²; export to a folder for transformers, which has it"),
     (dataclasses.replace(OURS["qwen3"], softcap=15.0), None, "cannot express"),
     (LLAMA, CharTokenizer.from_text("é"), "ASCII characters"),
     (LLAMA, trained(), "has 302 tokens, the model 101"),

@@ -14,11 +14,14 @@ from torch import Tensor
 
 import kernels
 from gptfast import cli, hf
-from gptfast.config import GPTConfig, nanochat
+from gptfast.config import PRESETS, GPTConfig, nanochat
 from gptfast.errors import UserError
 from gptfast.hf import __main__ as command
 from gptfast.hf import nanochat as files
+from gptfast.hf.layouts import layout_for
 from gptfast.model import GPT
+from train.build import architecture_of
+from train.presets import CPU, GPU
 
 OPS = kernels.load("reference")
 CONFIG = nanochat(block_size=600, vocab_size=70, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
@@ -106,6 +109,7 @@ def test_a_model_without_some_parts_gets_weights_that_do_nothing(without: dict[s
 
 NOT_EXPRESSIBLE = [
     (dict(qk_gain=1.0), "qk_gain=1.0"),
+    (dict(n_embd=16, value_embeddings=False, smear=False), "n_embd=16, n_head=4"),
     (dict(window=128), "window=128"),
     (dict(rope_base=10000.0, norm_eps=1e-6, softcap=None), "norm_eps=1e-06, rope_base=10000.0, softcap=None"),
     (dict(token_shift=True, embedding_norm=False), "token_shift=True, embedding_norm=False"),
@@ -184,4 +188,19 @@ def test_through_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     named = "window=256, value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2"
     assert f"the nanochat layout cannot express {named};" in capsys.readouterr().err
     assert cli.run(command.main, ["export", ours, f"--to={tmp_path / 'x.gguf'}", "--tokenizer=False"]) == 2
-    assert "the llama layout cannot express" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the nearest layout, qwen3, cannot express embedding_norm=True, window=256, value_embeddings=True" in said
+    assert "; --layout=nanochat_pt can, into a folder" in said
+
+
+def test_what_the_makefile_makes_is_exported_where_the_readme_says(tmp_path: Path) -> None:
+    """`make chat`'s and a GPU's speedrun go to transformers; a CPU's speedrun does without its token shift."""
+    small: dict[str, Any] = dict(n_layer=1, n_head=2, n_embd=32, block_size=8)
+    modern = dataclasses.replace(PRESETS["modern"], **small, vocab_size=70)
+    with pytest.raises(UserError, match=r"qk_gain=1\.0; --layout=qwen3 can, into a folder$"):
+        files.write(make(modern), tmp_path)
+    assert architecture_of(dataclasses.replace(GPU, **small), 70) == modern
+    on_cpu = dataclasses.replace(CPU, **small)
+    with pytest.raises(UserError, match=r"^the nearest layout, qwen3, cannot express token_shift=True; train a model"):
+        hf.save(make(architecture_of(on_cpu, 70)), tmp_path)
+    assert layout_for(architecture_of(dataclasses.replace(on_cpu, token_shift=False), 70)).name == "qwen3"

@@ -157,6 +157,12 @@ def test_only_what_is_missing_is_to_be_installed(name: str, tmp_path: Path, monk
                 load(tmp_path)
 
 
+def test_pythons_advice_to_programmers_is_not_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_embd": ' + "1" * 10_000 + "}")
+    with pytest.raises(UserError, match=r"config\.json \(a number of more than 4,300 digits\); fetch it again"):
+        hf.load(tmp_path, OPS)
+
+
 def test_the_usual_fix_is_for_the_usual_cause() -> None:
     assert remedy(ValueError("x"), "do y") == remedy(OSError("x"), "do y") == "do y"
     assert to_install(ModuleNotFoundError(name="tokenizers.tools"), "tokenizers") == "pip install tokenizers"

@@ -36,6 +36,7 @@ from gptfast.model import GPT
 from gptfast.packing import PackedBatches
 from gptfast.serve.__main__ import Serve, guarded_by
 from tests.hostile import VALUES, Loader, attacks, signed
+from tests.test_hf_nanogpt import saved
 from tests.test_hostile import BYTES, OPS, TALK
 from train import conversations, core, evaluate, rl, sft
 from train.documents import Documents, Shape, make_shards
@@ -171,6 +172,16 @@ def load_nanochat(folder: Path) -> None:
     hf.load(folder, OPS).logits(torch.tensor([[1, 2]]))
 
 
+def make_nanogpt(folder: Path) -> None:
+    saved(folder)
+
+
+def load_nanogpt(folder: Path) -> None:
+    hf.load(folder, OPS).logits(torch.tensor([[1, 2]]))
+    with contextlib.suppress(UserError):  # GPT-2's or none
+        hf.load_tokenizer(folder)
+
+
 def make_stranger(folder: Path) -> None:
     """A model and a tokenizer that only transformers can run."""
     import transformers
@@ -268,8 +279,11 @@ SOURCES = [
     Loader("core", make_bundle, load_bundle, reads=CORE_READERS),
     Loader(
         "nanochat", make_nanochat, load_nanochat,
-        reads=("gptfast/hf/nanochat.py:read", "gptfast/hf/nanochat.py:_check_archive"),
+        reads=(
+            "gptfast/hf/nanochat.py:read", "gptfast/hf/torch_files.py:read", "gptfast/hf/torch_files.py:_check_archive",
+        ),
     ),
+    Loader("nanogpt", make_nanogpt, load_nanogpt, reads=("gptfast/hf/torch_files.py:read",)),
     Loader("talk", make_talk, load_talk),
     Loader(
         "small files", make_small, load_small, writes=True,

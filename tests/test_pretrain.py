@@ -297,6 +297,19 @@ def test_checkpoints_only_when_better_unless_always(
     assert checkpoints(tmp_path / "out") == ["ckpt-000001", "ckpt-000003"]
 
 
+def test_a_run_that_replaces_another_says_so_before(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = [*flags, "--max_iters=2"]
+    for more in ([], ["--eval_only"], ["--resume=latest"]):
+        assert cli.run(pretrain.main, [*flags, *more]) == 0 and " has a run of" not in capsys.readouterr().out
+    (last,) = checkpoints(tmp_path / "out")
+    assert cli.run(pretrain.main, flags) == 0
+    out = capsys.readouterr().out
+    said = f"{tmp_path / 'out'} has a run of {int(last[5:])} steps, whose checkpoints this one replaces when it saves; "
+    assert out.index(f"{said}--resume=latest goes on with it") < out.index("iter 0")
+
+
 def test_eval_only_evaluates_once_and_trains_nothing(
     flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ def test_impossible_vocabularies_are_refused(chars: str) -> None:
     "description", [None, {}, {"kind": "pickle"}, {"kind": "char"}, {"kind": "char", "chars": [1]}]
 )
 def test_what_is_no_description_is_refused(description: object) -> None:
-    with pytest.raises(UserError, match="not a tokenizer"):
+    with pytest.raises(UserError, match="not a tokenizer" if description is not None else "the model has no tokenizer"):
         from_json(description)
 
 
@@ -100,7 +100,17 @@ def test_a_folder_gives_the_tokenizer_of_its_meta_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[1]", '{"tokenizer": 3}', '{"vocab_size": 3}', '{"vocab_size": 1, "tokenizer": 3}', "\udcff"]
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"tokenizer": 3}',
+        '{"vocab_size": 3}',
+        '{"vocab_size": 1, "tokenizer": 3}',
+        '{"vocab_size": 1, "tokenizer": null}',
+        "\udcff",
+    ],
 )
 def test_a_damaged_meta_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "meta.json").write_text(content, "utf-8", "surrogateescape")

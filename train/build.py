@@ -68,6 +68,12 @@ def build_model(
     """Returns the model that `init_from` asks for, on `device`, its context cropped to `config.block_size`."""
     ops = runtime.choose_ops(config.kernels, device)
     print(f"kernels:\n{ops}")
+    before = checkpoint.last_step(config.out_dir)
+    if saved is None and before is not None and not config.eval_only:
+        print(
+            f"{config.out_dir} has a run of {before} steps, whose checkpoints this one replaces when it saves; "
+            "--resume=latest goes on with it, another --out_dir keeps it"
+        )
     if saved is not None:
         print(f"Resuming training from {saved.path}")
         architecture = dataclasses.replace(config_of(saved.meta.get("model")), dropout=config.dropout)

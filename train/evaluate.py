@@ -402,8 +402,9 @@ def open_reader(source: str, ops: Ops, dtype: torch.dtype, device: str, config: 
 
 
 def _weights(folder: Path) -> list[tuple[str, int, int]]:
-    """Returns names, sizes and times of the files in a folder: enough to notice a change without reading them."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
+    """Returns names, sizes and times of a model's files, or of its one: enough to notice a change without reading."""
+    found = [folder] if folder.is_file() else folder.rglob("*")
+    files = sorted(path for path in found if path.suffix in (".safetensors", ".json", ".pt") and path.is_file())
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 

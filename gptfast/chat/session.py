@@ -161,12 +161,15 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Writes the conversation as a line of JSON, as train.prepare chat reads it.
 
-        Raises UserError where it cannot, and for a file that was there before and was not loaded.
+        Raises UserError where it cannot, for a file that was there before and was not loaded, and for a folder that is
+        not there.
         """
         if not self.turns:
             raise UserError("nothing has been said yet, so there is nothing to save")
         if os.path.lexists(path) and Path(path).resolve() not in self._files:
             raise UserError(f"{path} is there already; give another file")
+        if not Path(path).parent.is_dir():
+            raise UserError(f"{path}: there is no folder {Path(path).parent}; make it, or give another file")
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
             write_whole(Path(path), line)

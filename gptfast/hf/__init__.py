@@ -1,6 +1,7 @@
 """Imports and exports models: GPT-2, Llama, Qwen3 and nanochat layouts of Hugging Face, nanochat's own files; to GGUF.
 
     model = hf.load("gpt2")                       a name on the hub, a folder in its layout, or one of our checkpoints
+    hf.load("out-shakespeare-char")               a folder with nanoGPT's ckpt.pt, or nanochat's model_*.pt
     hf.save(model, "exported", tokenizer)         AutoModelForCausalLM.from_pretrained("exported") reads it
     nanochat.write(model, "exported")             nanochat's own load_model reads it
     gguf.write(model, "model.gguf", tokenizer)    llama.cpp reads it
@@ -28,7 +29,7 @@ from gptfast import checkpoint, untrusted
 from gptfast.aside import folder_aside
 from gptfast.config import GPTConfig, config_of
 from gptfast.errors import UserError, remedy, to_install
-from gptfast.hf import nanochat, tokenizer_files
+from gptfast.hf import nanochat, nanogpt, tokenizer_files
 from gptfast.hf.layouts import LAYOUTS, Settings, Weights, layout_for, layout_of
 from gptfast.model import GPT
 from gptfast.tokenizer import BPETokenizer, Tokenizer, from_json
@@ -45,8 +46,9 @@ FETCHED = ("*config.json", "*.safetensors", INDEX, "tokenizer*", "vocab*", "merg
 def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = torch.float32) -> GPT:
     """Loads the model of `source` on the CPU, with fp32 parameters and activations of `dtype`.
 
-    `source`: a folder with a checkpoint of ours, a folder written by save_pretrained, or a name on the hub. `ops`:
-    kernels.load("auto") by default. Raises UserError for a model that is missing, damaged, or not expressible as a GPT.
+    `source`: a folder with a checkpoint of ours, of nanoGPT or of nanochat, a folder written by save_pretrained, or a
+    name on the hub. `ops`: kernels.load("auto") by default. Raises UserError for a model that is missing, damaged, or
+    not expressible as a GPT.
     """
     folder = find(source)
     if _is_ours(folder):
@@ -54,6 +56,8 @@ def load(source: str | Path, ops: Ops | None = None, *, dtype: torch.dtype = tor
         config, weights = config_of(saved.meta.get("model")), saved.model
     elif own := nanochat.newest(folder):
         config, weights = nanochat.read(own)
+    elif own := nanogpt.find(folder):
+        config, weights = nanogpt.read(own)
     else:
         settings, theirs = read_settings(folder), _read_tensors(folder)
         config = read_config(folder, settings)
@@ -83,6 +87,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             f"{folder}: nanochat keeps its tokenizer as a pickle, which could run code and is not read; leave it out "
             "with --tokenizer=False"
         )
+    if own := nanogpt.find(folder):
+        return nanogpt.tokenizer(own)
     if str(source) in PUBLISHED and not (folder / tokenizer_files.FILE).is_file():
         return BPETokenizer("gpt2")
     return tokenizer_files.read(folder)
@@ -90,7 +96,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def why_not(folder: Path) -> str:
     """Returns in one line why our model cannot express the config.json in `folder`; empty if it can."""
-    if _is_ours(folder) or nanochat.newest(folder):
+    if _is_ours(folder) or nanochat.newest(folder) or nanogpt.find(folder):
         return ""
     settings = read_settings(folder)
     try:
@@ -145,7 +151,8 @@ def exported(
 
     `among` as in `layout_for`. Raises UserError for a model that the layout cannot express.
     """
-    config, chosen = model.config, layout_for(model.config, layout, among)
+    config = model.config
+    chosen = layout_for(config, layout, among, () if nanochat.misfits(config) else ("nanochat_pt",))
     ours: Weights = model.state_dict()
     if vocab_size is not None and vocab_size < config.vocab_size:
         config = dataclasses.replace(config, vocab_size=vocab_size)
@@ -160,11 +167,15 @@ def exported(
 def find(source: str | Path) -> Path:
     """Returns the folder of `source`: itself if it is one, else Hugging Face's cache, downloading what is missing.
 
+    A file of nanochat's or nanoGPT's is returned itself.
+
     Raises UserError for a name that is neither, and where it is not cached and the hub cannot be reached.
     """
     name = str(source)
-    if Path(name).is_dir() or nanochat.newest(name):
+    if Path(name).is_dir() or nanochat.newest(name) or nanogpt.find(name):
         return Path(name)
+    if name.endswith(".pt"):
+        raise UserError(f"{name}: no such file; give nanoGPT's ckpt.pt or nanochat's model_*.pt")
     if name not in PUBLISHED and name.count("/") != 1:
         raise UserError(
             f"{name}: no such folder; give one with a model, {', '.join(PUBLISHED)}, or OWNER/NAME of one on the hub"
@@ -195,7 +206,8 @@ def read_settings(folder: Path) -> Settings:
     """Reads config.json. Raises UserError if it is missing or holds no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds neither a checkpoint of ours nor config.json; give a folder with a model")
+        known = "a checkpoint of ours, config.json, nanoGPT's ckpt.pt or nanochat's model_*.pt"
+        raise UserError(f"{folder} holds no model; give a folder with {known}")
     return untrusted.json_object(path, "fetch it again")
 
 

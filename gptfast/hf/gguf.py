@@ -101,7 +101,11 @@ def _check_activation(settings: dict[str, Any], gelu_as_tanh: bool) -> None:
             "some 1e-3; accept that with --gelu_as_tanh"
         )
     if activation not in ("gelu", "gelu_new", "silu"):
-        raise UserError(f"llama.cpp's {settings['model_type']} has no {activation}; train with gelu_tanh or swiglu")
+        arch = settings["model_type"]
+        raise UserError(
+            f"activation=relu2: llama.cpp's {arch} has no ReLU²; export to a folder for transformers, which has it, "
+            f"or train with --activation={'gelu_tanh' if arch == 'gpt2' else 'swiglu'}"
+        )
 
 
 def _add_settings(writer: Any, config: GPTConfig, arch: str) -> None:

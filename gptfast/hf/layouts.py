@@ -13,7 +13,7 @@ halves of every head swapped. A gain of queries and keys is the weight of Qwen3'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,25 @@ def layout_of(settings: Settings) -> Layout:
     return LAYOUTS[name]
 
 
-def layout_for(config: GPTConfig, name: str = "auto", among: Collection[str] | None = None) -> Layout:
+def fitting(config: GPTConfig) -> list[str]:
+    """Returns the names of the layouts that can express `config`."""
+    return [name for name, layout in LAYOUTS.items() if not layout.misfits(config)]
+
+
+def instead(config: GPTConfig, more: Sequence[str] = ()) -> str:
+    """Returns the fix for a model that a layout cannot express: a layout, or one of `more`, that can."""
+    names = [*fitting(config), *more]
+    if names:
+        return f"--layout={' and --layout='.join(names)} can, into a folder"
+    return "train a model without, or keep it as a gptfast checkpoint"
+
+
+def layout_for(
+    config: GPTConfig, name: str = "auto", among: Collection[str] | None = None, more: Sequence[str] = ()
+) -> Layout:
     """Returns the layout for exporting `config`: the named one, or the first that fits, of all or of `among`.
 
-    Raises UserError if none fits, with the fields that prevent it.
+    Raises UserError if none fits, with the fields that prevent it, of the nearest, and what can (`instead`).
     """
     names = [known for known in LAYOUTS if among is None or known in among]
     if name != "auto" and name not in names:
@@ -64,8 +79,9 @@ def layout_for(config: GPTConfig, name: str = "auto", among: Collection[str] | N
     tried = [LAYOUTS[known] for known in (names if name == "auto" else [name])]
     fits = [layout for layout in tried if not layout.misfits(config)]
     if not fits:
-        reasons = (f"the {layout.name} layout cannot express {', '.join(layout.misfits(config))}" for layout in tried)
-        raise UserError(f"{'; '.join(reasons)}; train a model without, or keep it as a gptfast checkpoint")
+        nearest = min(tried, key=lambda layout: len(layout.misfits(config)))
+        which = f"the nearest layout, {nearest.name}," if len(tried) > 1 else f"the {nearest.name} layout"
+        raise UserError(f"{which} cannot express {', '.join(nearest.misfits(config))}; {instead(config, more)}")
     return fits[0]
 
 

@@ -3,8 +3,8 @@
     model = hf.load("base_checkpoints/d12")                     the newest step there; or the path of one model_*.pt
     nanochat.write(model, "exported", step=1234)                 nanochat's load_model reads it
 
-A .pt file is a pickle. It is read by torch's restricted unpickler (weights_only=True), which runs no code; a file with
-anything but tensors is refused. The tokenizer is an ordinary pickle, and is not read.
+A .pt file is a pickle, read by torch's restricted unpickler, which runs no code (torch_files.py); a file with anything
+but tensors is refused. The tokenizer is an ordinary pickle, and is not read.
 
 The names equal ours except for queries, keys and values, which are three matrices there. Most of nanochat's
 architecture is fixed in its code (github.com/karpathy/nanochat at 92d63d4, gpt.py), and its checkpoints do not state
@@ -15,26 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import zipfile
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptfast import untrusted
 from gptfast.aside import folder_aside
 from gptfast.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig, nanochat
-from gptfast.errors import UserError, remedy
-from gptfast.hf.layouts import Weights, halves_swapped
+from gptfast.errors import UserError
+from gptfast.hf import torch_files
+from gptfast.hf.layouts import Weights, halves_swapped, instead
 from gptfast.model import GPT
 
 FILE = re.compile(r"model_(\d{6,})\.pt")
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")  # of meta's model_config, besides sequence_len
-LARGEST_STRUCTURE = 2**22  # bytes of the pickle that names the tensors
 QKV = ("c_q", "c_k", "c_v")
 # Fields that nanochat always has, but that neutral weights can switch off; and fields that change no logit
 FILLED_IN = ("value_embeddings", "residual_scalars", "smear", "backout", "rope_sign")
@@ -59,30 +55,12 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
     settings = untrusted.json_object(meta, "nanochat keeps it beside the model")
     with untrusted.expected(str(meta), "fetch it again"):
         config = _config(settings["model_config"])
-    try:
-        with untrusted.opened(path) as file:
-            _check_archive(file)
-            file.seek(0)
-            theirs = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fix = remedy(error, "fetch it again")
-        raise UserError(f"cannot read {path} ({untrusted.reason(error)}); {fix}") from None
-    except Packed as error:
-        raise UserError(f"{path} {error}; fetch it again") from None
-    except Exception as error:  # torch raises pickle's, zipfile's and its own types
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors, which could run code and is not read "
-            f"({type(error).__name__}); save model.state_dict() alone"
-        ) from None
-    if not isinstance(theirs, dict) or not all(isinstance(x, Tensor) for x in theirs.values()):
-        raise UserError(f"{path} holds no state dict; give nanochat's model_*.pt")
-    stated = sum(w.numel() * w.element_size() for w in theirs.values())
-    if stated > path.stat().st_size or any(w.layout != torch.strided for w in theirs.values()):
-        raise UserError(f"{path} has tensors of {stated:,} bytes, and does not hold as many; fetch it again")
+    content = torch_files.read(path, "save model.state_dict() alone")
+    theirs = torch_files.state_dict(content, path, "give nanochat's model_*.pt")
     if config.n_layer > len(theirs):  # before looking for each layer
         raise UserError(f"the {len(theirs)} tensors in {path} do not fit its meta: {config.n_layer} layers")
     with untrusted.expected(f"what {path} holds", "fetch it again"):
-        theirs = {name.removeprefix("_orig_mod."): w.float() for name, w in theirs.items()}
+        theirs = {name: w.float() for name, w in theirs.items()}
         try:
             ours = _taken(config, theirs)
         except KeyError as error:
@@ -92,22 +70,6 @@ def read(path: Path) -> tuple[GPTConfig, Weights]:
     if theirs:
         raise UserError(f"{path} has weights that nanochat at 92d63d4 has not: {', '.join(sorted(theirs)[:5])}")
     return config, ours
-
-
-class Packed(Exception):
-    """An archive can unpack to far more than its size."""
-
-
-def _check_archive(file: BufferedReader) -> None:
-    """Raises Packed for a file of torch's whose parts are compressed, or share their bytes; torch.save does neither."""
-    size = os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
-        parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
-        raise Packed(f"has {size:,} bytes, and unpacks to {sum(part.file_size for part in parts):,}")
-    structure = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
-    if structure > LARGEST_STRUCTURE:
-        raise Packed(f"has {structure:,} bytes besides its tensors, where {LARGEST_STRUCTURE:,} are the most")
 
 
 def _config(settings: dict[str, Any]) -> GPTConfig:
@@ -159,7 +121,10 @@ def _tables(config: GPTConfig) -> list[str]:
 
 def misfits(config: GPTConfig) -> list[str]:
     """Returns the fields of `config` that nanochat's code cannot express, as 'field=value'."""
-    theirs = dataclasses.asdict(_nearest(config))
+    try:
+        theirs = dataclasses.asdict(_nearest(config))
+    except UserError:  # its gates and rotary positions cannot be of these sizes
+        return [f"n_embd={config.n_embd}", f"n_head={config.n_head}"]
     same = {"head_size": config.n_embd // config.n_head, "mlp_width": 4 * config.n_embd}  # what None means
     differing = []
     for field, value in dataclasses.asdict(config).items():
@@ -183,9 +148,7 @@ def write(model: GPT, folder: str | Path, *, step: int = 0, dtype: torch.dtype =
     """
     reasons = misfits(model.config)
     if reasons:
-        raise UserError(
-            f"nanochat cannot express {', '.join(reasons)}; train a model without, or keep it as a gptfast checkpoint"
-        )
+        raise UserError(f"nanochat cannot express {', '.join(reasons)}; {instead(model.config)}")
     weights = {name: w.to(dtype) for name, w in _given(model.config, model.state_dict()).items()}
     config = _nearest(model.config)
     settings: dict[str, Any] = {name: getattr(config, name) for name in SIZES} | {"n_kv_head": config.kv_heads}

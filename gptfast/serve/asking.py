@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gptfast import untrusted
 from gptfast.errors import nearest
 
 MOST_MESSAGES, MOST_IN_MESSAGE, MOST_IN_ALL = 500, 8000, 32000  # characters
@@ -79,9 +80,12 @@ def read_json(body: bytes) -> dict[str, Any]:
         value = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise BadRequest(f"the body is not JSON: {reason}") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {str(error)[:200]}") from None
+    except RecursionError:
+        raise BadRequest("the body cannot be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise BadRequest(f"the body cannot be read: {untrusted.reason(error)}") from None
     if not isinstance(value, dict):
         raise BadRequest("the body is JSON, but not an object")
     return value

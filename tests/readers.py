@@ -40,6 +40,8 @@ OURS = {  # readers that are given no hostile files, and why
     "bench/profile.py:events": "a trace that the same process had made",
     "bench/serve.py:ask_server": "answers of a server that the same process started",
     "bench/speedrun.py:run": "a log of a run that the same process started, in a folder of its own",
+    "bench/stages.py:pack": "what the stages wrote, as bytes",
+    "bench/stages.py:run_stages": "the output of a stage that the same process ran",
     "bench/timing.py:cpu_cache_bytes": "the kernel's files in /sys",
     "gptfast/chat/jail.py:become": "opens no file but those that it makes, in the sandbox",
     "gptfast/chat/jail.py:main": "what the parent process writes to it",

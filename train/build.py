@@ -19,6 +19,7 @@ from gptfast.parallel.team import Team
 from gptfast.step import no_graph
 from gptfast.tokenizer import GPT2_VOCAB, check_vocab, load_tokenizer, read_meta
 from train.config import Pretrain
+from train.documents import PROGRESS
 
 ADAMW = ("weight_decay", "beta1", "beta2")  # flags that its state holds
 
@@ -40,6 +41,10 @@ def check_compiler(device: str) -> None:
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     """Returns the vocabulary size and the tokenizer (as JSON) from meta.json; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
+    if meta is None and (folder / PROGRESS).exists():
+        raise UserError(
+            f"{folder} is not finished; go on by the command that prepares it: python -m train.prepare {folder.name}"
+        )
     if meta is not None:
         check_vocab(meta, folder)
         print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -169,7 +169,7 @@ def open_log(out_dir: str, team: Team) -> Log:
 # ---- before the first step
 
 
-def start(config: Pretrain, recipe: Recipe, team: Team, typed: Mapping[str, str]) -> Run:
+def start(config: Pretrain, recipe: Recipe, team: Team, typed: Collection[str] = ()) -> Run:
     """Sets up a run to its first step: data, model, optimizer, resumed state. Prints its choices and the reasons."""
     torch.manual_seed(config.seed)
     device, dtype = team.device, settings_of_torch(config, team)

@@ -146,6 +146,8 @@ def in_words(answer: dict) -> str:
     for figure, (convention, meaning) in meanings.items():
         mflops = answer["flops_per_token"][convention] / 1e6
         lines.append(f"{figure:8s} {mfu.format_mfu(answer[figure]):>7s}   {mflops:9.1f} MFLOP/token   {meaning}")
+    if (answer["hfu"] or 0) > 1:
+        lines.append("above the peak, which no run reaches: check the speed, --world_size, --device and --dtype")
     return "\n".join(lines)
 
 

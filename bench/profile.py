@@ -56,6 +56,7 @@ IMPLS = ("triton", "reference", "torch.compile", "eager")
 TOP = 40  # kernels kept in a row
 BATCH = {"train": 16, "prefill": 1, "decode": 1}
 CPU_BATCH = 4
+SAMPLES, SAMPLES_QUICK = 10, 3
 PAST_THE_END = 8  # positions after a text whose decoding is profiled
 
 
@@ -495,6 +496,13 @@ def one(
     graph = arguments.cuda_graph and arguments.mode == "train" and impl in ("triton", "reference")
     label = f"{impl} + CUDA graph" if graph else impl
     file = out / f"trace-{Path(name).name}-{arguments.mode}-{results.slug({'name': label})}.json.gz"
+    samples = SAMPLES_QUICK if arguments.quick else SAMPLES
+    train = arguments.mode == "train"
+    length, T = ("block_size", config.block_size) if train else ("context", arguments.context)
+    log.say(
+        f"profile {name} {arguments.mode} {label}: some {arguments.steps + samples + 6} steps, B={B} "
+        f"T={T}; --quick, --batch_size and --{length} make it shorter"
+    )
     while True:
         try:
             subject, report = _profiled(arguments, device, config, impl, B, compiled, graph, file, measured)
@@ -529,8 +537,8 @@ def _profiled(
     dims = subject.dims
     parts = costs.of_step(config, B, dims.get("T", 1), DTYPES[dtype].itemsize, mode, dims.get("S", 0))
     report = profile(
-        subject.step, device=device, steps=arguments.steps, samples=3 if arguments.quick else 10, save=file,
-        costs=parts, measured=measured, dtype=dtype, memory=subject.memory,
+        subject.step, device=device, steps=arguments.steps, samples=SAMPLES_QUICK if arguments.quick else SAMPLES,
+        save=file, costs=parts, measured=measured, dtype=dtype, memory=subject.memory,
     )  # fmt: skip
     return subject, report
 

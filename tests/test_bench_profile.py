@@ -194,6 +194,8 @@ def test_the_command_profiles_a_model_and_sets_two_beside_each_other(tmp_path, c
     assert profile.main([*flags, "--impl=reference,eager", "--device=cpu"]) == 0
     rows = [row for row in read(tmp_path / "profile.jsonl") if row["what"] == "profile"]
     assert [row["impl"] for row in rows] == ["reference", "eager"]
+    begun = "profile char-cpu train eager: some 10 steps, B=1 T=16; --quick, --batch_size and --block_size make it"
+    assert begun in capsys.readouterr().out
     for row in rows:
         assert {"GEMMs", "attention", "norms", "loss", "optimizer"} <= {part["part"] for part in row["parts"]}
         assert 0.95 <= sum(part["share"] for part in row["parts"]) <= 1.05

@@ -28,8 +28,9 @@ from gptfast.tokenizer import BPETokenizer, load_tokenizer
 from train import documents as stream
 from train import download as downloading
 from train import prepare as page
+from train.build import describe_data
 from train.documents import Documents, Shape, make_shards, tokenize_all
-from train.prepare import PrepareConfig, prepare_as
+from train.prepare import PrepareConfig, prepare, prepare_as
 from train.tokenizer import train_bpe
 
 
@@ -318,7 +319,14 @@ def test_a_folder_of_other_flags_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"of other {next(iter(changed))}; choose another name"):
         prepare_as(flags(jsonl, bpe_folder, tmp_path / "whole", **changed))
-    monkeypatch.setattr(stream, "tokenize", lambda *_: (_ for _ in ()).throw(UserError("stop")))
+    original = stream.tokenize
+
+    def stops(*arguments: Any) -> Any:
+        if arguments[2]:
+            raise UserError("stop")
+        return original(*arguments)
+
+    monkeypatch.setattr(stream, "tokenize", stops)
     with pytest.raises(UserError, match="stop"):
         prepare_as(flags(jsonl, bpe_folder, tmp_path / "half"))
     with pytest.raises(UserError, match=f"of other {next(iter(changed))}"):
@@ -365,7 +373,7 @@ def _split(tokens: list[int], bos: int | None) -> list[list[int]]:
     "content, more, said",
     [
         ("", {}, "stopped|no documents|too few"),
-        ('{"text": "one"}\n', {}, "1 documents, too few for train and val"),
+        ('{"text": "one"}\n', {}, "has 1 document, too few for train and val"),
         ('{"text": ""}\n' * 50, {}, "50 documents, too few"),
         ('{"text": "one"}\n', {"column": "body"}, "no column body; set --column to one of text"),
         ('{"text": 5}\n', {}, r"a\.jsonl:1: text is no text but int; choose another --column, or mend"),
@@ -382,7 +390,7 @@ def test_documents_that_are_none(
     path.write_text(content)
     with pytest.raises(UserError, match=said):
         prepare_as(flags(path, bpe_folder, tmp_path / "data", **more))
-    assert not (tmp_path / "data" / "mine" / "meta.json").exists()
+    assert not (tmp_path / "data" / "mine").exists()
 
 
 def test_folders_that_are_no_source(tmp_path: Path, bpe_folder: str) -> None:
@@ -395,6 +403,58 @@ def test_folders_that_are_no_source(tmp_path: Path, bpe_folder: str) -> None:
         prepare_as(flags(tmp_path / "empty", bpe_folder, tmp_path / "data"))
     with pytest.raises(UserError, match="characters are for a text"):
         prepare_as(flags(tmp_path / "empty", "char", tmp_path / "data"))
+
+
+@pytest.mark.parametrize("lengths", [(5000,), (3000, 3000), (0, 4000, 200), (200, 4000)])
+def test_few_documents_are_cut_for_val(
+    lengths: tuple[int, ...], text: str, bpe: BPETokenizer, bpe_folder: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Val is a tenth of the tokens at most, at the default val_fraction, wherever the run is stopped."""
+    (tmp_path / "folder").mkdir()
+    for i, length in enumerate(lengths):
+        (tmp_path / "folder" / f"{i}.txt").write_text(text[100 * i :][:length])
+    expected = expected_tokens(bpe, [text[100 * i :][:length] for i, length in enumerate(lengths)], 2000)
+    first, rest = expected["val"], expected["train"]
+    wanted = int((len(first) + len(rest)) * 0.1)
+    if not first:
+        rest, first = rest[: 1 - wanted], [bpe.bos, *rest[1 - wanted :]]
+    elif len(first) > wanted:
+        rest, first = [*rest, bpe.bos, *first[wanted:]], first[:wanted]
+    config = flags(tmp_path / "folder", bpe_folder, tmp_path, val_fraction=Shape.val_fraction, shard_tokens=10**6)
+    replace, truncate, calls, stop = os.replace, os.truncate, 0, 0
+
+    def deadly(original: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            original(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", deadly(replace))
+    monkeypatch.setattr(os, "truncate", deadly(truncate))
+    while not (tmp_path / "mine" / "meta.json").exists():
+        calls, stop = 0, stop + 1
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare_as(config)
+    assert stop > 3 and tokens_of(tmp_path / "mine", "train") == rest and tokens_of(tmp_path / "mine", "val") == first
+
+
+def test_half_prepared_documents_mix_with_nothing(
+    jsonl: Path, bpe_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jsonl.write_text(jsonl.read_text() + "no JSON")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare_as(flags(jsonl, bpe_folder, tmp_path))
+    before = contents(tmp_path / "mine")
+    with pytest.raises(UserError, match="mine holds documents that are not finished; choose another name"):
+        prepare("mine", tmp_path, jsonl.rename(tmp_path / "a.txt"))
+    assert contents(tmp_path / "mine") == before and "progress.json" in before
+    with pytest.raises(UserError, match=r"mine is not finished; go on by .*: python -m train.prepare mine$"):
+        describe_data(tmp_path / "mine")
+    assert "vocab_size" not in capsys.readouterr().out
 
 
 def test_a_folder_with_other_token_files_is_refused(jsonl: Path, bpe_folder: str, tmp_path: Path) -> None:

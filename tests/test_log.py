@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -122,6 +123,23 @@ def test_the_facts_of_this_machine():
 def test_outside_git_the_commit_is_unknown_and_not_guessed(monkeypatch, tmp_path):
     monkeypatch.setattr(log.machine, "__file__", str(tmp_path / "gptfast" / "log" / "machine.py"))
     assert log.commit() == {"commit": None, "dirty": None}
+
+
+def test_only_what_may_change_a_run_makes_the_checkout_dirty(monkeypatch, tmp_path):
+    """Data, checkpoints and tokenizers that commands write into the checkout do not."""
+    monkeypatch.setattr(log.machine, "__file__", str(tmp_path / "gptfast" / "log" / "machine.py"))
+    for name in ("gptfast/log/machine.py", "README.md", "results/cpu/ops.jsonl", "tokenizer/x.json", "bench/new.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    for arguments in (["init", "-q"], ["add", "gptfast", "README.md", "results"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    assert log.commit()["dirty"] is True  # bench/new.py
+    (tmp_path / "bench" / "new.py").unlink()
+    (tmp_path / "results" / "cpu" / "ops.jsonl").write_text("2")
+    assert log.commit()["dirty"] is False
+    (tmp_path / "README.md").write_text("2")
+    assert log.commit()["dirty"] is True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU answers")

@@ -392,7 +392,10 @@ def test_bench_mfu_answers_by_all_three_conventions(capsys: pytest.CaptureFixtur
     assert code == 0
     assert re.search(r"^mfu +36\.29%", out, re.M) and re.search(r"^mfu_palm +38\.89%", out, re.M)
     assert re.search(r"^hfu +36\.71%", out, re.M)
-    assert "989.5 TFLOP/s bf16, datasheet" in out and "1 x H100 SXM" in out
+    assert "989.5 TFLOP/s bf16, datasheet" in out and "1 x H100 SXM" in out and "above the peak" not in out
+    code, out, _ = bench(capsys, "--tokens_per_s=45000000", "--device=H100 SXM")
+    assert code == 0 and "3628.52%" in out
+    assert out.endswith("\nabove the peak, which no run reaches: check the speed, --world_size, --device and --dtype\n")
 
 
 def test_bench_mfu_takes_an_iteration_a_given_peak_and_another_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,14 @@ def test_setup_without_disk(checkout: Path) -> None:
     refuses(setup(checkout, sys.executable), "1 GB free", "4 GB")
 
 
+def test_setup_leaves_a_linked_environment_alone(checkout: Path) -> None:
+    (checkout / "theirs" / "bin").mkdir(parents=True)
+    (checkout / ".venv").symlink_to("theirs")
+    shutil.copy(stand_in(checkout, "good", "touch touched"), checkout / "theirs" / "bin" / "python")
+    refuses(setup(checkout), ".venv is a link to theirs", "others use", "remove the link")
+    assert not (checkout / "touched").exists()
+
+
 def test_setup_when_pip_fails(checkout: Path) -> None:
     stand_in(checkout, "df", "echo header; echo disk 100 0 104857600 0% /")
     stand_in(checkout, "made", 'case "$*" in *install*) echo "no such version" >&2; exit 1;; esac')

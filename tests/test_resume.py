@@ -74,12 +74,29 @@ def test_resume_takes_the_architecture_of_the_checkpoint(
     out = f"--out_dir={tmp_path / 'out'}"
     train(*flags, out, "--max_iters=2", "--eval_interval=2")
     before = checkpoint.load(tmp_path / "out")
-    train(*flags, out, "--max_iters=3", "--n_layer=5", "--n_embd=64", "--block_size=32", "--init_from=resume")
-    assert "block_size: 16, the model's own, not 32" in capsys.readouterr().out
+    capsys.readouterr()
+    changed = ["--n_layer=5", "--n_embd=64", "--norm=rmsnorm", "--n_kv_head=2", "--weight_decay=0.5"]
+    train(*flags, out, "--max_iters=3", *changed, "--block_size=32", "--init_from=resume")
+    said = capsys.readouterr().out
+    assert "block_size: 16, the model's own, not 32" in said
+    kept = "n_embd=16, not 64; n_layer=2, not 5; norm=layernorm, not rmsnorm; weight_decay=0.1, not 0.5"
+    assert f"kept from the checkpoint: {kept}\n" in said
     after = checkpoint.load(tmp_path / "out")
     assert after.step == 3
     assert after.meta["model"] == before.meta["model"]
     assert after.meta["best_val_loss"] <= before.meta["best_val_loss"]
+    assert after.optimizer["param_groups"][0]["weight_decay"] == 0.1
+    train(*flags, f"--out_dir={tmp_path / 'more'}", "--max_iters=1", "--n_head=4", f"--init_from={tmp_path / 'out'}")
+    said = capsys.readouterr().out
+    assert f"kept from {tmp_path / 'out'}: n_head=2, not 4\n" in said
+
+    train(*flags, out, "--max_iters=2", "--init_from=resume")
+    said = capsys.readouterr().out
+    assert "already at step 3 of 2: nothing to do; raise --max_iters\n" in said and "kept" not in said
+    assert cli.run(pretrain.main, [*flags, out, "--block_size=8", "--init_from=resume"]) == 2
+    error = capsys.readouterr().err
+    assert "--block_size=8: " in error and "go on with --block_size=16" in error
+    assert f"--init_from={tmp_path / 'out'}\n" in error
 
 
 def test_resume_passes_over_a_damaged_checkpoint(

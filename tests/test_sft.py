@@ -107,11 +107,18 @@ RL = ("--task=addition", "--examples_per_step=2", "--samples=3", "--batch_size=2
 
 
 @pytest.mark.parametrize("options", [(), ("--sigma", "--clip=0.2", "--passes=2", "--kl=0.1")])
-def test_rl_goes_on_bitwise(base: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_rl_goes_on_bitwise(
+    base: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     """With fewer samples than a batch of two holds whole, and in the middle of a drawing that is learnt from twice."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = (*RL, f"--init_from={base}", *options)
+    monkeypatch.setattr(rl, "TOLD_EVERY_S", 0.0)
     assert run(rl, whole, *arguments, "--max_iters=6", "--eval_interval=3") == 0
+    said = capsys.readouterr().out
+    assert said.count("evaluating: 3 questions x 2 answers of up to 4 tokens; fewer by --eval_examples, ") == 1
+    assert said.count("evaluating: 2 of 3 questions answered\n") == 3
+    assert "sampling an update: 1 of 2 questions answered\n" in said
     assert run(rl, parts, *arguments, "--max_iters=6", "--eval_interval=3") == 0
     for folder in parts.glob("ckpt-*6"):
         folder.rename(tmp_path / "gone")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptfast import checkpoint, fp8, hf, mfu, runtime
+from gptfast import checkpoint, fp8, hf, mfu, runtime, untrusted
 from gptfast.config import VOCAB, GPTConfig, config_of
 from gptfast.errors import UserError
 from gptfast.model import GPT
@@ -18,6 +19,9 @@ from gptfast.parallel.team import Team
 from gptfast.step import no_graph
 from gptfast.tokenizer import GPT2_VOCAB, check_vocab, load_tokenizer, read_meta
 from train.config import Pretrain
+from train.documents import PROGRESS
+
+ADAMW = ("weight_decay", "beta1", "beta2")  # flags that its state holds
 
 
 def check_compiler(device: str) -> None:
@@ -37,6 +41,10 @@ def check_compiler(device: str) -> None:
 def describe_data(folder: Path) -> tuple[int | None, dict[str, Any]]:
     """Returns the vocabulary size and the tokenizer (as JSON) from meta.json; without meta.json, None and GPT-2's."""
     meta = read_meta(folder)
+    if meta is None and (folder / PROGRESS).exists():
+        raise UserError(
+            f"{folder} is not finished; go on by the command that prepares it: python -m train.prepare {folder.name}"
+        )
     if meta is not None:
         check_vocab(meta, folder)
         print(f"found vocab_size = {meta['vocab_size']} (inside {folder / 'meta.json'})")
@@ -63,9 +71,12 @@ def rounded(vocab_size: int, tokenizer: Any, multiple: int) -> int:
 
 def build_model(
     config: Pretrain, device: str, dtype: torch.dtype, vocab_size: int | None, tokenizer: dict[str, Any],
-    saved: checkpoint.Checkpoint | None,
+    saved: checkpoint.Checkpoint | None, typed: Collection[str] = (),
 ) -> GPT:  # fmt: skip
-    """Returns the model that `init_from` asks for, on `device`, its context cropped to `config.block_size`."""
+    """Returns the model that `init_from` asks for, on `device`, its context cropped to `config.block_size`.
+
+    Says which of the `typed` flags a model that exists does not take.
+    """
     ops = runtime.choose_ops(config.kernels, device)
     print(f"kernels:\n{ops}")
     before = checkpoint.last_step(config.out_dir)
@@ -77,6 +88,8 @@ def build_model(
     if saved is not None:
         print(f"Resuming training from {saved.path}")
         architecture = dataclasses.replace(config_of(saved.meta.get("model")), dropout=config.dropout)
+        check_context(config, architecture, saved.path)
+        tell_kept("the checkpoint", config, architecture, typed, saved.meta)
         model = GPT.of(architecture, saved.model, ops, dtype, where=str(saved.path))
     elif config.init_from == "scratch":
         print("Initializing a new model from scratch")
@@ -92,6 +105,7 @@ def build_model(
     else:
         print(f"Initializing from pretrained weights: {config.init_from}")
         pretrained = hf.load(config.init_from, ops, dtype=dtype)
+        tell_kept(config.init_from, config, pretrained.config, typed)
         model = GPT(dataclasses.replace(pretrained.config, dropout=config.dropout), ops, dtype)
         model.load_state_dict(pretrained.state_dict())
     if config.block_size < model.config.block_size:
@@ -102,6 +116,37 @@ def build_model(
     if config.fp8:
         use_fp8(config, model, device)
     return model
+
+
+def check_context(config: Pretrain, saved: GPTConfig, path: Path) -> None:
+    """Raises UserError where resuming would crop learned positions, which the optimizer's state is for."""
+    if config.block_size < saved.block_size and saved.position == "learned":
+        raise UserError(
+            f"--block_size={config.block_size}: {path} was trained with {saved.block_size} learned positions, and so "
+            f"was its optimizer; go on with --block_size={saved.block_size}, or train its weights anew at "
+            f"{config.block_size} in another --out_dir: --init_from={path.parent}"
+        )
+
+
+def tell_kept(
+    where: str, config: Pretrain, model: GPTConfig, typed: Collection[str], meta: Mapping[str, Any] | None = None
+) -> None:
+    """Prints the typed flags that a model from elsewhere, or a run that goes on (with its `meta`), does not take."""
+    has = dataclasses.asdict(model)
+    meant = {"n_kv_head": model.kv_heads, "mlp_width": model.hidden_width, "norm_eps": model.epsilon, "vocab_size": 0}
+    names = has.keys() & {field.name for field in dataclasses.fields(config)} - {"block_size", "dropout"}
+    names = names if "depth" in typed else names & set(typed)  # a depth sets them all
+    if meta is not None and config.optimizer == "adamw":
+        with untrusted.expected("the checkpoint's config", "train anew in another --out_dir"):
+            has |= {name: meta["config"][name] for name in ADAMW if name in meta["config"]}
+        names |= set(ADAMW) & set(typed) & has.keys()
+    kept = [
+        f"{name}={has[name]}, not {getattr(config, name)}"
+        for name in sorted(names)
+        if getattr(config, name) not in (has[name], meant.get(name, has[name]))
+    ]
+    if kept:
+        print(f"kept from {where}: {'; '.join(kept)}")
 
 
 def use_fp8(config: Pretrain, model: GPT, device: str) -> None:

@@ -6,9 +6,11 @@
     make_shards(Path("data/mine"), documents, BPETokenizer("gpt2"), Shape())
 
 Documents are written in order: each one's BOS and tokens are appended to `train-00000.part`, and every n-th document
-to `val-00000.part` instead. Now and then the parts are flushed, and progress.json records their valid length and where
-reading continues; so the same command continues a killed run, and ends with the same bytes.
-A full part becomes `train-00000.bin`. meta.json, with the sha256 of all files, is written last.
+to `val-00000.part` instead; where that is one document alone, no more of it than val needs. Now and then the parts are
+flushed, and progress.json records their valid length and where reading continues; so the same command continues a
+killed run, and ends with the same bytes.
+A full part becomes `train-00000.bin`. meta.json, with the sha256 of all files, is written last. A run that is refused
+before it has read anything, or for too little text, leaves nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context, parent_process
@@ -42,6 +44,7 @@ from train.download import sha256_of
 BATCH = 64  # documents tokenized at a time; about 200 kB of web text
 BATCH_CHARACTERS = 2**22  # beyond which a batch has fewer documents
 SAVED_EVERY_S = 30.0
+MOST, ENOUGH = 0.1, 100_000  # val of few documents: its share of them, or this share of the tokens up to so many
 
 PROGRESS, MANIFEST = "progress.json", "meta.json"
 SPLITS = ("train", "val")
@@ -150,7 +153,7 @@ class Documents:
 class Shape:
     """What the files of a data set look like."""
 
-    val_fraction: float = 0.0005  # share of documents for val: one of every round(1 / val_fraction), the first included
+    val_fraction: float = 0.0005  # share of documents for val: of every round(1 / val_fraction) the first; see balance
     shard_tokens: int = 100_000_000  # a file ends with the document that reaches this
     max_tokens: int = 0  # train ends with the batch that reaches this; 0: all documents
 
@@ -309,13 +312,8 @@ class Job:
         """Appends tokens, finishes a full file, and saves the progress if it is due."""
         is_full = False
         for split, content in batch.tokens.items():
-            part = self.parts[split]
-            with part.path("part").open("ab") as file:
-                if file.tell() == 0:
-                    file.write(bytes(HEADER.size))  # the real header is written when the count is known
-                file.write(content)
-            part.tokens += len(content) // self.itemsize
-            is_full |= part.tokens >= self.shard_tokens
+            self.append(self.parts[split], content)
+            is_full |= self.parts[split].tokens >= self.shard_tokens
         self.documents += batch.documents
         self.text_bytes += batch.text_bytes
         self.empty += batch.empty
@@ -326,6 +324,30 @@ class Job:
         for part in self.parts.values():
             if part.tokens >= self.shard_tokens:
                 self.finish(part)
+
+    def append(self, part: Part, content: bytes) -> None:
+        with part.path("part").open("ab") as file:
+            if file.tell() == 0:
+                file.write(bytes(HEADER.size))  # the real header is written when the count is known
+            file.write(content)
+        part.tokens += len(content) // self.itemsize
+
+    def move(self, giver: Part, taker: Part, kept: int) -> None:
+        """Moves what a part has after its first `kept` tokens to the end of another, as a document of its own."""
+        bos = np.array(self.tokenizer.encode_document(""), f"<u{self.itemsize}").tobytes()
+        size = HEADER.size + kept * self.itemsize
+        content = giver.path("part").read_bytes()[size:]
+        self.append(taker, content if content.startswith(bos) else bos + content)
+        giver.tokens = kept
+        self.save()  # first, as what is saved may be less than a file has, but not more
+        os.truncate(giver.path("part"), size)
+
+    def discard(self) -> None:
+        """Removes all that the job wrote."""
+        for part in self.parts.values():
+            for path in (part.path("part"), *self.folder.glob(f"{part.split}-[0-9]*.bin")):
+                path.unlink(missing_ok=True)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Flushes the parts to the disk, then writes progress.json, which records them."""
@@ -377,8 +399,13 @@ def make_shards(
     (after saving the progress), and documents too few for two splits.
     """
     tokenizer.encode_document("")
-    with locked(folder):
-        return _make_shards(folder, documents, tokenizer, shape, processes)
+    try:
+        with locked(folder):
+            return _make_shards(folder, documents, tokenizer, shape, processes)
+    except UserError:
+        with suppress(OSError):
+            folder.rmdir()  # where it is empty
+        raise
 
 
 def _make_shards(
@@ -394,15 +421,15 @@ def _make_shards(
     try:
         _run(job, documents, shape, processes)
     except UserError:
-        job.save()
+        (job.save if job.documents else job.discard)()
         raise
+    balance(job, shape.val_fraction)
+    if not all(job.tokens(split) for split in SPLITS):
+        job.discard()
+        raise UserError(f"{documents.name} has {_counted(job)}, too few for train and val; prepare more text")
     for part in job.parts.values():
         if part.tokens:
             job.finish(part)
-        if not part.finished:
-            raise UserError(
-                f"{documents.name} has {job.documents} documents, too few for train and val; prepare more text"
-            )
     meta = {
         "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.to_json(), "fingerprint": tokenizer.fingerprint,
         "source": documents.name, "settings": settings, "documents": job.documents, "text_bytes": job.text_bytes,
@@ -418,6 +445,28 @@ def _make_shards(
         print(f"in {job.mended:,} documents halves of surrogate pairs became U+FFFD")
     print(f"{job.text_bytes / max(job.tokens('train') + job.tokens('val'), 1):.2f} bytes per token")
     return meta
+
+
+def balance(job: Job, val_fraction: float) -> None:
+    """Where val is one document alone, or one without text, cuts it, or the last of train, to what val needs."""
+    train, val = (job.parts[split] for split in SPLITS)
+    total = job.tokens("train") + job.tokens("val")
+    wanted = int(max(val_fraction * total, min(MOST * total, ENOUGH)))
+    if job.documents > round(1 / val_fraction) or val.number or wanted < 2:
+        return
+    if val.tokens > wanted:
+        which = "the beginning of the first"
+        job.move(val, train, wanted)
+    elif not val.tokens and train.tokens > wanted:
+        which = "the end of the last, as the first is empty"
+        job.move(train, val, train.tokens - wanted + 1)  # and a BOS before them
+    else:
+        return
+    print(f"{_counted(job)}: val is {which}, {wanted / total:.1%} of all tokens")
+
+
+def _counted(job: Job) -> str:
+    return f"{job.documents:,} document{'s' * (job.documents != 1)}"
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -186,11 +186,12 @@ def tabulate(config: Plan, gpu: mfu.Peak) -> str:
         tokens = recipe.batch_tokens * recipe.iterations
         batch = _micro_batch(model, gpu, recipe.batch_tokens // config.n_gpu)
         memory_gb = memory(model, batch, optimizer=_optimizer(model)).total / 1e9 if batch else None
-        flops = mfu.flops_per_token(model, model.block_size).mfu * tokens
-        spent = None if batch == 0 else _gpu_hours(flops, gpu, nearest_mfu(reached, model) or config.assumed_mfu)
+        per_token = mfu.flops_per_token(model, model.block_size).mfu  # those that the peak is used for
+        share = nearest_mfu(reached, model) or config.assumed_mfu
+        spent = None if batch == 0 else _gpu_hours(per_token * tokens, gpu, share)
         hours = spent and spent / config.n_gpu
         lines.append(
-            f"{name:<12}{counted.parameters:>15,}{counted.flops_per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
+            f"{name:<12}{counted.parameters:>15,}{per_token:>12.4g}{tokens:>17,}{recipe.batch_tokens:>11,}"
             f"{recipe.iterations:>9,}{_or_na(batch, 'd'):>7}{_or_na(memory_gb, '.1f'):>7}"
             f"{_or_na(hours and tokens / hours / 3600, ',.0f'):>12}{_or_na(hours, ',.1f'):>10}"
             f"{_or_na(spent and price and spent * price, ',.0f'):>10}"

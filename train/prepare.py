@@ -18,7 +18,8 @@ Texts: the vocabulary is the distinct characters in code point order; the first 
 the rest to val.bin, as uint16, little-endian, without a header. For tinyshakespeare the files equal nanoGPT's byte for
 byte.
 
-Documents: read as a stream and tokenized on all cores, each with a BOS in front; one of 2000 goes to val. The files,
+Documents: read as a stream and tokenized on all cores, each with a BOS in front; one of 2000 goes to val, and of fewer
+the first, but no more of it than a tenth of all tokens, nor than 100,000 unless --val_fraction is more. The files,
 train-00000.bin and so on, begin with a header (gptfast/data.py). The same command continues an interrupted run, and
 checks the sha256 of every file of a complete one.
 
@@ -49,7 +50,7 @@ from gptfast.data import header, inspect, itemsize
 from gptfast.errors import UserError, nearest
 from gptfast.tokenizer import LARGEST_VOCAB, CharTokenizer, Tokenizer, find_bpe
 from train import conversations
-from train.documents import Documents, Shape, make_shards, replace
+from train.documents import PROGRESS, Documents, Shape, make_shards, replace
 from train.download import download, sha256_of
 from train.files import TEXT_BYTES, builder_of, decoded, exists
 
@@ -87,7 +88,7 @@ class PrepareConfig:
     subset: str = ""  # of a data set on the hub
     split: str = "train"  # of a data set on the hub
     column: str = "text"  # that holds the documents
-    val_fraction: float = Shape.val_fraction  # share of the documents that becomes val
+    val_fraction: float = Shape.val_fraction  # share of the documents that becomes val; of few, a tenth of their tokens
     shard_tokens: int = Shape.shard_tokens  # tokens per file
     max_tokens: int = Shape.max_tokens  # stop when train has so many; 0 takes all
     processes: int = 0  # that tokenize; 0: one per core
@@ -124,6 +125,7 @@ def prepare_as(config: PrepareConfig) -> Path:
         elif config.name in READY and not config.source:
             _no_flags(config, "for other data", "tokenizer", "column", "subset", "split", *OF_DOCUMENTS[:-1])
             with locked(folder):
+                _check_finished(folder)
                 _fetch_ready(config.name, folder, config.max_tokens)
         elif _is_text(config):
             _no_flags(config, "for documents, and this is one text", "column", "subset", "split", *OF_DOCUMENTS)
@@ -144,6 +146,12 @@ def _no_flags(config: PrepareConfig, meant_for: str, *names: str) -> None:
     for name in names:
         if getattr(config, name) != getattr(PrepareConfig, name):
             raise UserError(f"--{name}={getattr(config, name)} is {meant_for}; leave it out")
+
+
+def _check_finished(folder: Path) -> None:
+    """Raises UserError where documents are half prepared, whose files must not mix with others."""
+    if (folder / PROGRESS).exists():
+        raise UserError(f"{folder} holds documents that are not finished; choose another name, or remove the folder")
 
 
 def _is_text(config: PrepareConfig) -> bool:
@@ -299,6 +307,7 @@ def _write_text(folder: Path, text: str, origin: str, sha256: str, tokenizer_nam
         print(f"all the unique characters: {tokenizer.chars!r}")
     print(f"vocab size: {tokenizer.vocab_size:,}")
     with locked(folder):
+        _check_finished(folder)
         _write_splits(folder, text, cut, origin, tokenizer)
 
 

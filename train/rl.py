@@ -13,10 +13,11 @@ update's questions, and all ranks together sample the same answers as one proces
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ from train.trainer import Recipe, Run, started, train
 # An update includes sampling, and answers differ in length, so tokens/s and MFU of training are meaningless here.
 UNKNOWN = dict.fromkeys(("tokens_per_s", "mfu", "mfu_palm", "hfu"))
 MOST_SLOTS = 32  # answers at once; others wait
+TOLD_EVERY_S = 10.0
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,16 @@ def main(argv: list[str]) -> None:
         train(run, log)
 
 
+def told(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Yields the items, which are questions; prints now and then how many are answered."""
+    before = time.monotonic()
+    for i, item in enumerate(items):
+        if time.monotonic() - before >= TOLD_EVERY_S:
+            before = time.monotonic()
+            print(f"{what}: {i} of {len(items)} questions answered", flush=True)
+        yield item
+
+
 class Questions:
     """The questions of an RL run: the Data of its Recipe (train/trainer.py)."""
 
@@ -115,6 +128,7 @@ class Questions:
         self.reward = 0.0  # mean over the answers sampled last
         self.tokens = 0  # sampled by the model in this process
         self._answers: dict[int, Answers] = {}  # by number of slots
+        self._answered = False  # an evaluation
 
     def recipe(self) -> Recipe:
         return Recipe(
@@ -149,7 +163,7 @@ class Questions:
         config, n = self.config, len(self.examples)
         answers = self.answers(model, config.samples)
         groups = []
-        for i in range(rank, config.examples_per_step, ranks):
+        for i in told(range(rank, config.examples_per_step, ranks), "sampling an update"):
             epoch, position = divmod(drawing * config.examples_per_step + i, n)
             index = int(np.random.default_rng((config.seed, epoch)).permutation(n)[position])
             settings: dict[str, Any] = dict(samples=config.samples, sampling=self.sampling())
@@ -165,7 +179,15 @@ class Questions:
         config = self.config
         answers = self.answers(run.model, config.eval_samples)
         passed = []
-        for i, example in list(enumerate(self.questions))[run.team.data_rank :: run.team.data_size]:
+        if not self._answered:
+            log.say(
+                f"evaluating: {len(self.questions)} questions x {config.eval_samples} answers of up to "
+                f"{config.max_new_tokens} tokens; fewer by --eval_examples, --eval_samples, --max_new_tokens and "
+                "--eval_interval"
+            )
+        self._answered = True
+        mine = list(enumerate(self.questions))[run.team.data_rank :: run.team.data_size]
+        for i, example in told(mine, "evaluating"):
             settings: dict[str, Any] = dict(samples=config.eval_samples, sampling=self.sampling())
             seed = policy.seed_of(config.seed, -1, i)
             drawn = policy.roll_out(answers, self.task, example, seed=seed, **settings)

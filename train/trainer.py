@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -119,7 +119,7 @@ def started(config: Pretrain, recipe: Recipe, typed: Mapping[str, str]) -> Itera
     ):
         config = without_absent_wandb(config, typed)
         import_tracker(*tracker_kind(config))  # what is missing is said before a model is made
-        run = start(config, recipe, team)
+        run = start(config, recipe, team, typed)
         model = dataclasses.asdict(run.model.config)
         named = {key: value for key, value in (("name", recipe.name), ("stage", recipe.stage)) if value}
         log.row(
@@ -169,7 +169,7 @@ def open_log(out_dir: str, team: Team) -> Log:
 # ---- before the first step
 
 
-def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
+def start(config: Pretrain, recipe: Recipe, team: Team, typed: Collection[str] = ()) -> Run:
     """Sets up a run to its first step: data, model, optimizer, resumed state. Prints its choices and the reasons."""
     torch.manual_seed(config.seed)
     device, dtype = team.device, settings_of_torch(config, team)
@@ -186,7 +186,7 @@ def start(config: Pretrain, recipe: Recipe, team: Team) -> Run:
     saved = find_checkpoint(config)
     if saved is not None:
         check_same(config, saved)
-    model = build_model(config, device, dtype, vocab_size, tokenizer, saved)
+    model = build_model(config, device, dtype, vocab_size, tokenizer, saved, typed)
     print(f"number of parameters: {model.num_params() / 1e6:.2f}M")
     block_size = model.config.block_size
     ids = min(vocab_size or model.config.vocab_size, model.config.vocab_size)  # larger ids of the model are padding
@@ -381,6 +381,8 @@ def iterate(run: Run, log: Log, stopper: Stopper, saver: checkpoint.Saver, track
     """Makes one update per iteration, after an evaluation where one is due."""
     config = run.config
     first = run.iteration
+    if first > config.max_iters:
+        log.say(f"already at step {first} of {config.max_iters}: nothing to do; raise --max_iters")
     meter = Meter(run)
     if config.compile:
         print("compiling the model... (takes a ~minute)")

@@ -24,6 +24,8 @@ CPU_FLAGS = (
     "asimd", "sve", "bf16", "i8mm",
 )  # fmt: skip
 
+CODE = ("kernels", "gptfast", "train", "bench")  # folders in which a new file may change what runs
+
 
 def now() -> str:
     """Returns the time in UTC, ISO 8601 to the second."""
@@ -111,10 +113,14 @@ def _version(*names: str) -> str | None:
 
 
 def commit() -> Row:
-    """Returns `commit` and `dirty` of this file's checkout, ignoring results/, which runs write; None outside git."""
+    """Returns `commit` and `dirty` of this file's checkout; None outside git.
+
+    Dirty are changes of tracked files, but for results/, which runs write, and new files in the folders of CODE.
+    """
     sha = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--", ".", ":!results")
-    return {"commit": sha or None, "dirty": None if sha is None or status is None else status != ""}
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    new = _git("ls-files", "--others", "--exclude-standard", "--", *CODE)
+    return {"commit": sha or None, "dirty": None if None in (sha, changed, new) else bool(changed or new)}
 
 
 def _git(*arguments: str) -> str | None:

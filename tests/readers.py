@@ -60,6 +60,7 @@ OURS = {  # readers that are given no hostile files, and why
     "gptfast/serve/page.py:read_page": "gptfast's own page",
     "train/conversations.py:from_hub": "opens no file: what `datasets` streams from the hub",
     "train/core.py:Journal.write": "the last byte of a file",
+    "train/documents.py:Job.move": "a part that the same process wrote",
     "train/documents.py:Documents._open": "opens no file: what `datasets` streams from the hub",
     "train/download.py:_fetch": "hostile servers are in tests/test_download.py",
     "train/prepare.py:pystdlib_text": "Python's own library",

@@ -204,7 +204,7 @@ def test_presets_are_the_four_gpt2s() -> None:
         (["--text={empty}"], "the text is empty"),
         (["--text={short}", "--models={out}"], "has 1 token"),
         (["--text={book}", "--models=nowhere"], "nowhere: no such folder"),
-        (["--text={book}", "--models={empty_dir}"], "holds neither a checkpoint of ours nor config.json"),
+        (["--text={book}", "--models={empty_dir}"], "holds no model; give a folder with a checkpoint"),
         (["--text={book}", "--models="], "--models is empty"),
         (["--text={book}", "--models={out}", "--context=64"], "takes 32 tokens at most"),
         (["--text={book}", "--models={out}", "--stride=33"], "must not be longer than the 32 tokens"),

@@ -31,7 +31,7 @@ def test_files_are_of_the_split_that_ends_their_name(tmp_path: Path) -> None:
 def test_ids_past_2_to_the_31_are_not_taken_for_negative(tmp_path: Path) -> None:
     content = header(3, 100_000, "0" * 64) + struct.pack("<3I", 5, 2**32 - 1, 6)
     (tmp_path / "train.bin").write_bytes(content)
-    meta = {"vocab_size": 100_000, "tokenizer": None, "fingerprint": "0" * 64}
+    meta = {"vocab_size": 100_000, "tokenizer": {}, "fingerprint": "0" * 64}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="has token id 4294967295, but vocab_size is 100000"):
         load_tokens(tmp_path / "train.bin", 100_000)

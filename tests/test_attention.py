@@ -221,6 +221,12 @@ def test_all_scores_far_below_zero(features):
     check(torch.full_like(q, -60.0), 1 + 0.02 * k, v, **features)
 
 
+@pytest.mark.parametrize("features", [dict(), dict(window=3), dict(softcap=50.0)], ids=str)
+def test_on_a_cpu_a_product_past_fp16_is_scaled_before_it_is_rounded(features):
+    q, v = torch.full((1, 5, 1, 64), 60.0).half(), torch.ones(1, 5, 1, 64).half()
+    assert torch.equal(attention_cpu(q, q, v, **features), v)
+
+
 def test_gradients_of_scores_close_to_their_cap():
     """The slope of the cap there, 1 - tanh^2, is what is left of two numbers that are almost equal."""
     q, k, v = qkv(40, 40)

@@ -56,10 +56,11 @@ def attention_cpu(
         if hidden is None:
             s = torch.baddbmm(_causal_bias(len(queries), len(keys), q), q_part, k_part.mT, alpha=scale)
         else:
-            if softcap is None:
-                s = torch.baddbmm(q.new_zeros(1, 1, 1), q_part, k_part.mT, alpha=scale)
-            else:
-                s = softcap * torch.tanh(q_part @ k_part.mT * (scale / softcap))
+            # Scaled before it is rounded: in fp16 a product may be too large where a score is not.
+            alpha = scale if softcap is None else scale / softcap
+            s = torch.baddbmm(q.new_zeros(1, 1, 1), q_part, k_part.mT, alpha=alpha)
+            if softcap is not None:
+                s = softcap * torch.tanh(s)
             # The lowest finite number, since a row of -inf has a NaN gradient; replaced, since a sum could be -inf.
             s = s.masked_fill(hidden, torch.finfo(s.dtype).min)
         p = torch.softmax(s, dim=-1)

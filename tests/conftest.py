@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-FUZZ_EXAMPLES = 100
+FUZZ_EXAMPLES = 50
 pytest.register_assert_rewrite("browsing")  # a plugin of the web page's tests, which import it too
 
 

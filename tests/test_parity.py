@@ -212,7 +212,7 @@ def test_one_compilation_serves_many_sizes(op):
     assert counter.frame_count <= 2
 
 
-@each_option_set
+@each([(op, options) for op in OPS for options in (option_sets(op)[0], farthest_options(op))])
 def test_opcheck(case, monkeypatch):
     """torch's own checks of the custom op: schema, shape function, autograd registration, ahead-of-time dispatch."""
     calls = []

@@ -68,12 +68,14 @@ def save(
     meta: dict[str, Any],
     keep: int = 2,
     score: float | None = None,
+    first: bool = False,
     write_parts: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes out_dir/ckpt-<step:06d>/ and removes all but the `keep` last saved and the best; returns its path.
 
     `write_parts` writes a parallel run's tensors into the folder, in place of `model` (see gptfast/parallel/saving.py).
-    The best has the lowest `score`, such as a validation loss; a checkpoint without a score is never the best.
+    The best has the lowest `score`, such as a validation loss; a checkpoint without a score is never the best. `first`
+    of a run: those of an earlier run in out_dir are removed, or the best of both could be taken for this one's.
     `optimizer` and `meta` may nest dicts, lists, tuples, tensors, str, int, float, bool and None; anything else raises
     TypeError before a byte is written. Raises UserError, and keeps the existing checkpoints, where the disk is full,
     out_dir cannot be written, or another process writes it.
@@ -104,7 +106,7 @@ def save(
             _write_manifest(building / MANIFEST, manifest)
             flush(building)
             _move_into_place(building, target)
-            _prune(out_dir, keep)
+            _prune(out_dir, keep, first)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise _save_error(error, target, model, *(tensors for _, tensors in trees.values())) from None
@@ -278,10 +280,13 @@ def _move_into_place(building: Path, target: Path) -> None:
         _discard(replaced)
 
 
-def _prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` last saved and the best. Unreadable ones stay: they may be of a newer gptfast."""
+def _prune(out_dir: Path, keep: int, first: bool = False) -> None:
+    """Removes all but the `keep` last saved and the best, or if `first` all but the last saved.
+
+    Unreadable ones stay: they may be of a newer gptfast.
+    """
     readable = [path for path in _folders(out_dir) if _serial(path) is not None]
-    best = min(readable, key=_score)  # on a tie, the newest
+    best, keep = (readable[0], 1) if first else (min(readable, key=_score), keep)  # on a tie, the newest
     for path in readable[keep:]:
         if path != best or _score(path) == math.inf:
             _discard(path)

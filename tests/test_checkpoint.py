@@ -200,6 +200,15 @@ def test_the_last_k_are_kept(tmp_path: Path) -> None:
         save_step(tmp_path, 5, keep=0)
 
 
+def test_the_first_of_a_run_replaces_those_of_an_earlier_one(tmp_path: Path) -> None:
+    """Or the best of both would be taken for this run's."""
+    for step, score, first in ((5, 1.0, True), (9, 1.5, False), (2, 3.0, True), (4, 2.0, False)):
+        save(tmp_path, step=step, model={"w": torch.ones(1)}, optimizer={}, meta={}, score=score, first=first)
+    assert load(tmp_path, best=True).step == 4 and sorted(path.name for path in tmp_path.glob("ckpt-*")) == [
+        "ckpt-000002", "ckpt-000004",
+    ]  # fmt: skip
+
+
 def test_the_best_stays_whatever_its_age(tmp_path: Path) -> None:
     losses = {1: 3.0, 2: 2.0, 3: math.nan, 4: 2.5, 5: 2.0, 6: None, 7: 2.2, 8: 2.1}
     for step, loss in losses.items():

@@ -308,6 +308,8 @@ def test_a_run_that_replaces_another_says_so_before(
     out = capsys.readouterr().out
     said = f"{tmp_path / 'out'} has a run of {int(last[5:])} steps, whose checkpoints this one replaces when it saves; "
     assert out.index(f"{said}--resume=latest goes on with it") < out.index("iter 0")
+    (tmp_path / "out" / last).rename(tmp_path / "out" / "ckpt-000009")  # as of a longer run, whose loss was lower
+    assert cli.run(pretrain.main, flags) == 0 and checkpoints(tmp_path / "out") == [last]
 
 
 def test_eval_only_evaluates_once_and_trains_nothing(

@@ -293,7 +293,8 @@ def described(run: Run) -> dict[str, Any]:
 def save_run(run: Run, saver: checkpoint.Saver, score: float | None = None) -> None:
     """Writes the checkpoint out_dir/ckpt-<iteration>. `score`: its validation loss, if it was just evaluated."""
     print(f"saving checkpoint to {run.config.out_dir}")
-    write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score)
+    first = run.saved < 0  # what is there is of an earlier run
+    write(run, saver, run.config.out_dir, described(run), keep=run.config.keep, score=score, first=first)
     run.saved = run.iteration
 
 

@@ -95,7 +95,6 @@ def campaign(arguments: argparse.Namespace) -> int:
         raise UserError(f"--set={arguments.set} needs a CUDA device; --dry_run prints what it would run")
     archive = arguments.archive and arguments.archive.absolute()
     if archive is not None:
-        archive.parent.mkdir(parents=True, exist_ok=True)
         check_writable(archive.parent)
     print(f"bench: {machine['name']} -> {out}")
     whole = sum(stage.seconds(quick) for stage in stages) / 60

@@ -9,12 +9,11 @@ Of what both have measured the newer row counts. Notes, and rows that the bench 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gptfast.aside import check_writable, locked, write_whole
+from gptfast.aside import check_writable, locked
 from gptfast.errors import UserError
 from gptfast.log import Row
 
@@ -77,5 +76,5 @@ def merged(path: Path, rows: Sequence[Row]) -> int:
     with locked(path.parent):
         there = results.read(path) if path.exists() else []
         kept = results.latest([*results.last(there), *rows])
-        write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        results.write(path, kept)
     return sum(any(row is other for other in kept) for row in rows)

@@ -137,8 +137,12 @@ def last(rows: Iterable[Row]) -> list[Row]:
 
 def compact(path: str | Path) -> None:
     """Rewrite a file to its latest rows, whole or not at all."""
-    path = Path(path)
-    write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in last(read(path))))
+    write(path, last(read(path)))
+
+
+def write(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write a file of these rows, whole or not at all."""
+    write_whole(Path(path), "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------

@@ -123,6 +123,8 @@ def test_inplace_refuses_what_it_would_ruin():
     kernel(needed, targets, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(kernel(logits * 1, targets, inplace=True), logits, create_graph=True)
     loss = kernel(logits * 1, targets, inplace=True)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
